@@ -1,0 +1,1 @@
+"""How good a prediction is, against what, and how good it could be."""

@@ -1,0 +1,1 @@
+"""A synthetic Visium HD section with known truth."""
