@@ -1,0 +1,259 @@
+"""What every command shares: its Hydra config, paths taken as typed, one-line errors and the exit status.
+
+Exit status: 0 done; 2 the input or the config is wrong (one line on stderr); 1 a bug. `PRTS_DEBUG=1` shows the traceback of both.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prts.errors import InputError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "download", "doctor")
+
+# Keys whose value is a path: taken letter for letter, so that spaces, commas, = and brackets need no quoting for Hydra.
+_PATH_KEYS = frozenset(
+    "image out nuclei bundle prediction section run markers encoder.weights segmentation.model segmentation.path panel.path "
+    "paths.data_dir paths.cache_dir hydra.run.dir hydra.sweep.dir".split()
+)
+_FLAGS = ("-m", "--multirun", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--run", "-r")
+
+
+def config_dir() -> Path:
+    """The folder of the config groups: inside an installed package, or beside it in a source tree."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no configs in {package} or beside it: the installation is damaged")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """', did you mean ...?' for a mistyped word, or nothing where no known word is near."""
+    known = list(known)
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not match and "." not in word:
+        # a key typed without its group, `epochs` for `trainer.max_epochs`
+        match = [key for key in known if key.rsplit(".", 1)[-1] == word][:1]
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def overview() -> str:
+    """The text of `prts --help`."""
+    lines = [f"  {name:<10}{command_help(name).splitlines()[0]}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "prts: single-cell spatial gene expression from an H&E image",
+            "",
+            "usage: prts <command> [key=value ...]",
+            "",
+            *lines,
+            "",
+            "`prts <command> --help` says what it takes; `prts <command> --cfg job` prints its whole config.",
+            "Every command takes Hydra overrides; -m runs a grid: prts train -m ablation=full,local_only,global_only",
+            "",
+        ]
+    )
+
+
+def command_help(command: str) -> str:
+    """The text of `prts <command> --help`: the docstring of the command's module."""
+    return inspect.cleandoc(importlib.import_module(f"prts.cli.{command}").__doc__ or "") + "\n"
+
+
+def quote_paths(arguments: Sequence[str]) -> list[str]:
+    """Quote the values of path keys for Hydra's grammar.
+
+    A grid over a path key still works: with `-m`, `encoder.weights=a.pth,b.pth` is left to Hydra unless a file of that whole name exists.
+    """
+    multirun = any(flag in arguments for flag in ("-m", "--multirun"))
+    quoted = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        plain = key.lstrip("+")
+        is_path = plain in _PATH_KEYS or re.fullmatch(r"tissue\.sections\.\w+\.(image|bins|nuclei|spots)", plain)
+        grid = multirun and "," in value and not Path(value).exists()
+        if not (equals and is_path and value) or value in ("null", "???") or value[0] in "'\"" or "${" in value or grid:
+            quoted.append(argument)
+            continue
+        # in Hydra's quoted strings a backslash escapes only a quote, or another backslash before a quote or the end
+        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+        quoted.append(f"{key}='{escaped}'")
+    return quoted
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    from omegaconf import DictConfig
+
+    if isinstance(node, DictConfig):
+        for key in node:
+            child = node._get_node(key)
+            name = f"{prefix}{key}"
+            yield name, child
+            yield from _leaves(child, f"{name}.")
+
+
+def _groups() -> dict[str, list[str]]:
+    root = config_dir()
+    groups: dict[str, list[str]] = {}
+    for file in sorted(root.rglob("*.yaml")):
+        if file.parent != root:
+            groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
+    return groups
+
+
+def _check_overrides(command: str, overrides: Sequence[str]) -> None:
+    """Refuse unknown keys, unknown choices and values of the wrong kind in one line, before Hydra runs."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import ConfigCompositionException, OverrideParseException
+    from omegaconf import AnyNode
+
+    groups = _groups()
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise InputError(
+            f"{error.override}: not a valid override; write key=value, and quote a value that holds brackets or commas"
+        ) from error
+    values, choices = [], []
+    for override in parsed:
+        key = override.key_or_group
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            continue
+        if key not in groups:
+            values.append(override)
+            continue
+        options = groups[key]
+        names = [override.value()] if not override.is_sweep_override() else list(override.sweep_string_iterator())
+        for name in names:
+            for choice in name if isinstance(name, list) else [name]:
+                if choice is not None and str(choice) not in options:
+                    raise InputError(
+                        f"{key}={choice}: no such choice{nearest(str(choice), options)} (there are: {', '.join(options)})"
+                    )
+        if not override.is_sweep_override():
+            choices.append(override.input_line or "")
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        try:
+            defaults = compose(command, choices)
+        except ConfigCompositionException:
+            return  # an unusual combination: let Hydra itself say what is wrong with it
+    leaves = dict(_leaves(defaults))
+    for override in values:
+        key = override.key_or_group
+        if override.is_add() or override.is_force_add() or override.is_delete():
+            continue
+        if key not in leaves:
+            near = nearest(key, [*leaves, *groups])
+            raise InputError(f"{key}: no such key{near or '; `prts ' + command + ' --cfg job` prints them all'}")
+        node, value = leaves[key], None if override.is_sweep_override() else override.value()
+        if not isinstance(node, AnyNode) or value is None or isinstance(node._value(), str | None):
+            continue
+        wanted, given = type(node._value()), type(value)
+        if given is not wanted and not (wanted is float and given is int) and "${" not in str(value):
+            raise InputError(f"{key}={value}: takes a value of type {wanted.__name__}, such as {node._value()}")
+
+
+def _one_line(error: BaseException) -> str:
+    """What a Hydra or OmegaConf error says, without its second thoughts."""
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+def _input_error(error: BaseException | None) -> InputError | None:
+    """The InputError behind an exception that Hydra or a worker wrapped."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Run a command under Hydra.
+
+    Parameters
+    ----------
+    command
+        One of `COMMANDS`.
+    arguments
+        Hydra's flags and overrides, paths unquoted.
+
+    Returns
+    -------
+    The exit status.
+    """
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    debug = os.environ.get("PRTS_DEBUG", "") not in ("", "0")
+    previous = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing several lines of them
+    try:
+        quoted = quote_paths(arguments)
+        for argument in quoted:
+            if argument.startswith("-") and argument.split("=")[0] not in _FLAGS:
+                raise InputError(f"{argument}: no such flag{nearest(argument, _FLAGS)}; options are written key=value")
+        _check_overrides(command, [a for i, a in enumerate(quoted) if _is_override(quoted, i)])
+        _launch(command, quoted)
+    except KeyboardInterrupt:
+        sys.stderr.write("prts: interrupted; what is finished is kept, and the next run goes on from there\n")
+        return 130
+    except Exception as error:  # noqa: BLE001  (the last frame of the program: every error becomes an exit status)
+        known = _input_error(error)
+        if debug:
+            traceback.print_exc()
+        if known is not None:
+            sys.stderr.write(f"prts: {known}\n")
+            return 2
+        if isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is None:
+            sys.stderr.write(f"prts: {_one_line(error)}\n")
+            return 2
+        if not debug:
+            traceback.print_exc()
+        sys.stderr.write(f"prts: this is a bug in prts ({type(error).__name__}); please report it with the lines above\n")
+        return 1
+    finally:
+        if previous is None:
+            os.environ.pop("HYDRA_FULL_ERROR", None)
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = previous
+    return 0
+
+
+def _is_override(arguments: Sequence[str], i: int) -> bool:
+    takes_value = ("--cfg", "-c", "--package", "-p", "--info", "-i", "--config-dir", "-cd")
+    return not arguments[i].startswith("-") and not (i and arguments[i - 1] in takes_value)
+
+
+def _launch(command: str, arguments: list[str]) -> None:
+    import hydra
+
+    task: Any = importlib.import_module(f"prts.cli.{command}").main
+    saved, sys.argv = sys.argv, [f"prts {command}", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
+    finally:
+        sys.argv = saved
+
+
+def require(cfg: DictConfig, *keys: str) -> None:
+    """Say which required key of a command is missing, with an example value, before anything else happens."""
+    from omegaconf import OmegaConf
+
+    for key in keys:
+        if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
+            raise InputError(f"{key}: is required; write {key}=... (`prts <command> --help` shows an example)")

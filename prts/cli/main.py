@@ -1,0 +1,38 @@
+"""The `prts` command: finds the command's module and hands over to Hydra."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from prts import __version__
+from prts.cli.app import COMMANDS, command_help, nearest, overview, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `prts <command> [overrides]` and return the exit status.
+
+    Parameters
+    ----------
+    argv
+        The arguments after `prts`; those of the process where None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(overview())
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command in ("-V", "--version"):
+        sys.stdout.write(f"prts {__version__}\n")
+        return 0
+    if command not in COMMANDS:
+        sys.stderr.write(f"prts: no command {command!r}{nearest(command, COMMANDS)}; `prts --help` lists them\n")
+        return 2
+    if any(flag in rest for flag in ("-h", "--help")):
+        sys.stdout.write(command_help(command))
+        return 0
+    return run(command, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Every stage from files to features, for each section of a tissue, skipping what the cache already holds.
+
+Each product is a cache file named by a fingerprint of its inputs and settings. One process builds it under a file lock, others wait and
+find it built; a killed build leaves nothing but, for features, the chunks that the next run goes on from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prts.data.tissue import SectionSpec, Tissue
+from prts.errors import InputError
+from prts.features.extract import extract
+from prts.io.cache import atomic, file_identity, fingerprint, lock
+from prts.io.nuclei import load_nuclei, write_nuclei
+from prts.preprocess.counts import count_nuclei, quality_control
+from prts.preprocess.polygons import Polygons
+from prts.preprocess.segment import segment
+from prts.section import Section, open_section, open_section_folder
+from prts.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from prts.features.encoders import Encoder
+    from prts.preprocess.panel import Panel
+    from prts.preprocess.segment import Segmenter
+
+logger = logging.getLogger(__name__)
+
+# Raised when a stage's code changes what it writes for the same inputs.
+STAGE_VERSION = {"section": 1, "nuclei": 1, "counts": 1, "panel": 1, "features": 1}
+
+
+class PanelBuilder(Protocol):
+    """What chooses the genes: `prts.preprocess.panel.PaperPanel` and its like."""
+
+    def __call__(self, counts: Sequence[AnnData]) -> Panel:
+        """Fit on the training sections' counts."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the outcome."""
+        ...
+
+
+@dataclass(frozen=True)
+class PreparedSection:
+    """A section and its cache files: nuclei (all), counts (nuclei that pass QC x all genes) and features (those nuclei)."""
+
+    section: Section
+    nuclei: Path
+    counts: Path
+    features: Path
+
+
+@dataclass(frozen=True)
+class PreparedTissue:
+    """A tissue whose sections are ready to be learnt from."""
+
+    name: str
+    species: str
+    sections: dict[str, PreparedSection]
+    train: list[str]
+    val: list[str]
+    test: list[str]
+    panel: Path
+
+
+def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
+    """Open a section of a tissue, simulating it first if that is what its config says.
+
+    Raises
+    ------
+    InputError
+        If a file is missing (naming `prts download` where the tissue can be downloaded) or the section contradicts itself.
+    """
+    if spec.simulate is not None:
+        from prts.simulate.section import simulate_section
+
+        settings = dict(spec.simulate)
+        fp = fingerprint({"version": STAGE_VERSION["section"], **settings})
+        folder = cache_dir / tissue / spec.name / f"section-{fp}"
+        with lock(folder):
+            if not folder.is_dir():
+                logger.info("%s/%s: simulating the section", tissue, spec.name)
+                try:
+                    simulate_section(folder, name=spec.name, **settings)
+                except TypeError as error:
+                    raise InputError(f"tissue.sections.{spec.name}.simulate: {error}") from error
+        return open_section_folder(folder, name=spec.name)
+    assert spec.image is not None
+    missing = [path for path in (spec.image, spec.bins) if path is not None and not path.exists()]
+    if missing:
+        cure = (
+            f"`prts download tissue={tissue}` fetches it"
+            if spec.download
+            else f"set paths.data_dir (or PRTS_DATA), or tissue.sections.{spec.name}"
+        )
+        raise InputError(f"{missing[0]}: no such file; {cure}")
+    return open_section(
+        spec.name, spec.image, bins=spec.bins, mpp=spec.mpp, nuclei=spec.nuclei, spots=spec.spots
+    )
+
+
+def prepare_tissue(
+    tissue: Tissue,
+    *,
+    segmenter: Segmenter,
+    prefer_given: bool,
+    qc: Mapping[str, Any],
+    panel: PanelBuilder,
+    encoder: Encoder,
+    cache_dir: Path,
+    stopwatch: Stopwatch | None = None,
+) -> PreparedTissue:
+    """Nuclei, counts, panel and features for every section that has a role.
+
+    Parameters
+    ----------
+    tissue
+        The sections and their roles.
+    segmenter
+        Finds nuclei in an image.
+    prefer_given
+        Take a section's own nuclei file, where it has one, instead of segmenting.
+    qc
+        Arguments of `prts.preprocess.counts.quality_control`.
+    panel
+        Chooses the genes, on the training sections only.
+    encoder
+        Reads features from the image.
+    cache_dir
+        Holds `<tissue>/<section>/...`.
+    stopwatch
+        Adds up the seconds of each stage.
+
+    Raises
+    ------
+    InputError
+        From any stage, when its input is wrong. Finished stages stay in the cache.
+    """
+    watch = stopwatch or Stopwatch()
+    root = cache_dir / tissue.name
+    specs = [tissue.sections[name] for name in tissue.used]
+    with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
+        sections = {spec.name: resolve_section(spec, tissue.name, cache_dir) for spec in specs}
+    # encoder settings hold the weights' sum: a missing weights file stops here, before minutes of segmentation
+    encoder_settings = encoder.settings()
+
+    nuclei: dict[str, Path] = {}
+    counts: dict[str, Path] = {}
+    for name, section in sections.items():
+        nuclei[name] = _nuclei(root / name, section, segmenter, prefer_given, watch)
+        counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species, watch)
+
+    panel_path = _panel(root, [counts[name] for name in tissue.train], panel, watch)
+
+    features = {
+        name: _features(root / name, section, nuclei[name], counts[name], encoder, encoder_settings, watch)
+        for name, section in sections.items()
+    }
+    return PreparedTissue(
+        name=tissue.name,
+        species=tissue.species,
+        sections={
+            name: PreparedSection(section, nuclei[name], counts[name], features[name])
+            for name, section in sections.items()
+        },
+        train=list(tissue.train),
+        val=list(tissue.val),
+        test=list(tissue.test),
+        panel=panel_path,
+    )
+
+
+def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
+    """Make a cache file unless it is there, one process at a time."""
+    if path.exists():
+        return path
+    with lock(path):
+        if not path.exists():
+            logger.info("%s", what)
+            with atomic(path) as temporary:
+                make(temporary)
+    return path
+
+
+def _nuclei(folder: Path, section: Section, segmenter: Segmenter, prefer_given: bool, watch: Stopwatch) -> Path:
+    used: Segmenter = Polygons(section.nuclei) if prefer_given and section.nuclei is not None else segmenter
+    settings = {
+        "version": STAGE_VERSION["nuclei"],
+        "image": file_identity(section.image),
+        "mpp": section.mpp,
+        "segmenter": used.settings(),
+    }
+
+    def make(path: Path) -> None:
+        with section.open_slide() as slide:
+            write_nuclei(segment(slide, used), path)
+
+    with watch("segment"):
+        return _build(
+            folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {used.settings()['name']}"
+        )
+
+
+def _counts(
+    folder: Path, section: Section, nuclei: Path, qc: Mapping[str, Any], species: str, watch: Stopwatch
+) -> Path:
+    bins = section.bins
+    if bins is None:
+        raise InputError(f"section {section.name}: has no bins, and training needs them (binned_outputs/square_002um)")
+    settings = {
+        "version": STAGE_VERSION["counts"],
+        "nuclei": nuclei.stem,
+        "matrix": file_identity(bins / "filtered_feature_bc_matrix.h5"),
+        "positions": file_identity(bins / "spatial" / "tissue_positions.parquet"),
+        "qc": dict(qc),
+        "species": species,
+    }
+
+    def make(path: Path) -> None:
+        measured = count_nuclei(bins, load_nuclei(nuclei), species=species)
+        kept = quality_control(measured, mpp=section.mpp, **qc)
+        kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
+        kept.write_h5ad(path, compression="gzip")
+
+    with watch("counts"):
+        return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
+
+
+def _panel(root: Path, training: Sequence[Path], panel: PanelBuilder, watch: Stopwatch) -> Path:
+    settings = {
+        "version": STAGE_VERSION["panel"],
+        "counts": [path.stem for path in training],
+        "panel": panel.settings(),
+    }
+
+    def make(path: Path) -> None:
+        import anndata as ad
+
+        panel([ad.read_h5ad(counts) for counts in training]).to_json(path)
+
+    with watch("panel"):
+        return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training sections")
+
+
+def _features(
+    folder: Path,
+    section: Section,
+    nuclei: Path,
+    counts: Path,
+    encoder: Encoder,
+    encoder_settings: Mapping[str, Any],
+    watch: Stopwatch,
+) -> Path:
+    settings = {
+        "version": STAGE_VERSION["features"],
+        "nuclei": nuclei.stem,
+        "counts": counts.stem,
+        "image": file_identity(section.image),
+        "encoder": dict(encoder_settings),
+    }
+    path = folder / f"features-{encoder.name}-{fingerprint(settings)}.h5"
+    with watch("features"):
+        if path.exists():
+            return path
+        with lock(path):
+            if not path.exists():
+                kept = _passing(load_nuclei(nuclei), counts)
+                with section.open_slide() as slide:
+                    # not through `atomic`: extract keeps its own finished chunks, so that a killed run goes on
+                    extract(slide, kept, encoder, path, provenance=settings)
+    return path
+
+
+def _passing(nuclei: Any, counts: Path) -> Any:
+    """The nuclei whose counts passed QC, in the order of the counts."""
+    import anndata as ad
+
+    names = ad.read_h5ad(counts, backed="r").obs_names
+    return nuclei.set_index("cell_id").loc[names].reset_index(names="cell_id")

@@ -1,0 +1,5 @@
+import sys
+
+from prts.cli.main import main
+
+sys.exit(main(["train", *sys.argv[1:]]))
