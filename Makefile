@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all a new machine needs: each sets up .venv first, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+EXTRAS := stardist,sweeps,loggers,dev
+RUN := outputs/demo/make
+
+.PHONY: setup demo test test-fast lint bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prts needs Python 3.11 or newer; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	touch $@
+
+# Trains on simulated sections, then predicts a section the model has never seen from its image alone and compares it with the truth.
+demo: setup
+	$(BIN)/python train.py hydra.run.dir=$(RUN)
+	$(BIN)/prts simulate out=$(RUN)/new_slide cells=2000 genes=1000 seed=7 stain=0.5
+	$(BIN)/prts predict bundle=$(RUN)/model image=$(RUN)/new_slide/tissue_image.tif out=$(RUN)/new_slide.h5ad segmentation=watershed
+	$(BIN)/prts evaluate prediction=$(RUN)/new_slide.h5ad section=$(RUN)/new_slide out=$(RUN)/new_slide_evaluation
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -m "not slow and not real"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/segmentation.py
+
+clean:
+	rm -rf outputs multirun dist .pytest_cache .mypy_cache .ruff_cache
