@@ -52,7 +52,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def overview() -> str:
     """The text of `prts --help`."""
-    lines = [f"  {name:<10}{command_help(name).splitlines()[0]}" for name in COMMANDS]
+    lines = [f"  {name:<10}{command_help(name).splitlines()[0].rstrip(".")}" for name in COMMANDS]
     return "\n".join(
         [
             "prts: single-cell spatial gene expression from an H&E image",

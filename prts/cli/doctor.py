@@ -1,0 +1,122 @@
+"""Check versions, accelerator, extras, folders and a model, with the fix for what fails.
+
+usage: prts doctor [bundle=DIR] [paths.data_dir=DIR] [paths.cache_dir=DIR]
+
+example: prts doctor bundle=outputs/demo/make/model
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from prts.errors import InputError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Verdict = Literal["PASS", "WARN", "FAIL"]
+Check = tuple[Verdict, str, str]
+
+_EXTRAS = {
+    "stardist": ("stardist", "the default segmenter of real tissues"),
+    "sweeps": ("hydra_plugins.hydra_joblib_launcher", "hydra/launcher=joblib and submitit"),
+    "loggers": ("tensorboard", "logger=tensorboard and wandb"),
+}
+_MIN_FREE_GB = 20
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _software() -> Iterator[Check]:
+    yield "PASS", "python", sys.version.split()[0]
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}"
+        for name in ("torch", "torchvision", "timm", "pytorch-lightning", "anndata", "scanpy", "geopandas")
+    )
+    yield "PASS", "packages", versions
+    for extra, (module, use) in _EXTRAS.items():
+        if _has(module):
+            yield "PASS", f"extra {extra}", use
+        else:
+            yield "WARN", f"extra {extra}", f"not installed ({use}): pip install 'prts[{extra}]'"
+
+
+def _hardware() -> Iterator[Check]:
+    import prts._torchvision as torchvision_schemas
+    from prts._torchvision import torch
+
+    if torch.cuda.is_available():
+        yield "PASS", "accelerator", torch.cuda.get_device_name(0)
+    elif torch.version.cuda is not None:
+        yield "WARN", "accelerator", "this torch is built for CUDA but sees no GPU: check the driver with nvidia-smi"
+    else:
+        yield "WARN", "accelerator", f"none: the CPU build of torch, {os.cpu_count()} cores; a GPU is 50 times faster"
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        yield "FAIL", "torchvision", f"does not import ({error}): install the build that matches torch"
+    else:
+        shim = torchvision_schemas._library is not None
+        yield "PASS", "torchvision", "CUDA build beside a CPU torch, mended" if shim else "matches torch"
+
+
+def _folders(cfg: DictConfig) -> Iterator[Check]:
+    data = Path(cfg.paths.data_dir)
+    if data.is_dir():
+        yield "PASS", "data", str(data.resolve())
+    else:
+        yield "WARN", "data", f"{data} is no folder: set PRTS_DATA, or `prts download tissue=lung` makes it"
+    cache = Path(cfg.paths.cache_dir)
+    place = next(folder for folder in (cache, *cache.resolve().parents) if folder.is_dir())
+    free_gb = shutil.disk_usage(place).free / 1e9
+    if not os.access(place, os.W_OK):
+        yield "FAIL", "cache", f"{place} cannot be written: set PRTS_CACHE to a folder of yours"
+    elif free_gb < _MIN_FREE_GB:
+        yield "WARN", "cache", f"{place.resolve()}: {free_gb:.0f} GB free; a Visium HD section takes about {_MIN_FREE_GB} GB"
+    else:
+        yield "PASS", "cache", f"{cache.resolve()}: {free_gb:.0f} GB free"
+
+
+def _bundle(cfg: DictConfig) -> Iterator[Check]:
+    from prts.features.encoders import weights_of
+    from prts.models.bundle import load_bundle
+
+    try:
+        bundle = load_bundle(Path(cfg.bundle))
+    except InputError as error:
+        yield "FAIL", "bundle", str(error)
+        return
+    meta = bundle.meta
+    trained = f"{len(bundle.genes)} genes, trained on {', '.join(meta['training_sections'])}"
+    yield "PASS", "bundle", f"{cfg.bundle}: {trained}"
+    yield weights_of(meta["encoder"])
+
+
+def main(cfg: DictConfig) -> None:
+    """Print a line per check; fail if one of them does."""
+    from rich.console import Console
+    from rich.table import Table
+
+    checks = [*_software(), *_hardware(), *_folders(cfg)]
+    if cfg.bundle is not None:
+        checks += _bundle(cfg)
+    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    table = Table(box=None, show_header=False)
+    for verdict, what, text in checks:
+        table.add_row(f"[{colours[verdict]}]{verdict}[/]", what, text)
+    Console(soft_wrap=True).print(table)
+    failed = [what for verdict, what, _ in checks if verdict == "FAIL"]
+    if failed:
+        raise InputError(f"doctor: {', '.join(failed)} failed; each line above says what would mend it")

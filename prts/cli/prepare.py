@@ -1,0 +1,72 @@
+"""Segment, count, choose genes and read features, for every section of a tissue.
+
+usage: prts prepare tissue=NAME [segmentation=...] [encoder=...] [panel=...]
+
+Everything that training needs from the files, kept in the cache (paths.cache_dir): what is up to date is skipped, a killed run
+goes on where it stopped, and parallel runs share one cache. `prts train` does this by itself.
+
+example: prts prepare tissue=her2st encoder=vit256 encoder.weights=vit256_small_dino.pth
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from omegaconf import DictConfig
+
+    from prts.data.prepare import PreparedTissue
+    from prts.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedTissue]:
+    """The preparation that a config describes, to be run (again and again: it skips what is done) by whoever needs it.
+
+    Raises
+    ------
+    InputError
+        If the tissue config is wrong, or a segmenter, panel or encoder refuses its settings.
+    """
+    from functools import partial
+    from pathlib import Path
+
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from prts.data.prepare import prepare_tissue
+    from prts.data.tissue import parse_tissue
+
+    segmentation = OmegaConf.to_container(cfg.segmentation, resolve=True)
+    assert isinstance(segmentation, dict)
+    prefer_given = bool(segmentation.pop("prefer_given"))
+    tissue = OmegaConf.to_container(cfg.tissue, resolve=True)
+    assert isinstance(tissue, dict)
+    qc = OmegaConf.to_container(cfg.qc, resolve=True)
+    assert isinstance(qc, dict)
+    return partial(
+        prepare_tissue,
+        parse_tissue({str(key): value for key, value in tissue.items()}),
+        segmenter=instantiate(segmentation),
+        prefer_given=prefer_given,
+        qc={str(key): value for key, value in qc.items()},
+        panel=instantiate(cfg.panel),
+        encoder=instantiate(cfg.encoder),
+        cache_dir=Path(cfg.paths.cache_dir),
+        stopwatch=stopwatch,
+    )
+
+
+def main(cfg: DictConfig) -> None:
+    """Prepare every section of a tissue."""
+    from prts.stopwatch import Stopwatch
+
+    stopwatch = Stopwatch()
+    prepared = preparation(cfg, stopwatch)()
+    for stage, seconds in stopwatch.seconds.items():
+        logger.info("%-10s%8.1f s", stage, seconds)
+    logger.info("%s is prepared: %s", prepared.name, prepared.panel.parent)
