@@ -28,7 +28,21 @@ _PATH_KEYS = frozenset(
     "image out nuclei bundle prediction section run markers encoder.weights segmentation.model segmentation.path panel.path "
     "paths.data_dir paths.cache_dir hydra.run.dir hydra.sweep.dir".split()
 )
-_FLAGS = ("-m", "--multirun", "--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--run", "-r")
+_FLAGS = (
+    "-m",
+    "--multirun",
+    "--cfg",
+    "-c",
+    "--resolve",
+    "--package",
+    "-p",
+    "--info",
+    "-i",
+    "--config-dir",
+    "-cd",
+    "--run",
+    "-r",
+)
 
 
 def config_dir() -> Path:
@@ -52,7 +66,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def overview() -> str:
     """The text of `prts --help`."""
-    lines = [f"  {name:<10}{command_help(name).splitlines()[0].rstrip(".")}" for name in COMMANDS]
+    lines = [f"  {name:<10}{command_help(name).splitlines()[0].rstrip('.')}" for name in COMMANDS]
     return "\n".join(
         [
             "prts: single-cell spatial gene expression from an H&E image",
@@ -224,7 +238,9 @@ def run(command: str, arguments: Sequence[str]) -> int:
             return 2
         if not debug:
             traceback.print_exc()
-        sys.stderr.write(f"prts: this is a bug in prts ({type(error).__name__}); please report it with the lines above\n")
+        sys.stderr.write(
+            f"prts: this is a bug in prts ({type(error).__name__}); please report it with the lines above\n"
+        )
         return 1
     finally:
         if previous is None:

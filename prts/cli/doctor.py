@@ -84,7 +84,11 @@ def _folders(cfg: DictConfig) -> Iterator[Check]:
     if not os.access(place, os.W_OK):
         yield "FAIL", "cache", f"{place} cannot be written: set PRTS_CACHE to a folder of yours"
     elif free_gb < _MIN_FREE_GB:
-        yield "WARN", "cache", f"{place.resolve()}: {free_gb:.0f} GB free; a Visium HD section takes about {_MIN_FREE_GB} GB"
+        yield (
+            "WARN",
+            "cache",
+            f"{place.resolve()}: {free_gb:.0f} GB free; a Visium HD section takes about {_MIN_FREE_GB} GB",
+        )
     else:
         yield "PASS", "cache", f"{cache.resolve()}: {free_gb:.0f} GB free"
 

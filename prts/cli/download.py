@@ -29,7 +29,9 @@ def main(cfg: DictConfig) -> None:
     tissue = parse_tissue(cfg.tissue)
     with_address = [spec for spec in tissue.sections.values() if spec.download]
     if not with_address:
-        raise InputError(f"tissue={tissue.name}: none of its sections has a download address; brain, lung and breast have")
+        raise InputError(
+            f"tissue={tissue.name}: none of its sections has a download address; brain, lung and breast have"
+        )
     for spec in with_address:
         download_section(spec)
     logger.info("%s is complete: `prts train tissue=%s` can start", tissue.name, tissue.name)

@@ -54,6 +54,7 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
         segmenter=instantiate(segmentation),
         prefer_given=prefer_given,
         qc={str(key): value for key, value in qc.items()},
+        splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
         encoder=instantiate(cfg.encoder),
         cache_dir=Path(cfg.paths.cache_dir),

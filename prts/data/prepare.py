@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import h5py
+
+from prts.data.splits import TRAIN, Roles
 from prts.data.tissue import SectionSpec, Tissue
 from prts.errors import InputError
 from prts.features.extract import extract
@@ -25,7 +28,9 @@ from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from geopandas import GeoDataFrame
 
+    from prts.data.splits import Splitter
     from prts.features.encoders import Encoder
     from prts.preprocess.panel import Panel
     from prts.preprocess.segment import Segmenter
@@ -102,9 +107,7 @@ def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
             else f"set paths.data_dir (or PRTS_DATA), or tissue.sections.{spec.name}"
         )
         raise InputError(f"{missing[0]}: no such file; {cure}")
-    return open_section(
-        spec.name, spec.image, bins=spec.bins, mpp=spec.mpp, nuclei=spec.nuclei, spots=spec.spots
-    )
+    return open_section(spec.name, spec.image, bins=spec.bins, mpp=spec.mpp, nuclei=spec.nuclei, spots=spec.spots)
 
 
 def prepare_tissue(
@@ -113,6 +116,7 @@ def prepare_tissue(
     segmenter: Segmenter,
     prefer_given: bool,
     qc: Mapping[str, Any],
+    splitter: Splitter,
     panel: PanelBuilder,
     encoder: Encoder,
     cache_dir: Path,
@@ -130,8 +134,10 @@ def prepare_tissue(
         Take a section's own nuclei file, where it has one, instead of segmenting.
     qc
         Arguments of `prts.preprocess.counts.quality_control`.
+    splitter
+        Says which nuclei train: the panel sees no others.
     panel
-        Chooses the genes, on the training sections only.
+        Chooses the genes.
     encoder
         Reads features from the image.
     cache_dir
@@ -158,7 +164,7 @@ def prepare_tissue(
         nuclei[name] = _nuclei(root / name, section, segmenter, prefer_given, watch)
         counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species, watch)
 
-    panel_path = _panel(root, [counts[name] for name in tissue.train], panel, watch)
+    panel_path = _panel(root, tissue, sections, counts, splitter, panel, watch)
 
     features = {
         name: _features(root / name, section, nuclei[name], counts[name], encoder, encoder_settings, watch)
@@ -205,7 +211,9 @@ def _nuclei(folder: Path, section: Section, segmenter: Segmenter, prefer_given: 
 
     with watch("segment"):
         return _build(
-            folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {used.settings()['name']}"
+            folder / f"nuclei-{fingerprint(settings)}.parquet",
+            make,
+            what=f"{section.name}: nuclei by {used.settings()['name']}",
         )
 
 
@@ -234,20 +242,33 @@ def _counts(
         return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
 
 
-def _panel(root: Path, training: Sequence[Path], panel: PanelBuilder, watch: Stopwatch) -> Path:
+def _panel(
+    root: Path,
+    tissue: Tissue,
+    sections: Mapping[str, Section],
+    counts: Mapping[str, Path],
+    splitter: Splitter,
+    panel: PanelBuilder,
+    watch: Stopwatch,
+) -> Path:
     settings = {
         "version": STAGE_VERSION["panel"],
-        "counts": [path.stem for path in training],
+        "counts": {name: path.stem for name, path in counts.items()},
+        "roles": [tissue.train, tissue.val, tissue.test],
+        "split": splitter.settings(),
         "panel": panel.settings(),
     }
 
     def make(path: Path) -> None:
         import anndata as ad
 
-        panel([ad.read_h5ad(counts) for counts in training]).to_json(path)
+        measured = {name: ad.read_h5ad(file) for name, file in counts.items()}
+        xy_um = {name: data.obsm["spatial"] * sections[name].mpp for name, data in measured.items()}
+        parts = splitter(xy_um, Roles(tissue.train, tissue.val, tissue.test))
+        panel([measured[name][parts[name] == TRAIN].copy() for name in tissue.train]).to_json(path)
 
     with watch("panel"):
-        return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training sections")
+        return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training nuclei")
 
 
 def _features(
@@ -279,9 +300,10 @@ def _features(
     return path
 
 
-def _passing(nuclei: Any, counts: Path) -> Any:
+def _passing(nuclei: GeoDataFrame, counts: Path) -> GeoDataFrame:
     """The nuclei whose counts passed QC, in the order of the counts."""
-    import anndata as ad
+    from anndata.io import read_elem
 
-    names = ad.read_h5ad(counts, backed="r").obs_names
+    with h5py.File(counts) as file:
+        names = read_elem(file["obs"]).index
     return nuclei.set_index("cell_id").loc[names].reset_index(names="cell_id")
