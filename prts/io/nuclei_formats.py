@@ -1,0 +1,217 @@
+"""Readers of nuclei: whatever a segmentation tool writes, told apart by its content."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import logging
+import re
+from typing import TYPE_CHECKING, Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import shapely
+from numpy.typing import NDArray
+
+from prts.errors import InputError
+from prts.io.outlines import labels_to_polygons
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+FORMATS = "GeoJSON (also .gz), GeoParquet, shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
+# QuPath's kinds of object that are regions around nuclei, not nuclei.
+_QUPATH_REGIONS = ("annotation", "tile", "root", "tma core")
+
+# Geometries (n,), ids (n,) or None, scores (n,) or None, as the file has them.
+Shapes = tuple[NDArray[Any], Any, Any]
+
+
+def reader_of(path: Path) -> Callable[[Path, tuple[int, int]], Shapes]:
+    """The reader of a file by its first bytes: it takes the path and the image's (height, width)."""
+    try:
+        with path.open("rb") as handle:
+            head = handle.read(4096)
+        if head.startswith(b"\x1f\x8b"):
+            with gzip.open(path) as handle:
+                head = handle.read(4096)
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); expected {FORMATS}") from error
+    if head.startswith(b"PAR1"):
+        return _from_geoparquet
+    if head.startswith(b"\x00\x00\x27\x0a"):
+        return _from_shapefile
+    if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") or head.startswith(b"\x89PNG"):
+        return _from_label_image
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+        return _from_geojson
+    if head and b"\0" not in head:
+        return _from_wkt_table
+    raise InputError(f"{path}: not a known format of nuclei; expected {FORMATS}")
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); expected {FORMATS}") from error
+
+
+def _choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
+    """The first kind of id that any nucleus has; it must then be there for all."""
+    for name, values in candidates.items():
+        absent = values.isna() | (values.astype(str) == "")
+        if absent.all():
+            continue
+        if absent.any():
+            raise InputError(
+                f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {name}; give one to all or to none"
+            )
+        return values.to_numpy(object)
+    return None
+
+
+def _from_geojson(path: Path, _size: tuple[int, int]) -> Shapes:
+    try:
+        document = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error})") from error
+    if isinstance(document, dict):
+        features = [document] if document.get("type") == "Feature" else document.get("features")
+    else:
+        features = document
+    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
+        raise InputError(f"{path}: JSON, but not GeoJSON; expected a FeatureCollection or a list of features")
+    properties = [feature.get("properties") or {} for feature in features]
+    if not all(isinstance(item, dict) for item in properties):
+        raise InputError(f"{path}: the properties of a feature must be an object, as GeoJSON has it")
+    pairs = list(zip(features, properties, strict=True))
+    kinds = np.array([str(feature.get("objectType") or item.get("objectType")).lower() for feature, item in pairs])
+    region = np.isin(kinds, _QUPATH_REGIONS)
+    if region.any() and not region.all():
+        logger.info("%s: %d QuPath annotations that are no nuclei left out", path, region.sum())
+        pairs = [pair for pair, left_out in zip(pairs, region, strict=True) if not left_out]
+    features, properties = [feature for feature, _ in pairs], [item for _, item in pairs]
+
+    geometry = _geojson_shapes([feature.get("nucleusGeometry") or feature.get("geometry") for feature in features])
+    ids = {
+        name: pd.Series([item.get(key) for item in source], dtype=object)
+        for name, source, key in (
+            ("cell_id", properties, "cell_id"),
+            ("id", properties, "id"),
+            ("feature id", features, "id"),
+        )
+    }
+    score = pd.to_numeric(pd.Series([item.get("score") for item in properties], dtype=object), errors="coerce")
+    return geometry, _choose_id(ids, path), score
+
+
+def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
+    """Shapes of GeoJSON geometries; None for what is no geometry."""
+    shapes = shapely.from_geojson([json.dumps(item) for item in geometries], on_invalid="ignore")
+    shapes = np.array(shapes, dtype=object, ndmin=1)
+    # GEOS refuses the whole of a geometry for an open ring or a NaN, which the slower reader closes or keeps.
+    for index in np.flatnonzero(shapely.is_missing(shapes)):
+        try:
+            shapes[index] = shapely.geometry.shape(geometries[index])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError):
+            shapes[index] = None
+    return shapes
+
+
+def read_table(reader: Callable[..., Any], path: Path) -> Any:
+    """A GeoDataFrame by a reader of geopandas, whose many kinds of error become one.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read or has no geometry.
+    """
+    try:
+        frame = reader(path)
+    except Exception as error:  # arrow and GDAL raise a class of their own for every kind of broken file
+        raise InputError(f"{path}: cannot be read ({error}); expected {FORMATS}") from error
+    if not isinstance(frame, gpd.GeoDataFrame):
+        raise InputError(f"{path}: has no geometry; expected {FORMATS}")
+    return frame
+
+
+def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any]:
+    """Ids and scores of a table."""
+    ids = _choose_id({name: frame[name] for name in ("cell_id", "id") if name in frame}, path)
+    return ids, pd.to_numeric(frame["score"], errors="coerce") if "score" in frame else None
+
+
+def _from_geoparquet(path: Path, _size: tuple[int, int]) -> Shapes:
+    frame = read_table(gpd.read_parquet, path)
+    return (frame.geometry.to_numpy(), *_columns(frame, path))
+
+
+def _from_shapefile(path: Path, _size: tuple[int, int]) -> Shapes:
+    frame = read_table(gpd.read_file, path)
+    return (frame.geometry.to_numpy(), *_columns(frame, path))
+
+
+def _from_wkt_table(path: Path, _size: tuple[int, int]) -> Shapes:
+    text = _text(path)
+    header = text.split("\n", 1)[0]
+    separator = max("\t;,", key=header.count)
+    try:
+        table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=[""])
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read as a table ({error}); expected {FORMATS}") from error
+    for name in table.columns:
+        filled = table[name].dropna()
+        if len(filled) and re.match(r"\s*(SRID=\d+;)?\s*(MULTI)?POLYGON", filled.iloc[0], re.IGNORECASE):
+            wkt = table[name].fillna("").str.replace(r"^\s*SRID=\d+;", "", regex=True)
+            shapes = shapely.from_wkt(wkt.to_numpy(object), on_invalid="ignore")
+            return (np.asarray(shapes, dtype=object), *_columns(table, path))
+    raise InputError(
+        f"{path}: no column with WKT polygons among {', '.join(map(str, table.columns[:8]))}; expected {FORMATS}"
+    )
+
+
+def _from_label_image(path: Path, size: tuple[int, int]) -> Shapes:
+    labels = _read_image(path)
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
+        raise InputError(
+            f"{path}: an image of shape {labels.shape} and type {labels.dtype}, not a label image; "
+            "expected one channel of whole numbers, 0 outside nuclei"
+        )
+    if labels.shape != size:
+        raise InputError(
+            f"{path}: a label image of {labels.shape[1]} x {labels.shape[0]} px beside an image of "
+            f"{size[1]} x {size[0]} px; they must be of one size"
+        )
+    # Sparse ids (hashes, for instance) would make tables as long as the largest.
+    names: NDArray[Any] | None = None
+    if int(labels.max(initial=0)) > max(labels.size, 1 << 24):
+        names, inverse = np.unique(np.append(labels.ravel(), 0), return_inverse=True)
+        labels = inverse[:-1].reshape(labels.shape)
+    label, polygons, n_parts = labels_to_polygons(labels)
+    if n_parts:
+        logger.info("%s: %d smaller parts of labels left out", path, n_parts)
+    if len(label) == 1 and n_parts > 1:
+        raise InputError(f"{path}: only one label in {n_parts + 1} parts, so a mask; expected one label per nucleus")
+    return polygons, label if names is None else names[label], None
+
+
+def _read_image(path: Path) -> NDArray[Any]:
+    import tifffile
+    from PIL import Image
+
+    try:
+        with path.open("rb") as handle:
+            is_png = handle.read(4) == b"\x89PNG"
+        if is_png:
+            with Image.open(path) as image:
+                return np.asarray(image)
+        return np.squeeze(tifffile.imread(path))
+    except Exception as error:  # decoders raise whatever they like for a broken file
+        raise InputError(f"{path}: an image that cannot be read ({error})") from error

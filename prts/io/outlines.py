@@ -1,0 +1,202 @@
+"""Exact outlines of the labels of a label image, without a loop over labels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import shapely
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from skimage.measure import label as connected_parts
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Steps along the four directions of a pixel's sides, (row, column): east along its top, south, west, north.
+_STEP = np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])
+# The corner of the pixel where the side in that direction starts.
+_CORNER = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
+# The neighbour across the side in that direction.
+_ACROSS = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])
+
+
+def labels_to_polygons(labels: NDArray[Any], *, band: int = 2048) -> tuple[NDArray[np.int64], NDArray[Any], int]:
+    """Outlines of a label image along pixel sides: rasterising a polygon gives its pixels back exactly.
+
+    A label's largest 4-connected part is kept; holes are kept. Work and memory go by bands of rows, each label being
+    outlined with the band in which it starts.
+
+    Parameters
+    ----------
+    labels
+        (height, width), integer; 0 is background.
+    band
+        Rows of a band, px.
+
+    Returns
+    -------
+    label
+        (n,) the labels, ascending within a band.
+    polygon
+        (n,) valid shapely polygons in pixels, x right, y down; pixel i covers [i, i + 1).
+    n_parts_dropped
+        How many smaller parts were left out.
+    """
+    height = labels.shape[0]
+    starts = list(range(0, height, band))
+    first, last = _bands_of_labels(labels, band)
+    names: list[NDArray[np.int64]] = []
+    polygons: list[NDArray[Any]] = []
+    dropped = 0
+    for number, start in enumerate(starts):
+        own = first == number
+        if not own.any():
+            continue
+        window = labels[start : (int(last[own].max()) + 1) * band]
+        if window.shape[0] > band or start > 0:
+            window = np.where(own[window], window, 0)
+        name, polygon, n_parts = _outline(window)
+        names.append(name)
+        polygons.append(_moved_down(polygon, start))
+        dropped += n_parts
+    if not names:
+        return np.empty(0, np.int64), np.empty(0, object), 0
+    return np.concatenate(names), np.concatenate(polygons), dropped
+
+
+def _moved_down(polygons: NDArray[Any], rows: int) -> NDArray[Any]:
+    return np.asarray(shapely.transform(polygons, lambda xy: xy + np.array([0.0, rows])))
+
+
+def _bands_of_labels(labels: NDArray[Any], band: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """First and last band of every label value; -1 for background and values that do not occur."""
+    largest = int(labels.max(initial=0))
+    first = np.full(largest + 1, -1, np.int32)
+    last = np.full(largest + 1, -1, np.int32)
+    for number, start in enumerate(range(0, labels.shape[0], band)):
+        present = np.zeros(largest + 1, bool)
+        present[labels[start : start + band].ravel()] = True
+        present[0] = False
+        last[present] = number
+        first[present & (first < 0)] = number
+    return first, last
+
+
+def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int]:
+    """Outlines of one array; see `labels_to_polygons`."""
+    padded = np.pad(labels, 1)
+    padded, dropped = _largest_parts(padded)
+    label, rows, columns, direction = _sides(padded)
+    order = _ring_order(label, rows, columns, direction, width=padded.shape[1] + 1)
+    label, rows, columns, direction, ring = (values[order[0]] for values in (label, rows, columns, direction, order[1]))
+
+    # Only corners make vertices: a side that goes on in the direction of the one before adds none.
+    ring_start = np.flatnonzero(np.r_[True, ring[1:] != ring[:-1]])
+    ring_stop = np.r_[ring_start[1:], len(ring)]
+    before = np.arange(len(ring)) - 1
+    before[ring_start] = ring_stop - 1
+    corner = direction != direction[before]
+    label, ring, xy = label[corner], ring[corner], np.column_stack([columns, rows])[corner].astype(float) - 1.0
+
+    ring_start = np.flatnonzero(np.r_[True, ring[1:] != ring[:-1]])
+    length = np.diff(np.r_[ring_start, len(ring)])
+    following = np.arange(len(ring)) + 1
+    following[ring_start + length - 1] = ring_start
+    cross = xy[:, 0] * xy[following, 1] - xy[following, 0] * xy[:, 1]
+    is_shell = np.add.reduceat(cross, ring_start) > 0
+    # Rings of a label together, its shell first.
+    by_label = np.lexsort((~is_shell, label[ring_start]))
+    ring_start, length, ring_label = ring_start[by_label], length[by_label], label[ring_start][by_label]
+    closed = length + 1
+    offset = np.r_[0, np.cumsum(closed)]
+    within = np.arange(offset[-1]) - np.repeat(offset[:-1], closed)
+    vertex = np.repeat(ring_start, closed) + within % np.repeat(length, closed)
+    name, first_ring = np.unique(ring_label, return_index=True)
+    polygon = shapely.from_ragged_array(
+        shapely.GeometryType.POLYGON, np.ascontiguousarray(xy[vertex]), (offset, np.r_[first_ring, len(ring_start)])
+    )
+    return name.astype(np.int64), polygon, dropped
+
+
+def _largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
+    """The label image with only the largest 4-connected part of every label, and how many parts went."""
+    part, n_parts = connected_parts(labels, background=0, connectivity=1, return_num=True)  # type: ignore[no-untyped-call]
+    size = np.bincount(part.ravel(), minlength=n_parts + 1)
+    of_label = np.zeros(n_parts + 1, np.int64)
+    of_label[part.ravel()] = labels.ravel()
+    # Sorted so that each label's largest part comes first (the earliest of equals).
+    order = np.lexsort((np.arange(n_parts + 1), -size, of_label))
+    largest = np.zeros(n_parts + 1, bool)
+    largest[order[np.r_[True, of_label[order][1:] != of_label[order][:-1]]]] = True
+    dropped = int(n_parts - largest[1:].sum())
+    if dropped:
+        labels = np.where(largest[part], labels, 0)
+    return labels, dropped
+
+
+def _sides(padded: NDArray[Any]) -> tuple[NDArray[Any], ...]:
+    """Sides between a label and anything else, the label on the right: label, start row, start column, direction."""
+    inner = padded[1:-1, 1:-1]
+    found = []
+    for direction, ((up, left), (row, column)) in enumerate(zip(_ACROSS, _CORNER, strict=True)):
+        height, width = padded.shape
+        across = padded[1 + up : height - 1 + up, 1 + left : width - 1 + left]
+        r, c = np.nonzero((inner != 0) & (inner != across))
+        found.append((inner[r, c], r + 1 + row, c + 1 + column, np.full(len(r), direction, np.int8)))
+    return tuple(np.concatenate(values) for values in zip(*found, strict=True))
+
+
+def _ring_order(
+    label: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any], direction: NDArray[Any], *, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The order that walks ring after ring, and the ring of each side in the given order (not the walked one)."""
+    n = len(label)
+    start = rows * width + columns
+    end = (rows + _STEP[direction, 0]) * width + columns + _STEP[direction, 1]
+
+    def key(vertex: NDArray[Any], heading: NDArray[Any]) -> NDArray[np.int64]:
+        # Start and heading name a side: only one pixel has it on its right.
+        return vertex.astype(np.int64) * 4 + heading
+
+    own = key(start, direction)
+    by_key = np.argsort(own)
+    sorted_keys = own[by_key]
+
+    def side_at(vertex: NDArray[Any], heading: NDArray[Any]) -> NDArray[np.int64]:
+        wanted = key(vertex, heading % 4)
+        place = np.minimum(np.searchsorted(sorted_keys, wanted), n - 1)
+        side = by_key[place]
+        return np.where((sorted_keys[place] == wanted) & (label[side] == label), side, -1)
+
+    right, straight, left = (side_at(end, direction + turn) for turn in (1, 0, 3))
+    # The right turn stays with the pixel, so that pixels touching by a corner only are not joined (4-connectivity).
+    following = np.where(right >= 0, right, np.where(straight >= 0, straight, left))
+    ring = _cycles(following)
+    # A ring that meets itself at a corner is split there into two that touch, which is what a valid polygon may do.
+    pinched = (right >= 0) & (left >= 0)
+    pinched[pinched] = ring[right[pinched]] == ring[left[pinched]]
+    following = np.where(pinched, left, following)
+    ring = _cycles(following)
+
+    # Steps from each side to the first of its ring, by doubling.
+    first = np.full(ring.max(initial=-1) + 1, n)
+    np.minimum.at(first, ring, np.arange(n))
+    jump, steps = following.copy(), np.ones(n, np.int64)
+    jump[first], steps[first] = first, 0
+    while True:
+        further = steps + steps[jump]
+        if np.array_equal(further, steps):
+            break
+        steps, jump = further, jump[jump]
+    length = np.bincount(ring)
+    rank = np.where(steps == 0, 0, length[ring] - steps)
+    return np.lexsort((rank, ring)), ring
+
+
+def _cycles(following: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of the cycle that each element of a permutation belongs to."""
+    n = len(following)
+    graph = coo_array((np.ones(n, bool), (np.arange(n), following)), shape=(n, n))
+    _, number = connected_components(graph, directed=False)
+    return number.astype(np.int64, copy=False)  # type: ignore[no-any-return]
