@@ -1,0 +1,157 @@
+"""um/px of an image: every source that says something, and the one value they must agree on.
+
+Nothing is ever guessed: a wrong magnification raises no error downstream, it only makes every prediction worse.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from itertools import combinations
+from xml.etree import ElementTree
+
+import tifffile
+
+from prts.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# A source of um/px: where the value stands, and the value.
+Source = tuple[str, float]
+
+# Beyond these a value is no microscope's: the 72 and 96 dpi (353 and 265 um/px) that many programs write fall out.
+MPP_RANGE = (0.05, 5.0)
+MPP_TOLERANCE = 0.02
+
+UM_PER_INCH = 25_400.0
+_UM_PER_UNIT = {
+    "nm": 1e-3,
+    "um": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "micrometer": 1.0,
+    "micrometre": 1.0,
+    "mm": 1e3,
+    "cm": 1e4,
+    "m": 1e6,
+    "inch": UM_PER_INCH,
+    "in": UM_PER_INCH,
+}
+# ResolutionUnit of TIFF 6.0; "none" (1) gives an aspect ratio only.
+_UM_PER_RESOLUTION_UNIT = {2: UM_PER_INCH, 3: 1e4, 4: 1e3, 5: 1.0}
+
+
+def is_plausible(mpp: float) -> bool:
+    """Whether a value can be the um/px of a microscope image at all."""
+    return math.isfinite(mpp) and MPP_RANGE[0] <= mpp <= MPP_RANGE[1]
+
+
+def agree(one: float, other: float) -> bool:
+    """Whether two um/px are the same within 2 %."""
+    return max(one, other) <= min(one, other) * (1 + MPP_TOLERANCE)
+
+
+def resolve_mpp(name: object, sources: Sequence[Source]) -> Source:
+    """The um/px that all sources agree on: the first one's value.
+
+    Parameters
+    ----------
+    name
+        The file that the message names.
+    sources
+        In the order of precedence. Values outside 0.05-5 um/px are no source.
+
+    Returns
+    -------
+    Where the value stands, and the value.
+
+    Raises
+    ------
+    InputError
+        If no source is left, or two of them differ by more than 2 %.
+    """
+    for where, value in sources:
+        if not is_plausible(value):
+            logger.info("%s: %s says %.4g um/px, which is no microscope's: not used", name, where, value)
+    used = [source for source in sources if is_plausible(source[1])]
+    if not used:
+        raise InputError(f"{name}: nothing says how many um a pixel is; give it as mpp=, such as mpp=0.5")
+    for (one, a), (other, b) in combinations(used, 2):
+        if not agree(a, b):
+            raise InputError(
+                f"{name}: um/px is {a:.4g} in {one} but {b:.4g} in {other}; "
+                "they must agree within 2 %: correct the one that is wrong, or take the image that belongs to them"
+            )
+    return used[0]
+
+
+def from_axes(where: str, x: float | None, y: float | None) -> list[Source]:
+    """The source of one piece of metadata that gives um/px along x and y: their mean, or two sources if they differ."""
+    values = {axis: float(v) for axis, v in (("x", x), ("y", y)) if v is not None and is_plausible(float(v))}
+    if len(values) == 2 and not agree(*values.values()):
+        return [(f"{where} along {axis}", value) for axis, value in values.items()]
+    return [(where, sum(values.values()) / len(values))] if values else []
+
+
+def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[Source]:
+    """What OME-XML, ImageJ's and Aperio's descriptions and the resolution tags of a TIFF say, in this order.
+
+    Parameters
+    ----------
+    tif
+        The open file.
+    page
+        The page of the full-resolution image.
+    """
+    sources = _ome_sources(tif.ome_metadata) if tif.is_ome else []
+    description = page.description or ""
+    if description.startswith("Aperio") and (match := re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", description)):
+        sources += from_axes("the Aperio description", _number(match[1]), None)
+    if tif.is_imagej:
+        # ImageJ's unit goes with the resolution tags, whatever their own unit says
+        unit = str((tif.imagej_metadata or {}).get("unit", "")).encode().decode("unicode_escape", "ignore")
+        return sources + _resolution_sources(page, _um_per_unit(unit), "ImageJ's resolution")
+    tag = page.tags.get("ResolutionUnit")
+    um = _UM_PER_RESOLUTION_UNIT.get(int(tag.value) if tag is not None else 2)
+    return sources + _resolution_sources(page, um, "the TIFF resolution tags")
+
+
+def _resolution_sources(page: tifffile.TiffPage, um_per_unit: float | None, where: str) -> list[Source]:
+    if um_per_unit is None:
+        return []
+    values: list[float | None] = []
+    for name in ("XResolution", "YResolution"):
+        tag = page.tags.get(name)
+        numerator, denominator = tag.value if tag is not None else (0, 0)
+        values.append(um_per_unit * denominator / numerator if numerator else None)
+    return from_axes(where, values[0], values[1])
+
+
+def _ome_sources(xml: str | None) -> list[Source]:
+    try:
+        root = ElementTree.fromstring(xml or "")
+    except ElementTree.ParseError:
+        return []
+    pixels = root.find("./{*}Image/{*}Pixels")
+    if pixels is None:
+        return []
+    values: list[float | None] = []
+    for axis in "XY":
+        size = _number(pixels.get(f"PhysicalSize{axis}"))
+        um = _um_per_unit(pixels.get(f"PhysicalSize{axis}Unit", "um"))
+        values.append(None if size is None or um is None else size * um)
+    return from_axes("the OME metadata", values[0], values[1])
+
+
+def _um_per_unit(unit: str) -> float | None:
+    # the micro sign and the Greek letter mu are two characters
+    return _UM_PER_UNIT.get(unit.strip().lower().replace("\u00b5", "u").replace("\u03bc", "u"))
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,286 @@
+"""Slides: any H&E image, read region by region at a wanted um/px."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import openslide
+from numpy.typing import NDArray
+from PIL import Image
+
+from prts.errors import InputError
+from prts.io.mpp import MPP_RANGE, Source, is_plausible, resolve_mpp
+from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
+from prts.io.slide_tiff import open_tiff
+
+logger = logging.getLogger(__name__)
+
+# Decoded tiles kept: two neighbouring bands of a large slide share a row of tiles, which this holds.
+_CACHE_BYTES = 256 << 20
+# Source pixels resampled in one go: a larger region is made in parts, so that a thumbnail of any slide fits in memory.
+_PART_PIXELS = 1 << 25
+# A level up to 1 % coarser than wanted counts as fine enough: a pyramid of 0.2506 um/px serves 0.5 from its level 1.
+_LEVEL_TOLERANCE = 1.01
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+class Slide:
+    """An H&E image, opened by `open_slide`; a context manager.
+
+    Attributes
+    ----------
+    path
+        The file.
+    width, height
+        Full-resolution pixels.
+    mpp
+        um per full-resolution pixel.
+    mpp_source
+        Where `mpp` stands.
+    """
+
+    def __init__(self, path: Path, reader: Reader, mpp: float, mpp_source: str) -> None:
+        self.path = path
+        self.mpp = mpp
+        self.mpp_source = mpp_source
+        self._reader = reader
+        self.width = reader.levels[0].width
+        self.height = reader.levels[0].height
+        self._factors = [_level_factors(reader.levels[0], level) for level in reader.levels]
+        self._tiles: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
+        self._tiles_bytes = 0
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file and the decoded tiles."""
+        with self._lock:
+            self._tiles.clear()
+            self._tiles_bytes = 0
+            self._reader.close()
+
+    def size_at(self, mpp: float) -> tuple[int, int]:
+        """Width and height of the whole image at another um/px, in whole pixels."""
+        scale = self.mpp / _checked(mpp)
+        return max(1, round(self.width * scale)), max(1, round(self.height * scale))
+
+    def read_region(
+        self, x: int, y: int, width: int, height: int, mpp: float | None = None, *, outside: int = 255
+    ) -> NDArray[np.uint8]:
+        """Pixels of a region at a wanted um/px.
+
+        The grid of pixels at that um/px starts at the image's top left corner, and a pixel's value depends on its
+        place on this grid only: regions side by side are what one large region gives. Resampling is bicubic, with
+        antialiasing where it reduces, from the coarsest level of the pyramid that is at least as fine.
+
+        Parameters
+        ----------
+        x, y
+            Left column and top row on the grid at `mpp`; may be negative.
+        width, height
+            Size on the same grid; the region may reach outside the image on every side.
+        mpp
+            Wanted um/px; full resolution if left out.
+        outside
+            Grey level of what lies outside the image: white (255), the colour of empty glass, unless told; `outside=0`
+            is the paper's zero. The image is padded before it is resampled, so at its edge the two blend.
+
+        Returns
+        -------
+        RGB, (height, width, 3).
+
+        Raises
+        ------
+        InputError
+            If the file turns out to be truncated or corrupt there.
+        """
+        if width < 0 or height < 0:
+            raise ValueError(f"a region of {width} x {height} pixels")
+        scale = 1.0 if mpp is None else _checked(mpp) / self.mpp
+        level = max(i for i, factors in enumerate(self._factors) if i == 0 or max(factors) <= scale * _LEVEL_TOLERANCE)
+        out = np.empty((height, width, 3), np.uint8)
+        self._fill(out, x, y, level, (scale / self._factors[level][0], scale / self._factors[level][1]), outside)
+        return out
+
+    def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
+        """The whole image, reduced (never enlarged) until no side is longer than `max_side` pixels."""
+        mpp = self.mpp * max(1.0, max(self.width, self.height) / max_side)
+        width, height = self.size_at(mpp)
+        return self.read_region(0, 0, width, height, mpp)
+
+    def _fill(
+        self, out: NDArray[np.uint8], x: int, y: int, level: int, step: tuple[float, float], outside: int
+    ) -> None:
+        """Resample a level into `out`, whose corner is (x, y) on the grid of `step` level pixels to a pixel."""
+        height, width = out.shape[:2]
+        if width == 0 or height == 0:
+            return
+        source_width, source_height = width * step[0], height * step[1]
+        if source_width * source_height > _PART_PIXELS and max(width, height) > 1:
+            # by rows while parts are tall: tiles and strips are then decoded in the order of the file
+            if height > 1 and (source_height > 2048 or width == 1):
+                half = height // 2
+                self._fill(out[:half], x, y, level, step, outside)
+                self._fill(out[half:], x, y + half, level, step, outside)
+            else:
+                half = width // 2
+                self._fill(out[:, :half], x, y, level, step, outside)
+                self._fill(out[:, half:], x + half, y, level, step, outside)
+            return
+        if step == (1.0, 1.0):
+            out[:] = self._window(level, x, y, width, height, outside)
+            return
+        # the cubic kernel reaches two (output) pixels to either side
+        left, right = _with_margin(x, width, step[0])
+        top, bottom = _with_margin(y, height, step[1])
+        window = self._window(level, left, top, right - left, bottom - top, outside)
+        box = (x * step[0] - left, y * step[1] - top, (x + width) * step[0] - left, (y + height) * step[1] - top)
+        out[:] = np.asarray(Image.fromarray(window).resize((width, height), Image.Resampling.BICUBIC, box))
+
+    def _window(self, level: int, x: int, y: int, width: int, height: int, outside: int) -> NDArray[np.uint8]:
+        """Pixels of a level, put together from its tiles."""
+        grid = self._reader.levels[level]
+        window = np.full((height, width, 3), outside, np.uint8)
+        x0, x1 = max(x, 0), min(x + width, grid.width)
+        y0, y1 = max(y, 0), min(y + height, grid.height)
+        if x0 >= x1 or y0 >= y1:
+            return window
+        for row in range(y0 // grid.tile_height, (y1 - 1) // grid.tile_height + 1):
+            top = row * grid.tile_height
+            a, b = max(y0, top), min(y1, top + grid.tile_height)
+            for column in range(x0 // grid.tile_width, (x1 - 1) // grid.tile_width + 1):
+                left = column * grid.tile_width
+                c, d = max(x0, left), min(x1, left + grid.tile_width)
+                tile = self._tile(level, row, column)
+                window[a - y : b - y, c - x : d - x] = tile[a - top : b - top, c - left : d - left]
+        return window
+
+    def _tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+        key = (level, row, column)
+        with self._lock:
+            if key in self._tiles:
+                self._tiles.move_to_end(key)
+                return self._tiles[key]
+            try:
+                tile = self._reader.tile(level, row, column)
+            except InputError as error:
+                raise InputError(f"{self.path}: {error}") from error
+            except Exception as error:
+                raise InputError(
+                    f"{self.path}: truncated or corrupt, the tile in row {row}, column {column} cannot be decoded "
+                    f"({_reason(error)}); get a complete copy"
+                ) from error
+            self._tiles[key] = tile
+            self._tiles_bytes += tile.nbytes
+            while self._tiles_bytes > _CACHE_BYTES and len(self._tiles) > 1:
+                self._tiles_bytes -= self._tiles.popitem(last=False)[1].nbytes
+            return tile
+
+
+def open_slide(path: Path | str, *, mpp: float | None = None, scalefactors_mpp: float | None = None) -> Slide:
+    """Open an H&E image: TIFF, BigTIFF, OME-TIFF, what OpenSlide reads (SVS, NDPI, MRXS, ...), PNG or JPEG.
+
+    Only what a region touches is decoded, except from PNG, JPEG and TIFFs in a single compressed strip.
+
+    Parameters
+    ----------
+    path
+        The image.
+    mpp
+        um per full-resolution pixel, where the user says it.
+    scalefactors_mpp
+        `microns_per_pixel` of the section's scalefactors_json.json.
+
+    Returns
+    -------
+    The slide. Its `mpp` is the first there is of: `mpp`, `scalefactors_mpp`, OME, Aperio or OpenSlide metadata, TIFF
+    resolution or dpi tags. Metadata outside 0.05-5 um/px, such as a default of 72 dpi, is no source.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, no image, truncated, or no RGB or grey one; if no source gives um/px, or two of them
+        differ by more than 2 %.
+    """
+    path = Path(path)
+    if mpp is not None and not is_plausible(mpp):
+        raise InputError(
+            f"mpp={mpp}: no microscope's um per pixel; it must be within {MPP_RANGE[0]:g}-{MPP_RANGE[1]:g}"
+        )
+    reader = _open_reader(path)
+    try:
+        sources: list[Source] = []
+        if mpp is not None:
+            sources.append(("mpp=", mpp))
+        if scalefactors_mpp is not None:
+            sources.append(("scalefactors_json.json", scalefactors_mpp))
+        source, value = resolve_mpp(path, sources + reader.mpp_sources())
+    except BaseException:
+        reader.close()
+        raise
+    logger.debug("%s: %.4g um/px from %s", path, value, source)
+    return Slide(path, reader, value, source)
+
+
+def _open_reader(path: Path) -> Reader:
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; the image file itself is needed")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; an H&E image is needed")
+    try:
+        with path.open("rb") as handle:
+            magic = handle.read(4)
+        if not magic:
+            raise InputError("is empty; get a complete copy")
+        vendor = openslide.OpenSlide.detect_format(str(path))
+        if vendor not in (None, "generic-tiff"):
+            return OpenSlideReader(path)
+        return open_tiff(path) if magic in _TIFF_MAGIC else read_pillow(path)
+    except InputError as error:
+        raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise InputError(f"{path}: may not be read ({error.strerror})") from error
+        raise InputError(f"{path}: no image that can be read, or a damaged one ({_reason(error)})") from error
+    except Exception as error:
+        raise InputError(f"{path}: no image that can be read, or a damaged one ({_reason(error)})") from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _checked(mpp: float) -> float:
+    if not (math.isfinite(mpp) and mpp > 0):
+        raise InputError(f"mpp={mpp}: must be a positive number of um per pixel")
+    return mpp
+
+
+def _with_margin(start: int, length: int, step: float) -> tuple[int, int]:
+    margin = 2 * max(1.0, step) + 1
+    return math.floor(start * step - margin), math.ceil((start + length) * step + margin)
+
+
+def _level_factors(full: Level, level: Level) -> tuple[float, float]:
+    """Full-resolution pixels to a level's pixel, along x and y.
+
+    Writers halve the image and round its size, so the ratio of the sizes is a little off the true, whole factor: over
+    the width of a slide that would shift the pixels.
+    """
+    whole = round(full.width / level.width)
+    if abs(whole * level.width - full.width) <= whole and abs(whole * level.height - full.height) <= whole:
+        return float(whole), float(whole)
+    return full.width / level.width, full.height / level.height
