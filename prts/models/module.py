@@ -1,0 +1,199 @@
+"""The Lightning part: one network, one loss, one optimiser, and what is logged of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from prts.data.datamodule import Batch
+from prts.data.targets import Scaler
+from prts.errors import InputError
+from prts.models.streaming import GenePearson
+
+logger = logging.getLogger(__name__)
+
+
+class PRTSModule(pl.LightningModule):
+    """Trains a network on counts, and logs `train/*` and `val/*` once per epoch.
+
+    Logged: `train/loss`, `train/reg`, `train/bin`, the same under `val/`, and `val/pcc`: the mean over validation sections of the mean
+    per-gene PCC between log1p of the predicted UMI (no gate) and log1p of the measured UMI.
+
+    Parameters
+    ----------
+    net
+        Called with features (b, d), returns level and logit, each (b, g).
+    loss
+        Called with level, logit, target and counts, returns a dict with `loss` and its parts.
+    scaler
+        Makes targets from counts, and UMI from levels.
+    optimizer
+        Makes the optimiser from the parameters.
+    scheduler
+        Makes a learning-rate scheduler from the optimiser; stepped once per epoch, on `val/loss` if it watches a plateau.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        loss: nn.Module,
+        scaler: Scaler,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.loss = loss
+        self.scaler = scaler
+        self._make_optimizer = optimizer
+        self._make_scheduler = scheduler
+        self._train = _Means()
+        self._val = _Means()
+        self._pearson: dict[int, GenePearson] = {}
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Level and logit, each (b, g)."""
+        level, logit = self.net(features)
+        return level, logit
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        parts = self._losses(batch)[0]
+        self._train.add(parts, len(batch.features))
+        return parts["loss"]
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's mean losses."""
+        self._log_means("train", self._train)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the epoch's losses and correlations."""
+        parts, level = self._losses(batch)
+        self._val.add(parts, len(batch.features))
+        predicted = torch.log1p(self.scaler.inverse(level))
+        self._pearson.setdefault(dataloader_idx, GenePearson()).update(predicted, torch.log1p(batch.counts))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's mean losses and mean per-gene PCC."""
+        self._log_means("val", self._val)
+        per_section = torch.stack(
+            [self._over_processes(pearson).compute().nanmean() for pearson in self._pearson.values()]
+        )
+        self._pearson.clear()
+        self.log("val/pcc", per_section.nanmean().float())
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and the scheduler if there is one."""
+        optimizer = self._make_optimizer(self.net.parameters())
+        if self._make_scheduler is None:
+            return optimizer
+        scheduler = self._make_scheduler(optimizer)
+        config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config["monitor"] = "val/loss"
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        level, logit = self.net(batch.features)
+        # float32 even where the network ran in bf16: the loss sums over half a million pairs
+        level, logit = level.float(), logit.float()
+        parts: dict[str, Tensor] = self.loss(level, logit, self.scaler.transform(batch.counts), batch.counts)
+        return parts, level
+
+    def _log_means(self, stage: str, means: _Means) -> None:
+        for name, value in means.take().items():
+            self.log(f"{stage}/{name}", value, sync_dist=self.trainer.world_size > 1)
+
+    def _over_processes(self, pearson: GenePearson) -> GenePearson:
+        """The correlation over all processes' shares of the section."""
+        if self.trainer.world_size == 1:
+            return pearson
+        n, state = pearson.state
+        merged = GenePearson()
+        counts = self.all_gather(torch.tensor(n, device=self.device))
+        for count, part in zip(counts, self.all_gather(state), strict=True):
+            merged.merge(float(count), part)
+        return merged
+
+
+class KeepBest(pl.Callback):
+    """Keeps the network's weights of the best epoch in memory and puts them back when training ends. Nothing is written.
+
+    Parameters
+    ----------
+    monitor
+        Logged figure to watch.
+    mode
+        `min` or `max`.
+
+    Attributes
+    ----------
+    best_epoch, best_value
+        The epoch whose weights were put back, and its figure.
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+        if mode not in ("min", "max"):
+            raise InputError(f"callbacks.keep_best.mode: {mode!r} is not one of min, max")
+        self.monitor = monitor
+        self.mode = mode
+        self.best_epoch: int | None = None
+        self.best_value = float("inf") if mode == "min" else float("-inf")
+        self._weights: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the weights if they are the best so far."""
+        if trainer.sanity_checking:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise InputError(f"callbacks.keep_best.monitor: {self.monitor!r} is not logged; val/loss and val/pcc are")
+        value = float(trainer.callback_metrics[self.monitor])
+        if value < self.best_value if self.mode == "min" else value > self.best_value:
+            self.best_epoch, self.best_value = trainer.current_epoch, value
+            self._weights = {name: tensor.detach().clone() for name, tensor in _net(pl_module).state_dict().items()}
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the best weights back.
+
+        Raises
+        ------
+        InputError
+            If no epoch had a finite figure: training diverged.
+        """
+        if self.best_epoch is None:
+            raise InputError(
+                f"model.optimizer.lr: training diverged ({self.monitor} was never finite); use a smaller learning rate"
+            )
+        _net(pl_module).load_state_dict(self._weights)
+        logger.info("kept the weights of epoch %d: %s %.5g", self.best_epoch, self.monitor, self.best_value)
+
+
+def _net(module: pl.LightningModule) -> nn.Module:
+    assert isinstance(module, PRTSModule)
+    return module.net
+
+
+class _Means:
+    """Means over an epoch, weighted by batch size, summed on the device: reading a value would make the device wait."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._n = 0
+
+    def add(self, parts: dict[str, Tensor], n: int) -> None:
+        for name, value in parts.items():
+            term = value.detach() * n
+            self._sums[name] = self._sums[name] + term if name in self._sums else term
+        self._n += n
+
+    def take(self) -> dict[str, Tensor]:
+        means = {name: total / self._n for name, total in self._sums.items()}
+        self._sums, self._n = {}, 0
+        return means
