@@ -78,13 +78,18 @@ def resolve_mpp(name: object, sources: Sequence[Source]) -> Source:
     used = [source for source in sources if is_plausible(source[1])]
     if not used:
         raise InputError(f"{name}: nothing says how many um a pixel is; give it as mpp=, such as mpp=0.5")
-    for (one, a), (other, b) in combinations(used, 2):
+    require_agreement(name, used)
+    return used[0]
+
+
+def require_agreement(name: object, sources: Sequence[Source]) -> None:
+    """Raise InputError, naming both, if two of the sources differ by more than 2 %."""
+    for (one, a), (other, b) in combinations(sources, 2):
         if not agree(a, b):
             raise InputError(
                 f"{name}: um/px is {a:.4g} in {one} but {b:.4g} in {other}; "
                 "they must agree within 2 %: correct the one that is wrong, or take the image that belongs to them"
             )
-    return used[0]
 
 
 def from_axes(where: str, x: float | None, y: float | None) -> list[Source]:
