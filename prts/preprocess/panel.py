@@ -1,0 +1,404 @@
+"""The gene panel: which genes a model predicts, in which order, chosen on the nuclei of the training sections only.
+
+Several training sections are stacked on the genes (by `gene_id`) that all of them measure. A gene that one section's probe
+set lacks has no count there for a technical reason; filled with zeros it would pass for a gene that differs between tissues.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from prts.errors import InputError
+from prts.io.cache import atomic, file_identity
+from prts.io.gene_list import is_names, read_gene_list, read_json
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The ordered genes that a model predicts.
+
+    Parameters
+    ----------
+    genes
+        Unique names, (n_genes,).
+    gene_ids
+        Unique ids, (n_genes,): what a gene is found by in another section.
+    method
+        What chose them: "paper", "top" or "file".
+    steps
+        How many nuclei, genes or clusters each step of the method kept.
+    """
+
+    genes: tuple[str, ...]
+    gene_ids: tuple[str, ...]
+    method: str
+    steps: dict[str, int]
+
+    def to_json(self, path: Path) -> None:
+        """Write the panel."""
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, path: Path) -> Panel:
+        """Read a panel that `to_json` wrote.
+
+        Raises
+        ------
+        InputError
+            If the file is missing or not a panel.
+        """
+        content = read_json(path)
+        if not isinstance(content, dict) or set(content) != {"genes", "gene_ids", "method", "steps"}:
+            raise InputError(
+                f"{path}: not a gene panel; an object with genes, gene_ids, method and steps would be right"
+            )
+        for key in ("genes", "gene_ids"):
+            if not is_names(content[key]) or len(set(content[key])) != len(content[key]):
+                raise InputError(f"{path}: {key} is not a list of distinct names")
+        if len(content["genes"]) != len(content["gene_ids"]):
+            raise InputError(f"{path}: {len(content['genes'])} genes but {len(content['gene_ids'])} gene_ids")
+        if not isinstance(content["steps"], dict) or not all(type(n) is int for n in content["steps"].values()):
+            raise InputError(f"{path}: steps does not map names to numbers")
+        genes, gene_ids = tuple(content["genes"]), tuple(content["gene_ids"])
+        return cls(genes, gene_ids, str(content["method"]), content["steps"])
+
+    def align(self, counts: AnnData) -> sp.csr_matrix:
+        """Counts of the panel's genes, found by `gene_id`.
+
+        Parameters
+        ----------
+        counts
+            (n_nuclei, any genes) with `var["gene_id"]`.
+
+        Returns
+        -------
+        CSR (n_nuclei, n_genes), sorted, of the dtype of `counts.X`; genes that `counts` lacks are zero columns.
+
+        Raises
+        ------
+        InputError
+            If `counts` has none of the genes.
+        """
+        column = pd.Index(self.gene_ids).get_indexer(counts.var["gene_id"])
+        found = np.flatnonzero(column >= 0)
+        absent = np.setdiff1d(np.arange(len(self.genes)), column[found])
+        if len(found) == 0:
+            raise InputError(
+                f"panel: none of its {len(self.genes)} genes ({_some(self.gene_ids)}) is among the section's {counts.n_vars} "
+                f"({_some(counts.var['gene_id'])}); model and section must be of one species and name genes by the same ids"
+            )
+        if len(absent):
+            names = _some([self.genes[i] for i in absent])
+            logger.warning(
+                "%d of %d panel genes are not in the section and count as 0: %s", len(absent), len(self.genes), names
+            )
+        ones = np.ones(len(found), dtype=counts.X.dtype)
+        selector = sp.csr_matrix((ones, (found, column[found])), shape=(counts.n_vars, len(self.genes)))
+        aligned = sp.csr_matrix(counts.X) @ selector
+        aligned.sort_indices()
+        return aligned
+
+
+class PaperPanel:
+    """The paper's panel: highly variable genes that mark some cluster of nuclei.
+
+    normalize_total, log1p, highly variable genes (seurat flavour), PCA, neighbours, Leiden, Wilcoxon of each cluster against
+    the rest; kept are the highly variable genes with adjusted p and |log2 fold change| beyond the limits in any cluster. All
+    steps are scanpy's. The test is run on the highly variable genes, which are the only candidates: the p values are those
+    of a test of all genes, and Benjamini-Hochberg adjusts for the hypotheses that are asked. Clusters of one nucleus have
+    no variance and are left out of the test, as scanpy asks.
+
+    Parameters
+    ----------
+    n_top_genes
+        Highly variable genes.
+    n_pcs
+        Principal components of the highly variable genes.
+    n_neighbors
+        Neighbours of each nucleus (scanpy's default).
+    resolution
+        Of Leiden; higher gives more clusters.
+    max_p_adjusted
+        Benjamini-Hochberg adjusted p must be below.
+    min_abs_log2fc
+        |log2 fold change| must be above.
+    seed
+        Of PCA, neighbours and Leiden.
+    """
+
+    def __init__(
+        self,
+        n_top_genes: int = 2000,
+        n_pcs: int = 50,
+        n_neighbors: int = 15,
+        resolution: float = 0.6,
+        max_p_adjusted: float = 0.01,
+        min_abs_log2fc: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        self.n_top_genes = n_top_genes
+        self.n_pcs = n_pcs
+        self.n_neighbors = n_neighbors
+        self.resolution = resolution
+        self.max_p_adjusted = max_p_adjusted
+        self.min_abs_log2fc = min_abs_log2fc
+        self.seed = seed
+
+    def settings(self) -> dict[str, Any]:
+        """What the panel depends on besides the counts."""
+        return {"method": "paper", **vars(self)}
+
+    def __call__(self, counts: Sequence[AnnData]) -> Panel:
+        """Choose the panel on the nuclei of the training sections.
+
+        Parameters
+        ----------
+        counts
+            Counts of each training section after quality control.
+
+        Returns
+        -------
+        The panel, in the order of the first section's genes.
+
+        Raises
+        ------
+        InputError
+            If there are fewer nuclei, genes or clusters than the settings need, or no gene passes.
+        """
+        import prts._torchvision  # noqa: F401, I001  scanpy's neighbours import umap, which imports torchvision
+        import scanpy as sc
+
+        nuclei = _stack(counts)
+        self._check_size(nuclei)
+        _log_normalise(nuclei)
+        n_genes = nuclei.n_vars
+        sc.pp.highly_variable_genes(nuclei, n_top_genes=self.n_top_genes, flavor="seurat")
+        nuclei = nuclei[:, nuclei.var["highly_variable"]].copy()
+        if nuclei.n_vars < self.n_top_genes:
+            raise InputError(f"panel.n_top_genes={self.n_top_genes}: only {nuclei.n_vars} genes vary; lower it")
+        sc.pp.pca(nuclei, n_comps=self.n_pcs, random_state=self.seed)
+        sc.pp.neighbors(nuclei, n_neighbors=self.n_neighbors, n_pcs=self.n_pcs, random_state=self.seed)
+        sc.tl.leiden(
+            nuclei, resolution=self.resolution, flavor="igraph", n_iterations=2, directed=False, random_state=self.seed
+        )
+        sizes = nuclei.obs["leiden"].value_counts()
+        tested = sorted(sizes.index[sizes > 1], key=int)
+        if len(sizes) < 2 or not tested:
+            raise InputError(
+                f"panel.resolution={self.resolution:g}: Leiden finds one cluster in {nuclei.n_obs} nuclei, so no gene can mark "
+                "one; raise it, or take panel=top"
+            )
+        sc.tl.rank_genes_groups(nuclei, "leiden", groups=tested, method="wilcoxon", use_raw=False)
+        result = pd.concat(sc.get.rank_genes_groups_df(nuclei, group=group) for group in tested)
+        significant = result["pvals_adj"] < self.max_p_adjusted
+        strong = significant & (result["logfoldchanges"].abs() > self.min_abs_log2fc)
+        kept = nuclei.var_names.isin(result.loc[strong, "names"])
+        if not kept.any():
+            raise InputError(
+                f"panel: none of {nuclei.n_vars} highly variable genes marks one of {len(sizes)} clusters; lower "
+                "panel.min_abs_log2fc, raise panel.max_p_adjusted, or take panel=top"
+            )
+        steps = {
+            "nuclei": nuclei.n_obs,
+            "genes": n_genes,
+            "highly_variable": nuclei.n_vars,
+            "clusters": len(sizes),
+            "significant": int(result.loc[significant, "names"].nunique()),
+            "kept": int(kept.sum()),
+        }
+        return _panel(nuclei.var[kept], "paper", steps)
+
+    def _check_size(self, nuclei: AnnData) -> None:
+        n_nuclei, n_genes = nuclei.shape
+        if n_genes < self.n_top_genes:
+            raise InputError(
+                f"panel.n_top_genes={self.n_top_genes}: the training sections share {n_genes} genes; lower it"
+            )
+        if min(n_nuclei, self.n_top_genes) <= self.n_pcs:
+            raise InputError(
+                f"panel.n_pcs={self.n_pcs}: needs more nuclei and highly variable genes than components, there are {n_nuclei} "
+                f"and {self.n_top_genes}; lower it"
+            )
+        if n_nuclei <= self.n_neighbors:
+            raise InputError(f"panel.n_neighbors={self.n_neighbors}: there are {n_nuclei} training nuclei; lower it")
+
+
+class TopPanel:
+    """The most variable genes: highest variance of log-normalised counts over the training nuclei.
+
+    Genes seen in few nuclei are left out: their variance is that of a few counts, and no metric could judge a prediction.
+    Ties are broken by `gene_id`.
+
+    Parameters
+    ----------
+    n_genes
+        Genes to choose.
+    min_nuclei, min_share
+        A gene must have a count in at least `min_nuclei` nuclei and in at least this share of them.
+    """
+
+    def __init__(self, n_genes: int = 1000, min_nuclei: int = 10, min_share: float = 0.01) -> None:
+        self.n_genes = n_genes
+        self.min_nuclei = min_nuclei
+        self.min_share = min_share
+
+    def settings(self) -> dict[str, Any]:
+        """What the panel depends on besides the counts."""
+        return {"method": "top", **vars(self)}
+
+    def __call__(self, counts: Sequence[AnnData]) -> Panel:
+        """Choose the panel on the nuclei of the training sections.
+
+        Parameters
+        ----------
+        counts
+            Counts of each training section after quality control.
+
+        Returns
+        -------
+        The panel, most variable gene first.
+
+        Raises
+        ------
+        InputError
+            If fewer than `n_genes` genes are seen in enough nuclei.
+        """
+        from sklearn.utils.sparsefuncs import mean_variance_axis
+
+        nuclei = _stack(counts)
+        needed = max(self.min_nuclei, math.ceil(self.min_share * nuclei.n_obs))
+        seen = nuclei.X.getnnz(axis=0) >= needed
+        if seen.sum() < self.n_genes:
+            raise InputError(
+                f"panel.n_genes={self.n_genes}: only {seen.sum()} genes are seen in at least {needed} of {nuclei.n_obs} training "
+                "nuclei; lower it, or panel.min_nuclei and panel.min_share"
+            )
+        _log_normalise(nuclei)
+        _, variance = mean_variance_axis(nuclei.X, axis=0)
+        order = np.lexsort((nuclei.var["gene_id"].to_numpy(dtype=str), -np.where(seen, variance, -1.0)))[: self.n_genes]
+        steps = {"nuclei": nuclei.n_obs, "genes": nuclei.n_vars, "seen": int(seen.sum()), "kept": self.n_genes}
+        return _panel(nuclei.var.iloc[order], "top", steps)
+
+
+class FilePanel:
+    """The genes of a list: text with one a line, a table (comma, semicolon, tab), or JSON (a list, or a panel of ours).
+
+    Entries are gene ids, or symbols where a symbol names one gene. A table with a header is read by its column of ids
+    (`gene_id`, `id`, ...) or names (`gene`, `symbol`, ...), any other by its first column. Lines that start with # are
+    skipped.
+
+    Parameters
+    ----------
+    path
+        The list.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = path
+
+    def settings(self) -> dict[str, Any]:
+        """What the panel depends on besides the counts."""
+        return {"method": "file", "file": file_identity(self._file())}
+
+    def __call__(self, counts: Sequence[AnnData]) -> Panel:
+        """Look the listed genes up in the training sections.
+
+        Parameters
+        ----------
+        counts
+            Counts of each training section.
+
+        Returns
+        -------
+        The panel, in the order of the list.
+
+        Raises
+        ------
+        InputError
+            If the list cannot be read, names a symbol of several genes, or no gene that all training sections measure.
+        """
+        path = self._file()
+        wanted = pd.Index(read_gene_list(path)).unique()
+        var = _shared_genes(counts)
+        symbols = pd.Index(var["symbol"].to_numpy(dtype=object))
+        ambiguous = symbols.duplicated(keep=False)
+        own = np.append(np.flatnonzero(~ambiguous), -1)  # so that -1, not found, stays -1
+        by_id, by_name = pd.Index(var["gene_id"]).get_indexer(wanted), var.index.get_indexer(wanted)
+        by_symbol = own[symbols[own[:-1]].get_indexer(wanted)]
+        at = np.where(by_id >= 0, by_id, np.where(by_name >= 0, by_name, by_symbol))
+        unclear = wanted[(at < 0) & wanted.isin(symbols[ambiguous])]
+        if len(unclear):
+            ids = _some(var["gene_id"][symbols == unclear[0]])
+            raise InputError(f"{path}: {unclear[0]} names several genes ({ids}); list the id of the one that is meant")
+        unknown = wanted[at < 0]
+        if len(unknown) == len(wanted):
+            raise InputError(
+                f"{path}: none of its {len(wanted)} genes ({_some(wanted)}) is in the training sections (such as "
+                f"{_some(var.index)}); symbols or gene ids of the same species would be right"
+            )
+        if len(unknown):
+            logger.warning(
+                "%s: %d of %d genes are not in the training sections: %s",
+                path,
+                len(unknown),
+                len(wanted),
+                _some(unknown),
+            )
+        chosen = var.iloc[pd.unique(at[at >= 0])]
+        steps = {"listed": len(wanted), "genes": len(var), "kept": len(chosen)}
+        return _panel(chosen, "file", steps)
+
+    def _file(self) -> Path:
+        if self.path is None:
+            raise InputError("panel.path: panel=file needs the list of genes; panel.path=FILE would be right")
+        return Path(self.path)
+
+
+def _shared_genes(counts: Sequence[AnnData]) -> pd.DataFrame:
+    """`var` of the first section, reduced to the genes that all sections measure."""
+    var: pd.DataFrame = counts[0].var
+    for other in counts[1:]:
+        var = var[var["gene_id"].isin(other.var["gene_id"])]
+    if var.empty:
+        raise InputError("train: the training sections share no gene id; they must be of one species and genome")
+    return var
+
+
+def _stack(counts: Sequence[AnnData]) -> AnnData:
+    """Training nuclei of all sections x their shared genes, CSR float32."""
+    var = _shared_genes(counts)
+    genes = Panel(tuple(var.index), tuple(var["gene_id"]), "", {})
+    X = sp.vstack([genes.align(section) for section in counts], format="csr", dtype=np.float32)
+    logger.info("panel: %d nuclei of %d training sections, %d shared genes", X.shape[0], len(counts), X.shape[1])
+    return AnnData(X, var=var.copy())
+
+
+def _log_normalise(nuclei: AnnData) -> None:
+    import scanpy as sc
+
+    sc.pp.normalize_total(nuclei)
+    sc.pp.log1p(nuclei)
+
+
+def _panel(var: pd.DataFrame, method: str, steps: dict[str, int]) -> Panel:
+    logger.info("panel %s: %s", method, ", ".join(f"{name} {n}" for name, n in steps.items()))
+    return Panel(tuple(map(str, var.index)), tuple(map(str, var["gene_id"])), method, steps)
+
+
+def _some(names: Sequence[str] | pd.Index | pd.Series, n: int = 5) -> str:
+    """The first few names, for a message."""
+    return ", ".join(map(str, list(names[:n]))) + (", ..." if len(names) > n else "")
