@@ -212,7 +212,7 @@ class PRTSDataModule(pl.LightningDataModule):
             raise InputError(f"tissue.train: {tissue.name} has fewer than two training nuclei with counts and features")
         self._is_set_up = True
 
-    def input_scaling(self) -> tuple[Tensor, Tensor]:
+    def feature_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (d,) of the features over training nuclei, for a network that standardises its input."""
         mean, spread = feature_moments(self.train_sets)
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(spread.astype(np.float32))

@@ -49,7 +49,7 @@ class GenePearson:
     def compute(self) -> Tensor:
         """Correlation (g,): NaN where y is constant, 0 where only x is (a gene that the model cannot emit)."""
         n, (mean_x, mean_y, xx, yy, xy) = self.state
-        correlation = xy / (xx * yy).sqrt().clamp(min=torch.finfo(xy.dtype).tiny)
+        correlation: Tensor = xy / (xx * yy).sqrt().clamp(min=torch.finfo(xy.dtype).tiny)
         correlation = correlation.clamp(-1.0, 1.0).masked_fill(_is_constant(xx, mean_x, n), 0.0)
         return correlation.masked_fill(_is_constant(yy, mean_y, n), torch.nan)
 

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+import torch
+
+from prts.data.datamodule import NucleusBatches, PRTSDataModule, ShuffledBatches
+from prts.data.prepare import PreparedSection, PreparedTissue
+from prts.data.sets import NucleusSet, feature_moments
+from prts.data.splits import Blocks, BySection
+from prts.errors import InputError
+from prts.preprocess.panel import Panel
+from prts.section import Section
+
+MPP = 0.5
+GENES = ("A", "B", "C", "D")
+
+
+def write_section(folder: Path, name: str, n: int, seed: int, *, without_features: int = 0) -> PreparedSection:
+    """A prepared section whose counts are in one order, its features in another."""
+    rng = np.random.default_rng(seed)
+    cell_id = np.array([f"{name}-{i}" for i in range(n)])
+    counts = ad.AnnData(
+        sp.csr_matrix(rng.poisson(1.0, (n, 6)).astype(np.int32)),
+        obs=pd.DataFrame({"area_um2": rng.uniform(20, 90, n), "total_counts": rng.integers(20, 99, n)}, index=cell_id),
+        var=pd.DataFrame({"gene_id": [f"id{gene}" for gene in "XABCDY"]}, index=list("XABCDY")),
+        obsm={"spatial": rng.uniform(0, 4000, (n, 2))},
+    )
+    counts.write_h5ad(folder / f"{name}.h5ad")
+    order = rng.permutation(n)[without_features:]
+    with h5py.File(folder / f"{name}.h5", "w") as store:
+        store.create_dataset("cell_id", data=cell_id[order].astype(object), dtype=h5py.string_dtype())
+        # a feature that says whose it is: local = (i, i), global = (-i, 0, 0)
+        store["local"] = np.stack([order, order], 1).astype(np.float32)
+        store["global"] = np.stack([-order, 0 * order, 0 * order], 1).astype(np.float32)
+        store["spatial"] = counts.obsm["spatial"][order]
+    section = Section(
+        name=name, image=folder / "x.tif", mpp=MPP, mpp_source="given", width=4000, height=4000, bins=None, nuclei=None, spots=None
+    )
+    return PreparedSection(section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5")
+
+
+@pytest.fixture
+def tissue(tmp_path: Path) -> PreparedTissue:
+    sections = {name: write_section(tmp_path, name, n, seed) for seed, (name, n) in enumerate({"a": 65, "b": 40, "v": 30, "t": 20}.items())}
+    Panel(GENES, tuple(f"id{gene}" for gene in GENES), "file", {}).to_json(tmp_path / "panel.json")
+    return PreparedTissue("demo", "human", sections, ["a", "b"], ["v"], ["t"], tmp_path / "panel.json")
+
+
+def ready(tissue: PreparedTissue, **arguments: object) -> PRTSDataModule:
+    module = PRTSDataModule(lambda: tissue, BySection(), **arguments)
+    module.prepare_data()
+    module.setup()
+    return module
+
+
+def test_rows_of_features_counts_and_positions_belong_together(tissue: PreparedTissue) -> None:
+    module = ready(tissue)
+    assert [nuclei.section for nuclei in module.train_sets] == ["a", "b"]
+    assert module.split_report["n"] == {"train": 105, "val": 30, "test": 20, "left_out": 0}
+    for nuclei in (*module.train_sets, *module.val_sets, *module.test_sets):
+        measured = ad.read_h5ad(tissue.sections[nuclei.section].counts)[nuclei.cell_id]
+        number = [int(cell_id.split("-")[1]) for cell_id in nuclei.cell_id]
+        np.testing.assert_array_equal(nuclei.features, np.outer(number, [1, 1, -1, 0, 0]))
+        np.testing.assert_array_equal(nuclei.counts.toarray(), measured[:, list(GENES)].X.toarray())
+        np.testing.assert_allclose(nuclei.xy_um, measured.obsm["spatial"] * MPP)
+        np.testing.assert_array_equal(nuclei.total_counts, measured.obs["total_counts"])
+        np.testing.assert_array_equal(nuclei.area_um2, measured.obs["area_um2"])
+
+
+@pytest.mark.parametrize(("use", "width"), [(("local",), 2), (("global",), 3), (("global", "local"), 5)])
+def test_an_ablation_changes_the_input_width(tissue: PreparedTissue, use: tuple[str, ...], width: int) -> None:
+    module = ready(tissue, use=use)
+    assert module.in_features == width == module.train_sets[0].features.shape[1]
+    assert list(module.feature_widths) == list(use)
+
+
+def test_the_scaler_sees_training_nuclei_only(tissue: PreparedTissue) -> None:
+    module = ready(tissue)
+    counts = np.vstack([nuclei.counts.toarray() for nuclei in module.train_sets]).astype(float)
+    counts[counts == 0] = np.nan
+    np.testing.assert_array_equal(module.scaler.minimum, np.nanmin(counts, axis=0))
+    np.testing.assert_array_equal(module.scaler.range, np.nanmax(counts, axis=0) - np.nanmin(counts, axis=0))
+
+
+def test_an_epoch_has_every_training_nucleus_once_in_a_new_order(tissue: PreparedTissue) -> None:
+    module = ready(tissue, batch_size=32)
+    loader = module.train_dataloader()
+    epochs = [[batch for batch in loader] for _ in range(2)]
+    assert [len(batch.features) for batch in epochs[0]] == [32, 32, 32, 9]
+    rows = [torch.cat([batch.features for batch in epoch]) for epoch in epochs]
+    expected = np.sort(np.concatenate([nuclei.features[:, 0] for nuclei in module.train_sets]))
+    for epoch in rows:
+        np.testing.assert_array_equal(np.sort(epoch[:, 0]), expected)
+    assert not torch.equal(*rows)
+
+
+def test_a_batch_over_two_sections_keeps_features_and_counts_together(tissue: PreparedTissue) -> None:
+    module = ready(tissue)
+    batches = NucleusBatches(module.train_sets)
+    indices = np.random.default_rng(0).permutation(len(batches))
+    batch = batches[indices]
+    features = np.vstack([nuclei.features for nuclei in module.train_sets])
+    counts = np.vstack([nuclei.counts.toarray() for nuclei in module.train_sets])
+    np.testing.assert_array_equal(batch.features, features[indices])
+    np.testing.assert_array_equal(batch.counts, counts[indices])
+    assert batch.counts.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_workers_change_nothing(tissue: PreparedTissue) -> None:
+    def epochs(num_workers: int) -> list[torch.Tensor]:
+        loader = ready(tissue, batch_size=32, num_workers=num_workers, seed=5).train_dataloader()
+        return [torch.cat([batch.counts for batch in loader]) for _ in range(2)]
+
+    alone = epochs(0)
+    for num_workers in (1, 2):
+        for mine, theirs in zip(alone, epochs(num_workers), strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_the_seed_decides_the_order() -> None:
+    def order(seed: int) -> list[int]:
+        return np.concatenate(list(ShuffledBatches(50, 8, seed))).tolist()
+
+    assert order(1) == order(1) != order(2)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(16, [8, 8]), (17, [8, 8]), (18, [8, 8, 2])])
+def test_a_last_batch_of_one_nucleus_is_dropped(n: int, sizes: list[int]) -> None:
+    sampler = ShuffledBatches(n, 8, 0)
+    assert [len(batch) for batch in sampler] == sizes
+    assert len(sampler) == len(sizes)
+
+
+def test_validation_keeps_sections_apart_and_all_nuclei(tissue: PreparedTissue) -> None:
+    module = ready(tissue, batch_size=29)
+    (loader,) = module.val_dataloader()
+    assert torch.equal(torch.cat([batch.features for batch in loader]), torch.from_numpy(module.val_sets[0].features))
+
+
+def test_nuclei_without_features_are_left_out(tmp_path: Path, tissue: PreparedTissue, caplog: pytest.LogCaptureFixture) -> None:
+    tissue.sections["v"] = write_section(tmp_path, "v2", 30, 9, without_features=4)
+    module = ready(tissue)
+    assert len(module.val_sets[0]) == 26
+    assert "4 nuclei have no features" in caplog.text
+
+
+def test_features_of_other_nuclei_are_refused(tmp_path: Path, tissue: PreparedTissue) -> None:
+    other = write_section(tmp_path, "other", 30, 9)
+    kept = tissue.sections["v"]
+    tissue.sections["v"] = PreparedSection(kept.section, kept.nuclei, kept.counts, other.features)
+    with pytest.raises(InputError, match="features of none of the nuclei"):
+        ready(tissue)
+
+
+def test_blocks_split_one_section_into_sets(tissue: PreparedTissue) -> None:
+    one = PreparedTissue("demo", "human", tissue.sections, ["a"], [], ["t"], tissue.panel)
+    module = PRTSDataModule(lambda: one, Blocks())
+    module.setup()
+    assert [nuclei.section for nuclei in (*module.train_sets, *module.val_sets)] == ["a", "a"]
+    distance = np.abs(module.train_sets[0].xy_um[:, None] - module.val_sets[0].xy_um[None]).max(axis=2)
+    assert distance.min() >= 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"), [({"use": ()}, "use"), ({"use": ("local", "cls")}, "use"), ({"batch_size": 1}, "batch_size"), ({"target": "z"}, "target")]
+)
+def test_bad_settings_name_their_key(tissue: PreparedTissue, arguments: dict[str, object], key: str) -> None:
+    with pytest.raises(InputError, match=rf"data\.{key}:"):
+        PRTSDataModule(lambda: tissue, BySection(), **arguments)
+
+
+def test_feature_moments_span_sections_and_survive_constant_features() -> None:
+    rng = np.random.default_rng(0)
+
+    def nuclei(n: int) -> NucleusSet:
+        features = np.hstack([rng.normal(1000, 3, (n, 2)), np.full((n, 1), 0.1), np.zeros((n, 1))]).astype(np.float32)
+        return NucleusSet("s", np.arange(n).astype(object), np.zeros((n, 2)), features, None, np.zeros(n), np.zeros(n))
+
+    sets = [nuclei(5000), nuclei(10)]
+    mean, spread = feature_moments(sets)
+    stacked = np.vstack([part.features for part in sets]).astype(np.float64)
+    np.testing.assert_allclose(mean, stacked.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(spread[:2], stacked[:, :2].std(axis=0), rtol=1e-6)
+    assert spread[2:].tolist() == [1, 1]
+
+
