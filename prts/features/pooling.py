@@ -1,0 +1,107 @@
+"""From patch tokens to the local vector of a nucleus: which patches it overlaps, their mean, and half the channels."""
+
+from __future__ import annotations
+
+import numpy as np
+import shapely
+import torch
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+Polygons = NDArray[np.object_]
+
+
+def patch_overlap(polygons: Polygons, tile: int = 256, patch: float = 16) -> Bools:
+    """Which patches of its tile each nucleus overlaps.
+
+    A patch counts when its interior meets the interior of the polygon, that is, when they share an area: a nucleus that only touches a
+    patch's edge does not overlap it. What reaches out of the tile is clipped. (Paper, Methods: "patches that overlap the nucleus".)
+
+    Parameters
+    ----------
+    polygons
+        Shapely polygons in pixels of their own tile, (b,).
+    tile
+        Side of the tile, px.
+    patch
+        Side of a patch, px; the tile is a whole number of patches.
+
+    Returns
+    -------
+    (b, rows, columns), True where patch (row, column) overlaps.
+
+    Raises
+    ------
+    ValueError
+        If a polygon lies outside its tile.
+    """
+    grid = round(tile / patch)
+    bounds = shapely.bounds(polygons) / patch
+    first = np.clip(np.floor(bounds[:, :2]), 0, grid).astype(np.int64)
+    stop = np.clip(np.ceil(bounds[:, 2:]), 0, grid).astype(np.int64)
+    # Only patches that meet the bounding box are asked of GEOS: a handful, not 256.
+    n_cols, n_rows = np.maximum(stop - first, 0).T
+    which = np.repeat(np.arange(len(polygons)), n_cols * n_rows)
+    place = np.arange(len(which)) - np.repeat(np.cumsum(n_cols * n_rows) - n_cols * n_rows, n_cols * n_rows)
+    row, col = np.divmod(place, np.maximum(n_cols, 1)[which])
+    row, col = row + first[which, 1], col + first[which, 0]
+    boxes = shapely.box(col * patch, row * patch, (col + 1) * patch, (row + 1) * patch)
+    # The interiors of two areas meet if and only if they share an area; DE-9IM decides it without rounding.
+    meets = shapely.relate_pattern(polygons[which], boxes, "T********")
+    overlap = np.zeros((len(polygons), grid, grid), dtype=bool)
+    overlap[which[meets], row[meets], col[meets]] = True
+    outside = np.flatnonzero(~overlap.any(axis=(1, 2)))
+    if len(outside):
+        raise ValueError(f"{len(outside)} polygons lie outside their tile, the first at position {outside[0]}")
+    return overlap
+
+
+def pool_local(tokens: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
+    """Mean of the patch tokens that the nucleus overlaps (paper).
+
+    Parameters
+    ----------
+    tokens
+        (b, rows, columns, channels), row 0 at the top of the tile.
+    overlap
+        (b, rows, columns), as `patch_overlap` gives it.
+
+    Returns
+    -------
+    (b, channels) float32.
+    """
+    weight = overlap.to(device=tokens.device, dtype=torch.float32)
+    weight = weight / weight.sum(dim=(1, 2), keepdim=True)
+    return torch.einsum("bij,bijc->bc", weight, tokens.float())
+
+
+def center2x2(tokens: torch.Tensor) -> torch.Tensor:
+    """Mean of the four patch tokens around the tile's centre, whatever the nucleus (released code).
+
+    Parameters
+    ----------
+    tokens
+        (b, rows, columns, channels). With an odd number of rows or columns the middle one stands alone.
+
+    Returns
+    -------
+    (b, channels) float32.
+    """
+    rows, cols = tokens.shape[1:3]
+    centre = tokens[:, (rows - 1) // 2 : rows // 2 + 1, (cols - 1) // 2 : cols // 2 + 1]
+    return centre.float().mean(dim=(1, 2))
+
+
+def channel_pairs(x: torch.Tensor) -> torch.Tensor:
+    """Average channels 0 and 1, 2 and 3, ...: 384 channels become 192 (released code; the paper does not say how).
+
+    Parameters
+    ----------
+    x
+        (b, channels), an even number of channels.
+
+    Returns
+    -------
+    (b, channels / 2).
+    """
+    return x.reshape(len(x), -1, 2).mean(dim=2)

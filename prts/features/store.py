@@ -1,0 +1,166 @@
+"""The feature store: one HDF5 file with a global and a local vector for each nucleus, found again by `cell_id`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from prts.errors import InputError
+from prts.io.cache import atomic
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Floats = NDArray[np.float32]
+
+_DATASETS = ("cell_id", "global", "local", "spatial")
+_ROWS_PER_READ = 65_536
+
+
+class Rows(NamedTuple):
+    """Features of some nuclei: `global_` (m, G) and `local` (m, L)."""
+
+    global_: Floats
+    local: Floats
+
+
+def write_store(
+    path: Path,
+    cell_ids: Sequence[str] | NDArray[np.object_],
+    spatial: NDArray[np.float64],
+    widths: tuple[int, int],
+    chunks: Iterable[Rows],
+    attrs: Mapping[str, Any],
+) -> None:
+    """Write a store, chunk by chunk, under a temporary name that takes the file's place at the end.
+
+    The same input gives the same bytes (no timestamps).
+
+    Parameters
+    ----------
+    path
+        The `.h5` to write.
+    cell_ids
+        Keys of the nuclei, (n,).
+    spatial
+        Centroids in full-resolution pixels, (n, 2).
+    widths
+        Widths of the global and the local vector.
+    chunks
+        Features of consecutive nuclei, n rows in all.
+    attrs
+        Attributes of the file: str, numbers; anything else is stored as JSON; None is left out.
+    """
+    n = len(cell_ids)
+    with atomic(path) as temporary, h5py.File(temporary, "w") as store:
+        store.create_dataset("cell_id", data=np.asarray(cell_ids, dtype=object), dtype=h5py.string_dtype())
+        store.create_dataset("spatial", data=spatial, dtype=np.float64)
+        sets = [
+            store.create_dataset(name, shape=(n, width), dtype=np.float32, chunks=(min(max(n, 1), 512), width))
+            for name, width in zip(("global", "local"), widths, strict=True)
+        ]
+        start = 0
+        for rows in chunks:
+            stop = start + len(rows.global_)
+            sets[0][start:stop], sets[1][start:stop] = rows
+            start = stop
+        if start != n:
+            raise ValueError(f"{start} rows of features for {n} nuclei")
+        for key, value in attrs.items():
+            if value is not None:
+                store.attrs[key] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
+
+
+def read_features(
+    path: Path, cell_ids: Sequence[str] | NDArray[np.object_] | None = None, use: Sequence[str] = ("local", "global")
+) -> Floats:
+    """Features of the asked nuclei, in the asked order.
+
+    Parameters
+    ----------
+    path
+        A feature store.
+    cell_ids
+        Keys of the n nuclei wanted; None takes all, in the order of the store.
+    use
+        Which vectors, concatenated in this order: z = (local, global) in the paper.
+
+    Returns
+    -------
+    (n, width) float32.
+
+    Raises
+    ------
+    InputError
+        If the file is no feature store (or a truncated one), or a nucleus is not in it.
+    """
+    with _opened(path) as store:
+        sets = [store[name] for name in use]
+        known = store["cell_id"].asstr()[:]
+        if cell_ids is None:
+            target = np.arange(len(known))
+        else:
+            target = pd.Index(known).get_indexer(pd.Index(np.asarray(cell_ids, dtype=object)))
+            if (absent := np.flatnonzero(target < 0)).size:
+                raise InputError(
+                    f"{path}: has no features of {absent.size} of {len(target)} nuclei (cell_id {cell_ids[absent[0]]!r} for one); "
+                    "extract them from the same nuclei file"
+                )
+        stops = np.cumsum([dataset.shape[1] for dataset in sets])
+        out = np.empty((len(target), stops[-1]), dtype=np.float32)
+        order = np.argsort(target, kind="stable")
+        for first in range(0, len(known), _ROWS_PER_READ):
+            last = min(first + _ROWS_PER_READ, len(known))
+            here = order[slice(*np.searchsorted(target[order], [first, last]))]
+            if len(here) == 0:
+                continue
+            for dataset, stop in zip(sets, stops, strict=True):
+                out[here, stop - dataset.shape[1] : stop] = dataset[first:last][target[here] - first]
+    return out
+
+
+def read_store_attrs(path: Path) -> dict[str, Any]:
+    """Attributes of a store (encoder, weights_sha256, mpp, ...), with what was written as JSON decoded again.
+
+    Raises
+    ------
+    InputError
+        If the file is no feature store.
+    """
+    with _opened(path) as store:
+        attrs = {key: value.item() if isinstance(value, np.generic) else value for key, value in store.attrs.items()}
+    return {key: _decoded(value) for key, value in attrs.items()}
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] in ("{", "["):
+        return json.loads(value)
+    return value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a feature store (features-*.h5) is wanted")
+    try:
+        store = h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read as HDF5 ({error}); a feature store is wanted, extract it again"
+        ) from error
+    with store:
+        if missing := [name for name in _DATASETS if name not in store]:
+            raise InputError(f"{path}: is no feature store, it has no /{missing[0]}; extract the features again")
+        try:
+            yield store
+        except OSError as error:
+            raise InputError(f"{path}: is damaged ({error}); extract the features again") from error

@@ -1,0 +1,152 @@
+"""Tiles around nuclei, each pixel of the slide read once.
+
+The nuclei are visited in row bands of 512 px of the encoder's grid. A band's tiles need the band and the 256 rows above it, so a buffer
+of 768 rows is all that is ever held: moving down a band keeps its lower 256 rows and reads 512 new ones. Requests to the slide lie on a
+fixed grid (512 rows x 4096 columns), which makes a tile's pixels independent of where an interrupted extraction went on. Blocks that no
+tile needs are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import shapely
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+
+    from prts.io.slide import Slide
+
+TILE = 256
+BAND = 512
+BLOCK = 4096
+
+Ints = NDArray[np.int64]
+
+
+class TilePlan(NamedTuple):
+    """Where the tiles lie and in which order they are cut.
+
+    `order` (n,) are positions in the nuclei table, band by band and left to right; `origin` (n, 2) are the x, y of the tiles' top left
+    pixels on the encoder's grid, `polygons` (n,) the nuclei in pixels of their tile, `spatial` (n, 2) the centroids in full-resolution
+    pixels: all three in that order.
+    """
+
+    order: Ints
+    origin: Ints
+    polygons: NDArray[np.object_]
+    spatial: NDArray[np.float64]
+
+
+def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float) -> TilePlan:
+    """Lay a tile around each nucleus and order the nuclei for one pass down the slide.
+
+    The tile's centre is the pixel of the encoder's grid nearest to the nucleus' centroid, so that every tile is an exact window of the
+    rescaled slide (METHOD.md, Preparation 5).
+
+    Parameters
+    ----------
+    nuclei
+        Nuclei in full-resolution pixels, n rows.
+    slide_mpp
+        um per full-resolution pixel.
+    mpp
+        um per pixel of the tiles.
+    """
+    geometry = np.asarray(nuclei.geometry.array, dtype=object)
+    centroid = shapely.get_coordinates(shapely.centroid(geometry))
+    scale = slide_mpp / mpp
+    origin = np.floor(centroid * scale + 0.5).astype(np.int64) - TILE // 2
+    order = np.lexsort((origin[:, 1], origin[:, 0], _band(origin[:, 1])))
+    origin = origin[order]
+    # A copy: set_coordinates works in place on the array that it is given.
+    polygons = geometry[order].copy()
+    xy, owner = shapely.get_coordinates(polygons, return_index=True)
+    polygons = shapely.set_coordinates(polygons, xy * scale - origin[owner])
+    return TilePlan(order, origin, polygons, centroid[order])
+
+
+def _band(y: Ints) -> Ints:
+    """Band of a tile whose top row is y: band k takes tops in [512 k - 256, 512 k + 256)."""
+    return np.floor_divide(y + TILE, BAND)
+
+
+def cut_tiles(slide: Slide, mpp: float, plan: TilePlan, groups: Sequence[slice]) -> Iterator[NDArray[np.uint8]]:
+    """Cut the tiles of each group, in order.
+
+    Parameters
+    ----------
+    slide
+        The image; asked for pixels of the grid at `mpp`, white outside the image.
+    mpp
+        um per pixel of the tiles.
+    plan
+        All tiles of the slide. Requests follow from the whole plan, not from the groups asked for.
+    groups
+        Rising slices of the plan, such as the batches that are still to be encoded.
+
+    Yields
+    ------
+    (b, 256, 256, 3) uint8, one array for each group.
+    """
+    buffer = _BandBuffer(slide, mpp, plan.origin)
+    band = _band(plan.origin[:, 1])
+    for group in groups:
+        rows = np.arange(len(band))[group]
+        tiles = np.empty((len(rows), TILE, TILE, 3), dtype=np.uint8)
+        # A group seldom spans more than two bands; the rows are sorted by band.
+        cuts = np.flatnonzero(np.diff(band[rows])) + 1
+        for part in np.split(np.arange(len(rows)), cuts):
+            tiles[part] = buffer.tiles(int(band[rows[part[0]]]), plan.origin[rows[part]])
+        yield tiles
+
+
+class _BandBuffer:
+    """768 rows of the slide: band k and the 256 rows above it, in column blocks that are read when first needed."""
+
+    def __init__(self, slide: Slide, mpp: float, origin: Ints) -> None:
+        self.slide, self.mpp = slide, mpp
+        self.left = int(origin[:, 0].min())
+        self.right = int(origin[:, 0].max()) + TILE
+        self.pixels = np.empty((BAND + TILE, self.right - self.left, 3), dtype=np.uint8)
+        self.band: int | None = None
+        n_blocks = -(-(self.right - self.left) // BLOCK)
+        self.filled = np.zeros(n_blocks, dtype=bool)
+        self.overlap_kept = np.zeros(n_blocks, dtype=bool)
+
+    def tiles(self, band: int, origin: Ints) -> NDArray[np.uint8]:
+        """Copy out the tiles at `origin` (n, 2), which lie in `band`, after reading the blocks under them."""
+        if band != self.band:
+            self._advance(band)
+        x, y = origin[:, 0] - self.left, origin[:, 1] - (band * BAND - TILE)
+        for block in np.union1d(x // BLOCK, (x + TILE - 1) // BLOCK):
+            self._fill(int(block))
+        # As bytes, so that the gather copies runs of 768 and not pixels one by one.
+        lines = self.pixels.reshape(len(self.pixels), -1)
+        windows = np.lib.stride_tricks.sliding_window_view(lines, (TILE, 3 * TILE))
+        return windows[y, 3 * x].reshape(len(origin), TILE, TILE, 3)
+
+    def _advance(self, band: int) -> None:
+        self.overlap_kept[:] = self.filled if self.band is not None and band == self.band + 1 else False
+        if self.overlap_kept.any():
+            self.pixels[:TILE] = self.pixels[BAND:]
+        self.filled[:] = False
+        self.band = band
+
+    def _fill(self, block: int) -> None:
+        if self.filled[block]:
+            return
+        assert self.band is not None
+        columns = slice(block * BLOCK, min((block + 1) * BLOCK, self.right - self.left))
+        if not self.overlap_kept[block]:
+            self.pixels[:TILE, columns] = self._read(self.band - 1, columns)[BAND - TILE :]
+        self.pixels[TILE:, columns] = self._read(self.band, columns)
+        self.filled[block] = True
+
+    def _read(self, stripe: int, columns: slice) -> NDArray[np.uint8]:
+        return self.slide.read_region(
+            self.left + columns.start, stripe * BAND, columns.stop - columns.start, BAND, mpp=self.mpp
+        )

@@ -1,0 +1,271 @@
+"""What the token encoders share: a timm network in the right precision, from uint8 tiles to pooled vectors.
+
+A token encoder's global vector is the network's class token (or its own pooling), its local vector the mean of the patch tokens that the
+nucleus overlaps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prts.errors import InputError
+from prts.features.pooling import center2x2, channel_pairs, patch_overlap, pool_local
+from prts.io.cache import sha256_file
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+class _Tokens(torch.nn.Module):
+    """A timm network that takes uint8 tiles and gives its pooled vector and its patch tokens, both after the last norm."""
+
+    def __init__(self, network: torch.nn.Module, mean: Sequence[float], std: Sequence[float], input_size: int) -> None:
+        super().__init__()
+        self.network, self.input_size = network, input_size
+        scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
+        offset = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        # Plain attributes, not buffers: they stay float32 when the weights become bfloat16.
+        self.scale, self.offset = scale.float()[:, None, None], offset.float()[:, None, None]
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, 256, 256, 3) uint8 -> (b, G) and (b, rows, columns, C)."""
+        pixels = tiles.permute(0, 3, 1, 2).float()
+        if self.input_size != pixels.shape[-1]:
+            size = (self.input_size, self.input_size)
+            pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+        pixels = pixels * self.scale.to(tiles.device) + self.offset.to(tiles.device)
+        network: Any = self.network
+        features = network.forward_features(pixels.to(next(network.parameters()).dtype))
+        return network.forward_head(features, pre_logits=True), self._patch_tokens(features)
+
+    def _patch_tokens(self, features: torch.Tensor) -> torch.Tensor:
+        if features.ndim == 4:
+            channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            return features if channels_last else features.permute(0, 2, 3, 1)
+        if features.ndim == 3:
+            patches = features[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            grid = round(patches.shape[1] ** 0.5)
+            if grid * grid == patches.shape[1]:
+                return patches.reshape(len(patches), grid, grid, -1)  # row by row, as the patch embedding flattens them
+        raise InputError(
+            f"encoder.model_name: {type(self.network).__name__} gives features of shape {tuple(features.shape[1:])}, "
+            "which are no square grid of patch tokens; choose a network with patch tokens or a feature map"
+        )
+
+
+class TokenEncoder:
+    """What the token encoders share: where weights come from and how the network is built is theirs."""
+
+    name: str
+    tile_px = 256
+    mpp = 0.5
+
+    def __init__(
+        self,
+        *,
+        weights: str | Path | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        checkpoint_key: str | None,
+        pooling: str,
+        pair_channels: bool,
+        precision: Precision,
+        device: str,
+        batch_size: int | None,
+    ) -> None:
+        if pooling not in ("nucleus", "center2x2"):
+            raise InputError(f"encoder.pooling: {pooling!r} is unknown; it is nucleus (paper) or center2x2 (released)")
+        for key, value in (("mean", mean), ("std", std)):
+            if value is not None and len(value) != 3:
+                raise InputError(
+                    f"encoder.{key}: {list(value)} are not three numbers, one each for red, green and blue"
+                )
+        if std is not None and min(std) <= 0:
+            raise InputError(f"encoder.std: {list(std)} must be above 0")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"encoder.batch_size: {batch_size} is not at least 1")
+        self.weights = None if weights is None else Path(weights)
+        self._mean, self._std = mean, std
+        self.checkpoint_key, self.pooling, self.pair_channels = checkpoint_key, pooling, pair_channels
+        self.device = _device(device)
+        self.precision = _precision(precision, self.device)
+        self.batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
+        self._network: _Tokens | None = None
+        self._widths = (0, 0)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of red, green and blue (0 to 1) that the network was trained with."""
+        return tuple(map(float, self._mean if self._mean is not None else self._own_normalisation()[0]))
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of red, green and blue that the network was trained with."""
+        return tuple(map(float, self._std if self._std is not None else self._own_normalisation()[1]))
+
+    @property
+    def global_width(self) -> int:
+        """Width of the global vector."""
+        self.load()
+        return self._widths[0]
+
+    @property
+    def local_width(self) -> int:
+        """Width of the local vector."""
+        self.load()
+        return self._widths[1]
+
+    @cached_property
+    def weights_path(self) -> Path:
+        """The weights file, found or downloaded."""
+        if self.weights is None:
+            return self._default_weights()
+        if not self.weights.is_file():
+            raise InputError(f"encoder.weights: {self.weights}: no such file{self._where()}")
+        return self.weights
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """SHA-256 of the weights file."""
+        return sha256_file(self.weights_path)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the features."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "checkpoint_key": self.checkpoint_key,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "mpp": self.mpp,
+            "tile": self.tile_px,
+            "pooling": self.pooling,
+            "pair_channels": self.pair_channels,
+            "precision": self.precision,
+        }
+
+    def load(self) -> None:
+        """Build the network and read its weights.
+
+        Raises
+        ------
+        InputError
+            If the weights are missing, unreadable or for another network.
+        """
+        if self._network is not None:
+            return
+        network, input_size = self._build()
+        tokens = _Tokens(network.eval().requires_grad_(False), self.mean, self.std, input_size)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        tokens = tokens.to(device=self.device, dtype=dtype)
+        with torch.inference_mode():
+            pooled, patches = tokens(
+                torch.zeros((1, self.tile_px, self.tile_px, 3), dtype=torch.uint8, device=self.device)
+            )
+        if patches.shape[1] != patches.shape[2] or patches.shape[1] < 2:
+            raise InputError(
+                f"encoder: {self.name} gives {patches.shape[1]} x {patches.shape[2]} patches; a square grid is wanted"
+            )
+        width = patches.shape[3]
+        if self.pair_channels and width % 2:
+            raise InputError(
+                f"encoder: channels cannot be paired, {self.name} has {width}, an odd number; switch pairing off"
+            )
+        self._widths = (pooled.shape[1], width // 2 if self.pair_channels else width)
+        self._network = tokens
+        logger.info("encoder %s: %s on %s, batches of %d", self.name, self.precision, self.device, self.batch_size)
+
+    def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
+        """Global and local vectors of some nuclei, whatever their number and order.
+
+        Parameters
+        ----------
+        tiles
+            (b, 256, 256, 3), RGB.
+        polygons
+            Shapely polygons in pixels of their tile, (b,).
+
+        Returns
+        -------
+        (b, global_width) and (b, local_width) float32.
+        """
+        self.load()
+        parts = [
+            self._encode_batch(tiles[start : start + self.batch_size], polygons[start : start + self.batch_size])
+            for start in range(0, len(tiles), self.batch_size)
+        ]
+        if not parts:
+            return np.empty((0, self._widths[0]), np.float32), np.empty((0, self._widths[1]), np.float32)
+        pooled, local = zip(*parts, strict=True)
+        return np.concatenate(pooled), np.concatenate(local)
+
+    @torch.inference_mode()
+    def _encode_batch(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
+        assert self._network is not None
+        n = len(tiles)
+        # Always a full batch: kernels are chosen by shape, and another kernel rounds otherwise.
+        batch = torch.zeros(
+            (self.batch_size, *tiles.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
+        )
+        batch[:n] = torch.from_numpy(np.ascontiguousarray(tiles))
+        pooled, patches = self._network(batch.to(self.device, non_blocking=True))
+        patches = patches[:n]
+        if self.pooling == "nucleus":
+            overlap = patch_overlap(polygons, self.tile_px, self.tile_px / patches.shape[1])
+            local = pool_local(patches, torch.from_numpy(overlap))
+        else:
+            local = center2x2(patches)
+        if self.pair_channels:
+            local = channel_pairs(local)
+        return pooled[:n].float().cpu().numpy(), local.cpu().numpy()
+
+    def _build(self) -> tuple[torch.nn.Module, int]:
+        """The network with its weights, and the side in px that tiles are brought to before it."""
+        raise NotImplementedError
+
+    def _default_weights(self) -> Path:
+        """What to read where no file is given."""
+        raise NotImplementedError
+
+    def _own_normalisation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std where none are given."""
+        raise NotImplementedError
+
+    def _where(self) -> str:
+        """Where the weights come from, for messages."""
+        return ""
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"encoder.device: {device!r} is no device of torch; auto, cpu or cuda") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"encoder.device: {device} is asked for, but torch sees no CUDA device; auto or cpu")
+    return chosen
+
+
+def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
+    """Settle `auto`: bf16 where the processor has instructions for it (half the time), not where it is emulated."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise InputError(f"encoder.precision: {precision!r} is unknown; auto, bf16 or fp32")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    native = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    return "bf16" if native else "fp32"
