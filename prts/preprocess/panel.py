@@ -198,9 +198,9 @@ class PaperPanel:
         sizes = nuclei.obs["leiden"].value_counts()
         tested = sorted(sizes.index[sizes > 1], key=int)
         if len(sizes) < 2 or not tested:
+            found = "one cluster; raise it" if len(sizes) < 2 else "clusters of one nucleus only; lower it"
             raise InputError(
-                f"panel.resolution={self.resolution:g}: Leiden finds one cluster in {nuclei.n_obs} nuclei, so no gene can mark "
-                "one; raise it, or take panel=top"
+                f"panel.resolution={self.resolution:g}: Leiden finds {found}, or take panel=top: there are {nuclei.n_obs} nuclei"
             )
         sc.tl.rank_genes_groups(nuclei, "leiden", groups=tested, method="wilcoxon", use_raw=False)
         result = pd.concat(sc.get.rank_genes_groups_df(nuclei, group=group) for group in tested)

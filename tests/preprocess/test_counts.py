@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import anndata as ad
@@ -263,11 +262,10 @@ def test_nothing_left(five):
 
 
 @pytest.mark.real
-@pytest.mark.skipif("PRTS_DATA" not in os.environ, reason="PRTS_DATA is not set")
-def test_real_section_equals_geopandas_join():
+def test_real_section_equals_geopandas_join(prts_data):
     from prts.io.nuclei import read_nuclei
 
-    section = Path(os.environ["PRTS_DATA"]) / "her2st_hd" / "C2"
+    section = prts_data / "her2st_hd" / "C2"
     bins = section / "binned_outputs" / "square_002um"
     nuclei = read_nuclei(section / "nucleus_segmentations.geojson.gz", mpp=0.688, width=100_000, height=100_000)
     counts = count_nuclei(bins, nuclei, species="human")
@@ -277,8 +275,7 @@ def test_real_section_equals_geopandas_join():
 
 
 @pytest.mark.real
-@pytest.mark.skipif("PRTS_DATA" not in os.environ, reason="PRTS_DATA is not set")
-def test_genuine_empty_matrix_is_refused():
-    bins = Path(os.environ["PRTS_DATA"]) / "visium_hd_schema" / "binned_outputs" / "square_002um"
-    with pytest.raises(InputError):
+def test_genuine_empty_matrix_is_refused(prts_data):
+    bins = prts_data / "visium_hd_schema" / "binned_outputs" / "square_002um"
+    with pytest.raises(InputError, match="holds no UMI"):
         count_nuclei(bins, make([shapely.box(0, 0, 50_000, 50_000)]), species="mouse")

@@ -82,13 +82,23 @@ def test_paper_panel_finds_the_markers_and_repeats_itself():
     assert sections[0].X.dtype == np.int32  # the counts are not normalised in place
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:DataFrame is highly fragmented")
+def test_clusters_of_one_nucleus_are_not_tested():
+    counts = clustered()
+    options = {**SMALL, "resolution": 50.0, "max_p_adjusted": 0.9, "min_abs_log2fc": 0.1}
+    # More clusters than half the nuclei: some must have one nucleus, and scanpy would refuse to test those.
+    assert counts.n_obs / 2 < PaperPanel(**options)([counts]).steps["clusters"] < counts.n_obs
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         ({"n_top_genes": 500}, "panel.n_top_genes"),
         ({"n_pcs": 150}, "panel.n_pcs"),
         ({"n_neighbors": 200}, "panel.n_neighbors"),
-        pytest.param({"resolution": 1e-6}, "panel.resolution", marks=pytest.mark.slow),
+        pytest.param({"resolution": 1e-6}, r"panel\.resolution.*raise", marks=pytest.mark.slow),
+        pytest.param({"resolution": 1e6}, r"panel\.resolution.*lower", marks=pytest.mark.slow),
         pytest.param({"min_abs_log2fc": 50.0}, "panel.min_abs_log2fc", marks=pytest.mark.slow),
     ],
 )
@@ -97,6 +107,7 @@ def test_paper_panel_says_which_setting_is_too_high(options, named):
         PaperPanel(**{**SMALL, **options})([clustered(n_types=1, n_per_type=200)])
 
 
+@pytest.mark.filterwarnings("ignore:`n_top_genes` > number of normalized dispersions")
 def test_paper_panel_refuses_genes_that_do_not_vary():
     X = np.zeros((60, 200), dtype=int)
     X[:, :30] = np.random.default_rng(0).poisson(3, (60, 30))
