@@ -41,14 +41,25 @@ def write_section(folder: Path, name: str, n: int, seed: int, *, without_feature
         store["global"] = np.stack([-order, 0 * order, 0 * order], 1).astype(np.float32)
         store["spatial"] = counts.obsm["spatial"][order]
     section = Section(
-        name=name, image=folder / "x.tif", mpp=MPP, mpp_source="given", width=4000, height=4000, bins=None, nuclei=None, spots=None
+        name=name,
+        image=folder / "x.tif",
+        mpp=MPP,
+        mpp_source="given",
+        width=4000,
+        height=4000,
+        bins=None,
+        nuclei=None,
+        spots=None,
     )
     return PreparedSection(section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5")
 
 
 @pytest.fixture
 def tissue(tmp_path: Path) -> PreparedTissue:
-    sections = {name: write_section(tmp_path, name, n, seed) for seed, (name, n) in enumerate({"a": 65, "b": 40, "v": 30, "t": 20}.items())}
+    sections = {
+        name: write_section(tmp_path, name, n, seed)
+        for seed, (name, n) in enumerate({"a": 65, "b": 40, "v": 30, "t": 20}.items())
+    }
     Panel(GENES, tuple(f"id{gene}" for gene in GENES), "file", {}).to_json(tmp_path / "panel.json")
     return PreparedTissue("demo", "human", sections, ["a", "b"], ["v"], ["t"], tmp_path / "panel.json")
 
@@ -92,7 +103,7 @@ def test_the_scaler_sees_training_nuclei_only(tissue: PreparedTissue) -> None:
 def test_an_epoch_has_every_training_nucleus_once_in_a_new_order(tissue: PreparedTissue) -> None:
     module = ready(tissue, batch_size=32)
     loader = module.train_dataloader()
-    epochs = [[batch for batch in loader] for _ in range(2)]
+    epochs = [list(loader) for _ in range(2)]
     assert [len(batch.features) for batch in epochs[0]] == [32, 32, 32, 9]
     rows = [torch.cat([batch.features for batch in epoch]) for epoch in epochs]
     expected = np.sort(np.concatenate([nuclei.features[:, 0] for nuclei in module.train_sets]))
@@ -145,7 +156,9 @@ def test_validation_keeps_sections_apart_and_all_nuclei(tissue: PreparedTissue) 
     assert torch.equal(torch.cat([batch.features for batch in loader]), torch.from_numpy(module.val_sets[0].features))
 
 
-def test_nuclei_without_features_are_left_out(tmp_path: Path, tissue: PreparedTissue, caplog: pytest.LogCaptureFixture) -> None:
+def test_nuclei_without_features_are_left_out(
+    tmp_path: Path, tissue: PreparedTissue, caplog: pytest.LogCaptureFixture
+) -> None:
     tissue.sections["v"] = write_section(tmp_path, "v2", 30, 9, without_features=4)
     module = ready(tissue)
     assert len(module.val_sets[0]) == 26
@@ -170,7 +183,13 @@ def test_blocks_split_one_section_into_sets(tissue: PreparedTissue) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "key"), [({"use": ()}, "use"), ({"use": ("local", "cls")}, "use"), ({"batch_size": 1}, "batch_size"), ({"target": "z"}, "target")]
+    ("arguments", "key"),
+    [
+        ({"use": ()}, "use"),
+        ({"use": ("local", "cls")}, "use"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"target": "z"}, "target"),
+    ],
 )
 def test_bad_settings_name_their_key(tissue: PreparedTissue, arguments: dict[str, object], key: str) -> None:
     with pytest.raises(InputError, match=rf"data\.{key}:"):
@@ -190,5 +209,3 @@ def test_feature_moments_span_sections_and_survive_constant_features() -> None:
     np.testing.assert_allclose(mean, stacked.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(spread[:2], stacked[:, :2].std(axis=0), rtol=1e-6)
     assert spread[2:].tolist() == [1, 1]
-
-

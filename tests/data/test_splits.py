@@ -29,10 +29,16 @@ def uniform(n: int, side_um: float = 2000.0, seed: int = 0) -> np.ndarray:
 def test_by_section_gives_every_nucleus_its_sections_role() -> None:
     xy = {"a": uniform(5), "b": uniform(4), "c": uniform(3)}
     parts = BySection()(xy, Roles(["b"], ["a"], ["c"]))
-    assert {name: labels.tolist() for name, labels in parts.items()} == {"b": [TRAIN] * 4, "a": [VAL] * 5, "c": [TEST] * 3}
+    assert {name: labels.tolist() for name, labels in parts.items()} == {
+        "b": [TRAIN] * 4,
+        "a": [VAL] * 5,
+        "c": [TEST] * 3,
+    }
 
 
-@pytest.mark.parametrize(("roles", "key"), [(Roles(["a"], [], ["b"]), "tissue.val"), (Roles(["a"], ["b"], []), "tissue.test")])
+@pytest.mark.parametrize(
+    ("roles", "key"), [(Roles(["a"], [], ["b"]), "tissue.val"), (Roles(["a"], ["b"], []), "tissue.test")]
+)
 def test_by_section_without_a_role_names_the_way_out(roles: Roles, key: str) -> None:
     with pytest.raises(InputError, match=f"{key}.*split=blocks"):
         BySection()({"a": uniform(5), "b": uniform(5)}, roles)
@@ -78,7 +84,9 @@ def test_blocks_leaves_out_no_more_than_the_guard_band() -> None:
 def test_folds_cover_every_nucleus_once_as_validation() -> None:
     xy = uniform(1003)
     roles = Roles(["s"], [], ["t"])
-    validates = np.sum([Blocks(folds=4, fold=k, blocks_per_fold=2)({"s": xy, "t": xy}, roles)["s"] == VAL for k in range(4)], axis=0)
+    validates = np.sum(
+        [Blocks(folds=4, fold=k, blocks_per_fold=2)({"s": xy, "t": xy}, roles)["s"] == VAL for k in range(4)], axis=0
+    )
     assert (validates == 1).all()
 
 
@@ -120,7 +128,12 @@ def test_split_report_counts_parts_and_refuses_an_empty_one() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
-    [({"folds": 1}, "folds"), ({"fold": 5}, "fold"), ({"guard_um": 100}, "guard_um"), ({"blocks_per_fold": 0}, "blocks_per_fold")],
+    [
+        ({"folds": 1}, "folds"),
+        ({"fold": 5}, "fold"),
+        ({"guard_um": 100}, "guard_um"),
+        ({"blocks_per_fold": 0}, "blocks_per_fold"),
+    ],
 )
 def test_blocks_refuses_values_outside_its_limits(arguments: dict[str, int], key: str) -> None:
     with pytest.raises(InputError, match=rf"split\.{key}:"):

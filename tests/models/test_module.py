@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from prts.data.datamodule import NucleusBatches, ShuffledBatches
+from prts.data.sets import NucleusSet
+from prts.data.targets import make_scaler
+from prts.errors import InputError
+from prts.metrics.expression import pearson_per_gene
+from prts.models.baselines import gene_mean
+from prts.models.losses import PaperLoss
+from prts.models.mlp import PRTSNet
+from prts.models.module import KeepBest, PRTSModule
+from prts.models.output import choose_output
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+class Log(pl.Callback):
+    """Everything logged, epoch by epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+
+def fit(
+    train: Sequence[NucleusSet],
+    val: Sequence[NucleusSet],
+    *,
+    epochs: int,
+    seed: int = 0,
+    lr: float = 0.01,
+    target: str = "log1p",
+    callbacks: Sequence[pl.Callback] = (),
+    scheduler: Callable[..., object] | None = None,
+) -> PRTSModule:
+    pl.seed_everything(seed, verbose=False)
+    genes = train[0].counts.shape[1]
+    module = PRTSModule(
+        PRTSNet(train[0].features.shape[1], genes, hidden=(32, 32)),
+        PaperLoss(),
+        make_scaler(target, genes).fit([nuclei.counts for nuclei in train]),
+        partial(torch.optim.AdamW, lr=lr, weight_decay=0.05),
+        scheduler,
+    )
+    dataset = NucleusBatches(train)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(
+        module,
+        DataLoader(dataset, batch_size=None, sampler=ShuffledBatches(len(dataset), 64, seed)),
+        [DataLoader(NucleusBatches([nuclei]), batch_size=None, sampler=[np.arange(len(nuclei))]) for nuclei in val],
+    )
+    return module
+
+
+def predicted_umi(module: PRTSModule, nuclei: NucleusSet) -> np.ndarray:
+    with torch.no_grad():
+        level, _ = module.net.eval()(torch.from_numpy(nuclei.features))
+        return module.scaler.inverse(level).numpy()
+
+
+@pytest.mark.slow
+def test_the_network_learns_what_the_gene_mean_cannot(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    train, val, test = (poisson_nuclei(n, seed) for n, seed in ((1500, 1), (400, 2), (400, 3)))
+    module = fit([train], [val], epochs=15, callbacks=[KeepBest()])
+    rule = choose_output(module.net, module.scaler, [val])
+    with torch.no_grad():
+        level, logit = module.net.eval()(torch.from_numpy(test.features))
+    umi = rule.apply(module.scaler.inverse(level), logit.sigmoid()).numpy()
+    assert np.nanmean(pearson_per_gene(test.counts, umi)) > 0.35
+    error = np.square(np.log1p(umi) - np.log1p(test.counts.toarray())).mean()
+    trivial = np.square(np.log1p(gene_mean([train]).predict(test.features)) - np.log1p(test.counts.toarray())).mean()
+    assert error < trivial
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    train, val = poisson_nuclei(200, 1), poisson_nuclei(50, 2)
+    first, second, other = (fit([train], [val], epochs=2, seed=seed).net.state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["level.weight"], other["level.weight"])
+
+
+def test_logged_figures_are_those_of_the_whole_epoch(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    log, val = Log(), [poisson_nuclei(50, 2), poisson_nuclei(70, 3)]
+    module = fit([poisson_nuclei(200, 1)], val, epochs=2, callbacks=[log])
+    assert set(log.epochs[-1]) >= {"train/loss", "train/reg", "train/bin", "val/loss", "val/reg", "val/bin", "val/pcc"}
+    pcc = [np.nanmean(pearson_per_gene(nuclei.counts, predicted_umi(module, nuclei))) for nuclei in val]
+    assert log.epochs[-1]["val/pcc"] == pytest.approx(np.mean(pcc), rel=1e-4)
+    batch = NucleusBatches(val)[np.arange(120)]
+    with torch.no_grad():
+        level, logit = module.net(batch.features)
+        parts = module.loss(level, logit, module.scaler.transform(batch.counts), batch.counts)
+    for name, value in parts.items():
+        assert log.epochs[-1][f"val/{name}"] == pytest.approx(float(value), rel=1e-5)
+    assert log.epochs[-1]["train/loss"] == pytest.approx(
+        log.epochs[-1]["train/reg"] + 20 * log.epochs[-1]["train/bin"], rel=1e-5
+    )
+
+
+def test_the_best_epochs_weights_are_put_back(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    log, keep = Log(), KeepBest("val/loss")
+    val = poisson_nuclei(100, 2)
+    module = fit([poisson_nuclei(100, 1)], [val], epochs=8, lr=0.05, callbacks=[log, keep])
+    losses = [epoch["val/loss"] for epoch in log.epochs]
+    assert keep.best_epoch == int(np.argmin(losses)) < 7
+    batch = NucleusBatches([val])[np.arange(100)]
+    with torch.no_grad():
+        level, logit = module.net.eval()(batch.features)
+        loss = module.loss(level, logit, module.scaler.transform(batch.counts), batch.counts)["loss"]
+    assert float(loss) == pytest.approx(min(losses), rel=1e-5)
+
+
+def test_training_that_diverges_says_so(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    with pytest.raises(InputError, match=r"model\.optimizer\.lr: training diverged"):
+        fit([poisson_nuclei(200, 1)], [poisson_nuclei(50, 2)], epochs=1, lr=1e25, callbacks=[KeepBest()])
+
+
+def test_a_plateau_scheduler_watches_the_validation_loss(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    scheduler = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9)  # nothing ever counts as better
+    module = fit([poisson_nuclei(200, 1)], [poisson_nuclei(50, 2)], epochs=3, scheduler=scheduler)
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 / 8)
+
+
+def test_the_model_and_loss_configs_are_the_papers() -> None:
+    model = instantiate(OmegaConf.load(CONFIGS / "model" / "mlp.yaml"))
+    net = model.net(in_features=576, n_genes=1820)
+    assert net.settings()["hidden"] == [512, 512, 1024, 1024]
+    assert (net.order, net.dropout, net.heads, net.standardize) == ("paper", 0.1, "dual", False)
+    optimizer = model.optimizer(net.parameters())
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.01, 0.05)
+    loss = instantiate(OmegaConf.load(CONFIGS / "loss" / "paper.yaml"))
+    assert (loss.w_0, loss.alpha_w, loss.lambda_1, loss.lambda_2) == (1, 5, 1, 20)
+    loss = instantiate(OmegaConf.load(CONFIGS / "loss" / "released.yaml"))
+    assert (loss.lambda_1, loss.lambda_2, loss.alpha, loss.gamma) == (30, 1, 0.7, 2)
+
+
+@pytest.mark.parametrize("name", ["by_section", "blocks", "random"])
+def test_every_split_config_builds_its_splitter(name: str) -> None:
+    config = instantiate(
+        OmegaConf.create({"split": OmegaConf.load(CONFIGS / "split" / f"{name}.yaml"), "seed": 7}).split
+    )
+    assert config.settings()["name"] == name
+    assert config.settings().get("seed", 7) == 7
