@@ -234,22 +234,21 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
     try:
         settings = dict(metadata["architecture"])
         kind, scaling = settings.pop("name"), metadata["target"]["name"]
-        if kind not in ARCHITECTURES:
-            raise InputError(
-                f"{path}: architecture {kind!r} is not one of {', '.join(ARCHITECTURES)}; use a newer prts"
-            )
-        if scaling not in SCALERS:
-            raise InputError(f"{path}: target {scaling!r} is not one of {', '.join(SCALERS)}; use a newer prts")
         genes = [(str(gene["name"]), str(gene["id"])) for gene in metadata["genes"]]
         widths = {str(block): int(metadata["input"]["widths"][block]) for block in metadata["input"]["use"]}
-        per_gene = [values for name in ("pcc", "ceiling") if (values := metadata["validation"].get(name)) is not None]
-        with torch.device("meta"):
-            net = ARCHITECTURES[kind](**settings)
-            scaler = SCALERS[scaling](len(genes))
-        rule = OutputRule(**metadata["output"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        per_gene = [metadata["validation"].get(name) for name in ("pcc", "ceiling")]
+        lengths = {len(genes), *(len(values) for values in per_gene if values is not None)}
+        if kind in ARCHITECTURES and scaling in SCALERS:
+            with torch.device("meta"):
+                net = ARCHITECTURES[kind](**settings)
+                scaler = SCALERS[scaling](len(genes))
+            rule = OutputRule(**metadata["output"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: is not laid out as prts writes it ({type(error).__name__}: {error})") from error
-    if len(genes) != net.n_genes or any(len(values) != len(genes) for values in per_gene):
+    for what, name, known in (("architecture", kind, ARCHITECTURES), ("target", scaling, SCALERS)):
+        if name not in known:
+            raise InputError(f"{path}: {what} {name!r} is not one of {', '.join(known)}; use a newer prts")
+    if lengths != {net.n_genes}:
         raise InputError(f"{path}: lists {len(genes)} genes beside a network of {net.n_genes}; the file was edited")
     if sum(widths.values()) != net.in_features:
         raise InputError(

@@ -144,6 +144,8 @@ DAMAGE = {
     "genes a number": (edit_json(lambda j: j.update(genes=3)), "not laid out as prts writes it"),
     "a gene less": (edit_json(lambda j: j["genes"].pop()), "lists 2 genes beside a network of 3"),
     "a pcc less": (edit_json(lambda j: j["validation"]["pcc"].pop()), "lists 3 genes"),
+    "a pcc no list": (edit_json(lambda j: j["validation"].update(pcc=3)), "not laid out as prts writes it"),
+    "unknown order": (edit_json(lambda j: j["architecture"].update(order="odd")), "model.json: is not laid out.*order"),
     "widths": (edit_json(lambda j: j["input"]["widths"].update(local=9)), "do not add up to the network's 5 inputs"),
     "unknown gate": (edit_json(lambda j: j["output"].update(gate="firm")), "gate"),
     "wider": (edit_json(lambda j: j["architecture"].update(hidden=[8, 6])), "do not belong together"),
