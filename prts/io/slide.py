@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Decoded tiles kept: two neighbouring bands of a large slide share a row of tiles, which this holds.
 _CACHE_BYTES = 256 << 20
-# Source pixels resampled in one go: a larger region is made in parts, so that a thumbnail of any slide fits in memory.
-_PART_PIXELS = 1 << 25
+# Resampling goes in blocks of 256 x 256 pixels, or of half, a quarter, ... where these would need a wider part of the image.
+_BLOCK = 256
+_MAX_SOURCE = 4096
 # A level up to 1 % coarser than wanted counts as fine enough: a pyramid of 0.2506 um/px serves 0.5 from its level 1.
 _LEVEL_TOLERANCE = 1.01
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -111,9 +112,10 @@ class Slide:
             raise ValueError(f"a region of {width} x {height} pixels")
         scale = 1.0 if mpp is None else _checked(mpp) / self.mpp
         level = max(i for i, factors in enumerate(self._factors) if i == 0 or max(factors) <= scale * _LEVEL_TOLERANCE)
-        out = np.empty((height, width, 3), np.uint8)
-        self._fill(out, x, y, level, (scale / self._factors[level][0], scale / self._factors[level][1]), outside)
-        return out
+        step = (scale / self._factors[level][0], scale / self._factors[level][1])
+        if step == (1.0, 1.0):
+            return self._window(level, x, y, width, height, outside)
+        return self._resample(x, y, width, height, level, step, outside)
 
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
         """The whole image, reduced (never enlarged) until no side is longer than `max_side` pixels."""
@@ -121,34 +123,36 @@ class Slide:
         width, height = self.size_at(mpp)
         return self.read_region(0, 0, width, height, mpp)
 
-    def _fill(
-        self, out: NDArray[np.uint8], x: int, y: int, level: int, step: tuple[float, float], outside: int
-    ) -> None:
-        """Resample a level into `out`, whose corner is (x, y) on the grid of `step` level pixels to a pixel."""
-        height, width = out.shape[:2]
-        if width == 0 or height == 0:
-            return
-        source_width, source_height = width * step[0], height * step[1]
-        if source_width * source_height > _PART_PIXELS and max(width, height) > 1:
-            # by rows while parts are tall: tiles and strips are then decoded in the order of the file
-            if height > 1 and (source_height > 2048 or width == 1):
-                half = height // 2
-                self._fill(out[:half], x, y, level, step, outside)
-                self._fill(out[half:], x, y + half, level, step, outside)
-            else:
-                half = width // 2
-                self._fill(out[:, :half], x, y, level, step, outside)
-                self._fill(out[:, half:], x + half, y, level, step, outside)
-            return
-        if step == (1.0, 1.0):
-            out[:] = self._window(level, x, y, width, height, outside)
-            return
-        # the cubic kernel reaches two (output) pixels to either side
-        left, right = _with_margin(x, width, step[0])
-        top, bottom = _with_margin(y, height, step[1])
+    def _resample(
+        self, x: int, y: int, width: int, height: int, level: int, step: tuple[float, float], outside: int
+    ) -> NDArray[np.uint8]:
+        """A region of the grid that has `step` pixels of the level to a pixel, in blocks whose place is fixed on this grid.
+
+        Whatever region asks for a pixel, it comes from the same block and so is the same to the last bit.
+        """
+        out = np.empty((height, width, 3), np.uint8)
+        size = _BLOCK
+        while size > 1 and size * max(step) > _MAX_SOURCE:
+            size //= 2
+        for top in range(y // size * size, y + height, size):
+            rows = slice(max(top, y), min(top + size, y + height))
+            for left in range(x // size * size, x + width, size):
+                columns = slice(max(left, x), min(left + size, x + width))
+                block = self._block(left, top, size, level, step, outside)
+                out[_shift(rows, y), _shift(columns, x)] = block[_shift(rows, top), _shift(columns, left)]
+        return out
+
+    def _block(
+        self, x: int, y: int, size: int, level: int, step: tuple[float, float], outside: int
+    ) -> NDArray[np.uint8]:
+        left, right = _with_margin(x, size, step[0])
+        top, bottom = _with_margin(y, size, step[1])
         window = self._window(level, left, top, right - left, bottom - top, outside)
-        box = (x * step[0] - left, y * step[1] - top, (x + width) * step[0] - left, (y + height) * step[1] - top)
-        out[:] = np.asarray(Image.fromarray(window).resize((width, height), Image.Resampling.BICUBIC, box))
+        # One axis after the other: given both at once, Pillow takes them in the order that is cheaper for the window's shape
+        across = (x * step[0] - left, 0, (x + size) * step[0] - left, bottom - top)
+        down = (0, y * step[1] - top, size, (y + size) * step[1] - top)
+        narrow = Image.fromarray(window).resize((size, bottom - top), Image.Resampling.BICUBIC, across)
+        return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC, down))
 
     def _window(self, level: int, x: int, y: int, width: int, height: int, outside: int) -> NDArray[np.uint8]:
         """Pixels of a level, put together from its tiles."""
@@ -269,7 +273,12 @@ def _checked(mpp: float) -> float:
     return mpp
 
 
+def _shift(place: slice, origin: int) -> slice:
+    return slice(place.start - origin, place.stop - origin)
+
+
 def _with_margin(start: int, length: int, step: float) -> tuple[int, int]:
+    """The pixels that `length` pixels of `step` draw on: the cubic kernel reaches two (output) pixels to either side."""
     margin = 2 * max(1.0, step) + 1
     return math.floor(start * step - margin), math.ceil((start + length) * step + margin)
 

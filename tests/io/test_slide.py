@@ -1,0 +1,524 @@
+"""Slides: any layout of a file gives the same pixels, any tiling the same as the whole, and um/px is never guessed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from prts.errors import InputError
+from prts.io.slide import open_slide
+from prts.io.slide_readers import composite
+
+MPP = 0.27
+
+
+def smooth_image(height: int = 301, width: int = 403, seed: int = 0) -> np.ndarray:
+    """Blobs of all sizes, so that a shift of a fraction of a pixel shows."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8))
+    noise = random.integers(-20, 21, (height, width, 3))
+    image = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(int) + noise
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def rescaled(image: np.ndarray, mpp: float, wanted: float, outside: int = 255) -> np.ndarray:
+    """The whole image, padded and rescaled at once."""
+    height, width = (max(1, round(n * mpp / wanted)) for n in image.shape[:2])
+    return resampled(image, wanted / mpp, 0, 0, width, height, outside)
+
+
+def resampled(image: np.ndarray, scale: float, x: int, y: int, width: int, height: int, outside: int) -> np.ndarray:
+    """Antialiased bicubic (Keys, a = -0.5) as two matrices in float64, rounded after each as 8-bit images are."""
+    across, left, right = kernel(x, width, scale, image.shape[1])
+    down, top, bottom = kernel(y, height, scale, image.shape[0])
+    padded = np.pad(image, ((top, bottom), (left, right), (0, 0)), constant_values=outside).astype(float)
+    narrow = np.clip(np.rint(np.tensordot(padded, across, (1, 1)).transpose(0, 2, 1)), 0, 255)
+    return np.clip(np.rint(np.tensordot(down, narrow, (1, 0))), 0, 255).astype(np.uint8)
+
+
+def kernel(start: int, n: int, scale: float, n_in: int) -> tuple[np.ndarray, int, int]:
+    """Weights (n, padded length) of output pixels start.., and the padding that they need on either side."""
+    reach = 2 * max(1.0, scale)
+    centres = (start + np.arange(n) + 0.5) * scale
+    before = max(0, int(np.ceil(reach - centres.min(initial=0)))) + 1
+    after = max(0, int(np.ceil(centres.max(initial=0) + reach - n_in))) + 1
+    distance = np.abs(np.arange(-before, n_in + after)[None] + 0.5 - centres[:, None]) / max(1.0, scale)
+    near = (1.5 * distance - 2.5) * distance**2 + 1
+    far = ((2.5 - 0.5 * distance) * distance - 4) * distance + 2
+    weights = np.where(distance < 1, near, np.where(distance < 2, far, 0))
+    return weights / weights.sum(axis=1, keepdims=True), before, after
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> int:
+    assert one.shape == other.shape
+    return int(np.abs(one.astype(int) - other).max())
+
+
+IMAGE = smooth_image()
+LAYOUTS = {
+    "tiles": {"tile": (64, 48)},
+    "tiles-deflate": {"tile": (64, 48), "compression": "zlib", "predictor": True},
+    "strips-lzw": {"rowsperstrip": 7, "compression": "lzw"},
+    "one-strip": {},
+    "one-strip-deflate": {"rowsperstrip": 301, "compression": "zlib"},
+    "bigtiff": {"tile": (64, 64), "bigtiff": True},
+    "big-endian": {"byteorder": ">", "rowsperstrip": 20, "compression": "zlib"},
+    "ome": {"tile": (64, 64), "ome": True},
+    "jpeg2000": {"tile": (64, 64), "compression": "jpeg2000", "compressionargs": {"reversible": True}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_pixels_of_the_image(layout: str, tmp_path: Path) -> None:
+    path = tmp_path / "tissue_image.btf"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", **LAYOUTS[layout])
+    with open_slide(path, mpp=MPP) as slide:
+        assert (slide.width, slide.height) == (403, 301)
+        assert np.array_equal(slide.read_region(0, 0, 403, 301), IMAGE)
+        assert np.array_equal(slide.read_region(37, 59, 150, 101), IMAGE[59:160, 37:187])
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("ome", [False, True])
+def test_colours_kept_apart_are_put_together(compression: str | None, ome: bool, tmp_path: Path) -> None:
+    path = tmp_path / "planar.tif"
+    planar = np.ascontiguousarray(IMAGE.transpose(2, 0, 1))
+    tifffile.imwrite(path, planar, photometric="rgb", planarconfig="separate", compression=compression, ome=ome)
+    with open_slide(path, mpp=MPP) as slide:
+        assert np.array_equal(slide.read_region(100, 50, 200, 180), IMAGE[50:230, 100:300])
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib", "tile": (64, 64)}])
+def test_ome_with_a_page_for_each_colour(options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "channels.ome.tif"
+    planar = np.ascontiguousarray(IMAGE.transpose(2, 0, 1))
+    metadata = {"axes": "CYX", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
+    tifffile.imwrite(path, planar, photometric="minisblack", metadata=metadata, **options)
+    with open_slide(path) as slide:
+        assert slide.mpp == 0.25
+        assert "OME" in slide.mpp_source
+        assert np.array_equal(slide.read_region(10, 20, 300, 200), IMAGE[20:220, 10:310])
+
+
+@pytest.mark.parametrize("n", [2, 4, 5])
+def test_fluorescence_is_refused(n: int, tmp_path: Path) -> None:
+    path = tmp_path / "if.ome.tif"
+    tifffile.imwrite(path, np.zeros((n, 60, 70), np.uint8), photometric="minisblack", metadata={"axes": "CYX"})
+    with pytest.raises(InputError, match=f"if.ome.tif.*{n} channels"):
+        open_slide(path, mpp=0.5)
+
+
+def test_a_stack_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, np.zeros((6, 60, 70, 3), np.uint8), photometric="rgb")
+    with pytest.raises(InputError, match="stack of 6"):
+        open_slide(path, mpp=0.5)
+
+
+def test_depth_alpha_palette_and_grey(tmp_path: Path) -> None:
+    grey = IMAGE[..., 0]
+    alpha = np.full((301, 403, 1), 102, np.uint8)
+    on_white = np.round(IMAGE * 0.4 + 255 * 0.6)
+    cases = {
+        "16.tif": (IMAGE.astype(np.uint16) * 257, IMAGE, {"photometric": "rgb"}),
+        "alpha.tif": (np.dstack([IMAGE, alpha]), on_white, {"photometric": "rgb", "extrasamples": ["unassalpha"]}),
+        "grey.tif": (grey, np.dstack([grey] * 3), {"photometric": "minisblack"}),
+        "white.tif": (255 - grey, np.dstack([grey] * 3), {"photometric": "miniswhite"}),
+        "grey16.tif": (grey.astype(np.uint16) * 257, np.dstack([grey] * 3), {"photometric": "minisblack"}),
+    }
+    table = np.tile(np.arange(256, dtype=np.uint16) * 257, (3, 1))
+    table[1] = table[1][::-1]
+    cases["palette.tif"] = (grey, np.dstack([grey, 255 - grey, grey]), {"photometric": "palette", "colormap": table})
+    for name, (pixels, expected, options) in cases.items():
+        tifffile.imwrite(tmp_path / name, pixels, **options)
+        with open_slide(tmp_path / name, mpp=0.5) as slide:
+            assert difference(slide.read_region(0, 0, 403, 301), expected) <= 1, name
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    cmyk = Image.fromarray(IMAGE).convert("CMYK")
+    for name in ("cmyk.tif", "cmyk.jpg"):
+        cmyk.save(tmp_path / name)
+        with open_slide(tmp_path / name, mpp=0.5) as slide:
+            assert np.abs(slide.read_region(0, 0, 403, 301).astype(int) - IMAGE).mean() < 12, name
+
+
+def test_png_of_all_kinds(tmp_path: Path) -> None:
+    grey = IMAGE[..., 0]
+    Image.fromarray(IMAGE).save(tmp_path / "rgb.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    Image.fromarray(np.dstack([IMAGE, np.zeros_like(grey)])).save(tmp_path / "clear.png")
+    expected = {"rgb.png": IMAGE, "grey16.png": np.dstack([grey] * 3), "clear.png": np.full_like(IMAGE, 255)}
+    for name, pixels in expected.items():
+        with open_slide(tmp_path / name, mpp=0.5) as slide:
+            assert np.array_equal(slide.read_region(0, 0, 403, 301), pixels), name
+
+
+def test_float_pixels_are_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "float.tif", np.zeros((60, 70), np.float32))
+    with open_slide(tmp_path / "float.tif", mpp=0.5) as slide, pytest.raises(InputError, match=r"float\.tif.*float32"):
+        slide.read_region(0, 0, 10, 10)
+
+
+def test_premultiplied_colours_are_not_darkened_twice() -> None:
+    rgb, alpha = np.full((1, 1, 3), 100, np.uint8), np.full((1, 1), 128, np.uint8)
+    assert composite(rgb, alpha, premultiplied=True)[0, 0].tolist() == [227] * 3
+    assert composite(rgb, alpha)[0, 0].tolist() == [177] * 3
+
+
+@pytest.mark.parametrize(("mpp", "wanted"), [(0.69, 0.5), (0.27, 0.5), (0.1, 0.5), (0.5, 0.5), (0.25, 0.5)])
+@pytest.mark.parametrize("outside", [255, 0])
+def test_tile_by_tile_is_the_whole_rescaled(mpp: float, wanted: float, outside: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(48, 64))
+    expected = rescaled(IMAGE, mpp, wanted, outside)
+    with open_slide(path, mpp=mpp) as slide:
+        width, height = slide.size_at(wanted)
+        assert (height, width) == expected.shape[:2]
+        whole = slide.read_region(0, 0, width, height, wanted, outside=outside)
+        assert difference(whole, expected) <= 1
+        tiled = np.empty_like(whole)
+        for y in range(0, height, 37):
+            for x in range(0, width, 53):
+                h, w = min(37, height - y), min(53, width - x)
+                tiled[y : y + h, x : x + w] = slide.read_region(x, y, w, h, wanted, outside=outside)
+        assert np.array_equal(tiled, whole)
+
+
+def test_a_strong_reduction_is_made_in_smaller_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64))
+    monkeypatch.setattr("prts.io.slide._MAX_SOURCE", 30)
+    with open_slide(path, mpp=MPP) as slide:
+        assert difference(slide.read_region(0, 0, *slide.size_at(0.5), 0.5), rescaled(IMAGE, MPP, 0.5)) <= 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    x=st.integers(-80, 320),
+    y=st.integers(-80, 260),
+    width=st.integers(0, 130),
+    height=st.integers(0, 130),
+    wanted=st.sampled_from([None, 0.2, 0.5, 0.81]),
+)
+def test_any_region_is_cut_from_the_padded_whole(
+    x: int, y: int, width: int, height: int, wanted: float | None, jpeg_slide: tuple[Path, np.ndarray]
+) -> None:
+    path, image = jpeg_slide
+    with open_slide(path, mpp=MPP) as slide:
+        region = slide.read_region(x, y, width, height, wanted)
+    if width and height:
+        assert difference(region, resampled(image, (wanted or MPP) / MPP, x, y, width, height, 255)) <= 1
+    assert region.shape == (height, width, 3)
+    assert region.dtype == np.uint8
+
+
+@pytest.fixture(scope="module")
+def jpeg_slide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    path = tmp_path_factory.mktemp("slide") / "jpeg.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="jpeg")
+    return path, tifffile.imread(path)
+
+
+def test_edge_blends_with_what_is_outside(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40), (100, 100, 100)).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png", mpp=0.25) as slide:
+        white, black = (slide.read_region(-2, 0, 24, 20, 0.5, outside=grey)[10, :, 0].astype(int) for grey in (255, 0))
+    assert white[0] > 250
+    assert white[2] > 105  # the kernel reaches over the edge
+    assert black[0] < 5
+    assert black[2] < 95
+    assert set(white[5:18]) == set(black[5:18]) == {100}
+
+
+@pytest.mark.parametrize("how", ["subifds", "pages", "ome"])
+def test_the_coarsest_level_that_is_fine_enough_is_used(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "pyramid.tif"
+    sizes = [(1201, 1003), (600, 501), (300, 250), (150, 125)]  # halves, rounded down
+    levels = [np.full((h, w, 3), 40 * (i + 1), np.uint8) for i, (w, h) in enumerate(sizes)]
+    with tifffile.TiffWriter(path, ome=how == "ome") as tif:
+        options = {"photometric": "rgb", "tile": (64, 64)}
+        tif.write(levels[0], subifds=0 if how == "pages" else len(levels) - 1, **options)
+        for level in levels[1:]:
+            tif.write(level, subfiletype=1, metadata=None, **options)
+    wanted = {0.25: 40, 0.4: 40, 0.4975: 80, 0.5: 80, 0.99: 80, 1.0: 120, 1.9: 120, 2.0: 160, 4.9: 160}
+    with open_slide(path, mpp=0.25) as slide:
+        assert {mpp: int(slide.read_region(5, 5, 1, 1, mpp)[0, 0, 0]) for mpp in wanted} == wanted
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.7, 1.3])
+def test_tile_by_tile_from_a_pyramid(wanted: float, tmp_path: Path) -> None:
+    path = tmp_path / "pyramid.tif"
+    image = smooth_image(803, 1001)
+    half = np.asarray(Image.fromarray(image[:802, :1000]).reduce(2))
+    with tifffile.TiffWriter(path) as tif:
+        tif.write(image, photometric="rgb", tile=(128, 128), subifds=1)
+        tif.write(half, photometric="rgb", tile=(128, 128), subfiletype=1)
+    with open_slide(path, mpp=0.25) as slide:
+        width, height = slide.size_at(wanted)
+        whole = slide.read_region(0, 0, width, height, wanted)
+        bands = [slide.read_region(0, y, width, min(100, height - y), wanted) for y in range(0, height, 100)]
+    assert np.array_equal(np.concatenate(bands), whole)
+    inner = (slice(5, -5), slice(5, -5))  # the level's last pixels end before the image's
+    expected = rescaled(half, 0.5, wanted)[: height - 1, : width - 1]
+    assert difference(whole[: height - 1, : width - 1][inner], expected[inner]) <= 1
+
+
+def test_a_region_decodes_the_tiles_it_touches_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="zlib")
+    with open_slide(path, mpp=MPP) as slide:
+        decoded: list[tuple[int, int, int]] = []
+        tile = slide._reader.tile
+        monkeypatch.setattr(slide._reader, "tile", lambda *key: decoded.append(key) or tile(*key))
+        slide.read_region(70, 70, 50, 50)
+        assert decoded == [(0, 1, 1)]
+        slide.read_region(100, 100, 60, 50)
+        assert sorted(decoded) == [(0, 1, 1), (0, 1, 2), (0, 2, 1), (0, 2, 2)]
+        monkeypatch.setattr("prts.io.slide._CACHE_BYTES", 2 * 64 * 64 * 3)
+        slide.read_region(0, 0, 403, 301)
+        assert sum(tile.nbytes for tile in slide._tiles.values()) == slide._tiles_bytes <= 2 * 64 * 64 * 3
+
+
+def test_thumbnail_fits_and_is_never_enlarged(tmp_path: Path) -> None:
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    with open_slide(tmp_path / "a.png", mpp=0.5) as slide:
+        assert slide.thumbnail(100).shape == (75, 100, 3)
+        assert np.array_equal(slide.thumbnail(5000), IMAGE)
+
+
+def imagej(path: Path, unit: str, per_pixel: float) -> None:
+    metadata = {"unit": unit} if unit else {}
+    tifffile.imwrite(path, IMAGE, imagej=True, resolution=(1 / per_pixel, 1 / per_pixel), metadata=metadata)
+
+
+def resolution(path: Path, per_unit: float, unit: str, y: float | None = None) -> None:
+    tifffile.imwrite(path, IMAGE, photometric="rgb", resolution=(per_unit, y or per_unit), resolutionunit=unit)
+
+
+def ome(path: Path, size: float, unit: str, y: float | None = None) -> None:
+    metadata = {"PhysicalSizeX": size, "PhysicalSizeXUnit": unit, "PhysicalSizeY": y or size, "PhysicalSizeYUnit": unit}
+    tifffile.imwrite(path, IMAGE, photometric="rgb", ome=True, metadata=metadata)
+
+
+def aperio(path: Path, mpp: str) -> None:
+    tifffile.imwrite(path, IMAGE, photometric="rgb", description=f"Aperio converted|AppMag = 20|MPP = {mpp}|x = 1")
+
+
+@pytest.mark.parametrize(
+    ("write", "arguments", "mpp", "source"),
+    [
+        (imagej, ("micron", 0.3), 0.3, "ImageJ"),
+        (imagej, ("um", 0.3), 0.3, "ImageJ"),
+        (imagej, ("mm", 0.0003), 0.3, "ImageJ"),
+        (resolution, (20_000, "CENTIMETER"), 0.5, "TIFF"),
+        (resolution, (50_800, "INCH"), 0.5, "TIFF"),
+        (resolution, (20_000, "CENTIMETER", 20_100), 0.49876, "TIFF"),
+        (ome, (0.25, "µm"), 0.25, "OME"),
+        (ome, (250, "nm"), 0.25, "OME"),
+        (ome, (0.00025, "mm"), 0.25, "OME"),
+        (aperio, ("0.2524",), 0.2524, "Aperio"),
+    ],
+)
+def test_metadata_says_um_per_pixel(write, arguments, mpp: float, source: str, tmp_path: Path) -> None:
+    write(tmp_path / "a.tif", *arguments)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.mpp == pytest.approx(mpp, rel=1e-4)
+        assert source in slide.mpp_source
+
+
+@pytest.mark.parametrize(
+    ("write", "arguments"),
+    [
+        (resolution, (72, "INCH")),
+        (resolution, (96, "INCH")),
+        (resolution, (1, "NONE")),
+        (resolution, (2, "NONE")),
+        (imagej, ("", 0.5)),
+        (imagej, ("pixel", 0.5)),
+        (ome, (1.0, "pixel")),
+        (ome, (20.0, "µm")),
+        (aperio, ("none",)),
+    ],
+)
+def test_what_is_no_source_is_not_used(write, arguments, tmp_path: Path) -> None:
+    write(tmp_path / "a.tif", *arguments)
+    with pytest.raises(InputError, match=r"a\.tif.*mpp="):
+        open_slide(tmp_path / "a.tif")
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
+        assert slide.mpp == 0.5
+
+
+def test_dpi_of_png_and_jpeg(tmp_path: Path) -> None:
+    for name, dpi in (("a.png", 50_800), ("b.jpg", 50_800)):
+        Image.fromarray(IMAGE).save(tmp_path / name, dpi=(dpi, dpi))
+        with open_slide(tmp_path / name) as slide:
+            assert slide.mpp == pytest.approx(0.5, rel=1e-3)
+    Image.fromarray(IMAGE).save(tmp_path / "c.jpg", dpi=(96, 96))
+    with pytest.raises(InputError, match=r"c\.jpg.*mpp="):
+        open_slide(tmp_path / "c.jpg")
+
+
+def test_precedence_and_contradiction(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    ome(path, 0.5, "µm")
+    with open_slide(path, mpp=0.505, scalefactors_mpp=0.502) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.505, "mpp=")
+    with open_slide(path, scalefactors_mpp=0.502) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.502, "scalefactors_json.json")
+    with open_slide(path, scalefactors_mpp=12.0) as slide:  # no microscope's: no source
+        assert slide.mpp == 0.5
+    with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in the OME metadata"):
+        open_slide(path, mpp=0.25)
+    # each within 2 % of the explicit one, but not of each other
+    with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME"):
+        open_slide(path, mpp=0.507, scalefactors_mpp=0.515)
+    with pytest.raises(InputError, match=r"mpp=0\.01"):
+        open_slide(path, mpp=0.01)
+    ome(path, 0.5, "µm", y=0.6)
+    with pytest.raises(InputError, match=r"OME metadata along x.*along y"):
+        open_slide(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not an image", b"II*\0", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0" * 99]
+)
+def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "tissue_image.tif"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"tissue_image\.tif"):
+        open_slide(path, mpp=0.5)
+
+
+def test_folder_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="folder"):
+        open_slide(tmp_path, mpp=0.5)
+    with pytest.raises(InputError, match="no such file"):
+        open_slide(tmp_path / "none.tif", mpp=0.5)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "strips.tif", "a.png", "a.jpg"])
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_truncated_files_are_refused(name: str, share: float, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name.endswith("tif"):
+        options = {"tile": (64, 64), "compression": "zlib"} if name == "a.tif" else {"rowsperstrip": 20}
+        tifffile.imwrite(path, IMAGE, photometric="rgb", **options)
+    else:
+        Image.fromarray(IMAGE).save(path)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(InputError, match=name), open_slide(path, mpp=0.5) as slide:
+        slide.read_region(0, 0, 403, 301)
+
+
+@pytest.mark.parametrize("options", [{"tile": (64, 64), "compression": "zlib"}, {"rowsperstrip": 20}])
+def test_a_file_that_is_cut_while_open(options: dict, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", **options)
+    with open_slide(path, mpp=0.5) as slide:
+        with path.open("r+b") as handle:
+            handle.truncate(path.stat().st_size // 2)
+        with pytest.raises(InputError, match=r"a\.tif.*truncated"):
+            slide.read_region(0, 0, 403, 301)
+
+
+def test_corrupt_tiles_are_found_when_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="zlib")
+    with tifffile.TiffFile(path) as tif:
+        offset = tif.pages[0].dataoffsets[8]
+    with path.open("r+b") as handle:
+        handle.seek(offset)
+        handle.write(b"\0" * 200)
+    with open_slide(path, mpp=0.5) as slide, caplog.at_level(logging.ERROR):
+        assert np.array_equal(slide.read_region(0, 0, 60, 60), IMAGE[:60, :60])
+        with pytest.raises(InputError, match=r"a\.tif.*row 1, column 1"):
+            slide.read_region(70, 70, 10, 10)
+
+
+@settings(max_examples=40, deadline=None)
+@given(place=st.floats(0, 1), value=st.binary(min_size=1, max_size=8))
+def test_damage_anywhere_raises_input_errors_only(
+    place: float, value: bytes, jpeg_slide: tuple[Path, np.ndarray]
+) -> None:
+    path = jpeg_slide[0].with_name("damaged.tif")
+    data = bytearray(jpeg_slide[0].read_bytes())
+    # the header and tags at the start or end are hit more often than pixels
+    at = int(place * 2 * 600) if place < 0.5 else len(data) - int((1 - place) * 2 * 600) - 1
+    data[at : at + len(value)] = value
+    path.write_bytes(data)
+    try:
+        with open_slide(path, mpp=0.5) as slide:
+            if slide.width * slide.height < 1e7:
+                slide.read_region(0, 0, 100, 100)
+                slide.thumbnail(64)
+    except InputError as error:
+        assert "damaged.tif" in str(error)
+
+
+def test_empty_tiles_of_a_sparse_file_are_white(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.tif"
+
+    def tiles():
+        for i in range(4):
+            yield IMAGE[:64, :64] if i == 0 else None
+
+    tifffile.imwrite(
+        path, tiles(), shape=(128, 128, 3), dtype="uint8", photometric="rgb", tile=(64, 64), compression="zlib"
+    )
+    with open_slide(path, mpp=0.5) as slide:
+        region = slide.read_region(0, 0, 128, 128)
+    assert np.array_equal(region[:64, :64], IMAGE[:64, :64])
+    assert region[64:].min() == 255
+
+
+def test_an_image_too_big_to_be_decoded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(IMAGE).save(tmp_path / "a.png")
+    before = Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr("prts.io.slide_readers.MAX_WHOLE_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"a\.png.*tiled TIFF"):
+        open_slide(tmp_path / "a.png", mpp=0.5)
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.real
+def test_aperio_slide(prts_data: Path) -> None:
+    with open_slide(prts_data / "images/CMU-1-Small-Region.svs") as slide:
+        assert (slide.width, slide.height, slide.mpp) == (2220, 2967, 0.499)
+        assert "aperio" in slide.mpp_source
+        region = slide.read_region(900, 900, 300, 300)
+        whole = slide.read_region(0, 0, 2220, 2967)
+        width, height = slide.size_at(0.7)
+        small = slide.read_region(0, 0, width, height, 0.7)
+    with tifffile.TiffFile(prts_data / "images/CMU-1-Small-Region.svs") as tif:
+        expected = tif.pages[0].asarray()  # another decoder of the same JPEG tiles
+    assert np.array_equal(region, whole[900:1200, 900:1200])
+    assert np.abs(whole.astype(int) - expected).mean() < 2
+    assert difference(small, rescaled(whole, 0.499, 0.7)) <= 1
+
+
+@pytest.mark.real
+def test_photograph_without_um_per_pixel(prts_data: Path) -> None:
+    with pytest.raises(InputError, match=r"histo\.jpg.*mpp="):
+        open_slide(prts_data / "images/histo.jpg")
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_bands_of_a_real_section(prts_data: Path) -> None:
+    with open_slide(prts_data / "her2st_hd/C2/tissue_image.tif") as slide:
+        assert slide.mpp == pytest.approx(0.6880980086, rel=1e-6)
+        width, height = slide.size_at(0.5)
+        bands = [slide.read_region(0, y, width, min(500, height - y), 0.5) for y in range(0, height, 500)]
+        image = slide.read_region(0, 0, slide.width, slide.height)
+        whole = slide.read_region(0, 0, width, height, 0.5)
+    assert np.array_equal(np.concatenate(bands), whole)
+    expected = resampled(image[:2200, :2200], 0.5 / slide.mpp, 0, 0, 3000, 3000, 255)
+    assert difference(whole[:3000, :3000], expected) <= 1
