@@ -68,8 +68,8 @@ def read_spots(path: Path | str) -> Spots:
 
 def _integers(path: Path, X: Any) -> csr_matrix:
     matrix = csr_matrix(X)
-    counts = matrix.astype(np.int32)
     with np.errstate(invalid="ignore"):
+        counts = matrix.astype(np.int32)
         is_count = matrix.data.dtype.kind in "iufb" and (matrix.data >= 0).all() and (counts.data == matrix.data).all()
     if not is_count:
         raise InputError(

@@ -189,7 +189,8 @@ def _file(bins: Path, name: str) -> Path:
 def _numbers(path: Path, name: str, *, integer: bool) -> NDArray[Any]:
     """One numeric column without gaps."""
     try:
-        column = pq.read_table(path, columns=[name], memory_map=False)
+        with pq.ParquetFile(path) as file:  # not read_table, which takes a folder called "a=b" for a column
+            column = file.read(columns=[name])
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path}: no parquet file that can be read ({error})") from error
     if name not in column.column_names:

@@ -1,0 +1,98 @@
+"""Measured spots: counts as they are, positions in pixels, and nothing else passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.sparse import csr_matrix, issparse
+
+from prts.errors import InputError
+from prts.io.spots import read_spots
+
+COUNTS = np.array([[0, 3, 1], [2, 0, 0]])
+
+
+def spots() -> ad.AnnData:
+    return ad.AnnData(
+        csr_matrix(COUNTS.astype(np.float32)),
+        obs=pd.DataFrame(index=["a", "b"]),
+        var=pd.DataFrame(index=["X", "Y", "Z"]),
+        obsm={"spatial": np.array([[10.5, 20.0], [110.5, 21.0]])},
+        uns={"spot_radius_px": 50.0, "mpp": 0.69},
+    )
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_spots_are_read(tmp_path: Path, dense: bool) -> None:
+    data = spots()
+    if dense:
+        data.X = COUNTS.astype(np.int64)
+    data.write_h5ad(tmp_path / "spots.h5ad")
+    read = read_spots(tmp_path / "spots.h5ad")
+    assert issparse(read.counts.X)
+    assert read.counts.X.dtype == np.int32
+    assert np.array_equal(read.counts.X.toarray(), COUNTS)
+    assert read.xy.tolist() == [[10.5, 20.0], [110.5, 21.0]]
+    assert (read.radius_px, read.mpp) == (50.0, 0.69)
+
+
+def change(**changes: object) -> Callable[[ad.AnnData], None]:
+    def apply(data: ad.AnnData) -> None:
+        for name, value in changes.items():
+            setattr(data, name, value)
+
+    return apply
+
+
+def delete(where: str, key: str) -> Callable[[ad.AnnData], None]:
+    return lambda data: getattr(data, where).__delitem__(key)
+
+
+def put(where: str, key: str, value: object) -> Callable[[ad.AnnData], None]:
+    return lambda data: getattr(data, where).__setitem__(key, value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change(X=COUNTS * 0.5), "fractional"),
+        (change(X=-COUNTS), "negative"),
+        (change(X=np.where(COUNTS > 0, COUNTS, np.nan)), "raw UMI counts"),
+        (change(X=None), "no counts"),
+        (change(var_names=["X", "X", "Z"]), "twice"),
+        (delete("obsm", "spatial"), "spatial"),
+        (put("obsm", "spatial", np.zeros((2, 3))), "spatial"),
+        (put("obsm", "spatial", np.full((2, 2), np.nan)), "spatial"),
+        (delete("uns", "spot_radius_px"), "spot_radius_px"),
+        (put("uns", "spot_radius_px", 0.0), "spot_radius_px"),
+        (put("uns", "spot_radius_px", "wide"), "spot_radius_px"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_wrong_spots_are_refused(tmp_path: Path, damage: Callable[[ad.AnnData], None], message: str) -> None:
+    data = spots()
+    damage(data)
+    data.write_h5ad(tmp_path / "spots.h5ad")
+    with pytest.raises(InputError, match=rf"spots\.h5ad.*{message}"):
+        read_spots(tmp_path / "spots.h5ad")
+
+
+def test_what_is_no_h5ad(tmp_path: Path) -> None:
+    (tmp_path / "spots.h5ad").write_text("barcode,x,y")
+    with pytest.raises(InputError, match=r"spots\.h5ad: no \.h5ad"):
+        read_spots(tmp_path / "spots.h5ad")
+    with pytest.raises(InputError, match="no such file"):
+        read_spots(tmp_path / "none.h5ad")
+
+
+@pytest.mark.real
+def test_real_spots(prts_data: Path) -> None:
+    read = read_spots(prts_data / "her2st_hd/C2/spots.h5ad")
+    assert read.counts.shape == (187, 15_706)
+    assert read.xy[0] == pytest.approx([632.13, 2712.13], abs=0.01)
+    assert read.radius_px * 2 * 0.6880980086 == pytest.approx(100, rel=1e-3)
