@@ -65,7 +65,13 @@ def make_lattice(layout: Layout, tilt_deg: float, shift_um: tuple[float, float])
 
 
 def write_bins(
-    folder: Path, lattice: Lattice, counts: BinCounts, truth: ad.AnnData, mpp: float, shape: tuple[int, int], lowres: float
+    folder: Path,
+    lattice: Lattice,
+    counts: BinCounts,
+    truth: ad.AnnData,
+    mpp: float,
+    shape: tuple[int, int],
+    lowres: float,
 ) -> None:
     """Write `square_002um` as Space Ranger 3 does.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy import ndimage
@@ -41,12 +41,9 @@ def smooth_field(rng: np.random.Generator, shape: tuple[int, int], pitch_um: flo
 def _cubic_weights(n: int, step: float, n_nodes: int) -> Floats:
     """(n, n_nodes) weights of a cubic spline through nodes `step` grid points apart."""
     at = np.arange(n) / step + 1
-    return ndimage.map_coordinates(
-        np.eye(n_nodes, dtype=np.float32),
-        np.stack([np.repeat(at, n_nodes), np.tile(np.arange(n_nodes), n)]),
-        order=3,
-        mode="nearest",
-    ).reshape(n, n_nodes)
+    points = np.stack([np.repeat(at, n_nodes), np.tile(np.arange(n_nodes), n)])
+    weights = ndimage.map_coordinates(np.eye(n_nodes, dtype=np.float32), points, order=3, mode="nearest")
+    return np.asarray(weights.reshape(n, n_nodes), np.float32)
 
 
 def noise_tile(rng: np.random.Generator, size: int, sigma: float | tuple[float, float]) -> Floats:
@@ -76,7 +73,11 @@ class Bilinear:
     """
 
     def __init__(
-        self, shape: tuple[int, int], pitch_um: float, rows_um: NDArray[np.float64], cols_um: NDArray[np.float64]
+        self,
+        shape: tuple[int, int],
+        pitch_um: float,
+        rows_um: NDArray[np.floating[Any]],
+        cols_um: NDArray[np.floating[Any]],
     ) -> None:
         self._row, row_share = _left_node(rows_um, pitch_um, shape[0])
         self._col, self._col_share = _left_node(cols_um, pitch_um, shape[1])
@@ -90,14 +91,14 @@ class Bilinear:
         return np.asarray(rows[:, self._col] + self._col_share * step[:, self._col], np.float32)
 
 
-def _left_node(at_um: NDArray[np.float64], pitch_um: float, n: int) -> tuple[NDArray[np.intp], Floats]:
+def _left_node(at_um: NDArray[np.floating[Any]], pitch_um: float, n: int) -> tuple[NDArray[np.intp], Floats]:
     """Index of the node on the left and the share of the one on the right."""
     at = np.clip(at_um / pitch_um - 0.5, 0, n - 1)
     left = np.minimum(at.astype(np.intp), n - 2)
     return left, (at - left).astype(np.float32)
 
 
-def sample(field: NDArray[np.generic], pitch_um: float, xy_um: NDArray[np.float64]) -> NDArray[np.generic]:
+def sample(field: NDArray[Any], pitch_um: float, xy_um: NDArray[np.float64]) -> NDArray[Any]:
     """Value of the grid square that holds each point, (n, 2) x and y in um."""
     col, row = (np.clip((xy_um[:, k] / pitch_um).astype(np.intp), 0, field.shape[1 - k] - 1) for k in (0, 1))
     return np.asarray(field[row, col])

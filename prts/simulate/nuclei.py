@@ -72,7 +72,7 @@ class Nuclei:
     def reach_um(self) -> Floats:
         """Radius (um) around each centre that surely holds the nucleus."""
         long = self.half_um[:, 0] * (1 + np.abs(self.wobble).sum(axis=1))
-        return np.asarray(np.hypot(long, np.abs(self.bend) * long**2) + 0.1)
+        return np.asarray(long + np.abs(self.bend) * long**2 + 0.1)
 
     def polygons(self, mpp: float) -> NDArray[np.object_]:
         """Outlines as polygons in full-resolution pixels, shape (n,)."""
@@ -172,22 +172,30 @@ def _quasi_random(layout: Layout, cells: int, rng: np.random.Generator) -> Float
         n = int(n * 1.3)
 
 
-def _shapes(layout: Layout, xy_um: Floats, domain: NDArray[np.int8], kind: NDArray[np.int8], rng: np.random.Generator) -> Nuclei:
+def _shapes(
+    layout: Layout, xy_um: Floats, domain: NDArray[np.int8], kind: NDArray[np.int8], rng: np.random.Generator
+) -> Nuclei:
     """Outlines from the types' distributions; long axes follow fibres or point to the nearest edge."""
     n = len(kind)
-    table = {f: np.array([getattr(t, f) for t in TYPES])[kind] for f in ("diameter_um", "size_sd", "elongation", "irregular", "sagitta_um")}
+    table = {
+        f: np.array([getattr(t, f) for t in TYPES])[kind]
+        for f in ("diameter_um", "size_sd", "elongation", "irregular", "sagitta_um")
+    }
     gradients = np.stack([sample(g, GRID_UM, xy_um) for g in layout.gradients], axis=1).astype(np.float64)
     radius = 0.5 * table["diameter_um"] * np.exp(table["size_sd"] * rng.standard_normal(n) + 0.03 * gradients[:, 1])
     stretch = np.sqrt(np.maximum(table["elongation"] * np.exp(0.12 * rng.standard_normal(n)), 1.02))
     half = np.stack([radius * stretch, radius / stretch], axis=1)
     fall = 1 / np.arange(1, HARMONICS + 1) ** 0.7
-    wobble = table["irregular"][:, None] * fall * (rng.standard_normal((n, HARMONICS)) + 1j * rng.standard_normal((n, HARMONICS)))
+    cos, sin = rng.standard_normal((2, n, HARMONICS)) * fall * table["irregular"][:, None]
+    wobble = np.asarray(cos + 1j * sin, np.complex128)
     wobble /= np.maximum(1, np.abs(wobble).sum(axis=1) / 0.3)[:, None]
     bend = table["sagitta_um"] / half[:, 0] ** 2 * rng.normal(0.6, 0.6, n)
 
     slope = _angle(ndimage.gaussian_filter(layout.across, 1.5), xy_um) + np.pi / 2
     edge = _angle(ndimage.gaussian_filter(layout.clearance, 2.0), xy_um)
     along = np.array([t.along for t in TYPES])[kind]
+    # Around a vessel the wall's own direction counts, not that of the stroma beyond.
+    slope = np.where(domain == VESSEL, edge + np.pi / 2, slope)
     lined = (along == "edge") & np.isin(domain, (DUCT, SURFACE))
     angle = np.where(along == "fibre", slope, np.where(lined, edge, rng.uniform(0, np.pi, n)))
     return Nuclei(xy_um, half, angle + 0.16 * rng.standard_normal(n), bend, wobble, kind, domain, gradients)
@@ -195,8 +203,8 @@ def _shapes(layout: Layout, xy_um: Floats, domain: NDArray[np.int8], kind: NDArr
 
 def _angle(field: NDArray[np.float32], xy_um: Floats) -> Floats:
     """Direction in which a field rises fastest at each point."""
-    down, right = np.gradient(field)
-    return np.arctan2(sample(down, GRID_UM, xy_um), sample(right, GRID_UM, xy_um)).astype(np.float64)
+    down, right = (np.asarray(slope) for slope in np.gradient(field))
+    return np.asarray(np.arctan2(sample(down, GRID_UM, xy_um), sample(right, GRID_UM, xy_um)), np.float64)
 
 
 def _separate(nuclei: Nuclei, layout: Layout, rng: np.random.Generator) -> Nuclei:

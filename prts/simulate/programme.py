@@ -42,7 +42,7 @@ _MITO_SHARE = 0.05
 _DEPTH_SD = 0.40
 _AREA_POWER = 0.6
 # A nucleus loses more UMIs to its surroundings by diffusion (1 um) than it gains: measured on sections of 2,000 to 20,000 nuclei.
-_DEPTH_BEFORE_SPILL = 1.0
+_DEPTH_BEFORE_SPILL = 1.12
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ def make_programme(genes: int, *, species: str = "human", program_seed: int = 0)
     Parameters
     ----------
     genes
-        How many: 13 mitochondrial ones (fewer below 260 genes), 1.5 % markers for each type (at least 2), the others without a role by name.
+        How many: 13 mitochondrial ones (fewer below 260 genes), 1.5 % markers for each type (at least 2), the rest named SIM0001
+        and so on.
     species
         `human` (MT-ND1) or `mouse` (mt-Nd1).
     program_seed
@@ -90,7 +91,9 @@ def make_programme(genes: int, *, species: str = "human", program_seed: int = 0)
     mito = [f"MT-{gene}" if species == "human" else f"mt-{gene.capitalize()}" for gene in _MITO[:n_mito]]
     markers = [f"{name}{k:02d}" for name in TYPE_NAMES for k in range(1, each + 1)]
     names = np.array([*mito, *markers, *(f"SIM{k:04d}" for k in range(1, n_plain + 1))], dtype=object)
-    marker_of = np.concatenate([np.full(n_mito, -1), np.repeat(np.arange(n_types), each), np.full(n_plain, -1)]).astype(np.int8)
+    marker_of = np.concatenate([np.full(n_mito, -1), np.repeat(np.arange(n_types), each), np.full(n_plain, -1)]).astype(
+        np.int8
+    )
     is_mito, is_marker = np.arange(genes) < n_mito, marker_of >= 0
 
     abundance = 1.5 * rng.standard_normal(genes)
@@ -103,8 +106,8 @@ def make_programme(genes: int, *, species: str = "human", program_seed: int = 0)
     plain = np.exp(kind[~is_mito].mean(axis=1)).sum() if n_mito else 0.0
     if n_mito:
         kind[is_mito] += np.log(_MITO_SHARE / (1 - _MITO_SHARE) * 1.25 * plain / np.exp(kind[is_mito, 0]).sum())
-    domain = np.where(rng.random((genes, 1)) < 0.3, 0.35, 0.04) * rng.standard_normal((genes, len(DOMAIN_NAMES)))
-    gradient = np.where(rng.random((genes, N_GRADIENTS)) < 0.25, 0.40, 0.03) * rng.standard_normal((genes, N_GRADIENTS))
+    domain = np.where(rng.random((genes, 1)) < 0.4, 0.45, 0.04) * rng.standard_normal((genes, len(DOMAIN_NAMES)))
+    gradient = np.where(rng.random((genes, N_GRADIENTS)) < 0.35, 0.50, 0.03) * rng.standard_normal((genes, N_GRADIENTS))
     latent = 0.22 * rng.standard_normal((genes, N_LATENT))
     latent[:, -1] = np.where(is_mito, 0.40, 0.03 * rng.standard_normal(genes))
     return Programme(
@@ -149,8 +152,8 @@ def make_truth(
     latent[:, -1] += 4.0 * (rng.random(n) < 0.02)
     obs = pd.DataFrame(
         {
-            "cell_type": pd.Categorical.from_codes(nuclei.kind, list(TYPE_NAMES)),
-            "domain": pd.Categorical.from_codes(nuclei.domain, list(DOMAIN_NAMES)),
+            "cell_type": pd.Categorical.from_codes(nuclei.kind, pd.Index(TYPE_NAMES)),
+            "domain": pd.Categorical.from_codes(nuclei.domain, pd.Index(DOMAIN_NAMES)),
             "depth": depth.astype(np.float32),
             "image_depth": (shown * np.exp(_DEPTH_SD**2 / 2)).astype(np.float32),
             "area_um2": area_um2,
@@ -161,7 +164,7 @@ def make_truth(
         {
             "gene_id": programme.ids,
             "mitochondrial": programme.mitochondrial,
-            "marker_of": pd.Categorical.from_codes(programme.marker_of, list(TYPE_NAMES)),
+            "marker_of": pd.Categorical.from_codes(programme.marker_of, pd.Index(TYPE_NAMES)),
             "dispersion": programme.dispersion,
         },
         index=programme.names,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +92,8 @@ def simulate_section(
     InputError
         If an argument makes no sense, or `out` holds anything but a simulated section.
     """
-    out = Path(out)
-    parameters = {
+    folder = Path(out).resolve()
+    parameters: dict[str, Any] = {
         "cells": _whole("cells", cells, 50, 10**7),
         "genes": _whole("genes", genes, 50, 10**6),
         "seed": _whole("seed", seed, 0, 2**63),
@@ -104,16 +104,20 @@ def simulate_section(
         "diffusion_um": _real("diffusion_um", diffusion_um, 0.0, 20.0),
         "program_seed": _whole("program_seed", program_seed, 0, 2**63),
         "species": species,
-        "name": out.name if name is None else str(name),
+        "name": folder.name if name is None else str(name),
     }
     if species not in ("human", "mouse"):
         raise InputError(f"species: {species!r} is neither human nor mouse")
-    _refuse_foreign(out)
+    _refuse_foreign(folder)
 
-    layout_rng, nuclei_rng, cells_rng, umi_rng, image_rng = (np.random.default_rng([seed, stream]) for stream in range(5))
+    layout_rng, nuclei_rng, cells_rng, umi_rng, image_rng = (
+        np.random.default_rng([seed, stream]) for stream in range(5)
+    )
     layout = build_layout(cells, layout_rng)
     nuclei = place_nuclei(layout, cells, nuclei_rng)
-    outlines = make_nuclei(nuclei.polygons(mpp), mpp, cell_id=_cell_ids(cells), score=np.ones(cells), source="simulated nuclei")
+    outlines = make_nuclei(
+        nuclei.polygons(mpp), mpp, cell_id=_cell_ids(cells), score=np.ones(cells), source="simulated nuclei"
+    )
     programme = make_programme(genes, species=species, program_seed=program_seed)
     truth = make_truth(nuclei, outlines, programme, cells_rng)
     lattice = make_lattice(layout, tilt_deg, parameters["shift_um"])
@@ -121,34 +125,34 @@ def simulate_section(
     shape = (math.ceil(layout.height_um / mpp), math.ceil(layout.width_um / mpp))
     _annotate(truth, nuclei, programme, counts, parameters)
 
-    with atomic(out) as folder:
+    with atomic(folder) as temporary:
         lowres = min(1.0, _LOWRES_PX / max(shape))
-        write_bins(folder / BINS, lattice, counts, truth, mpp, shape, lowres)
-        _write_image(folder, layout, nuclei, shape, mpp, shifted_stain(stain), lowres, image_rng)
-        write_nuclei(outlines, folder / "truth_nuclei.parquet")
-        truth.write_h5ad(folder / "truth.h5ad")
+        write_bins(temporary / BINS, lattice, counts, truth, mpp, shape, lowres)
+        _write_image(temporary, layout, nuclei, shape, mpp, shifted_stain(stain), lowres, image_rng)
+        write_nuclei(outlines, temporary / "truth_nuclei.parquet")
+        truth.write_h5ad(temporary / "truth.h5ad")
     logger.info(
         "%s: %s nuclei, %s genes, %s UMIs in %s bins, image %d x %d px of %g um",
         *(out, f"{cells:,}", f"{genes:,}", f"{counts.umi_drawn - counts.umi_lost:,}", f"{counts.counts.shape[0]:,}"),
         *(shape[1], shape[0], mpp),
     )
-    return out
+    return Path(out)
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise InputError(f"{name}: {value!r} is no whole number of at least {low}")
     return int(value)
 
 
 def _real(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{name}: {value!r} is no number from {low:g} to {high:g}")
     return float(value)
 
 
-def _pair(name: str, value: Sequence[float]) -> tuple[float, float]:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+def _pair(name: str, value: object) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
         raise InputError(f"{name}: {value!r} is not [x, y] in um")
     return _real(name, value[0], -1000, 1000), _real(name, value[1], -1000, 1000)
 
@@ -157,10 +161,14 @@ def _refuse_foreign(out: Path) -> None:
     """Only a simulated section may be replaced: nothing that somebody put there himself."""
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; a folder is written: choose another name")
+    if out == Path.cwd():
+        raise InputError(f"out: {out} is the current folder; name a folder to make")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if held and ("truth.h5ad" not in held or held - _OWN):
         foreign = min(held - _OWN, default=min(held))
-        raise InputError(f"out: {out} holds {foreign}, which is not of a simulated section: choose another folder or empty it")
+        raise InputError(
+            f"out: {out} holds {foreign}, which is not of a simulated section: choose another folder or empty it"
+        )
 
 
 def _cell_ids(n: int) -> NDArray[np.object_]:
@@ -175,7 +183,9 @@ def _annotate(
     truth.obsm["spatial"] = nuclei.xy_um / mpp
     truth.uns["markers"] = {kind: np.array(names, dtype=object) for kind, names in programme.markers().items()}
     truth.uns["prts"] = {
-        "parameters": {key: np.array(value) if isinstance(value, tuple) else value for key, value in parameters.items()},
+        "parameters": {
+            key: np.array(value) if isinstance(value, tuple) else value for key, value in parameters.items()
+        },
         "umi_drawn": counts.umi_drawn,
         "umi_lost": counts.umi_lost,
     }
@@ -212,7 +222,7 @@ def _write_image(
             shape=(*shape, 3),
             dtype=np.uint8,
             tile=(BAND, BAND),
-            photometric="ycbcr",
+            photometric="rgb",
             compression="jpeg",
             compressionargs={"level": 90},
             resolution=per_cm,

@@ -57,7 +57,13 @@ class Stain:
 
 
 def shifted_stain(shift: float) -> Stain:
-    """The stain of another day or scanner: 0 is the reference, 1 as far as good laboratories differ (paler nuclei, redder eosin), -1 the other way."""
+    """The stain of another day, laboratory or scanner.
+
+    Parameters
+    ----------
+    shift
+        0 is the reference, 1 as far as good laboratories differ (paler nuclei, stronger and redder eosin), -1 the other way.
+    """
     return Stain(
         haematoxylin=float(np.exp(-0.12 * shift)),
         eosin=float(np.exp(0.12 * shift)),
@@ -120,7 +126,9 @@ class _Canvas:
         g0, g1 = self.nuclei.gradients.T
         self.table = {f: np.array([getattr(t, f) for t in TYPES], np.float32)[kind] for f in _LOOKS}
         self.confined = np.isin(self.nuclei.domain, (TUMOUR, DUCT, SURFACE)) & (self.table["reach_um"] > 10)
-        self.table["reach_um"] = np.where(self.confined, self.table["reach_um"], np.minimum(self.table["reach_um"], 7.5))
+        self.table["reach_um"] = np.where(
+            self.confined, self.table["reach_um"], np.minimum(self.table["reach_um"], 7.5)
+        )
         self.table["haematoxylin"] *= np.exp(0.13 * rng.standard_normal(n) + 0.09 * g1).astype(np.float32)
         self.table["cytoplasm_eosin"] *= np.exp(0.10 * rng.standard_normal(n) + 0.05 * g0).astype(np.float32)
         self.table["cytoplasm_haematoxylin"] *= np.exp(0.15 * rng.standard_normal(n)).astype(np.float32)
@@ -140,7 +148,7 @@ class _Canvas:
         thickness = 1 + 0.07 * smooth_field(rng, layout.domain.shape, GRID_UM, 150)
         self.thickness = np.asarray(thickness, np.float32)
         self.red_xy, self.red_radius = _red_cells(layout, rng)
-        colours = _STAINS + np.array([stain.turn, 0.0, -stain.turn]) + rng.normal(0, 0.01, (3, 3))
+        colours = _STAINS + np.array([stain.turn, 0.0, -stain.turn]) + rng.normal(0, 0.006, (3, 3))
         self.colours = (colours / np.linalg.norm(colours, axis=1, keepdims=True)).astype(np.float32)
         self.lamp = rng.uniform(0, 6.3, 2)
 
@@ -153,16 +161,20 @@ class _Canvas:
         y = (np.arange(top, top + n_rows, dtype=np.float32)[:, None] + 0.5) * self.mpp
         x = (np.arange(cols, dtype=np.float32) + 0.5) * self.mpp
         # Fields of view of the scanner, a little brighter in their middle.
-        lamp = 1 + 0.008 * np.cos(2 * np.pi * y / 410 + self.lamp[0]) + 0.008 * np.cos(2 * np.pi * x / 530 + self.lamp[1])
+        lamp = (
+            1 + 0.008 * np.cos(2 * np.pi * y / 410 + self.lamp[0]) + 0.008 * np.cos(2 * np.pi * x / 530 + self.lamp[1])
+        )
         for channel in range(3):
             per_h, per_e, per_r = self.colours[:, channel]
-            density = haematoxylin * (per_h * self.stain.haematoxylin) + eosin * (per_e * self.stain.eosin) + red * per_r
+            density = (
+                haematoxylin * (per_h * self.stain.haematoxylin) + eosin * (per_e * self.stain.eosin) + red * per_r
+            )
             sharp = np.exp(-_LN10 * density)
             blurred = ndimage.gaussian_filter(sharp, self.stain.blur_um / self.mpp)[halo : halo + n_rows]
             grey = np.float32(self.stain.white[channel]) * lamp.astype(np.float32) * blurred
             noise = repeat_tile(self.tiles.camera, top + 301 * channel, n_rows, cols)
             light[..., channel] = grey + noise * (0.6 + 0.09 * np.sqrt(grey))
-        return np.clip(light + 0.5, 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(light + 0.5, 0, 255), np.uint8)
 
     def _amounts(self, row0: int, rows: int, cols: int) -> tuple[Floats, Floats, Floats]:
         """Amounts of the three stains in each pixel."""
@@ -180,7 +192,9 @@ class _Canvas:
         grain = repeat_tile(tiles.grain, row0, rows, cols)
         coarse = repeat_tile(tiles.coarse, row0, rows, cols)
         # Strands, and clefts where the tissue has torn along them.
-        matrix *= np.maximum(1 + fibres * (0.30 * thin + 0.22 * thick), 0.1) * (1 - 0.9 * fibres * np.clip(1.6 * (-thick - 1.0), 0, 1))
+        matrix *= np.maximum(1 + fibres * (0.30 * thin + 0.22 * thick), 0.1) * (
+            1 - 0.9 * fibres * np.clip(1.6 * (-thick - 1.0), 0, 1)
+        )
         texture = 1 + 0.09 * grain + 0.10 * coarse
         eosin = (eosin + matrix) * texture + 0.25 * membrane
         haematoxylin = haematoxylin * (1 + 0.12 * grain + 0.12 * coarse) + 0.10 * membrane

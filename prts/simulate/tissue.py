@@ -169,7 +169,9 @@ def build_layout(cells: int, rng: np.random.Generator) -> Layout:
     angle = rng.uniform(-0.5, 0.5)
     bend = 28 * scale * smooth_field(rng, shape, GRID_UM, 260 * scale)
     ring = 90 * np.exp(-np.maximum(clearance, 0) / np.float32(40 * scale)) * scale
-    gradients = np.stack([_gradient(rng, shape, x_um / width_um, y_um / height_um, solid, scale) for _ in range(N_GRADIENTS)])
+    gradients = np.stack(
+        [_gradient(rng, shape, x_um / width_um, y_um / height_um, solid, scale) for _ in range(N_GRADIENTS)]
+    )
     per_um2 = np.append(1 / UM2_PER_NUCLEUS, 0.0)[domain] * (1 - 0.12 * gradients[0])
     density = np.where(clearance > 3.2 * scale, per_um2, 0).astype(np.float32)
     density *= np.float32(cells / (density.sum(dtype=np.float64) * GRID_UM**2))
@@ -193,7 +195,9 @@ def _outline(x: Floats, y: Floats, rng: np.random.Generator) -> Floats:
     theta = np.arctan2(v, u)
     radius = np.full_like(theta, 0.85)
     for k in (1, 2, 3, 4, 5, 7):
-        radius += np.float32(0.05 / k**0.6 * rng.standard_normal()) * np.cos(k * theta + np.float32(rng.uniform(0, 6.3)))
+        radius += np.float32(0.05 / k**0.6 * rng.standard_normal()) * np.cos(
+            k * theta + np.float32(rng.uniform(0, 6.3))
+        )
     radius = np.clip(radius, 0.55, 0.93)
     # A superellipse: fuller than an ellipse, as a trimmed block is.
     return np.asarray(radius - (np.abs(u) ** 2.8 + np.abs(v) ** 2.8) ** (1 / 2.8), np.float32)
@@ -226,7 +230,10 @@ def _add_structures(
             tries = rng.choice(ok, 40) if ok.size else ok
             rows, cols = np.divmod(tries, domain.shape[1])
             apart = [
-                all(np.hypot(r - pr, c - pc) * GRID_UM > radius * 1.2 + pradius * 1.2 + 16 * scale for pr, pc, pradius in placed)
+                all(
+                    np.hypot(r - pr, c - pc) * GRID_UM > radius * 1.2 + pradius * 1.2 + 16 * scale
+                    for pr, pc, pradius in placed
+                )
                 for r, c in zip(rows, cols, strict=True)
             ]
             if not any(apart):
@@ -251,7 +258,10 @@ def _add_structure(
     reach = int(radius * 1.6 / GRID_UM) + 2
     window = (slice(max(row - reach, 0), row + reach + 1), slice(max(col - reach, 0), col + reach + 1))
     rows, cols = np.ogrid[window[0].start : window[0].stop, window[1].start : window[1].stop]
-    v, u = (rows[: domain.shape[0] - window[0].start] - row) * GRID_UM, (cols[:, : domain.shape[1] - window[1].start] - col) * GRID_UM
+    v, u = (
+        (rows[: domain.shape[0] - window[0].start] - row) * GRID_UM,
+        (cols[:, : domain.shape[1] - window[1].start] - col) * GRID_UM,
+    )
     squeeze, turn = rng.uniform(1.0, 1.25), rng.uniform(0, np.pi)
     p, q = u * np.cos(turn) + v * np.sin(turn), v * np.cos(turn) - u * np.sin(turn)
     theta = np.arctan2(q * squeeze, p / squeeze)

@@ -83,7 +83,9 @@ def draw_counts(
         cell, gene = _negative_binomial(rates * (1 + share[cells, None]).astype(np.float32), size, rng)
         drawn += len(cell)
         cell += start
-        home = np.where(rng.random(len(cell)) * (1 + share[cell]) < 1, nuclear.pick(cell, rng), cytoplasm.pick(cell, rng))
+        home = np.where(
+            rng.random(len(cell)) * (1 + share[cell]) < 1, nuclear.pick(cell, rng), cytoplasm.pick(cell, rng)
+        )
         keys.append(_caught(home, gene, shape, n_genes, diffusion_um, rng))
     n_ambient = int(rng.poisson(_AMBIENT_UMI_PER_BIN * in_tissue.sum()))
     ambient = rng.choice(np.flatnonzero(in_tissue), n_ambient)
@@ -145,7 +147,9 @@ def _homes(
     return nuclear, _grouped(owner[near], free_bins[near], len(nuclei))
 
 
-def _negative_binomial(mean: NDArray[np.float32], size: NDArray[np.float32], rng: np.random.Generator) -> tuple[Ints, Ints]:
+def _negative_binomial(
+    mean: NDArray[np.float32], size: NDArray[np.float32], rng: np.random.Generator
+) -> tuple[Ints, Ints]:
     """Negative binomial counts, one entry (cell, gene) per UMI.
 
     A negative binomial is a Poisson number of bursts with logarithmic sizes (Quenouille 1949): only bursts that happen cost time, and
