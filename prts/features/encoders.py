@@ -358,6 +358,10 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
     name = settings.get("name")
     if name == Classical.name:
         return Classical(pooling=settings["pooling"])
+    if name not in (ViT256.name, DinoViTS16.name, Timm.name):
+        raise InputError(
+            f"encoder: {name!r} is unknown to this version of prts; it knows vit256, dino_vits16, timm and classical"
+        )
     common = {
         "weights": weights,
         "mean": settings["mean"],
@@ -370,13 +374,9 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
     encoder: TokenEncoder
     if name == Timm.name:
         encoder = Timm(settings["model_name"], pair_channels=settings["pair_channels"], **common)
-    elif name in (ViT256.name, DinoViTS16.name):
+    else:
         kind = ViT256 if name == ViT256.name else DinoViTS16
         encoder = kind(local_width=192 if settings["pair_channels"] else None, **common)
-    else:
-        raise InputError(
-            f"encoder: {name!r} is unknown to this version of prts; it knows vit256, dino_vits16, timm and classical"
-        )
     if encoder.weights_sha256 != settings["weights_sha256"]:
         raise InputError(
             f"encoder.weights: {encoder.weights_path} has sha256 {encoder.weights_sha256}, the model was trained with "

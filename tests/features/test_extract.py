@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import shapely
+
+from prts.errors import InputError
+from prts.features import extract as extract_module
+from prts.features.extract import extract
+from prts.features.store import Rows, read_features, read_store_attrs, write_store
+
+
+class MeanEncoder:
+    """Global: mean colour (of every 16th pixel) and centre pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
+
+    name, tile_px, mpp, pooling, batch_size, weights_sha256 = "mean", 256, 0.5, "nucleus", 16, None
+    global_width, local_width = 6, 3
+
+    def __init__(self, fail_at: int | None = None, version: int = 1) -> None:
+        self.fail_at, self.version, self.encoded = fail_at, version, 0
+
+    def settings(self):
+        return {"name": self.name, "precision": "fp32", "version": self.version}
+
+    def load(self):
+        pass
+
+    def encode(self, tiles, polygons):
+        if self.fail_at is not None and self.encoded + len(tiles) > self.fail_at:
+            raise RuntimeError("killed")
+        self.encoded += len(tiles)
+        pooled = np.concatenate([tiles[:, ::16, ::16].mean(axis=(1, 2)), tiles[:, 128, 128]], axis=1).astype(np.float32)
+        local = np.column_stack([shapely.area(polygons), shapely.get_coordinates(shapely.centroid(polygons))])
+        return pooled, (self.version * local).astype(np.float32)
+
+
+@pytest.fixture
+def case(fake_slide, nuclei_at, monkeypatch):
+    monkeypatch.setattr(extract_module, "CHUNK", 64)
+    slide = fake_slide()
+    xy = np.random.default_rng(0).uniform(0, [slide.width, slide.height], (300, 2))
+    return slide, nuclei_at(xy, np.linspace(5, 20, 300))
+
+
+def test_each_nucleus_gets_its_own_features(case, tmp_path):
+    slide, nuclei = case
+    out = tmp_path / "features-mean.h5"
+    extract(slide, nuclei, MeanEncoder(), out, provenance={"image": "fake", "sections": ["a"]})
+    xy = shapely.get_coordinates(shapely.centroid(nuclei.geometry.array))
+    centre = np.floor(xy * 0.5 + 0.5).astype(int)
+    asked = np.random.default_rng(1).permutation(300)[:120]
+    features = read_features(out, nuclei["cell_id"].to_numpy()[asked], use=("local", "global"))
+    assert features.shape == (120, 9) and features.dtype == np.float32
+    np.testing.assert_allclose(features[:, 0], nuclei.area.to_numpy()[asked] / 4, rtol=1e-5)
+    inside = (centre < slide.rescaled.shape[1::-1]).all(axis=1)[asked]
+    here = centre[asked[inside]]
+    np.testing.assert_array_equal(features[inside, 6:], slide.rescaled[here[:, 1], here[:, 0]])
+    np.testing.assert_array_equal(
+        read_features(out, nuclei["cell_id"].to_numpy()[asked], use=("global",)), features[:, 3:]
+    )
+    attrs = read_store_attrs(out)
+    assert attrs["provenance"] == {"image": "fake", "sections": ["a"]}
+    assert (attrs["encoder"], attrs["mpp"], attrs["tile"], attrs["pooling"], attrs["precision"]) == (
+        "mean",
+        0.5,
+        256,
+        "nucleus",
+        "fp32",
+    )
+    with h5py.File(out) as store:
+        order = store["cell_id"].asstr()[:]
+        np.testing.assert_allclose(store["spatial"][:], xy[[int(name[1:]) for name in order]])
+    assert list(tmp_path.glob("features*")) == [out]
+
+
+@pytest.mark.parametrize("fail_at", [1, 64, 200, 299])
+def test_an_interrupted_run_ends_with_the_same_bytes(case, tmp_path, fail_at):
+    slide, nuclei = case
+    whole, resumed = tmp_path / "a" / "features.h5", tmp_path / "b" / "features.h5"
+    extract(slide, nuclei, MeanEncoder(), whole)
+    with pytest.raises(RuntimeError, match="killed"):
+        extract(slide, nuclei, MeanEncoder(fail_at), resumed)
+    assert not resumed.exists()
+    second = MeanEncoder()
+    extract(slide, nuclei, second, resumed)
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert second.encoded == 300 - fail_at // 64 * 64  # what was done in whole chunks is not done again
+
+
+@pytest.mark.parametrize("change", ["encoder", "polygon", "image", "truncated"])
+def test_parts_of_something_else_are_not_mixed_in(case, tmp_path, change):
+    slide, nuclei = case
+    out, clean = tmp_path / "features.h5", tmp_path / "clean.h5"
+    with pytest.raises(RuntimeError, match="killed"):
+        extract(slide, nuclei, MeanEncoder(fail_at=250), out)
+    encoder, n_redone = MeanEncoder(), 300
+    if change == "encoder":
+        encoder = MeanEncoder(version=2)
+    elif change == "polygon":
+        nuclei = nuclei.copy()
+        nuclei.loc[0, "geometry"] = nuclei.geometry[0].buffer(1.0)
+    elif change == "image":
+        slide.rescaled = slide.rescaled[:, ::-1].copy()
+        slide.path.write_bytes(b"another slide")
+    else:
+        part = sorted(out.with_name("features.h5.parts").glob("*.npy"))[1]
+        part.write_bytes(part.read_bytes()[:200])
+        n_redone = 300 - 2 * 64
+    extract(slide, nuclei, encoder, out)
+    assert encoder.encoded == n_redone
+    extract(slide, nuclei, MeanEncoder(version=encoder.version), clean)
+    np.testing.assert_array_equal(read_features(out), read_features(clean))
+
+
+_KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[1])
+    import numpy as np
+    import conftest, test_extract
+    from prts.features import extract as module
+
+    module.CHUNK = 64
+    folder, kill_at = Path(sys.argv[2]), int(sys.argv[3])
+    (folder / "slide.tif").touch()
+    os.utime(folder / "slide.tif", (0, 0))
+    slide = conftest.FakeSlide(folder / "slide.tif", np.random.default_rng(0).integers(0, 256, (900, 900, 3), dtype=np.uint8))
+    nuclei = conftest.make_nuclei(np.random.default_rng(0).uniform(0, 1800, (250, 2)))
+
+    class Killed(test_extract.MeanEncoder):
+        def encode(self, tiles, polygons):
+            if self.encoded >= kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().encode(tiles, polygons)
+
+    module.extract(slide, nuclei, Killed(), folder / "features.h5")
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_loses_at_most_a_chunk(tmp_path):
+    here = Path(__file__).parent
+
+    def run(folder: Path, kill_at: int) -> int:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, "-c", textwrap.dedent(_KILLED), str(here), str(folder), str(kill_at)]
+        return subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False).returncode
+
+    assert run(tmp_path / "whole", 1000) == 0
+    assert run(tmp_path / "cut", 80) == -signal.SIGKILL
+    assert len(list((tmp_path / "cut" / "features.h5.parts").glob("*.npy"))) == 1
+    assert run(tmp_path / "cut", 100) == -signal.SIGKILL
+    assert len(list((tmp_path / "cut" / "features.h5.parts").glob("*.npy"))) == 2
+    assert run(tmp_path / "cut", 1000) == 0
+    assert (tmp_path / "cut" / "features.h5").read_bytes() == (tmp_path / "whole" / "features.h5").read_bytes()
+
+
+def test_an_error_of_the_reader_thread_arrives(case, tmp_path):
+    slide, nuclei = case
+    slide.read_region = lambda *args, **kwargs: (_ for _ in ()).throw(InputError("slide.tif: is damaged"))
+    with pytest.raises(InputError, match="is damaged"):
+        extract(slide, nuclei, MeanEncoder(), tmp_path / "features.h5")
+
+
+def test_no_nuclei_and_stray_nuclei_are_refused(case, nuclei_at, tmp_path):
+    slide, _ = case
+    with pytest.raises(InputError, match="no nuclei"):
+        extract(slide, nuclei_at(np.empty((0, 2))), MeanEncoder(), tmp_path / "features.h5")
+    ring = nuclei_at(np.array([[800.0, 800.0]]))
+    ring["geometry"] = [shapely.Point(800, 800).buffer(600).difference(shapely.Point(800, 800).buffer(500))]
+    with pytest.raises(InputError, match="'n0' does not reach"):
+        extract(slide, ring, MeanEncoder(), tmp_path / "features.h5")
+    assert not list(tmp_path.glob("features*"))
+
+
+def test_the_rate_is_logged(case, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="prts.features.extract"):
+        extract(*case, MeanEncoder(), tmp_path / "features.h5")
+    assert "300 nuclei in" in caplog.text and "nuclei/s" in caplog.text
+
+
+def _store(path, n=10):
+    rows = Rows(np.arange(2.0 * n, dtype=np.float32).reshape(n, 2), np.arange(n, dtype=np.float32)[:, None])
+    write_store(
+        path, [f"c{k}" for k in range(n)], np.zeros((n, 2)), (2, 1), [rows], {"encoder": "x", "weights_sha256": None}
+    )
+    return path
+
+
+def test_rows_come_in_the_asked_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("prts.features.store._ROWS_PER_READ", 3)
+    path = _store(tmp_path / "s.h5")
+    np.testing.assert_array_equal(
+        read_features(path, ["c9", "c0", "c4", "c0"]),
+        np.array([[9, 18, 19], [0, 0, 1], [4, 8, 9], [0, 0, 1]], np.float32),
+    )
+    np.testing.assert_array_equal(read_features(path, use=("global",))[:2], [[0, 1], [2, 3]])
+    assert read_features(path, []).shape == (0, 3)
+    assert "weights_sha256" not in read_store_attrs(path)
+
+
+def test_wrong_stores_are_refused_in_one_line(tmp_path):
+    path = _store(tmp_path / "s.h5", n=4000)
+    with pytest.raises(InputError, match=r"no features of 1 of 2 nuclei \(cell_id 'nobody'"):
+        read_features(path, ["c1", "nobody"])
+    text = tmp_path / "text.h5"
+    text.write_text("not HDF5")
+    truncated = tmp_path / "truncated.h5"
+    truncated.write_bytes(path.read_bytes()[:-30_000])
+    other = tmp_path / "other.h5"
+    with h5py.File(other, "w") as file:
+        file["matrix"] = 1
+    for wrong, why in (
+        (text, "HDF5"),
+        (truncated, "HDF5"),
+        (other, "no /cell_id"),
+        (tmp_path / "gone.h5", "no such file"),
+    ):
+        with pytest.raises(InputError, match=why) as caught:
+            read_features(wrong)
+        assert "\n" not in str(caught.value) and wrong.name in str(caught.value)
