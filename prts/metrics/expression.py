@@ -91,55 +91,6 @@ def expression_per_gene(measured: Matrix, predicted: Matrix) -> pd.DataFrame:
     return frame
 
 
-class StreamingPearson:
-    """Pearson correlation of each gene over batches, without keeping them (a validation epoch, for one).
-
-    Sums are kept around the running mean (Chan, Golub and LeVeque 1983), so the result is that of all nuclei at once.
-
-    Parameters
-    ----------
-    n_genes
-        Number of genes.
-    """
-
-    def __init__(self, n_genes: int) -> None:
-        self._n = 0
-        self._mean = np.zeros((2, n_genes))
-        self._square = np.zeros((2, n_genes))
-        self._product = np.zeros(n_genes)
-        self._low = np.full((2, n_genes), np.inf)
-        self._high = np.full((2, n_genes), -np.inf)
-
-    def update(self, predicted: Any, target: Any) -> None:
-        """Add a batch: two arrays or tensors (any device and float type), (n_nuclei, n_genes), already on the scale to compare."""
-        batch = np.stack([_float64(predicted), _float64(target)])
-        n = batch.shape[1]
-        if n == 0:
-            return
-        mean = batch.mean(axis=1)
-        centred = batch - mean[:, None]
-        shift, total = mean - self._mean, self._n + n
-        weight = self._n * n / total
-        self._square += np.square(centred).sum(axis=1) + weight * np.square(shift)
-        self._product += (centred[0] * centred[1]).sum(axis=0) + weight * shift[0] * shift[1]
-        self._mean += shift * (n / total)
-        self._low = np.minimum(self._low, batch.min(axis=1))
-        self._high = np.maximum(self._high, batch.max(axis=1))
-        self._n = total
-
-    def per_gene(self) -> NDArray[np.float64]:
-        """PCC of each gene, (n_genes,): NaN where the target is constant, 0 where the prediction is."""
-        extremes = np.stack([self._low, self._high], axis=2)
-        predicted_constant, target_constant = is_constant(extremes[0]), is_constant(extremes[1])
-        pcc = _ratio(self._product, np.sqrt(self._square[0] * self._square[1]))
-        return np.where(target_constant, np.nan, np.where(predicted_constant, 0.0, pcc))
-
-    def compute(self) -> float:
-        """Mean PCC over genes with a target that varies; NaN if there is none."""
-        pcc = self.per_gene()
-        return float(np.nanmean(pcc)) if np.isfinite(pcc).any() else float("nan")
-
-
 _COLUMNS = ("mean_counts", "pcc", "spearman", "rmse", "skill", "deviance_explained", "lognorm_pcc")
 
 
@@ -154,12 +105,6 @@ def _pair(measured: Matrix, predicted: Matrix) -> tuple[GeneRows, GeneRows]:
 def _log1p(rows: NDArray[Any]) -> NDArray[np.float64]:
     logged: NDArray[np.float64] = np.log1p(rows, dtype=np.float64)
     return logged
-
-
-def _float64(values: Any) -> NDArray[np.float64]:
-    if hasattr(values, "detach"):  # a tensor; NumPy has no bfloat16, and some devices have no float64
-        values = values.detach().float().cpu().numpy()
-    return np.asarray(values, dtype=np.float64)
 
 
 def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
