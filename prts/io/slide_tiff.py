@@ -46,14 +46,12 @@ class TiffReader:
         if planes[0] is None:
             raise _NotInParts
         self._planes = [level for level in planes if level is not None]
-        size = self._tif.filehandle.size
-        for level in self._planes:
-            for plane in level:
-                ends = np.add(plane.page.dataoffsets, plane.page.databytecounts, dtype=np.int64)
-                if len(ends) == 0 or ends.max() > size:
-                    raise InputError("is truncated: its pixels end after the file does; get a complete copy")
         self._in_rows = [all(p.page.is_final and not p.page.is_tiled for p in level) for level in self._planes]
         self.levels = [_level(level[0].page, rows) for level, rows in zip(self._planes, self._in_rows, strict=True)]
+        size = self._tif.filehandle.size
+        for level, grid, in_rows in zip(self._planes, self.levels, self._in_rows, strict=True):
+            if not all(_is_complete(plane, grid, in_rows, size) for plane in level):
+                raise InputError("is truncated: not all of its pixels lie within the file; get a complete copy")
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """See `Reader`."""
@@ -160,6 +158,20 @@ def _level(page: Any, in_rows: bool) -> Level:
     if page.is_tiled:
         return Level(width, height, page.tilewidth, page.tilelength)
     return Level(width, height, width, min(height, page.rowsperstrip))
+
+
+def _is_complete(plane: _Plane, grid: Level, in_rows: bool, file_size: int) -> bool:
+    page = plane.page
+    offsets, byte_counts = page.dataoffsets, page.databytecounts
+    if min(grid.width, grid.height, grid.tile_width, grid.tile_height) < 1 or len(offsets) == 0:
+        return False
+    if in_rows:
+        n_bytes = grid.width * grid.height * plane.samples * page.dtype.itemsize
+        return bool(offsets[0] + plane.offset + n_bytes <= file_size)
+    n_tiles = -(-grid.width // grid.tile_width) * -(-grid.height // grid.tile_height)
+    if min(len(offsets), len(byte_counts)) < plane.first + n_tiles:
+        return False
+    return all(offset + n_bytes <= file_size for offset, n_bytes in zip(offsets, byte_counts, strict=False))
 
 
 def _to_rgb(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8]:
