@@ -41,7 +41,8 @@ _MATRIX = np.array(
         [0.0, 0.0, 0.0],
     ]
 )
-_TILE = 1021
+# Sides of the noise tiles: a small common multiple would show as a pattern, and large primes are slow to transform.
+_GRAIN_PX, _CLUMP_PX, _COARSE_PX, _FIBRE_PX, _CAMERA_PX = 720, 675, 1000, 1024, 768
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,12 @@ class _Canvas:
         # About half of the nuclei show a second nucleolus; the others have both in one place.
         self.nucleoli_um[:, 1] = np.where(rng.random((n, 1)) < 0.5, self.nucleoli_um[:, 0], self.nucleoli_um[:, 1])
         self.tiles = _Tiles(
-            grain=noise_tile(rng, _TILE, 0.28 / mpp),
-            clump=noise_tile(rng, _TILE - 2, 0.62 / mpp),
-            coarse=noise_tile(rng, _TILE - 8, 2.2 / mpp),
-            thin=noise_tile(rng, 1024, (3.0, 24.0)),
-            thick=noise_tile(rng, 1024, (8.0, 56.0)),
-            camera=noise_tile(rng, _TILE - 12, 0.35),
+            grain=noise_tile(rng, _GRAIN_PX, 0.28 / mpp),
+            clump=noise_tile(rng, _CLUMP_PX, 0.62 / mpp),
+            coarse=noise_tile(rng, _COARSE_PX, 2.2 / mpp),
+            thin=noise_tile(rng, _FIBRE_PX, (3.0, 24.0)),
+            thick=noise_tile(rng, _FIBRE_PX, (8.0, 56.0)),
+            camera=noise_tile(rng, _CAMERA_PX, 0.35),
         )
         maps = _MATRIX.astype(np.float32)[layout.domain]
         self.matrix = [ndimage.gaussian_filter(maps[..., k], 1.5) for k in range(3)]
@@ -186,9 +187,8 @@ class _Canvas:
         up = Bilinear(self.layout.domain.shape, GRID_UM, y_um, x_um)
         across, along, clearance = (up(f) for f in (self.layout.across, self.layout.along, self.layout.clearance))
 
-        size = tiles.thin.shape[0]
-        thin = tiles.thin[(across * 2.4).astype(np.intp) % size, (along * 1.8).astype(np.intp) % size]
-        thick = tiles.thick[(across * 1.9).astype(np.intp) % size, (along * 1.3).astype(np.intp) % size]
+        thin = tiles.thin[(across * 2.4).astype(np.intp) % _FIBRE_PX, (along * 1.8).astype(np.intp) % _FIBRE_PX]
+        thick = tiles.thick[(across * 1.9).astype(np.intp) % _FIBRE_PX, (along * 1.3).astype(np.intp) % _FIBRE_PX]
         grain = repeat_tile(tiles.grain, row0, rows, cols)
         coarse = repeat_tile(tiles.coarse, row0, rows, cols)
         # Strands, and clefts where the tissue has torn along them.

@@ -200,6 +200,7 @@ def test_rates_follow_their_formula(truth) -> None:
     np.testing.assert_array_equal(true_rates(truth, picked), rates[:, [7, 3]])
 
 
+@pytest.mark.filterwarnings("ignore:Observation names")
 def test_image_rate_is_the_mean_over_what_no_image_shows(truth) -> None:
     rng = np.random.default_rng(1)
     one = truth[:1].copy()
@@ -269,3 +270,11 @@ def test_noise_repeats_without_a_seam_and_fields_are_smooth() -> None:
     )
     field = smooth_field(np.random.default_rng(0), (400, 300), 2.0, 60.0)
     assert 0.6 < field.std() < 1.4 and np.abs(np.diff(field, 2, axis=0)).max() < 0.2
+
+
+def test_noise_grain_is_a_gaussian_filters() -> None:
+    size, sigma = 60, (2.0, 4.0)
+    white = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    slow = ndimage.gaussian_filter(white.astype(float), sigma, mode="wrap", truncate=7)
+    expected = (slow - slow.mean()) / slow.std()
+    np.testing.assert_allclose(noise_tile(np.random.default_rng(0), size, sigma), expected, atol=2e-3)
