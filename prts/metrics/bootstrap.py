@@ -13,7 +13,7 @@ from prts.metrics.arrays import GeneRows, Matrix, gene_slices, is_constant
 
 logger = logging.getLogger(__name__)
 
-BLOCK_UM = 500.0
+BLOCK_UM = 250.0
 _MIN_BLOCKS = 20
 _MIN_BLOCK_UM = 30.0
 
