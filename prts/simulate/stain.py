@@ -25,9 +25,9 @@ BAND = 512
 
 _FINE_UM = 1.0
 _LN10 = np.float32(np.log(10))
-# Optical density per unit of stain in red, green, blue: haematoxylin of Ruifrok & Johnston 2001, eosin as in their H&E set of ImageJ's
-# Colour Deconvolution moved towards a measured section (Macenko et al. 2009), haemoglobin by eye.
-_STAINS = np.array([[0.65, 0.70, 0.29], [0.17, 0.84, 0.48], [0.18, 0.78, 0.68]])
+# Optical density per unit of stain in red, green, blue: haematoxylin and eosin half-way between Ruifrok & Johnston 2001 and a measured
+# section (Macenko et al. 2009), haemoglobin by eye.
+_STAINS = np.array([[0.61, 0.72, 0.34], [0.17, 0.84, 0.48], [0.18, 0.78, 0.68]])
 # Amount of stain in what lies between the cells, per domain: eosin, haematoxylin, share of fibres.
 _MATRIX = np.array(
     [
@@ -195,9 +195,10 @@ class _Canvas:
         matrix *= np.maximum(1 + fibres * (0.30 * thin + 0.22 * thick), 0.1) * (
             1 - 0.9 * fibres * np.clip(1.6 * (-thick - 1.0), 0, 1)
         )
-        texture = 1 + 0.09 * grain + 0.10 * coarse
+        clump = repeat_tile(tiles.clump, row0 + 300, rows, cols)
+        texture = 1 + 0.10 * grain + 0.15 * clump + 0.12 * coarse
         eosin = (eosin + matrix) * texture + 0.25 * membrane
-        haematoxylin = haematoxylin * (1 + 0.12 * grain + 0.12 * coarse) + 0.10 * membrane
+        haematoxylin = haematoxylin * (1 + 0.12 * grain + 0.18 * clump + 0.15 * coarse) + 0.10 * membrane
         present = np.clip((clearance + 0.7 * coarse) / 1.4 + 0.5, 0, 1)
         eosin *= present
         haematoxylin *= present
