@@ -82,11 +82,8 @@ def _from_geojson(path: Path, _size: tuple[int, int]) -> Shapes:
         document = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error})") from error
-    if isinstance(document, dict):
-        features = [document] if document.get("type") == "Feature" else document.get("features")
-    else:
-        features = document
-    if not isinstance(features, list) or not all(isinstance(feature, dict) for feature in features):
+    features = document.get("features", [document]) if isinstance(document, dict) else document
+    if not isinstance(features, list) or not all(_is_feature(item) for item in features):
         raise InputError(f"{path}: JSON, but not GeoJSON; expected a FeatureCollection or a list of features")
     properties = [feature.get("properties") or {} for feature in features]
     if not all(isinstance(item, dict) for item in properties):
@@ -112,6 +109,10 @@ def _from_geojson(path: Path, _size: tuple[int, int]) -> Shapes:
     return geometry, _choose_id(ids, path), score
 
 
+def _is_feature(item: Any) -> bool:
+    return isinstance(item, dict) and item.get("type") == "Feature"
+
+
 def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
     """Shapes of GeoJSON geometries; None for what is no geometry."""
     shapes = shapely.from_geojson([json.dumps(item) for item in geometries], on_invalid="ignore")
@@ -119,7 +120,8 @@ def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
     # GEOS refuses the whole of a geometry for an open ring or a NaN, which the slower reader closes or keeps.
     for index in np.flatnonzero(shapely.is_missing(shapes)):
         try:
-            shapes[index] = shapely.geometry.shape(geometries[index])
+            with np.errstate(invalid="ignore"):
+                shapes[index] = shapely.geometry.shape(geometries[index])
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError):
             shapes[index] = None
     return shapes

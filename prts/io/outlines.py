@@ -157,7 +157,7 @@ def _ring_order(
 
     def key(vertex: NDArray[Any], heading: NDArray[Any]) -> NDArray[np.int64]:
         # Start and heading name a side: only one pixel has it on its right.
-        return vertex.astype(np.int64) * 4 + heading
+        return np.asarray(vertex, dtype=np.int64) * 4 + np.asarray(heading, dtype=np.int64)
 
     own = key(start, direction)
     by_key = np.argsort(own)
@@ -199,4 +199,4 @@ def _cycles(following: NDArray[np.int64]) -> NDArray[np.int64]:
     n = len(following)
     graph = coo_array((np.ones(n, bool), (np.arange(n), following)), shape=(n, n))
     _, number = connected_components(graph, directed=False)
-    return number.astype(np.int64, copy=False)  # type: ignore[no-any-return]
+    return np.asarray(number, dtype=np.int64)

@@ -1,0 +1,290 @@
+import gzip
+import json
+import logging
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import pytest
+import shapely
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from shapely import MultiPolygon, Polygon, box
+
+from prts.errors import InputError
+from prts.io.nuclei import load_nuclei, make_nuclei, read_nuclei, write_nuclei
+
+SHAPES = [box(10, 20, 20, 40), Polygon([(50, 50), (60, 50), (50, 60)]), box(80, 10, 84, 15)]
+AREAS = [200.0, 50.0, 20.0]
+SIZE = {"mpp": 0.5, "width": 200, "height": 100}
+
+
+def feature(shape, properties=None, **members):
+    return {"type": "Feature", "geometry": shapely.geometry.mapping(shape), "properties": properties, **members}
+
+
+def write_json(path, document):
+    path.write_text(json.dumps(document))
+    return path
+
+
+# --- make_nuclei
+
+
+def test_repairs_and_drops_with_counts(caplog):
+    bow_tie = Polygon([(0, 0), (4, 4), (4, 0), (0, 4)])  # two triangles of 4 px2
+    two = MultiPolygon([box(10, 0, 12, 2), box(20, 0, 25, 5)])
+    shapes = [bow_tie, two, Polygon(), None, box(30, 0, 31, 1), box(30, 0, 31, 1), Polygon([(0, 0), (1, 1), (2, 2)])]
+    shapes.append(Polygon([(0, 0), (np.nan, 1), (1, 0)]))
+    with caplog.at_level(logging.INFO):
+        nuclei = make_nuclei(shapes, mpp=2.0)
+    assert list(nuclei["cell_id"]) == ["0", "1", "4"]
+    assert list(nuclei["area_um2"]) == [16.0, 100.0, 4.0]
+    assert (nuclei.geom_type == "Polygon").all() and nuclei.is_valid.all() and nuclei.crs is None
+    assert list(nuclei.columns) == ["cell_id", "geometry", "area_um2", "score"] and nuclei["score"].isna().all()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "3 nuclei of 8 shapes" in line and "1 exact duplicates dropped" in line and "2 missing or empty" in line
+    assert (
+        "2 of several parts" in line and "1 with coordinates that are not finite" in line and "1 without area" in line
+    )
+
+
+def test_a_duplicate_with_its_own_id_goes_and_an_id_for_two_polygons_is_an_error():
+    nuclei = make_nuclei([SHAPES[0], SHAPES[0], SHAPES[1]], 1.0, cell_id=["a", "b", "c"])
+    assert list(nuclei["cell_id"]) == ["a", "c"]
+    assert list(make_nuclei([SHAPES[0], SHAPES[0]], 1.0, cell_id=[7, 7])["cell_id"]) == ["7"]
+    with pytest.raises(InputError, match="id 'b' stands for different polygons"):
+        make_nuclei([SHAPES[0], SHAPES[0], SHAPES[1]], 1.0, cell_id=["a", "b", "b"])
+
+
+def test_none_at_all_makes_an_empty_frame_with_the_columns():
+    nuclei = make_nuclei([], 0.5)
+    assert len(nuclei) == 0 and list(nuclei.columns) == ["cell_id", "geometry", "area_um2", "score"]
+
+
+# --- formats
+
+
+def assert_read(path, ids, **size):
+    nuclei = read_nuclei(path, **{**SIZE, **size})
+    assert list(nuclei["cell_id"]) == ids
+    assert list(nuclei["area_um2"]) == [area * 0.25 for area in AREAS[: len(ids)]]
+    for polygon, expected in zip(nuclei.geometry, SHAPES, strict=False):
+        assert polygon.equals(expected)
+    return nuclei
+
+
+def test_space_ranger_geojson_also_gzipped_whatever_its_name(tmp_path):
+    document = {"type": "FeatureCollection", "features": [feature(s, {"cell_id": i + 1}) for i, s in enumerate(SHAPES)]}
+    assert_read(write_json(tmp_path / "nuclei.tif", document), ["1", "2", "3"])
+    (tmp_path / "nuclei.csv").write_bytes(gzip.compress(json.dumps(document).encode()))
+    assert_read(tmp_path / "nuclei.csv", ["1", "2", "3"])
+
+
+def test_qupath_takes_the_nucleus_of_a_cell_the_feature_id_and_no_annotation(tmp_path):
+    document = [
+        feature(box(0, 0, 199, 99), {"objectType": "annotation"}, id="tissue"),
+        feature(box(0, 0, 50, 50), {"objectType": "cell", "classification": {"name": "Tumor"}}, id="3f-1"),
+        feature(SHAPES[1], {"objectType": "detection"}, id="3f-2"),
+        feature(MultiPolygon([SHAPES[2], box(0, 0, 1, 1)]), {"objectType": "detection"}, id="3f-3"),
+    ]
+    document[1]["nucleusGeometry"] = shapely.geometry.mapping(SHAPES[0])
+    assert_read(write_json(tmp_path / "q.geojson", document), ["3f-1", "3f-2", "3f-3"])
+    only_annotations = [feature(s, {"objectType": "annotation"}, id=str(i)) for i, s in enumerate(SHAPES)]
+    assert_read(write_json(tmp_path / "a.geojson", only_annotations), ["0", "1", "2"])
+
+
+def test_cell_id_wins_over_id_and_row_numbers_stand_in(tmp_path):
+    both = [feature(s, {"cell_id": f"c{i}", "id": "x"}, id="y") for i, s in enumerate(SHAPES)]
+    assert_read(write_json(tmp_path / "b.geojson", both), ["c0", "c1", "c2"])
+    assert_read(write_json(tmp_path / "n.geojson", [feature(s) for s in SHAPES]), ["0", "1", "2"])
+    some = [feature(s, {"id": i} if i else {}) for i, s in enumerate(SHAPES)]
+    with pytest.raises(InputError, match="1 of 3 nuclei have no id"):
+        read_nuclei(write_json(tmp_path / "s.geojson", some), **SIZE)
+
+
+def test_geojson_with_open_rings_and_nan(tmp_path):
+    shape = {"type": "Polygon", "coordinates": [[[10, 20], [20, 20], [20, 40], [10, 40]]]}
+    nan = {"type": "Polygon", "coordinates": [[[0, 0], [float("nan"), 1], [1, 1], [0, 0]]]}
+    features = [{"type": "Feature", "geometry": g, "properties": {}} for g in (shape, nan, None, {"type": "Point"})]
+    assert_read(write_json(tmp_path / "o.geojson", features), ["0"])
+
+
+def test_geoparquet_and_shapefile(tmp_path):
+    frame = gpd.GeoDataFrame({"cell_id": [4, 5, 6], "score": [0.5, 0.25, 1.0]}, geometry=SHAPES)
+    frame.to_parquet(tmp_path / "nuclei.geojson")
+    assert list(assert_read(tmp_path / "nuclei.geojson", ["4", "5", "6"])["score"]) == [0.5, 0.25, 1.0]
+    frame.to_file(tmp_path / "nuclei.shp")
+    assert_read(tmp_path / "nuclei.shp", ["4", "5", "6"])
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_wkt_tables(tmp_path, separator):
+    frame = pd.DataFrame({"note": "", "outline": [f"SRID=0;{s.wkt}" for s in SHAPES], "id": ["007", "NA", "x y"]})
+    frame.to_csv(tmp_path / "nuclei.geojson", sep=separator, index=False)
+    assert_read(tmp_path / "nuclei.geojson", ["007", "NA", "x y"])
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_label_image_keeps_labels_as_ids(tmp_path, suffix):
+    labels = np.zeros((100, 200), np.uint16)
+    labels[20:40, 10:20] = 300
+    labels[50:60, 50:55] = 7
+    labels[70, 70] = 7  # a smaller part
+    path = tmp_path / f"labels{suffix}"
+    tifffile.imwrite(path, labels) if suffix == ".tif" else Image.fromarray(labels).save(path)
+    nuclei = read_nuclei(path, **SIZE).set_index("cell_id")
+    assert nuclei.area_um2.to_dict() == {"300": 50.0, "7": 12.5}
+    assert nuclei.geometry["300"].equals(box(10, 20, 20, 40))
+    with pytest.raises(InputError, match="200 x 100 px beside an image of 100 x 100"):
+        read_nuclei(path, mpp=0.5, width=100, height=100)
+
+
+def test_label_images_that_are_none(tmp_path):
+    tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((100, 200, 3), np.uint8))
+    with pytest.raises(InputError, match="not a label image"):
+        read_nuclei(tmp_path / "rgb.tif", **SIZE)
+    mask = np.zeros((100, 200), np.uint8)
+    mask[10:20, 10:20] = mask[30:40, 30:40] = mask[50:60, 50:60] = 255
+    tifffile.imwrite(tmp_path / "mask.tif", mask)
+    with pytest.raises(InputError, match="a mask; expected one label per nucleus"):
+        read_nuclei(tmp_path / "mask.tif", **SIZE)
+    tifffile.imwrite(tmp_path / "none.tif", np.zeros((100, 200), np.uint8))
+    with pytest.raises(InputError, match="holds no nucleus"):
+        read_nuclei(tmp_path / "none.tif", **SIZE)
+
+
+def test_huge_labels_need_no_huge_table(tmp_path):
+    labels = np.zeros((100, 200), np.uint32)
+    labels[20:40, 10:20] = 4_000_000_000
+    tifffile.imwrite(tmp_path / "l.tif", labels)
+    assert_read(tmp_path / "l.tif", ["4000000000"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a known format"),
+        (b"\x00\x01\x02", "not a known format"),
+        (b"\x1f\x8bnot gzip at all", "cannot be read"),
+        (b"{", "cannot be parsed"),
+        (b'{"a": 1}', "not GeoJSON"),
+        (b"[1, 2]", "not GeoJSON"),
+        (b'{"type": "FeatureCollection", "features": []}', "holds no nucleus"),
+        (b"x,y\n1,2\n", "no column with WKT"),
+        (b"PAR1 and then nothing", "cannot be read"),
+        (b"\x00\x00\x27\x0a and then nothing", "cannot be read"),
+        (b"\x89PNG and then nothing", "cannot be read"),
+        (b"II*\x00 and then nothing", "not a label image"),
+    ],
+)
+def test_broken_files_are_input_errors_of_one_line(tmp_path, content, message):
+    (tmp_path / "nuclei").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_nuclei(tmp_path / "nuclei", **SIZE)
+    assert str(tmp_path / "nuclei") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_file_and_parquet_without_geometry(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        read_nuclei(tmp_path / "none.geojson", **SIZE)
+    pd.DataFrame({"a": [1]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_nuclei(tmp_path / "t.parquet", **SIZE)
+
+
+# --- against the image
+
+
+def test_few_outside_are_dropped_and_most_outside_is_an_error(tmp_path, caplog):
+    inside = [box(10 * i, 10, 10 * i + 5, 15) for i in range(5)]
+    frame = gpd.GeoDataFrame(geometry=[*inside, box(300, 10, 310, 20)])
+    frame.to_parquet(tmp_path / "n.parquet")
+    with caplog.at_level(logging.INFO):
+        nuclei = read_nuclei(tmp_path / "n.parquet", **SIZE)
+    assert len(nuclei) == 5 and list(nuclei.index) == list(range(5)) and "1 nuclei outside" in caplog.text
+    with pytest.raises(InputError, match="lie outside the image of 20 x 100 px"):
+        read_nuclei(tmp_path / "n.parquet", mpp=0.5, width=20, height=100)
+
+
+def test_um_in_place_of_px_is_named(tmp_path, caplog):
+    def write(shapes):
+        gpd.GeoDataFrame(geometry=shapes).to_parquet(tmp_path / "n.parquet")
+        return tmp_path / "n.parquet"
+
+    with pytest.raises(InputError, match="they look like um instead of px"):
+        read_nuclei(write([box(150 + i, 10, 155 + i, 15) for i in range(5)]), mpp=2.0, width=100, height=100)
+    # With mpp < 1 coordinates in um always fit into the image; the nuclei are just too small.
+    shapes = [box(10 * i, 10, 10 * i + 7, 17) for i in range(5)]
+    read_nuclei(write(shapes), mpp=0.25, width=1000, height=1000)
+    assert "are the coordinates in um, not px?" in caplog.text
+    with pytest.raises(InputError, match="with x and y exchanged they fit"):
+        read_nuclei(write([box(10, 150 + i, 15, 155 + i) for i in range(5)]), **SIZE)
+
+
+# --- the cache's own format
+
+
+def test_write_and_load_round_trip(tmp_path):
+    nuclei = make_nuclei(SHAPES, 0.5, cell_id=["a", "b", "ä"], score=[0.1, 0.2, np.nan])
+    write_nuclei(nuclei, tmp_path / "n.parquet")
+    loaded = load_nuclei(tmp_path / "n.parquet")
+    pd.testing.assert_frame_equal(pd.DataFrame(loaded), pd.DataFrame(nuclei))
+    assert loaded.crs is None and [p.name for p in tmp_path.iterdir()] == ["n.parquet"]
+    pd.testing.assert_frame_equal(pd.DataFrame(read_nuclei(tmp_path / "n.parquet", **SIZE)), pd.DataFrame(nuclei))
+    empty = make_nuclei([], 0.5)
+    write_nuclei(empty, tmp_path / "e.parquet")
+    assert len(load_nuclei(tmp_path / "e.parquet")) == 0
+    with pytest.raises(InputError, match="no such file"):
+        load_nuclei(tmp_path / "other.parquet")
+    gpd.GeoDataFrame({"a": [1]}, geometry=SHAPES[:1]).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="has the columns"):
+        load_nuclei(tmp_path / "a.parquet")
+
+
+# --- anything at all that parses as JSON
+
+_numbers = st.one_of(st.integers(-5, 205), st.floats(allow_nan=True, allow_infinity=True))
+_anything = st.recursive(
+    st.one_of(st.none(), st.booleans(), _numbers, st.text(max_size=3)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=6,
+)
+_rings = st.lists(st.lists(_numbers, min_size=2, max_size=3), min_size=0, max_size=6)
+_geometry = st.one_of(
+    st.fixed_dictionaries({"type": st.just("Polygon"), "coordinates": st.lists(_rings, max_size=2)}),
+    st.fixed_dictionaries({"type": st.just("MultiPolygon"), "coordinates": st.lists(st.lists(_rings, max_size=2), max_size=2)}),
+    st.fixed_dictionaries({"type": st.sampled_from(["Point", "Polygon", "nonsense"]), "coordinates": _anything}),
+    _anything,
+)  # fmt: skip
+_features = st.lists(
+    st.fixed_dictionaries(
+        {"type": st.just("Feature"), "geometry": _geometry},
+        optional={
+            "properties": st.one_of(
+                _anything, st.dictionaries(st.sampled_from(["cell_id", "id", "score", "objectType"]), _anything)
+            ),
+            "id": _anything,
+            "nucleusGeometry": _geometry,
+        },
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(features=_features, as_list=st.booleans())
+def test_any_geojson_gives_good_nuclei_or_an_input_error(tmp_path, features, as_list):
+    path = write_json(
+        tmp_path / "h.geojson", features if as_list else {"type": "FeatureCollection", "features": features}
+    )
+    try:
+        nuclei = read_nuclei(path, **SIZE)
+    except InputError as error:
+        assert str(error).startswith(str(path))
+        return
+    assert len(nuclei) and nuclei["cell_id"].is_unique and all(isinstance(i, str) for i in nuclei["cell_id"])
+    assert (nuclei.geom_type == "Polygon").all() and nuclei.is_valid.all() and (nuclei["area_um2"] > 0).all()
+    assert np.isfinite(nuclei["area_um2"]).all()
