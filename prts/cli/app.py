@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the input or the config is wrong (one line on stderr); 1 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -258,12 +259,29 @@ def _is_override(arguments: Sequence[str], i: int) -> bool:
 def _launch(command: str, arguments: list[str]) -> None:
     import hydra
 
-    task: Any = importlib.import_module(f"prts.cli.{command}").main
+    main: Any = importlib.import_module(f"prts.cli.{command}").main
+    refused: list[InputError] = []
+
+    @functools.wraps(main)
+    def task(cfg: DictConfig) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        try:
+            return main(cfg)
+        except Exception as error:
+            known = _input_error(error)
+            if known is None or HydraConfig.get().mode is RunMode.MULTIRUN:
+                raise
+            refused.append(known)  # Hydra would print a line of its own before ours
+
     saved, sys.argv = sys.argv, [f"prts {command}", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
     finally:
         sys.argv = saved
+    if refused:
+        raise refused[0]
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

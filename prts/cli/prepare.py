@@ -44,6 +44,7 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
     segmentation = OmegaConf.to_container(cfg.segmentation, resolve=True)
     assert isinstance(segmentation, dict)
     prefer_given = bool(segmentation.pop("prefer_given"))
+    segmentation.pop("name")
     tissue = OmegaConf.to_container(cfg.tissue, resolve=True)
     assert isinstance(tissue, dict)
     qc = OmegaConf.to_container(cfg.qc, resolve=True)

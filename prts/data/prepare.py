@@ -155,21 +155,22 @@ def prepare_tissue(
     specs = [tissue.sections[name] for name in tissue.used]
     with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
         sections = {spec.name: resolve_section(spec, tissue.name, cache_dir) for spec in specs}
-    # encoder settings hold the weights' sum: a missing weights file stops here, before minutes of segmentation
-    encoder_settings = encoder.settings()
+    encoder.settings()  # holds the weights' sum: a missing weights file stops here, before minutes of segmentation
 
     nuclei: dict[str, Path] = {}
     counts: dict[str, Path] = {}
     for name, section in sections.items():
-        nuclei[name] = _nuclei(root / name, section, segmenter, prefer_given, watch)
-        counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species, watch)
-
-    panel_path = _panel(root, tissue, sections, counts, splitter, panel, watch)
-
-    features = {
-        name: _features(root / name, section, nuclei[name], counts[name], encoder, encoder_settings, watch)
-        for name, section in sections.items()
-    }
+        with watch("segment"):
+            nuclei[name] = prepare_nuclei(root / name, section, segmenter, prefer_given)
+        with watch("counts"):
+            counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species)
+    with watch("panel"):
+        panel_path = _panel(root, tissue, sections, counts, splitter, panel)
+    features: dict[str, Path] = {}
+    for name, section in sections.items():
+        with watch("features"):
+            kept = _passing(load_nuclei(nuclei[name]), counts[name])
+            features[name] = prepare_features(root / name, section, kept, encoder, counts[name].stem)
     return PreparedTissue(
         name=tissue.name,
         species=tissue.species,
@@ -196,8 +197,26 @@ def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
     return path
 
 
-def _nuclei(folder: Path, section: Section, segmenter: Segmenter, prefer_given: bool, watch: Stopwatch) -> Path:
-    used: Segmenter = Polygons(section.nuclei) if prefer_given and section.nuclei is not None else segmenter
+def prepare_nuclei(folder: Path, section: Section, segmenter: Segmenter | None, prefer_given: bool) -> Path:
+    """The cache file with a section's nuclei, made if it is not there.
+
+    Parameters
+    ----------
+    folder
+        Where the section's cache files lie.
+    section
+        The section.
+    segmenter
+        Finds nuclei in an image; None where given nuclei are the only source.
+    prefer_given
+        Take the section's own nuclei file, where it has one.
+
+    Raises
+    ------
+    InputError
+        If no nucleus is found or the nuclei file does not fit the image.
+    """
+    used = Polygons(section.nuclei) if segmenter is None or (prefer_given and section.nuclei is not None) else segmenter
     settings = {
         "version": STAGE_VERSION["nuclei"],
         "image": file_identity(section.image),
@@ -209,17 +228,11 @@ def _nuclei(folder: Path, section: Section, segmenter: Segmenter, prefer_given: 
         with section.open_slide() as slide:
             write_nuclei(segment(slide, used), path)
 
-    with watch("segment"):
-        return _build(
-            folder / f"nuclei-{fingerprint(settings)}.parquet",
-            make,
-            what=f"{section.name}: nuclei by {used.settings()['name']}",
-        )
+    name = used.settings()["name"]
+    return _build(folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {name}")
 
 
-def _counts(
-    folder: Path, section: Section, nuclei: Path, qc: Mapping[str, Any], species: str, watch: Stopwatch
-) -> Path:
+def _counts(folder: Path, section: Section, nuclei: Path, qc: Mapping[str, Any], species: str) -> Path:
     bins = section.bins
     if bins is None:
         raise InputError(f"section {section.name}: has no bins, and training needs them (binned_outputs/square_002um)")
@@ -238,8 +251,7 @@ def _counts(
         kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
         kept.write_h5ad(path, compression="gzip")
 
-    with watch("counts"):
-        return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
+    return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
 
 
 def _panel(
@@ -249,7 +261,6 @@ def _panel(
     counts: Mapping[str, Path],
     splitter: Splitter,
     panel: PanelBuilder,
-    watch: Stopwatch,
 ) -> Path:
     settings = {
         "version": STAGE_VERSION["panel"],
@@ -267,36 +278,44 @@ def _panel(
         parts = splitter(xy_um, Roles(tissue.train, tissue.val, tissue.test))
         panel([measured[name][parts[name] == TRAIN].copy() for name in tissue.train]).to_json(path)
 
-    with watch("panel"):
-        return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training nuclei")
+    return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training nuclei")
 
 
-def _features(
-    folder: Path,
-    section: Section,
-    nuclei: Path,
-    counts: Path,
-    encoder: Encoder,
-    encoder_settings: Mapping[str, Any],
-    watch: Stopwatch,
-) -> Path:
+def prepare_features(folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str) -> Path:
+    """The feature store of some nuclei of a section, extracted if it is not there; goes on where a killed run stopped.
+
+    Parameters
+    ----------
+    folder
+        Where the section's cache files lie.
+    section
+        The section.
+    nuclei
+        The nuclei.
+    encoder
+        Reads features from the image.
+    source
+        The cache file that says which nuclei these are.
+
+    Raises
+    ------
+    InputError
+        If the encoder's weights are not right.
+    """
     settings = {
         "version": STAGE_VERSION["features"],
-        "nuclei": nuclei.stem,
-        "counts": counts.stem,
+        "nuclei": source,
         "image": file_identity(section.image),
-        "encoder": dict(encoder_settings),
+        "mpp": section.mpp,
+        "encoder": encoder.settings(),
     }
     path = folder / f"features-{encoder.name}-{fingerprint(settings)}.h5"
-    with watch("features"):
-        if path.exists():
-            return path
+    if not path.exists():
         with lock(path):
             if not path.exists():
-                kept = _passing(load_nuclei(nuclei), counts)
+                # not through `_build`: extract keeps its own finished chunks, so that a killed run goes on
                 with section.open_slide() as slide:
-                    # not through `atomic`: extract keeps its own finished chunks, so that a killed run goes on
-                    extract(slide, kept, encoder, path, provenance=settings)
+                    extract(slide, nuclei, encoder, path, provenance=settings)
     return path
 
 

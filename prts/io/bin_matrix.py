@@ -82,7 +82,9 @@ class BinMatrix:
         names = symbols.where(symbols != "", ids)
         while (twice := names.duplicated(keep=False)).any():
             names = names.where(~twice, names + "_" + ids)
-        frame = pd.DataFrame({"gene_id": self.gene_ids, "symbol": self.gene_names, "genome": self._genomes})
+        frame = pd.DataFrame(
+            {"gene_id": self.gene_ids, "symbol": self.gene_names, "genome": pd.Categorical(self._genomes)}
+        )
         return frame.set_index(pd.Index(names.to_numpy(dtype=object), dtype=object))
 
     def chunks(self, max_nnz: int = 20_000_000) -> Iterator[tuple[int, int, csr_matrix]]:

@@ -26,6 +26,7 @@ from prts.errors import InputError
 from prts.io.cache import atomic, sha256_file
 from prts.models.mlp import PRTSNet
 from prts.models.output import OutputRule
+from prts.models.predictor import Predictor
 
 FORMAT_VERSION = 1
 
@@ -39,24 +40,17 @@ _PACKAGES = ("prts", "torch", "timm", "pytorch-lightning", "numpy", "scipy", "an
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Predictor):
     """A trained model, ready to predict.
 
     Parameters
     ----------
-    net
-        The network, in evaluation mode.
-    scaler
-        Turns its levels into UMI.
-    rule
-        Gate and threshold.
+    net, scaler, rule
+        The network in evaluation mode, what turns its levels into UMI, and its gate and threshold.
     metadata
         All of `model.json`.
     """
 
-    net: PRTSNet
-    scaler: Scaler
-    rule: OutputRule
     metadata: dict[str, Any]
 
     @property
@@ -88,39 +82,6 @@ class Bundle:
     def ceiling(self) -> NDArray[np.float64]:
         """(g,) noise ceiling of each gene's PCC on validation, NaN where unknown."""
         return self._per_gene("ceiling")
-
-    def to(self, device: torch.device | str) -> Bundle:
-        """The same bundle with its tensors on a device."""
-        self.net.to(device)
-        self.scaler.to(device)
-        return self
-
-    @torch.inference_mode()
-    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict nuclei.
-
-        Parameters
-        ----------
-        features
-            (b, d) float32, blocks in the order of `input_use`, on any device.
-
-        Returns
-        -------
-        Expected UMI (b, g) after the gate, and P(expressed) (b, g), both on the bundle's device.
-
-        Raises
-        ------
-        InputError
-            If the features have another width than those of training.
-        """
-        if features.shape[1] != self.net.in_features:
-            raise InputError(
-                f"features: are {features.shape[1]} wide, the bundle takes {self.net.in_features} ({self.input_widths}); "
-                "extract them with the encoder that the bundle names"
-            )
-        level, logit = self.net(features.to(next(self.net.parameters()).device))
-        prob = logit.sigmoid()
-        return self.rule.apply(self.scaler.inverse(level), prob), prob
 
     def _per_gene(self, name: str) -> NDArray[np.float64]:
         values = self.metadata["validation"].get(name) or [None] * len(self.metadata["genes"])

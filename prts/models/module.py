@@ -20,6 +20,12 @@ from prts.models.streaming import GenePearson
 logger = logging.getLogger(__name__)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy, torch and the workers of data loaders, and keep Lightning's hints for developers out of the log."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    pl.seed_everything(seed, workers=True, verbose=False)
+
+
 class PRTSModule(pl.LightningModule):
     """Trains a network on counts, and logs `train/*` and `val/*` once per epoch.
 

@@ -1,0 +1,96 @@
+"""Predict the expression of every nucleus in an H&E image from a trained bundle; needs no bins.
+
+usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
+                    [encoder.weights=FILE]
+
+Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
+the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. Writes FILE.h5ad (nuclei x
+genes, expected UMI in X, P(expressed) in layers["prob"]) and FILE.nuclei.parquet (the polygons).
+
+example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prts.cli.app import require
+from prts.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from omegaconf import DictConfig
+
+    from prts.models.bundle import Bundle
+    from prts.preprocess.segment import Segmenter
+
+logger = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    """Segment, extract features, predict, write."""
+    from prts.data.prepare import prepare_features, prepare_nuclei
+    from prts.features.encoders import encoder_from_settings
+    from prts.io.nuclei import load_nuclei
+    from prts.io.prediction import check_out
+    from prts.models.bundle import load_bundle
+    from prts.models.predict import predict_store, write_prediction
+    from prts.section import open_section
+    from prts.stopwatch import Stopwatch, peak_rss_mb
+
+    require(cfg, "bundle", "image", "out")
+    watch = Stopwatch()
+    out = check_out(Path(cfg.out))
+    bundle = load_bundle(Path(cfg.bundle))
+    image = Path(cfg.image)
+    section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
+    weights = cfg.encoder.weights or bundle.metadata["encoder_weights"]
+    encoder = encoder_from_settings(
+        bundle.metadata["encoder"], None if weights is None else Path(weights), device=cfg.encoder.device
+    )
+    segmenter, prefer_given = _segmenter(cfg, bundle)
+
+    cache = Path(cfg.paths.cache_dir) / "predict" / section.name
+    with watch("segment"):
+        nuclei_path = prepare_nuclei(cache, section, segmenter, prefer_given)
+    nuclei = load_nuclei(nuclei_path)
+    with watch("features"):
+        store = prepare_features(cache, section, nuclei, encoder, nuclei_path.stem)
+    with watch("predict"):
+        bundle.to(cfg.encoder.device if cfg.encoder.device != "auto" else "cpu")
+        chunks = predict_store(bundle, store, nuclei["cell_id"].to_numpy())
+        write_prediction(out, bundle, section, nuclei, chunks, store=store)
+    for stage, seconds in watch.seconds.items():
+        logger.info("%-10s%8.1f s", stage, seconds)
+    logger.info("peak memory %.0f MB", peak_rss_mb())
+
+
+def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]:
+    """The segmenter asked for, or that of training; and whether given nuclei come first."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from prts.preprocess.stardist import StarDist
+    from prts.preprocess.watershed import Watershed
+
+    if cfg.get("segmentation") is not None:
+        node: Any = OmegaConf.to_container(cfg.segmentation, resolve=True)
+        prefer_given = node.pop("prefer_given")
+        node.pop("name")
+        if cfg.nuclei is not None and not prefer_given:
+            raise InputError("nuclei, segmentation: both are given; leave one away")
+        return instantiate(node), prefer_given
+    if cfg.nuclei is not None:
+        return None, True
+    trained = bundle.metadata["segmentation"]
+    # by name from this list: a bundle names no code to import
+    segmenters: dict[str, Callable[..., Segmenter]] = {"stardist": StarDist, "watershed": Watershed}
+    if trained["name"] not in segmenters:
+        raise InputError(
+            "nuclei: is required, since this bundle was trained on given nuclei; name their file, or segment with segmentation=stardist "
+            "or segmentation=watershed"
+        )
+    return segmenters[trained["name"]](**trained["arguments"]), False

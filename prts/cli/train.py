@@ -1,0 +1,256 @@
+"""Prepare if needed, fit, choose output rule and threshold on validation, test beside the baselines.
+
+usage: prts train [tissue=demo|her2st|brain|lung|breast] [ablation=full|local_only|global_only] [encoder=...] [seed=0]
+
+Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (test section), figures/,
+the model bundle model/, config.yaml and train.log. `tissue=demo`, the default, simulates its sections: no download.
+
+example: prts train tissue=lung encoder.weights=vit256_small_dino.pth
+example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2,3
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prts.cli.prepare import preparation
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from omegaconf import DictConfig
+
+    from prts.data.datamodule import PRTSDataModule
+    from prts.data.sets import NucleusSet
+    from prts.models.bundle import Bundle
+    from prts.models.module import PRTSModule
+    from prts.models.predictor import Predictor
+    from prts.models.scoring import Scored
+    from prts.stopwatch import Stopwatch
+
+logger = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Run one training from preparation to test.
+
+    Parameters
+    ----------
+    cfg
+        A composed `train` config.
+    folder
+        The run folder; made if needed.
+
+    Returns
+    -------
+    `metrics` (as in metrics.json), and the objects `bundle`, `datamodule` and `module`.
+
+    Raises
+    ------
+    InputError
+        If data or config are wrong.
+    """
+    from omegaconf import OmegaConf
+
+    from prts.models.bundle import load_bundle, save_bundle
+    from prts.models.module import seed_everything
+    from prts.models.output import choose_output
+    from prts.models.predictor import Predictor
+    from prts.models.scoring import json_ready, mean_per_gene, unpooled_mean
+    from prts.stopwatch import Stopwatch, peak_rss_mb
+
+    seed_everything(cfg.seed)
+    watch = Stopwatch()
+    datamodule = _data(cfg, watch)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+
+    with watch("train"):
+        module = _fit(cfg, datamodule)
+    rule = choose_output(
+        module.net, module.scaler, datamodule.val_sets, **OmegaConf.to_container(cfg.model.output, resolve=True)
+    )
+    genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
+    parts = {"net": module.net, "scaler": module.scaler, "rule": rule, "genes": genes}
+    validation = _evaluate(cfg, datamodule, Predictor(module.net, module.scaler, rule), datamodule.val_sets, watch)
+    save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation))
+    # read back: what is tested is what is shipped
+    bundle = load_bundle(folder / "model")
+    test = _evaluate(cfg, datamodule, bundle, datamodule.test_sets, watch)
+    metrics = unpooled_mean({scored.nuclei.section: scored.result.summary for scored in validation}, "val")
+    metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
+    metrics |= _baselines(cfg, datamodule, test, watch)
+    mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
+    with watch("write"):
+        _write(datamodule, bundle, test, folder)
+    metrics |= {f"seconds/{stage}": seconds for stage, seconds in watch.seconds.items()}
+    metrics["peak_rss_mb"] = peak_rss_mb()
+    text = json.dumps(json_ready(metrics), indent=1, allow_nan=False)
+    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    _log_summary(metrics)
+    return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule, "module": module}
+
+
+def _data(cfg: DictConfig, watch: Stopwatch) -> PRTSDataModule:
+    from hydra.utils import instantiate
+
+    from prts.data.datamodule import PRTSDataModule
+
+    datamodule = PRTSDataModule(preparation(cfg, watch), instantiate(cfg.split), seed=cfg.seed, **cfg.data)
+    datamodule.prepare_data()
+    with watch("load"):
+        datamodule.setup()
+    n = datamodule.split_report["n"]
+    logger.info(
+        "%s: %d training, %d validation, %d test nuclei (%d left out), %d genes, %d features",
+        cfg.tissue.name, n["train"], n["val"], n["test"], n["left_out"], datamodule.n_genes, datamodule.in_features,
+    )  # fmt: skip
+    return datamodule
+
+
+def _fit(cfg: DictConfig, datamodule: PRTSDataModule) -> PRTSModule:
+    from hydra.utils import instantiate
+
+    from prts.models.module import PRTSModule
+
+    net = instantiate(cfg.model.net)(in_features=datamodule.in_features, n_genes=datamodule.n_genes)
+    if net.standardize:
+        net.set_input_scaling(*datamodule.feature_moments())
+    module = PRTSModule(
+        net,
+        instantiate(cfg.loss),
+        datamodule.scaler,
+        instantiate(cfg.model.optimizer),
+        None if cfg.model.scheduler is None else instantiate(cfg.model.scheduler),
+    )
+    loggers = [instantiate(node) for node in cfg.logger.values()] if cfg.logger else False
+    trainer = instantiate(cfg.trainer, callbacks=[instantiate(node) for node in cfg.callbacks.values()], logger=loggers)
+    try:
+        trainer.fit(module, datamodule=datamodule)
+    finally:
+        _close(loggers)
+    return module
+
+
+def _close(loggers: Any) -> None:
+    """Finish every logger, also after a failure: an unfinished wandb run would swallow the next job of a sweep."""
+    for item in loggers or []:
+        item.finalize("success")
+        if type(item).__name__ == "WandbLogger":
+            import wandb
+
+            wandb.finish()
+
+
+def _evaluate(
+    cfg: DictConfig, datamodule: PRTSDataModule, model: Predictor, sets: Sequence[NucleusSet], watch: Stopwatch
+) -> list[Scored]:
+    from prts.io.spots import read_spots
+    from prts.models.scoring import Scored, evaluate_set
+
+    scored = []
+    for nuclei in sets:
+        section = datamodule.tissue.sections[nuclei.section].section
+        spots = None if section.spots is None else read_spots(section.spots)
+        with watch("predict"):
+            umi, prob = model.predict_all(nuclei.features)
+        with watch("evaluate"):
+            threshold = model.rule.threshold
+            result = evaluate_set(nuclei, umi, prob, datamodule.panel, threshold, spots, section.mpp, cfg.evaluation)
+        scored.append(Scored(nuclei, section, spots, umi, prob, result))
+    return scored
+
+
+def _metadata(cfg: DictConfig, datamodule: PRTSDataModule, validation: Sequence[Scored]) -> dict[str, Any]:
+    """What model.json says beside what the network, the scaler and the output rule say of themselves."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from prts.models.scoring import mean_per_gene
+
+    plain: dict[str, Any] = {
+        key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("loss", "model", "segmentation", "qc")
+    }
+    encoder = instantiate(cfg.encoder).settings()
+    per_gene = mean_per_gene([scored.result.per_gene for scored in validation])
+    return {
+        "encoder": encoder,
+        "encoder_weights": cfg.encoder.get("weights"),
+        "mpp": encoder["mpp"],
+        "tile": encoder["tile_px"],
+        "pooling": encoder["pooling"],
+        "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
+        "loss": plain["loss"],
+        "optimizer": plain["model"]["optimizer"],
+        "segmentation": _segmentation(plain["segmentation"], datamodule),
+        "qc": plain["qc"],
+        "tissue": cfg.tissue.name,
+        "species": cfg.tissue.species,
+        "train_sections": sorted({nuclei.section for nuclei in datamodule.train_sets}),
+        "split": datamodule.split_report,
+        "seed": cfg.seed,
+        "panel": {"method": datamodule.panel.method, **datamodule.panel.steps},
+        "validation": {"pcc": per_gene["pcc"].tolist(), "ceiling": per_gene["ceiling"].tolist()},
+    }
+
+
+def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:
+    """How the training nuclei were found, so that prediction finds nuclei in the same way."""
+    prefer_given = node.pop("prefer_given")
+    sections = {nuclei.section for nuclei in datamodule.train_sets}
+    if prefer_given and any(datamodule.tissue.sections[name].section.nuclei for name in sections):
+        return {"name": "given", "arguments": {}}
+    node.pop("name")
+    return {"name": str(node.pop("_target_")).rsplit(".", 1)[-1].lower(), "arguments": node}
+
+
+def _baselines(
+    cfg: DictConfig, datamodule: PRTSDataModule, test: Sequence[Scored], watch: Stopwatch
+) -> dict[str, float]:
+    from prts.models.baselines import gene_mean, ridge
+    from prts.models.scoring import score_baselines, unpooled_mean
+
+    with watch("baselines"):
+        fitted = {
+            "gene_mean": gene_mean(datamodule.train_sets),
+            "ridge": ridge(datamodule.train_sets, datamodule.val_sets),
+        }
+        beside = {
+            scored.nuclei.section: score_baselines(fitted, scored, datamodule.panel, cfg.evaluation) for scored in test
+        }
+    return unpooled_mean(beside, "baseline")
+
+
+def _write(datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[Scored], folder: Path) -> None:
+    """Predictions and figures of every test section."""
+    from prts.io.nuclei import load_nuclei
+    from prts.models.predict import write_prediction
+    from prts.report.run import run_figures
+
+    for scored in test:
+        prepared = datamodule.tissue.sections[scored.nuclei.section]
+        polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[scored.nuclei.cell_id].reset_index()
+        suffix = "" if len(test) == 1 else f"-{scored.nuclei.section}"
+        chunks = [(scored.umi, scored.prob)]
+        out = folder / f"predictions{suffix}.h5ad"
+        write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
+        curves = folder / "csv" / "metrics.csv"
+        run_figures(folder / "figures", scored, datamodule.panel, curves=curves, suffix=suffix)
+
+
+def _log_summary(metrics: dict[str, Any]) -> None:
+    logger.info("test PCC %.3f (ceiling %.3f)", metrics["test/pcc_mean"], metrics["test/ceiling_mean"])
+    for key, value in metrics.items():
+        if key.startswith("baseline/") and key.endswith("/pcc_mean") and key.count("/") == 2:
+            logger.info("%8s %s %.3f", "", key.split("/")[1], value)
+
+
+def main(cfg: DictConfig) -> float:
+    """Train in Hydra's run folder; the validation PCC is what a sweep maximises."""
+    from hydra.core.hydra_config import HydraConfig
+
+    metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir))["metrics"]
+    return float(metrics["val/pcc_mean"])

@@ -1,0 +1,114 @@
+"""From a bundle and features to a prediction file, chunk by chunk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from prts import __version__
+from prts.features.store import read_features, read_store_attrs
+from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
+from prts.models.predictor import CHUNK, Prediction
+from prts.progress import track
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
+
+    from prts.models.bundle import Bundle
+    from prts.section import Section
+
+logger = logging.getLogger(__name__)
+
+_THUMBNAIL_PX = 2000
+
+
+def predict_store(
+    bundle: Bundle, store: Path, cell_ids: NDArray[np.object_], chunk: int = CHUNK
+) -> Iterator[Prediction]:
+    """Predict nuclei from a feature store without holding the features of more than a chunk.
+
+    Parameters
+    ----------
+    bundle
+        The model.
+    store
+        Features of these nuclei and maybe others.
+    cell_ids
+        (n,) which nuclei, in the order wanted.
+    chunk
+        Nuclei at a time.
+    """
+    starts = range(0, len(cell_ids), chunk)
+    for start in track(starts, f"predict {store.stem}", total=len(starts)):
+        yield from bundle.predict_chunks(read_features(store, cell_ids[start : start + chunk], bundle.input_use), chunk)
+
+
+def write_prediction(
+    out: Path,
+    bundle: Bundle,
+    section: Section,
+    nuclei: GeoDataFrame,
+    chunks: Iterable[Prediction],
+    *,
+    store: Path,
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `<out>.h5ad` and `<out>.nuclei.parquet`.
+
+    Parameters
+    ----------
+    out
+        The `.h5ad` file.
+    bundle
+        The model that predicted.
+    section
+        Whose image was read.
+    nuclei
+        (n,) the predicted nuclei.
+    chunks
+        Their predictions in order, as `predict_store` yields them.
+    store
+        The feature store, for provenance.
+    provenance
+        More of it, JSON-like.
+    """
+    genes = pd.DataFrame(
+        {"gene_id": bundle.gene_ids, "val_pcc": bundle.val_pcc, "ceiling": bundle.ceiling},
+        index=pd.Index(bundle.genes, name="gene"),
+    )
+    meta = bundle.metadata
+    attrs = read_store_attrs(store)
+    diameter_um = 2 * float(np.sqrt(np.median(nuclei["area_um2"]) / np.pi))
+    with section.open_slide() as slide:
+        thumbnail = slide.thumbnail(_THUMBNAIL_PX)
+    uns = {
+        "prts": {
+            "scale": SCALE,
+            "version": __version__,
+            "section": section.name,
+            "image": section.image.name,
+            "width": section.width,
+            "height": section.height,
+            "mpp": section.mpp,
+            "mpp_source": section.mpp_source,
+            "species": meta["species"],
+            "threshold": bundle.rule.threshold,
+            "gate": bundle.rule.gate,
+            "model": {key: meta[key] for key in ("tissue", "train_sections", "seed", "weights_sha256", "versions")},
+            "features": {"encoder": attrs["settings"]},
+            **(provenance or {}),
+        },
+        "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
+    }
+    with PredictionWriter(out, genes, nuclei, uns) as writer:
+        start = 0
+        for umi, prob in chunks:
+            writer.write(start, umi, prob)
+            start += len(umi)
+    logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))

@@ -1,0 +1,90 @@
+"""Network, target scaling and output rule together: from features to expected UMI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prts.data.targets import Scaler
+from prts.errors import InputError
+from prts.models.mlp import PRTSNet
+from prts.models.output import OutputRule
+
+CHUNK = 4096
+
+Prediction = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """What turns features into a prediction.
+
+    Parameters
+    ----------
+    net
+        The network.
+    scaler
+        Turns its levels into UMI.
+    rule
+        Gate and threshold.
+    """
+
+    net: PRTSNet
+    scaler: Scaler
+    rule: OutputRule
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same predictor with its tensors on a device."""
+        self.net.to(device)
+        self.scaler.to(device)
+        return self
+
+    @torch.inference_mode()
+    def predict(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Predict nuclei.
+
+        Parameters
+        ----------
+        features
+            (b, d) float32 in the order of the network's input, on any device.
+
+        Returns
+        -------
+        Expected UMI (b, g) after the gate, and P(expressed) (b, g), both on the network's device.
+
+        Raises
+        ------
+        InputError
+            If the features have another width than those of training.
+        """
+        if features.shape[1] != self.net.in_features:
+            raise InputError(
+                f"features: are {features.shape[1]} wide, the model takes {self.net.in_features}; "
+                "extract them with the encoder that its model.json names"
+            )
+        self.net.eval()
+        level, logit = self.net(features.to(next(self.net.parameters()).device))
+        prob = logit.sigmoid()
+        return self.rule.apply(self.scaler.inverse(level), prob), prob
+
+    def predict_chunks(self, features: NDArray[np.float32], chunk: int = CHUNK) -> Iterator[Prediction]:
+        """Predict features (n, d) in memory; yields UMI and P(expressed) of the next nuclei, each (b, g) float32."""
+        for start in range(0, len(features), chunk):
+            umi, prob = self.predict(torch.from_numpy(features[start : start + chunk]))
+            yield umi.float().cpu().numpy(), prob.float().cpu().numpy()
+
+    def predict_all(self, features: NDArray[np.float32]) -> Prediction:
+        """UMI and P(expressed) of all nuclei, each (n, g) float32."""
+        umi = np.empty((len(features), self.net.n_genes), np.float32)
+        prob = np.empty_like(umi)
+        start = 0
+        for part, chance in self.predict_chunks(features):
+            umi[start : start + len(part)], prob[start : start + len(part)] = part, chance
+            start += len(part)
+        return umi, prob

@@ -1,0 +1,166 @@
+"""Figures of a trained model and of its baselines on prepared sections, under the names of metrics.json."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from prts.metrics.bootstrap import block_sums, mean_pcc_difference, spatial_blocks
+from prts.metrics.evaluate import Evaluation, evaluate_section, spot_pcc
+from prts.metrics.expression import pearson_per_gene
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from prts.data.sets import NucleusSet
+    from prts.io.spots import Spots
+    from prts.preprocess.panel import Panel
+    from prts.section import Section
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One section's nuclei, what was predicted for them, and how good that is. `umi` and `prob` are (n, g) float32."""
+
+    nuclei: NucleusSet
+    section: Section
+    spots: Spots | None
+    umi: NDArray[np.float32]
+    prob: NDArray[np.float32]
+    result: Evaluation
+
+
+class Baseline(Protocol):
+    """What predicts from features without being the model."""
+
+    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Expected UMI (n, g)."""
+        ...
+
+
+def evaluate_set(
+    nuclei: NucleusSet,
+    umi: NDArray[np.float32],
+    prob: NDArray[np.float32] | None,
+    panel: Panel,
+    threshold: float,
+    spots: Spots | None,
+    mpp: float,
+    settings: Mapping[str, Any],
+) -> Evaluation:
+    """Evaluate a prediction of one section's nuclei, with the spot level where the section has measured spots.
+
+    Parameters
+    ----------
+    nuclei
+        The measured nuclei.
+    umi, prob
+        Prediction for them, each (n, g); `prob` None where the predictor has none.
+    panel
+        Names and ids of the genes.
+    threshold
+        Of P(expressed).
+    spots
+        Measured spots, or None.
+    mpp
+        um/px of the section.
+    settings
+        The `evaluation` config node.
+    """
+    result = evaluate_section(
+        nuclei.counts,
+        umi,
+        prob,
+        genes=panel.genes,
+        threshold=threshold,
+        xy_um=nuclei.xy_um,
+        block_um=settings["block_um"],
+        n_replicates=settings["bootstrap"],
+    )
+    if spots is not None:
+        result.summary["spot_pcc_mean"], _ = spot_pcc(umi, nuclei.xy_um / mpp, spots, panel.genes, panel.gene_ids)
+    return result
+
+
+def score_baselines(
+    baselines: Mapping[str, Baseline], model: Scored, panel: Panel, settings: Mapping[str, Any]
+) -> dict[str, float]:
+    """Figures of each baseline on the nuclei the model was scored on, and the model's advantage over it with its interval.
+
+    Parameters
+    ----------
+    baselines
+        By name.
+    model
+        The model's prediction of the section.
+    panel
+        Names and ids of the genes.
+    settings
+        The `evaluation` config node.
+
+    Returns
+    -------
+    `<name>/pcc_mean` and its like; `<name>/difference` is the model's mean PCC minus the baseline's.
+    """
+    counts, xy_um = model.nuclei.counts, model.nuclei.xy_um
+    blocks, _ = spatial_blocks(xy_um, settings["block_um"])
+    figures: dict[str, float] = {}
+    for name, baseline in baselines.items():
+        umi = baseline.predict(model.nuclei.features)
+        pcc = pearson_per_gene(counts, umi)
+        figures |= {f"{name}/pcc_mean": float(np.nanmean(pcc)), f"{name}/pcc_median": float(np.nanmedian(pcc))}
+        if model.spots is not None:
+            figures[f"{name}/spot_pcc_mean"], _ = spot_pcc(
+                umi, xy_um / model.section.mpp, model.spots, panel.genes, panel.gene_ids
+            )
+        assert model.result.sums is not None  # evaluate_set always knows where nuclei are
+        sums = block_sums(counts, umi, blocks)
+        interval = mean_pcc_difference(model.result.sums, sums, n_replicates=settings["bootstrap"])
+        for suffix, value in zip(("", "_low", "_high"), interval, strict=True):
+            figures[f"{name}/difference{suffix}"] = value
+    return figures
+
+
+def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """`<prefix>/<figure>` of one section, or of several `<prefix>/<section>/<figure>` and their mean; never pooled over sections."""
+    merged: dict[str, float] = {}
+    if len(sections) > 1:
+        for section, summary in sections.items():
+            merged |= {f"{prefix}/{section}/{key}": value for key, value in summary.items()}
+    keys: list[str] = list(dict.fromkeys(key for summary in sections.values() for key in summary))
+    for key in keys:
+        values = [summary[key] for summary in sections.values() if key in summary and math.isfinite(summary[key])]
+        merged[f"{prefix}/{key}"] = float(np.mean(values)) if values else math.nan
+    for key in ("n_cells", "n_genes", "n_constant_genes"):
+        if key in keys:
+            values = [int(summary[key]) for summary in sections.values()]
+            merged[f"{prefix}/{key}"] = sum(values) if key == "n_cells" else max(values)
+    return merged
+
+
+def mean_per_gene(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The per-gene table of one section, or the unpooled mean of several (a gene is constant if it is so in all)."""
+    import pandas as pd
+
+    if len(tables) == 1:
+        return tables[0]
+    stacked = pd.concat(tables)
+    mean = stacked.drop(columns="constant").groupby("gene", sort=False).mean()
+    mean["constant"] = stacked.groupby("gene", sort=False)["constant"].all()
+    return mean.reset_index()[list(tables[0].columns)]
+
+
+def json_ready(metrics: Mapping[str, float]) -> dict[str, float | int | None]:
+    """Metrics as JSON has them: NaN, which JSON has not, becomes null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in sorted(metrics.items())
+    }

@@ -1,0 +1,113 @@
+"""The command line before any command runs: quoting, typos, one-line errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from prts.cli.app import COMMANDS, config_dir, quote_paths, run
+from prts.cli.main import main
+
+TISSUES = ("demo", "her2st", "brain", "lung", "breast")
+ABLATIONS = ("full", "local_only", "global_only")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda s: s not in ("null", "???")))
+def test_a_path_reaches_the_command_letter_for_letter(path):
+    if path[0] in "'\"" or "${" in path:
+        return  # quoted by the user already, or an interpolation: Hydra's own rules
+    (argument,) = quote_paths([f"image={path}"])
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    assert override.value() == path
+
+
+def test_only_paths_are_quoted():
+    assert quote_paths(["seed=1,2", "tissue=lung", "out=a,b"]) == ["seed=1,2", "tissue=lung", "out='a,b'"]
+
+
+def test_a_grid_over_paths_stays_a_grid(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert quote_paths(["-m", "encoder.weights=a.pth,b.pth"]) == ["-m", "encoder.weights=a.pth,b.pth"]
+    Path("a.pth,b.pth").touch()
+    assert quote_paths(["-m", "encoder.weights=a.pth,b.pth"]) == ["-m", "encoder.weights='a.pth,b.pth'"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tissue=lnug"], ["tissue=lnug", "did you mean 'lung'"]),
+        (["tisue=lung"], ["tisue", "did you mean 'tissue'"]),
+        (["trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean 'trainer.max_epochs'"]),
+        (["max_epochs=3"], ["max_epochs", "did you mean 'trainer.max_epochs'"]),
+        (["trainer.max_epochs=many"], ["trainer.max_epochs=many", "int"]),
+        (["tissue=demo,lnug", "-m"], ["tissue=lnug", "did you mean 'lung'"]),
+        (["seed=[1"], ["seed=[1", "not a valid override"]),
+        (["--epochs"], ["--epochs", "no such flag"]),
+        (["--experimental-rerun=x.pickle"], ["no such flag"]),
+        (["tissue.sections.train.imagee=x"], ["tissue.sections.train.imagee"]),
+    ],
+)
+def test_a_mistyped_argument_is_one_line_and_exit_2(arguments, words, capsys):
+    assert run("train", arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for word in words:
+        assert word in error
+
+
+def test_a_required_key_is_named(capsys):
+    assert run("predict", ["image=x.tif", "out=y.h5ad"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "bundle: is required" in error
+
+
+def test_an_unknown_command_is_named(capsys):
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'" in capsys.readouterr().err
+
+
+def test_help_lists_every_command_and_each_has_an_example(capsys):
+    assert main(["--help"]) == 0
+    overview = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"  {command} " in overview
+        assert main([command, "--help"]) == 0
+        assert f"example: prts {command}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from prts.cli.main import main; main(['--help']); print(sorted({m.split('.')[0] for m in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("'torch'", "'hydra'", "'anndata'", "'tensorflow'", "'numpy'"):
+        assert heavy not in out
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+@pytest.mark.parametrize("tissue", TISSUES)
+def test_every_tissue_and_ablation_composes(tissue, ablation):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = compose("train", [f"tissue={tissue}", f"ablation={ablation}"])
+    assert cfg.tissue.name == tissue
+    assert list(cfg.data.use) == {"full": ["local", "global"], "local_only": ["local"], "global_only": ["global"]}[ablation]
+    assert set(cfg.tissue.train) <= set(cfg.tissue.sections)
+    OmegaConf.to_container(cfg.tissue, resolve=True)
+
+
+def test_a_choice_on_the_command_line_wins_over_the_tissue():
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        assert compose("train", ["tissue=demo"]).segmentation._target_.endswith("Watershed")
+        assert compose("train", ["tissue=demo", "segmentation=stardist"]).segmentation._target_.endswith("StarDist")
+
+
+def test_missing_data_names_the_download(tmp_path, capsys):
+    outcome = run("train", ["tissue=lung", f"paths.data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "encoder=classical"])
+    assert outcome == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "prts download tissue=lung" in error
