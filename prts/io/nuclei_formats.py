@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import geopandas as gpd
@@ -115,16 +116,35 @@ def _is_feature(item: Any) -> bool:
 
 def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
     """Shapes of GeoJSON geometries; None for what is no geometry."""
-    shapes = shapely.from_geojson([json.dumps(item) for item in geometries], on_invalid="ignore")
-    shapes = np.array(shapes, dtype=object, ndmin=1)
-    # GEOS refuses the whole of a geometry for an open ring or a NaN, which the slower reader closes or keeps.
-    for index in np.flatnonzero(shapely.is_missing(shapes)):
+    shapes = np.full(len(geometries), None, dtype=object)
+    is_polygon = np.array([isinstance(item, dict) and item.get("type") == "Polygon" for item in geometries], dtype=bool)
+    try:
+        shapes[is_polygon] = _plain_polygons([geometries[index]["coordinates"] for index in np.flatnonzero(is_polygon)])
+        rest = np.flatnonzero(~is_polygon)
+    except (ValueError, TypeError, KeyError, shapely.errors.ShapelyError):
+        rest = np.arange(len(geometries))  # one of them is odd: an open ring, a missing number
+    for index in rest:
         try:
             with np.errstate(invalid="ignore"):
                 shapes[index] = shapely.geometry.shape(geometries[index])
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError):
             shapes[index] = None
     return shapes
+
+
+def _plain_polygons(coordinates: list[list[list[list[float]]]]) -> NDArray[Any]:
+    """Polygons of GeoJSON coordinates, all at once; ValueError or TypeError if any of them is not as the standard says."""
+    rings = list(chain.from_iterable(coordinates))
+    points = np.array(list(chain.from_iterable(rings)), dtype=float)
+    if not len(points):
+        raise ValueError("no coordinates")
+    n_rings = np.fromiter(map(len, coordinates), np.int64, len(coordinates))
+    n_points = np.fromiter(map(len, rings), np.int64, len(rings))
+    ring = np.r_[0, np.cumsum(n_points)]
+    if not (n_rings > 0).all() or not (n_points > 3).all() or not (points[ring[:-1]] == points[ring[1:] - 1]).all():
+        raise ValueError("an empty polygon, a short or an open ring, or a coordinate that is not a number")
+    offsets = (ring, np.r_[0, np.cumsum(n_rings)])
+    return np.asarray(shapely.from_ragged_array(shapely.GeometryType.POLYGON, points[:, :2].copy(), offsets))
 
 
 def read_table(reader: Callable[..., Any], path: Path) -> Any:

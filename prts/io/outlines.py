@@ -21,7 +21,7 @@ _CORNER = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
 _ACROSS = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])
 
 
-def labels_to_polygons(labels: NDArray[Any], *, band: int = 2048) -> tuple[NDArray[np.int64], NDArray[Any], int]:
+def labels_to_polygons(labels: NDArray[Any], *, band: int = 512) -> tuple[NDArray[np.int64], NDArray[Any], int]:
     """Outlines of a label image along pixel sides: rasterising a polygon gives its pixels back exactly.
 
     A label's largest 4-connected part is kept; holes are kept. Work and memory go by bands of rows, each label being
