@@ -150,6 +150,13 @@ class PaperPanel:
         min_abs_log2fc: float = 1.0,
         seed: int = 0,
     ) -> None:
+        _in_range("n_top_genes", n_top_genes, 1)
+        _in_range("n_pcs", n_pcs, 1)
+        _in_range("n_neighbors", n_neighbors, 2)
+        _in_range("resolution", resolution, 0)
+        _in_range("max_p_adjusted", max_p_adjusted, 0, 1)
+        _in_range("min_abs_log2fc", min_abs_log2fc, 0)
+        _in_range("seed", seed, 0)
         self.n_top_genes = n_top_genes
         self.n_pcs = n_pcs
         self.n_neighbors = n_neighbors
@@ -252,6 +259,9 @@ class TopPanel:
     """
 
     def __init__(self, n_genes: int = 1000, min_nuclei: int = 10, min_share: float = 0.01) -> None:
+        _in_range("n_genes", n_genes, 1)
+        _in_range("min_nuclei", min_nuclei, 0)
+        _in_range("min_share", min_share, 0, 1)
         self.n_genes = n_genes
         self.min_nuclei = min_nuclei
         self.min_share = min_share
@@ -397,6 +407,12 @@ def _log_normalise(nuclei: AnnData) -> None:
 def _panel(var: pd.DataFrame, method: str, steps: dict[str, int]) -> Panel:
     logger.info("panel %s: %s", method, ", ".join(f"{name} {n}" for name, n in steps.items()))
     return Panel(tuple(map(str, var.index)), tuple(map(str, var["gene_id"])), method, steps)
+
+
+def _in_range(key: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        upper = "" if high == math.inf else f" and at most {high}"
+        raise InputError(f"panel.{key}={value}: a value of at least {low}{upper} would be right")
 
 
 def _some(names: Sequence[str] | pd.Index | pd.Series, n: int = 5) -> str:

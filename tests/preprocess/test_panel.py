@@ -115,6 +115,21 @@ def test_paper_panel_refuses_genes_that_do_not_vary():
         PaperPanel(**SMALL)([section(X)])
 
 
+@pytest.mark.parametrize(
+    ("panel", "option", "value"),
+    [
+        (PaperPanel, "n_pcs", 0),
+        (PaperPanel, "max_p_adjusted", 1.1),
+        (PaperPanel, "resolution", -0.1),
+        (TopPanel, "n_genes", -5),
+        (TopPanel, "min_share", float("nan")),
+    ],
+)
+def test_settings_out_of_range(panel, option, value):
+    with pytest.raises(InputError, match=rf"panel\.{option}="):
+        panel(**{option: value})
+
+
 def test_top_panel_by_hand():
     X = np.zeros((20, 5), dtype=int)
     X[:10, 1], X[10:, 1] = 5, 15  # varies
