@@ -20,7 +20,7 @@ from prts.features.store import Rows, read_features, read_store_attrs, write_sto
 
 
 class MeanEncoder:
-    """Global: mean colour (of every 16th pixel) and centre pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
+    """Global: mean colour and centre pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
 
     name, tile_px, mpp, pooling, batch_size, weights_sha256 = "mean", 256, 0.5, "nucleus", 16, None
     global_width, local_width = 6, 3
