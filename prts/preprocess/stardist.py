@@ -95,7 +95,7 @@ class StarDist:
 
     def settings(self) -> dict[str, Any]:
         """All parameters, and of a model folder the identity of its files."""
-        settings = {"name": "stardist", **asdict(self), "percentiles": list(self.percentiles)}
+        settings = {"name": "stardist", **asdict(self), "percentiles": [float(p) for p in self.percentiles]}
         if Path(self.model).is_dir():
             settings["model"] = file_identity(Path(self.model))
         return settings
