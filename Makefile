@@ -17,6 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Trains on simulated sections, then predicts a section the model has never seen from its image alone and compares it with the truth.
 demo: setup
+	rm -rf $(RUN)
 	$(BIN)/python train.py hydra.run.dir=$(RUN)
 	$(BIN)/prts simulate out=$(RUN)/new_slide cells=2000 genes=1000 seed=7 stain=0.5
 	$(BIN)/prts predict bundle=$(RUN)/model image=$(RUN)/new_slide/tissue_image.tif out=$(RUN)/new_slide.h5ad segmentation=watershed

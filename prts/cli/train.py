@@ -180,7 +180,7 @@ def _metadata(cfg: DictConfig, datamodule: PRTSDataModule, validation: Sequence[
         "encoder": encoder,
         "encoder_weights": cfg.encoder.get("weights"),
         "mpp": encoder["mpp"],
-        "tile": encoder["tile_px"],
+        "tile": encoder["tile"],
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
         "loss": plain["loss"],

@@ -88,12 +88,15 @@ class PRTSModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the epoch's mean losses and mean per-gene PCC."""
-        self._log_means("val", self._val)
+        means = self._log_means("val", self._val)
         per_section = torch.stack(
             [self._over_processes(pearson).compute().nanmean() for pearson in self._pearson.values()]
         )
         self._pearson.clear()
-        self.log("val/pcc", per_section.nanmean().float())
+        pcc = per_section.nanmean().float()
+        self.log("val/pcc", pcc)
+        if not self.trainer.sanity_checking and self.trainer.is_global_zero:
+            logger.info("epoch %3d: val/loss %.4f, val/pcc %.4f", self.current_epoch, means["loss"], pcc)
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and the scheduler if there is one."""
@@ -113,9 +116,11 @@ class PRTSModule(pl.LightningModule):
         parts: dict[str, Tensor] = self.loss(level, logit, self.scaler.transform(batch.counts), batch.counts)
         return parts, level
 
-    def _log_means(self, stage: str, means: _Means) -> None:
-        for name, value in means.take().items():
+    def _log_means(self, stage: str, means: _Means) -> dict[str, Tensor]:
+        taken = means.take()
+        for name, value in taken.items():
             self.log(f"{stage}/{name}", value, sync_dist=self.trainer.world_size > 1)
+        return taken
 
     def _over_processes(self, pearson: GenePearson) -> GenePearson:
         """The correlation over all processes' shares of the section."""

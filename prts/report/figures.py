@@ -208,6 +208,9 @@ def training_curves(metrics_csv: Path, out: Path) -> Path:
                     colour, label = (_BLUE, "training") if part == "train" else (_ORANGE, "validation")
                     marker = "o" if len(values) == 1 else None
                     axes.plot(values.index, values, color=colour, label=label, linewidth=1, marker=marker, markersize=3)
+            low, high = axes.dataLim.intervaly
+            if low > 0 and high > 10 * low:  # the first epoch would flatten the rest
+                axes.set_yscale("log")
             if best is not None:
                 axes.axvline(best, color=_GREY, linewidth=0.6, linestyle=":", label=f"best epoch ({best})")
             axes.set(xlabel="epoch", title=name)
