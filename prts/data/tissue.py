@@ -77,7 +77,9 @@ def parse_tissue(config: Mapping[str, Any]) -> Tissue:
     if config["species"] not in SPECIES:
         raise InputError(f"tissue.species: {config['species']!r} is not one of {', '.join(SPECIES)}")
     if not isinstance(config["sections"], Mapping):
-        raise InputError("tissue.sections: must map a section's name to its files, such as {lung1: {image: ..., bins: ...}}")
+        raise InputError(
+            "tissue.sections: must map a section's name to its files, such as {lung1: {image: ..., bins: ...}}"
+        )
     sections = {str(name): _parse_section(str(name), node) for name, node in config["sections"].items()}
     roles: dict[str, tuple[str, ...]] = {}
     for role in ROLES:
