@@ -30,7 +30,7 @@ def _compiled_part_loads() -> bool:
         return True  # nothing to mend
     for extension in Path(spec.origin).parent.glob("_C*"):
         try:
-            torch.ops.load_library(extension)
+            torch.ops.load_library(extension)  # type: ignore[no-untyped-call]
         except OSError:
             return False
         return True
@@ -38,6 +38,6 @@ def _compiled_part_loads() -> bool:
 
 
 if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms") and not _compiled_part_loads():
-    _library = torch.library.Library("torchvision", "DEF")
+    _library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
     for _schema in _SCHEMAS:
-        _library.define(_schema)
+        _library.define(_schema)  # type: ignore[no-untyped-call]

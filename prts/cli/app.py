@@ -113,7 +113,7 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     from omegaconf import DictConfig
 
     if isinstance(node, DictConfig):
-        for key in node:
+        for key in map(str, node):
             child = node._get_node(key)
             name = f"{prefix}{key}"
             yield name, child
@@ -291,3 +291,12 @@ def require(cfg: DictConfig, *keys: str) -> None:
     for key in keys:
         if OmegaConf.is_missing(cfg, key) or cfg[key] is None:
             raise InputError(f"{key}: is required; write {key}=... (`prts <command> --help` shows an example)")
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A config node as plain Python containers, interpolations resolved."""
+    from omegaconf import OmegaConf
+
+    content = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}

@@ -14,15 +14,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from prts.errors import InputError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-Verdict = Literal["PASS", "WARN", "FAIL"]
-Check = tuple[Verdict, str, str]
+Check = tuple[str, str, str]  # PASS, WARN or FAIL; what; a sentence
 
 _EXTRAS = {
     "stardist": ("stardist", "the default segmenter of real tissues"),
@@ -54,8 +53,9 @@ def _software() -> Iterator[Check]:
 
 
 def _hardware() -> Iterator[Check]:
+    import torch
+
     import prts._torchvision as torchvision_schemas
-    from prts._torchvision import torch
 
     if torch.cuda.is_available():
         yield "PASS", "accelerator", torch.cuda.get_device_name(0)
@@ -102,10 +102,10 @@ def _bundle(cfg: DictConfig) -> Iterator[Check]:
     except InputError as error:
         yield "FAIL", "bundle", str(error)
         return
-    meta = bundle.meta
-    trained = f"{len(bundle.genes)} genes, trained on {', '.join(meta['training_sections'])}"
+    about = bundle.metadata
+    trained = f"{len(bundle.genes)} genes, trained on {about['tissue']} {', '.join(about['train_sections'])}"
     yield "PASS", "bundle", f"{cfg.bundle}: {trained}"
-    yield weights_of(meta["encoder"])
+    yield weights_of(about["encoder"], about["encoder_weights"])
 
 
 def main(cfg: DictConfig) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from prts.cli.app import plain
 from prts.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main(cfg: DictConfig) -> None:
     from prts.data.tissue import parse_tissue
     from prts.download import download_section
 
-    tissue = parse_tissue(cfg.tissue)
+    tissue = parse_tissue(plain(cfg.tissue))
     with_address = [spec for spec in tissue.sections.values() if spec.download]
     if not with_address:
         raise InputError(

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from prts.cli.app import require
+from prts.cli.app import plain, require
 from prts.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,13 +71,12 @@ def main(cfg: DictConfig) -> None:
 def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]:
     """The segmenter asked for, or that of training; and whether given nuclei come first."""
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     from prts.preprocess.stardist import StarDist
     from prts.preprocess.watershed import Watershed
 
     if cfg.get("segmentation") is not None:
-        node: Any = OmegaConf.to_container(cfg.segmentation, resolve=True)
+        node = plain(cfg.segmentation)
         prefer_given = node.pop("prefer_given")
         node.pop("name")
         if cfg.nuclei is not None and not prefer_given:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from prts.cli.app import plain
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -36,25 +38,19 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
     from pathlib import Path
 
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     from prts.data.prepare import prepare_tissue
     from prts.data.tissue import parse_tissue
 
-    segmentation = OmegaConf.to_container(cfg.segmentation, resolve=True)
-    assert isinstance(segmentation, dict)
+    segmentation = plain(cfg.segmentation)
     prefer_given = bool(segmentation.pop("prefer_given"))
     segmentation.pop("name")
-    tissue = OmegaConf.to_container(cfg.tissue, resolve=True)
-    assert isinstance(tissue, dict)
-    qc = OmegaConf.to_container(cfg.qc, resolve=True)
-    assert isinstance(qc, dict)
     return partial(
         prepare_tissue,
-        parse_tissue({str(key): value for key, value in tissue.items()}),
+        parse_tissue(plain(cfg.tissue)),
         segmenter=instantiate(segmentation),
         prefer_given=prefer_given,
-        qc={str(key): value for key, value in qc.items()},
+        qc=plain(cfg.qc),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
         encoder=instantiate(cfg.encoder),

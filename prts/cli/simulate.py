@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prts.cli.app import require
+from prts.cli.app import plain, require
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,12 +25,9 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Simulate one section."""
-    from omegaconf import OmegaConf
-
     from prts.simulate.section import simulate_section
 
     require(cfg, "out")
-    arguments = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(arguments, dict)
-    folder = simulate_section(Path(arguments.pop("out")), **{str(key): value for key, value in arguments.items()})
+    arguments = plain(cfg)
+    folder = simulate_section(Path(arguments.pop("out")), **arguments)
     logger.info("wrote %s", folder)

@@ -16,6 +16,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prts.cli.app import plain
 from prts.cli.prepare import preparation
 
 if TYPE_CHECKING:
@@ -70,12 +71,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     with watch("train"):
         module = _fit(cfg, datamodule)
-    rule = choose_output(
-        module.net, module.scaler, datamodule.val_sets, **OmegaConf.to_container(cfg.model.output, resolve=True)
-    )
+    rule = choose_output(module.net, module.scaler, datamodule.val_sets, **plain(cfg.model.output))
     genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
-    parts = {"net": module.net, "scaler": module.scaler, "rule": rule, "genes": genes}
-    validation = _evaluate(cfg, datamodule, Predictor(module.net, module.scaler, rule), datamodule.val_sets, watch)
+    parts: dict[str, Any] = {"net": module.net, "scaler": module.scaler, "rule": rule, "genes": genes}
+    validation = _evaluate(cfg, datamodule, Predictor(parts["net"], module.scaler, rule), datamodule.val_sets, watch)
     save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation))
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
@@ -167,26 +166,23 @@ def _evaluate(
 def _metadata(cfg: DictConfig, datamodule: PRTSDataModule, validation: Sequence[Scored]) -> dict[str, Any]:
     """What model.json says beside what the network, the scaler and the output rule say of themselves."""
     from hydra.utils import instantiate
-    from omegaconf import OmegaConf
 
     from prts.models.scoring import mean_per_gene
 
-    plain: dict[str, Any] = {
-        key: OmegaConf.to_container(cfg[key], resolve=True) for key in ("loss", "model", "segmentation", "qc")
-    }
     encoder = instantiate(cfg.encoder).settings()
+    weights = cfg.encoder.get("weights")
     per_gene = mean_per_gene([scored.result.per_gene for scored in validation])
     return {
         "encoder": encoder,
-        "encoder_weights": cfg.encoder.get("weights"),
+        "encoder_weights": None if weights is None else str(Path(weights).resolve()),
         "mpp": encoder["mpp"],
         "tile": encoder["tile"],
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
-        "loss": plain["loss"],
-        "optimizer": plain["model"]["optimizer"],
-        "segmentation": _segmentation(plain["segmentation"], datamodule),
-        "qc": plain["qc"],
+        "loss": plain(cfg.loss),
+        "optimizer": plain(cfg.model.optimizer),
+        "segmentation": _segmentation(plain(cfg.segmentation), datamodule),
+        "qc": plain(cfg.qc),
         "tissue": cfg.tissue.name,
         "species": cfg.tissue.species,
         "train_sections": sorted({nuclei.section for nuclei in datamodule.train_sets}),

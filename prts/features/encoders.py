@@ -385,11 +385,21 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
     return encoder
 
 
-def weights_of(settings: dict[str, Any]) -> tuple[str, str, str]:
-    """What `prts doctor` says of the weights that a bundle's encoder needs: PASS or WARN, a name, a sentence."""
+def weights_of(settings: dict[str, Any], file: str | None) -> tuple[str, str, str]:
+    """What `prts doctor` says of the weights that a bundle's encoder needs: PASS or WARN, a name, a sentence.
+
+    Parameters
+    ----------
+    settings
+        The encoder's settings in the bundle.
+    file
+        The weights file that training read, or None.
+    """
     name, sha256 = settings["name"], settings.get("weights_sha256")
     if sha256 is None:
         return "PASS", "weights", f"the encoder {name} needs none"
+    if file is not None and Path(file).is_file() and sha256_file(Path(file)) == sha256:
+        return "PASS", "weights", f"{name}: {file}"
     if name == ViT256.name:
         return "WARN", "weights", f"{name} is given its file at prediction: encoder.weights=FILE with sha256 {sha256}"
     model_name = settings["model_name"]

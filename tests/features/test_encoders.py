@@ -327,8 +327,8 @@ def test_an_encoder_is_made_again_from_its_settings(checkpoint, tmp_path):
         encoder_from_settings(settings)
     with pytest.raises(InputError, match="'resnet9000' is unknown"):
         encoder_from_settings({"name": "resnet9000"})
-    assert weights_of(Classical().settings())[0] == "PASS"
-    assert settings["weights_sha256"] in weights_of(settings)[2]
+    assert weights_of(Classical().settings(), None)[0] == "PASS"
+    assert settings["weights_sha256"] in weights_of(settings, None)[2]
 
 
 def test_settings_follow_what_changes_the_features(checkpoint):
