@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from prts.metrics.bootstrap import BLOCK_UM, BlockSums, block_sums, mean_pcc_int
 from prts.metrics.ceiling import ceiling_share, noise_ceiling
 from prts.metrics.detection import detection_scores
 from prts.metrics.expression import expression_per_gene
+from prts.metrics.spatial import map_ssim, moran_agreement, morans_i, neighbour_weights
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SSIM_GENES = "hvg50"
 _SAME_NUCLEUS_UM = 1.0
 _NEAREST_UM = 3.0
 
@@ -89,6 +91,7 @@ def evaluate_section(
     genes: Sequence[str],
     threshold: ArrayLike = 0.5,
     xy_um: NDArray[np.float64] | None = None,
+    gene_sets: Mapping[str, NDArray[np.intp]] | None = None,
     block_um: float = BLOCK_UM,
     n_replicates: int = 1000,
     seed: int = 0,
@@ -108,8 +111,10 @@ def evaluate_section(
     threshold
         A gene is called expressed where prob >= threshold; one number or (n_genes,).
     xy_um
-        Centres of the nuclei in um, (n_nuclei, 2), for blocks. Without them there is no interval of the PCC, and the ceiling takes
-        nuclei as independent.
+        Centres of the nuclei in um, (n_nuclei, 2), for blocks and maps. Without them there is no interval of the PCC, no Moran's I
+        and no SSIM, and the ceiling takes nuclei as independent.
+    gene_sets
+        Positions of genes by the name of a set (`hvg50`): each gets a `<name>_pcc_mean`. SSIM is the mean over the set `hvg50`.
     block_um
         Side of the spatial blocks in um (`prts.metrics.bootstrap.spatial_blocks`).
     n_replicates
@@ -146,8 +151,18 @@ def evaluate_section(
     summary["pcc_median"] = float(per_gene["pcc"].median())
     summary["ceiling_share"] = ceiling_share(per_gene["pcc"].to_numpy(), per_gene["ceiling"].fillna(0).to_numpy())
     summary |= {"n_cells": n_nuclei, "n_genes": n_genes, "n_constant_genes": int((~scored).sum())}
+    for name, members in (gene_sets or {}).items():
+        summary[f"{name}_pcc_mean"] = float(per_gene["pcc"].iloc[members].mean())
     sums = None
-    if used_um is not None:
+    if xy_um is not None and used_um is not None:
+        per_gene = per_gene.join(_spatial(measured, predicted, xy_um))
+        summary["moran_agreement"], summary["moran_difference"] = moran_agreement(
+            per_gene["moran"].to_numpy(), per_gene["moran_predicted"].to_numpy()
+        )
+        if gene_sets and _SSIM_GENES in gene_sets:
+            members = gene_sets[_SSIM_GENES]
+            ssim = map_ssim(measured[:, members], predicted[:, members], xy_um)
+            summary["ssim_mean"] = float(pd.Series(ssim).mean())
         sums = block_sums(measured, predicted, blocks)
         low, high = mean_pcc_interval(sums, n_replicates=n_replicates, seed=seed)
         summary |= {"pcc_mean_low": low, "pcc_mean_high": high, "block_um": used_um, "n_blocks": len(sums.n)}
@@ -257,6 +272,11 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> Matched:
 
 
 _MEANS = ("pcc", "spearman", "rmse", "skill", "deviance_explained", "lognorm_pcc", "ceiling", "ceiling_raw")
+
+
+def _spatial(measured: sp.csr_matrix, predicted: Matrix, xy_um: NDArray[np.float64]) -> pd.DataFrame:
+    weights = neighbour_weights(xy_um)
+    return pd.DataFrame({"moran": morans_i(measured, weights), "moran_predicted": morans_i(predicted, weights)})
 
 
 def _poisson_prob(predicted: Matrix) -> Matrix:

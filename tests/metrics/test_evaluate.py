@@ -48,6 +48,22 @@ def test_summary_and_table_keep_the_contract(section):
     assert all(np.isfinite(v) for v in s.values())
 
 
+def test_gene_sets_and_maps_have_figures_of_their_own(section):
+    counts, rate, xy_um = section
+    sets = {"hvg50": np.array([0, 2, 5]), "hvg200": np.arange(10)}
+    result = evaluate_section(counts, rate, genes=GENES, xy_um=xy_um, gene_sets=sets, n_replicates=50)
+    table, summary = result.per_gene, result.summary
+    assert summary["hvg50_pcc_mean"] == pytest.approx(table["pcc"][[2, 5]].mean())  # gene 0 is constant
+    assert summary["hvg200_pcc_mean"] == pytest.approx(summary["pcc_mean"])
+    assert summary["moran_agreement"] == pytest.approx(
+        np.corrcoef(table["moran"][1:], table["moran_predicted"][1:])[0, 1]
+    )
+    assert summary["moran_difference"] == pytest.approx((table["moran"] - table["moran_predicted"])[1:].abs().mean())
+    itself = evaluate_section(counts, counts, genes=GENES, xy_um=xy_um, gene_sets=sets, n_replicates=50).summary
+    assert 0 < summary["ssim_mean"] < 1 == pytest.approx(itself["ssim_mean"])
+    assert itself["moran_agreement"] == pytest.approx(1)
+
+
 def test_true_rates_reach_the_whole_ceiling(section):
     counts, rate, xy_um = section
     summary = evaluate_section(counts, rate, genes=GENES, xy_um=xy_um).summary
