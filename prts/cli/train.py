@@ -79,9 +79,12 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
     test = _evaluate(cfg, datamodule, bundle, datamodule.test_sets, watch)
-    metrics = unpooled_mean({scored.nuclei.section: scored.result.summary for scored in validation}, "val")
+    metrics: dict[str, float | str] = {}
+    metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in validation}, "val")
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
     metrics |= _baselines(cfg, datamodule, test, watch)
+    if datamodule.split_report["warning"] is not None:
+        metrics["warning/split"] = datamodule.split_report["warning"]
     mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
     with watch("write"):
         _write(datamodule, bundle, test, folder)
@@ -148,8 +151,9 @@ def _evaluate(
     cfg: DictConfig, datamodule: PRTSDataModule, model: Predictor, sets: Sequence[NucleusSet], watch: Stopwatch
 ) -> list[Scored]:
     from prts.io.spots import read_spots
-    from prts.models.scoring import Scored, evaluate_set
+    from prts.models.scoring import Scored, evaluate_set, variable_genes
 
+    gene_sets = variable_genes(datamodule.train_sets)
     scored = []
     for nuclei in sets:
         section = datamodule.tissue.sections[nuclei.section].section
@@ -158,7 +162,9 @@ def _evaluate(
             umi, prob = model.predict_all(nuclei.features)
         with watch("evaluate"):
             threshold = model.rule.threshold
-            result = evaluate_set(nuclei, umi, prob, datamodule.panel, threshold, spots, section.mpp, cfg.evaluation)
+            result = evaluate_set(
+                nuclei, umi, prob, datamodule.panel, threshold, spots, section.mpp, cfg.evaluation, gene_sets
+            )
         scored.append(Scored(nuclei, section, spots, umi, prob, result))
     return scored
 
@@ -206,17 +212,19 @@ def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str,
 def _baselines(
     cfg: DictConfig, datamodule: PRTSDataModule, test: Sequence[Scored], watch: Stopwatch
 ) -> dict[str, float]:
-    from prts.models.baselines import gene_mean, ridge
-    from prts.models.scoring import score_baselines, unpooled_mean
+    from prts.models.comparison import fit_baselines, fit_position
+    from prts.models.scoring import score_baselines, unpooled_mean, variable_genes
 
+    train_sets, val_sets = datamodule.train_sets, datamodule.val_sets
+    gene_sets = variable_genes(train_sets)
+    beside = {}
     with watch("baselines"):
-        fitted = {
-            "gene_mean": gene_mean(datamodule.train_sets),
-            "ridge": ridge(datamodule.train_sets, datamodule.val_sets),
-        }
-        beside = {
-            scored.nuclei.section: score_baselines(fitted, scored, datamodule.panel, cfg.evaluation) for scored in test
-        }
+        fitted = fit_baselines(train_sets, val_sets, datamodule.tissue, seed=cfg.seed)
+        for scored in test:
+            section = scored.nuclei.section
+            position = fit_position(train_sets, val_sets, section)
+            here = fitted if position is None else fitted | {"position": position}
+            beside[section] = score_baselines(here, scored, datamodule.panel, cfg.evaluation, gene_sets)
     return unpooled_mean(beside, "baseline")
 
 

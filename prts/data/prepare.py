@@ -17,6 +17,7 @@ import h5py
 from prts.data.splits import TRAIN, Roles
 from prts.data.tissue import SectionSpec, Tissue
 from prts.errors import InputError
+from prts.features.colour import ColourStats
 from prts.features.extract import extract
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 from prts.io.nuclei import load_nuclei, write_nuclei
@@ -55,12 +56,13 @@ class PanelBuilder(Protocol):
 
 @dataclass(frozen=True)
 class PreparedSection:
-    """A section and its cache files: nuclei (all), counts (nuclei that pass QC x all genes) and features (those nuclei)."""
+    """A section and its cache files: nuclei (all), counts (nuclei that pass QC x all genes), features and colour of those nuclei."""
 
     section: Section
     nuclei: Path
     counts: Path
     features: Path
+    colour: Path
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,18 @@ def prepare_tissue(
     with watch("panel"):
         panel_path = _panel(root, tissue, sections, counts, splitter, panel)
     features: dict[str, Path] = {}
+    colour: dict[str, Path] = {}
     for name, section in sections.items():
         with watch("features"):
             kept = _passing(load_nuclei(nuclei[name]), counts[name])
             features[name] = prepare_features(root / name, section, kept, encoder, counts[name].stem)
+        with watch("colour"):
+            colour[name] = prepare_features(root / name, section, kept, ColourStats(), counts[name].stem, kind="colour")
     return PreparedTissue(
         name=tissue.name,
         species=tissue.species,
         sections={
-            name: PreparedSection(section, nuclei[name], counts[name], features[name])
+            name: PreparedSection(section, nuclei[name], counts[name], features[name], colour[name])
             for name, section in sections.items()
         },
         train=list(tissue.train),
@@ -281,7 +286,9 @@ def _panel(
     return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training nuclei")
 
 
-def prepare_features(folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str) -> Path:
+def prepare_features(
+    folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str, *, kind: str | None = None
+) -> Path:
     """The feature store of some nuclei of a section, extracted if it is not there; goes on where a killed run stopped.
 
     Parameters
@@ -296,6 +303,8 @@ def prepare_features(folder: Path, section: Section, nuclei: GeoDataFrame, encod
         Reads features from the image.
     source
         The cache file that says which nuclei these are.
+    kind
+        First part of the file's name; `features-<encoder>` if left out.
 
     Raises
     ------
@@ -309,7 +318,7 @@ def prepare_features(folder: Path, section: Section, nuclei: GeoDataFrame, encod
         "mpp": section.mpp,
         "encoder": encoder.settings(),
     }
-    path = folder / f"features-{encoder.name}-{fingerprint(settings)}.h5"
+    path = folder / f"{kind or f'features-{encoder.name}'}-{fingerprint(settings)}.h5"
     if not path.exists():
         with lock(path):
             if not path.exists():

@@ -68,7 +68,11 @@ def gene_mean(train_sets: Sequence[NucleusSet]) -> LinearBaseline:
 
 
 def ridge(
-    train_sets: Sequence[NucleusSet], val_sets: Sequence[NucleusSet], penalties: Sequence[float] = PENALTIES
+    train_sets: Sequence[NucleusSet],
+    val_sets: Sequence[NucleusSet],
+    penalties: Sequence[float] = PENALTIES,
+    *,
+    name: str = "ridge",
 ) -> LinearBaseline:
     """Ridge regression of log1p UMI on standardised features, in closed form, with the penalty chosen on validation.
 
@@ -84,6 +88,8 @@ def ridge(
         Validation nuclei. The penalty with the greatest mean per-gene PCC, averaged over sections, wins.
     penalties
         Penalties per training nucleus: the map minimises |Y - XW|^2 + n penalty |W|^2.
+    name
+        What the log calls it.
     """
     mean, scale = feature_moments(train_sets)
     train = [_moments(nuclei, mean, scale) for nuclei in train_sets]
@@ -101,7 +107,8 @@ def ridge(
         scores += _mean_pcc(_moments(nuclei, mean, scale), vectors, rotated, shrunk) / len(val_sets)
     best = int(np.argmax(scores))
     logger.info(
-        "ridge: penalty %.3g of %.3g-%.3g, validation PCC %.4f",
+        "baseline %s: penalty %.3g of %.3g-%.3g, validation PCC %.4f",
+        name,
         penalties[best],
         penalties[0],
         penalties[-1],

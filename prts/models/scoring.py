@@ -6,20 +6,23 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
+import scipy.sparse as sp
 
 from prts.metrics.bootstrap import block_sums, mean_pcc_difference, spatial_blocks
 from prts.metrics.evaluate import Evaluation, evaluate_section, spot_pcc
 from prts.metrics.expression import pearson_per_gene
+from prts.models.comparison import refuse_leakage
 
 if TYPE_CHECKING:
-    import pandas as pd
     from numpy.typing import NDArray
 
     from prts.data.sets import NucleusSet
     from prts.io.spots import Spots
+    from prts.models.comparison import Predict
     from prts.preprocess.panel import Panel
     from prts.section import Section
 
@@ -38,14 +41,6 @@ class Scored:
     result: Evaluation
 
 
-class Baseline(Protocol):
-    """What predicts from features without being the model."""
-
-    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Expected UMI (n, g)."""
-        ...
-
-
 def evaluate_set(
     nuclei: NucleusSet,
     umi: NDArray[np.float32],
@@ -55,6 +50,7 @@ def evaluate_set(
     spots: Spots | None,
     mpp: float,
     settings: Mapping[str, Any],
+    gene_sets: Mapping[str, NDArray[np.intp]],
 ) -> Evaluation:
     """Evaluate a prediction of one section's nuclei, with the spot level where the section has measured spots.
 
@@ -74,6 +70,8 @@ def evaluate_set(
         um/px of the section.
     settings
         The `evaluation` config node.
+    gene_sets
+        Positions of genes in the panel by the name of a set (`variable_genes`).
     """
     result = evaluate_section(
         nuclei.counts,
@@ -82,6 +80,7 @@ def evaluate_set(
         genes=panel.genes,
         threshold=threshold,
         xy_um=nuclei.xy_um,
+        gene_sets=gene_sets,
         block_um=settings["block_um"],
         n_replicates=settings["bootstrap"],
     )
@@ -90,8 +89,32 @@ def evaluate_set(
     return result
 
 
+def variable_genes(train_sets: Sequence[NucleusSet]) -> dict[str, NDArray[np.intp]]:
+    """The panel's genes that vary most in training nuclei: positions of `hvg50` and `hvg200`, most variable first.
+
+    Variance of log1p of counts scaled to the median total of all genes, as in `prts.preprocess.panel.TopPanel`.
+
+    Parameters
+    ----------
+    train_sets
+        Training nuclei, all sections together.
+    """
+    from sklearn.utils.sparsefuncs import mean_variance_axis
+
+    total = np.concatenate([nuclei.total_counts for nuclei in train_sets]).astype(np.float64)
+    factor = np.divide(np.median(total[total > 0]), total, out=np.zeros_like(total), where=total > 0)
+    counts = sp.vstack([nuclei.counts for nuclei in train_sets], format="csr", dtype=np.float64)
+    _, variance = mean_variance_axis((sp.diags_array(factor) @ counts).tocsr().log1p(), axis=0)
+    order = np.argsort(-variance, kind="stable")
+    return {f"hvg{size}": order[:size] for size in (50, 200)}
+
+
 def score_baselines(
-    baselines: Mapping[str, Baseline], model: Scored, panel: Panel, settings: Mapping[str, Any]
+    baselines: Mapping[str, Predict],
+    model: Scored,
+    panel: Panel,
+    settings: Mapping[str, Any],
+    gene_sets: Mapping[str, NDArray[np.intp]],
 ) -> dict[str, float]:
     """Figures of each baseline on the nuclei the model was scored on, and the model's advantage over it with its interval.
 
@@ -105,18 +128,28 @@ def score_baselines(
         Names and ids of the genes.
     settings
         The `evaluation` config node.
+    gene_sets
+        As for `evaluate_set`.
 
     Returns
     -------
     `<name>/pcc_mean` and its like; `<name>/difference` is the model's mean PCC minus the baseline's.
+
+    Raises
+    ------
+    RuntimeError
+        If the baseline `permuted` predicts the test (`prts.models.comparison.refuse_leakage`).
     """
     counts, xy_um = model.nuclei.counts, model.nuclei.xy_um
     blocks, _ = spatial_blocks(xy_um, settings["block_um"])
     figures: dict[str, float] = {}
-    for name, baseline in baselines.items():
-        umi = baseline.predict(model.nuclei.features)
+    for name, predict in baselines.items():
+        umi = predict(model.nuclei)
         pcc = pearson_per_gene(counts, umi)
-        figures |= {f"{name}/pcc_mean": float(np.nanmean(pcc)), f"{name}/pcc_median": float(np.nanmedian(pcc))}
+        if name == "permuted":
+            refuse_leakage(pcc, model.nuclei.section)
+        figures |= {f"{name}/pcc_mean": _mean(pcc), f"{name}/pcc_median": float(pd.Series(pcc).median())}
+        figures |= {f"{name}/{genes}_pcc_mean": _mean(pcc[members]) for genes, members in gene_sets.items()}
         if model.spots is not None:
             figures[f"{name}/spot_pcc_mean"], _ = spot_pcc(
                 umi, xy_um / model.section.mpp, model.spots, panel.genes, panel.gene_ids
@@ -127,6 +160,11 @@ def score_baselines(
         for suffix, value in zip(("", "_low", "_high"), interval, strict=True):
             figures[f"{name}/difference{suffix}"] = value
     return figures
+
+
+def _mean(pcc: NDArray[np.float64]) -> float:
+    """Over genes that are not constant; NaN where all are."""
+    return float(pd.Series(pcc).mean())
 
 
 def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> dict[str, float]:
@@ -148,8 +186,6 @@ def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> d
 
 def mean_per_gene(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """The per-gene table of one section, or the unpooled mean of several (a gene is constant if it is so in all)."""
-    import pandas as pd
-
     if len(tables) == 1:
         return tables[0]
     stacked = pd.concat(tables)
@@ -158,7 +194,7 @@ def mean_per_gene(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     return mean.reset_index()[list(tables[0].columns)]
 
 
-def json_ready(metrics: Mapping[str, float]) -> dict[str, float | int | None]:
+def json_ready(metrics: Mapping[str, float | str]) -> dict[str, float | str | None]:
     """Metrics as JSON has them: NaN, which JSON has not, becomes null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
@@ -51,7 +52,7 @@ def write_section(folder: Path, name: str, n: int, seed: int, *, without_feature
         nuclei=None,
         spots=None,
     )
-    return PreparedSection(section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5")
+    return PreparedSection(section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5", folder / f"{name}.c.h5")
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_nuclei_without_features_are_left_out(
 def test_features_of_other_nuclei_are_refused(tmp_path: Path, tissue: PreparedTissue) -> None:
     other = write_section(tmp_path, "other", 30, 9)
     kept = tissue.sections["v"]
-    tissue.sections["v"] = PreparedSection(kept.section, kept.nuclei, kept.counts, other.features)
+    tissue.sections["v"] = replace(kept, features=other.features)
     with pytest.raises(InputError, match="features of none of the nuclei"):
         ready(tissue)
 

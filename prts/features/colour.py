@@ -1,0 +1,68 @@
+"""Twelve numbers of colour: what a baseline sees that knows the stain around a nucleus and nothing of its structure.
+
+The columns are mean and standard deviation of the optical density (-log10 of transmitted light) of red, green and blue, in the 128 um
+tile (`global`, 6) and within the nucleus (`local`, 6; its central pixel, where it is too small to hold one).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from prts.features import texture as tx
+from prts.features.classical_nucleus import CROP, nucleus_masks
+
+Floats = NDArray[np.float32]
+
+COLUMNS = tuple(f"{channel}_{figure}" for figure in ("mean", "sd") for channel in ("red", "green", "blue"))
+
+
+class ColourStats:
+    """Mean and spread of colour in tile and nucleus, as an encoder, so that the store of features is written, found and resumed as any.
+
+    Parameters
+    ----------
+    batch_size
+        Nuclei worked on at once.
+    """
+
+    name = "colour"
+    tile_px = 256
+    mpp = 0.5
+    pooling = "nucleus"
+    weights_sha256: str | None = None
+    global_width = len(COLUMNS)
+    local_width = len(COLUMNS)
+    # Raised when a column changes.
+    version = 1
+
+    def __init__(self, batch_size: int = 32) -> None:
+        self.batch_size = batch_size
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the numbers."""
+        return {"name": self.name, "version": self.version, "mpp": self.mpp, "tile": self.tile_px}
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
+        """Tile (b, 6) and nucleus (b, 6) of tiles (b, 256, 256, 3) and polygons (b,) in pixels of their tile."""
+        edge = (self.tile_px - CROP) // 2
+        density = tx.optical_density(tiles)
+        central = density[..., edge : edge + CROP, edge : edge + CROP]
+        nucleus, _ = nucleus_masks(polygons, edge)
+        everywhere = torch.ones((len(tiles), 1, self.tile_px, self.tile_px))
+        return _mean_and_sd(density, everywhere), _mean_and_sd(central, nucleus[:, None].float())
+
+
+def _mean_and_sd(density: torch.Tensor, weight: torch.Tensor) -> Floats:
+    """Of the pixels with weight 1: (b, 3, rows, columns) and (b, 1, rows, columns) -> (b, 6)."""
+    mean = tx.weighted(density, weight)
+    deviation = density - mean[:, 0, :, None, None]
+    sd = tx.weighted(deviation * deviation, weight).sqrt()
+    columns: Floats = torch.cat([mean, sd], dim=1).flatten(1).numpy()
+    return columns
