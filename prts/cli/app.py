@@ -9,6 +9,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -21,6 +22,8 @@ from prts.errors import InputError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
 
 COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "download", "doctor")
 
@@ -155,7 +158,7 @@ def _check_overrides(command: str, overrides: Sequence[str]) -> None:
         names = [override.value()] if not override.is_sweep_override() else list(override.sweep_string_iterator())
         for name in names:
             for choice in name if isinstance(name, list) else [name]:
-                if choice is not None and str(choice) not in options:
+                if str(choice) not in options:
                     raise InputError(
                         f"{key}={choice}: no such choice{nearest(str(choice), options)} (there are: {', '.join(options)})"
                     )
@@ -182,12 +185,6 @@ def _check_overrides(command: str, overrides: Sequence[str]) -> None:
             raise InputError(f"{key}={value}: takes a value of type {wanted.__name__}, such as {node._value()}")
 
 
-def _one_line(error: BaseException) -> str:
-    """What a Hydra or OmegaConf error says, without its second thoughts."""
-    text = str(error).strip().splitlines()
-    return text[0] if text else type(error).__name__
-
-
 def _input_error(error: BaseException | None) -> InputError | None:
     """The InputError behind an exception that Hydra or a worker wrapped."""
     while error is not None:
@@ -195,6 +192,27 @@ def _input_error(error: BaseException | None) -> InputError | None:
             return error
         error = error.__cause__ or error.__context__
     return None
+
+
+def verdict(error: Exception) -> tuple[int, str]:
+    """Exit status of an error, and what it says in one line: 2 where input or config are wrong, 1 for a bug."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = _input_error(error)
+    if known is not None:
+        return 2, str(known)
+    lines = str(error).strip().splitlines() or [""]
+    if isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is None:
+        return 2, _plugin_hint(lines[0]) or type(error).__name__
+    return 1, f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+
+
+def _plugin_hint(text: str) -> str:
+    """Name the extra where a launcher or sweeper is not installed."""
+    if re.search(r"hydra/(launcher|sweeper)", text) and any(name in text for name in ("joblib", "submitit", "optuna")):
+        return f"{text.rstrip('.')}: needs the extra `sweeps`, pip install 'prts[sweeps]'"
+    return text
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -211,9 +229,6 @@ def run(command: str, arguments: Sequence[str]) -> int:
     -------
     The exit status.
     """
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
     debug = os.environ.get("PRTS_DEBUG", "") not in ("", "0")
     previous = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing several lines of them
@@ -223,32 +238,23 @@ def run(command: str, arguments: Sequence[str]) -> int:
             if argument.startswith("-") and argument.split("=")[0] not in _FLAGS:
                 raise InputError(f"{argument}: no such flag{nearest(argument, _FLAGS)}; options are written key=value")
         _check_overrides(command, [a for i, a in enumerate(quoted) if _is_override(quoted, i)])
-        _launch(command, quoted)
+        return _launch(command, quoted)
     except KeyboardInterrupt:
         sys.stderr.write("prts: interrupted; what is finished is kept, and the next run goes on from there\n")
         return 130
     except Exception as error:  # noqa: BLE001  (the last frame of the program: every error becomes an exit status)
-        known = _input_error(error)
-        if debug:
+        status, text = verdict(error)
+        if debug or status == 1:
             traceback.print_exc()
-        if known is not None:
-            sys.stderr.write(f"prts: {known}\n")
-            return 2
-        if isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is None:
-            sys.stderr.write(f"prts: {_one_line(error)}\n")
-            return 2
-        if not debug:
-            traceback.print_exc()
-        sys.stderr.write(
-            f"prts: this is a bug in prts ({type(error).__name__}); please report it with the lines above\n"
-        )
-        return 1
+        if status == 1:
+            text = f"this is a bug in prts ({type(error).__name__}); please report it with the lines above"
+        sys.stderr.write(f"prts: {text}\n")
+        return status
     finally:
         if previous is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:
             os.environ["HYDRA_FULL_ERROR"] = previous
-    return 0
 
 
 def _is_override(arguments: Sequence[str], i: int) -> bool:
@@ -256,8 +262,11 @@ def _is_override(arguments: Sequence[str], i: int) -> bool:
     return not arguments[i].startswith("-") and not (i and arguments[i - 1] in takes_value)
 
 
-def _launch(command: str, arguments: list[str]) -> None:
+def _launch(command: str, arguments: list[str]) -> int:
+    """Hand over to Hydra; a multirun of `train` ends with its summary, whatever became of its jobs."""
     import hydra
+
+    from prts.cli.jobs import RememberSweep, supervise
 
     main: Any = importlib.import_module(f"prts.cli.{command}").main
     refused: list[InputError] = []
@@ -267,21 +276,59 @@ def _launch(command: str, arguments: list[str]) -> None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
 
+        multirun = HydraConfig.get().mode is RunMode.MULTIRUN
+        if multirun and command == "train":
+            return supervise(command, cfg)
         try:
             return main(cfg)
         except Exception as error:
             known = _input_error(error)
-            if known is None or HydraConfig.get().mode is RunMode.MULTIRUN:
+            if known is None or multirun:
                 raise
             refused.append(known)  # Hydra would print a line of its own before ours
 
+    start = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)
+    RememberSweep.forget()
     saved, sys.argv = sys.argv, [f"prts {command}", *arguments]
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)()
+        for chances in (2, 1, 0):
+            try:
+                start()
+                break
+            except Exception as error:
+                if RememberSweep.folder is None or not chances or not _lost_worker(error):
+                    raise
+                # the launcher gave up all jobs because one worker was killed: those that are done are kept, the others start again
+                logger.warning("a worker was killed (%s); starting again what is not done", type(error).__name__)
+                sys.argv = [sys.argv[0], *arguments, *quote_paths([f"hydra.sweep.dir={RememberSweep.folder}"])]
     finally:
         sys.argv = saved
+        summary = _summarise(RememberSweep.folder)
     if refused:
         raise refused[0]
+    return summary
+
+
+def _lost_worker(error: BaseException) -> bool:
+    from concurrent.futures import BrokenExecutor
+
+    return isinstance(error, BrokenExecutor) or type(error).__module__.startswith("submitit.")
+
+
+def _summarise(folder: Path | None) -> int:
+    """Write the summary of a multirun, name the jobs that failed, and return the exit status."""
+    if folder is None or not folder.is_dir():
+        return 0
+    from prts.report.sweep import summarise
+
+    jobs = summarise(folder)
+    failed = jobs[jobs["status"] != "done"]
+    for job in failed.itertuples():
+        sys.stderr.write(f"prts: job {job.job}: {job.status}: {job.reason}\n")
+    sys.stderr.write(f"prts: {len(jobs) - len(failed)} of {len(jobs)} jobs done: {folder / 'summary.html'}\n")
+    if failed.empty:
+        return 0
+    return 2 if (failed["status"] == "wrong input").all() else 1
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

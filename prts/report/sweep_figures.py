@@ -1,0 +1,172 @@
+"""Figures of a sweep as SVG text: bars with intervals by tissue, heat maps of a grid."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito 2008
+_LINES = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+_STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "prts",
+    "text.parse_math": False,  # a $ in an override is a $
+}
+
+
+def bars(
+    settings: pd.DataFrame, seeds: pd.DataFrame, lines: Mapping[str, Mapping[str, float]], best: Mapping[str, str]
+) -> str:
+    """Test PCC of each setting, a panel a tissue: bar and interval, the seeds as dots, baselines and ceiling as lines.
+
+    Parameters
+    ----------
+    settings
+        `tissue, setting, pcc, low, high`: a row a bar, in the order to draw.
+    seeds
+        `tissue, setting, pcc`: a row a job.
+    lines
+        By tissue, the heights of named lines; `ceiling` is drawn dashed.
+    best
+        By tissue, the setting that validation chose.
+    """
+    tissues = list(settings["tissue"].unique())
+    counts = [int((settings["tissue"] == tissue).sum()) for tissue in tissues]
+    named = list(dict.fromkeys(name for tissue in tissues for name in lines[tissue] if name != "ceiling"))
+    colours = dict(zip(named, itertools.cycle(_LINES), strict=False))
+    with mpl.rc_context(_STYLE):
+        width = sum(max(1.5, 0.34 * n + 0.7) for n in counts) + 1.6
+        figure = Figure(figsize=(width, 3.6), layout="constrained")
+        ratios = [max(1.5, 0.34 * n + 0.7) for n in counts]
+        panels = figure.subplots(1, len(tissues), sharey=True, squeeze=False, width_ratios=ratios)[0]
+        for axes, tissue in zip(panels, tissues, strict=True):
+            of_tissue = settings[settings["tissue"] == tissue].reset_index(drop=True)
+            _bars_of_a_tissue(axes, of_tissue, seeds[seeds["tissue"] == tissue], best.get(tissue))
+            for name, height in lines[tissue].items():
+                if np.isfinite(height):
+                    ceiling = name == "ceiling"
+                    axes.axhline(
+                        height,
+                        color="black" if ceiling else colours[name],
+                        linewidth=0.9,
+                        linestyle="--" if ceiling else "-",
+                        label="noise ceiling" if ceiling else f"{name} (baseline)",
+                        zorder=0.5,
+                    )
+            axes.set_title(tissue)
+        panels[0].set_ylabel("test PCC, mean over genes")
+        labels: dict[str, Any] = {}
+        for axes in panels:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                labels.setdefault(label, handle)
+        figure.legend(list(labels.values()), list(labels), loc="outside right upper", frameon=False, fontsize=7)
+        return _svg(figure)
+
+
+def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, best: str | None) -> None:
+    x = np.arange(len(settings))
+    height = settings["pcc"].to_numpy(dtype=float)
+    error = np.abs(settings[["low", "high"]].to_numpy(dtype=float).T - height)
+    chosen = (settings["setting"] == best).to_numpy()
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.bar(x, height, width=0.66, color=np.where(chosen, _BLUE, "#b8cfe0"), zorder=1)
+    axes.errorbar(
+        x,
+        height,
+        np.nan_to_num(error),
+        fmt="none",
+        ecolor="black",
+        elinewidth=0.8,
+        capsize=2,
+        zorder=3,
+        label="95 % interval",
+    )
+    place = dict(zip(settings["setting"], x, strict=True))
+    for setting, group in seeds.groupby("setting"):
+        if setting in place and len(group) > 1:
+            spread = place[setting] + np.linspace(-0.16, 0.16, len(group))
+            axes.scatter(
+                spread, group["pcc"], s=9, facecolor="white", edgecolor="black", linewidth=0.6, zorder=4, label="a seed"
+            )
+    for i in np.flatnonzero(chosen):
+        top = max(height[i], settings["high"].fillna(-1).iloc[i])
+        axes.annotate(
+            "★", (i, top), (0, 3), textcoords="offset points", ha="center", color=_ORANGE, fontfamily="DejaVu Sans"
+        )
+    axes.set_xticks(x, settings["setting"], rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(x) - 0.4)
+    axes.margins(y=0.1)
+
+
+def heat_maps(values: pd.DataFrame, keys: Sequence[str], figure_of: str) -> str:
+    """The best value at each pair of settings of two parameters, over all settings of the others: one map a pair.
+
+    Parameters
+    ----------
+    values
+        A row a setting: the parameters `keys` as strings, and `value`.
+    keys
+        Two parameters or more.
+    figure_of
+        Name of the value, for the colour bar.
+    """
+    pairs = list(itertools.combinations(keys, 2))
+    columns = min(3, len(pairs))
+    rows = -(-len(pairs) // columns)
+    limits = float(values["value"].min()), float(values["value"].max())
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.7 * columns + 0.9, 2.3 * rows + 0.2), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, (down, across) in zip(panels, pairs, strict=False):
+            grid = values.pivot_table(index=down, columns=across, values="value", aggfunc="max")
+            grid = grid.loc[_ordered(grid.index), _ordered(grid.columns)]
+            picture = axes.imshow(grid, cmap="viridis", vmin=limits[0], vmax=limits[1], aspect="auto")
+            for (row, column), value in np.ndenumerate(grid.to_numpy(dtype=float)):
+                if np.isfinite(value):
+                    dark = value < limits[0] + 0.6 * (limits[1] - limits[0])
+                    best = "★ " if value == limits[1] else ""
+                    colour = "white" if dark else "black"
+                    axes.text(column, row, f"{best}{value:.3f}", ha="center", va="center", color=colour, fontsize=7)
+            axes.set_xticks(range(grid.shape[1]), grid.columns)
+            axes.set_yticks(range(grid.shape[0]), grid.index)
+            axes.set(xlabel=across, ylabel=down)
+            axes.spines[:].set_visible(False)
+            axes.tick_params(length=0)
+        for axes in panels[len(pairs) :]:
+            axes.set_visible(False)
+        bar = figure.colorbar(picture, ax=panels.tolist(), shrink=0.7, aspect=24, label=figure_of)
+        bar.outline.set_linewidth(0.4)
+        return _svg(figure)
+
+
+def _ordered(labels: pd.Index) -> list[str]:
+    """Numbers by value, words as they are."""
+    try:
+        return sorted(labels, key=float)
+    except ValueError:
+        return list(labels)
+
+
+def _svg(figure: Figure) -> str:
+    FigureCanvasSVG(figure)
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
