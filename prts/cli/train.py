@@ -11,6 +11,7 @@ example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain
 from prts.cli.prepare import preparation
+from prts.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +65,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     from prts.models.scoring import json_ready, mean_per_gene, unpooled_mean
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
+    cfg = _settled(cfg)
     seed_everything(cfg.seed)
     watch = Stopwatch()
     datamodule = _data(cfg, watch)
@@ -71,7 +74,9 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     with watch("train"):
         module = _fit(cfg, datamodule)
-    rule = choose_output(module.net, module.scaler, datamodule.val_sets, **plain(cfg.model.output))
+    rule = choose_output(
+        module.net, module.scaler, datamodule.val_sets, gates=module.loss.gates, **plain(cfg.model.output)
+    )
     genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
     parts: dict[str, Any] = {"net": module.net, "scaler": module.scaler, "rule": rule, "genes": genes}
     validation = _evaluate(cfg, datamodule, Predictor(parts["net"], module.scaler, rule), datamodule.val_sets, watch)
@@ -94,6 +99,28 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
     _log_summary(metrics)
     return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule, "module": module}
+
+
+def _settled(cfg: DictConfig) -> DictConfig:
+    """The config with `data.target: auto` replaced, after refusing what makes no sense together, before any work."""
+    from hydra.utils import get_class, instantiate
+
+    from prts.models.losses import check_recipe
+
+    for group in ("loss", "encoder"):
+        kind = get_class(cfg[group]._target_)
+        known = inspect.signature(kind).parameters
+        for key in cfg[group]:
+            if key != "_target_" and key not in known:
+                raise InputError(
+                    f"{group}.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
+                    f"apply to this {group}"
+                )
+    cfg = cfg.copy()
+    cfg.data.target = check_recipe(
+        instantiate(cfg.loss), target=cfg.data.target, heads=cfg.model.net.heads, gate=cfg.model.output.gate
+    )
+    return cfg
 
 
 def _data(cfg: DictConfig, watch: Stopwatch) -> PRTSDataModule:
@@ -121,6 +148,8 @@ def _fit(cfg: DictConfig, datamodule: PRTSDataModule) -> PRTSModule:
     net = instantiate(cfg.model.net)(in_features=datamodule.in_features, n_genes=datamodule.n_genes)
     if net.standardize:
         net.set_input_scaling(*datamodule.feature_moments())
+    if datamodule.scaler.start is not None:
+        net.start_at(datamodule.scaler.start)
     module = PRTSModule(
         net,
         instantiate(cfg.loss),

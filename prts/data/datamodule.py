@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
@@ -117,9 +118,12 @@ class PRTSDataModule(pl.LightningDataModule):
     split
         Assigns nuclei to parts.
     target
-        `minmax` (paper), `log1p` or `counts`.
+        What the network's level is: `minmax` (paper), `log1p` or `counts`, or the loss's own `log_rate`, `log_share`, `log_truncated`.
     use
         Feature blocks in the order of the network's input. The paper's is (local, global); an ablation leaves one away.
+    permute
+        Train the network on features shuffled among all training nuclei (an ablation: it then learns each gene's mean at best). Sets,
+        validation and test stay as they are.
     batch_size
         Nuclei per batch.
     seed
@@ -144,6 +148,7 @@ class PRTSDataModule(pl.LightningDataModule):
         *,
         target: str = "minmax",
         use: Sequence[str] = FEATURE_BLOCKS,
+        permute: bool = False,
         batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
@@ -156,6 +161,7 @@ class PRTSDataModule(pl.LightningDataModule):
             raise InputError(f"data.batch_size: {batch_size} is too small for batch normalisation; use 2 or more")
         make_scaler(target, 1)  # a mistyped target should fail before hours of preparation
         self.target = target
+        self.permute = permute
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
@@ -219,7 +225,7 @@ class PRTSDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of all training sections together."""
-        dataset = NucleusBatches(self.train_sets)
+        dataset = NucleusBatches(_permuted(self.train_sets, self.seed) if self.permute else self.train_sets)
         return self._loader(dataset, ShuffledBatches(len(dataset), self.batch_size, self.seed))
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
@@ -277,6 +283,14 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
     )
     return _Loaded(nuclei, row, xy_um, widths)
+
+
+def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:
+    """The same nuclei, each with the features of another one."""
+    stacked = np.concatenate([nuclei.features for nuclei in sets])
+    stacked = stacked[np.random.default_rng(seed).permutation(len(stacked))]
+    stops = np.cumsum([len(nuclei) for nuclei in sets])[:-1]
+    return [replace(nuclei, features=part) for nuclei, part in zip(sets, np.split(stacked, stops), strict=True)]
 
 
 def _rows(loaded: _Loaded, parts: NDArray[np.int8], part: int) -> NDArray[np.intp]:

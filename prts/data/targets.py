@@ -16,13 +16,18 @@ from torch import Tensor, nn
 from prts.errors import InputError
 
 # No nucleus holds more UMI than exp(15) = 3.3 million; keeps expm1 of an untrained network's output finite.
-_MAX_LOG_UMI = 15.0
+MAX_LOG_UMI = 15.0
 
 
 class Scaler(nn.Module):
-    """What every scaler offers. `name` is its value of `data.target` and its name in a bundle."""
+    """What every scaler offers. `name` is its value of `data.target` and its name in a bundle.
+
+    `start`, where fitting found one, is the level (g,) of each gene's mean: a network that starts there need not spend its first epochs
+    on finding out that rare genes are rare.
+    """
 
     name: ClassVar[str]
+    start: Tensor | None = None
 
     def __init__(self, n_genes: int) -> None:
         super().__init__()
@@ -95,7 +100,7 @@ class Log1p(Scaler):
 
     def inverse(self, level: Tensor) -> Tensor:
         """exp(level) - 1."""
-        return torch.expm1(level.clamp(0.0, _MAX_LOG_UMI))
+        return torch.expm1(level.clamp(0.0, MAX_LOG_UMI))
 
 
 class Counts(Scaler):
@@ -112,7 +117,70 @@ class Counts(Scaler):
         return level.clamp(min=0.0)
 
 
-SCALERS: dict[str, type[Scaler]] = {scaler.name: scaler for scaler in (MinMax, Log1p, Counts)}
+class LogRate(Scaler):
+    """The level is the natural logarithm of the expected UMI; the target is the count itself (`PoissonLoss`)."""
+
+    name = "log_rate"
+
+    def fit(self, counts: Sequence[Any]) -> Self:
+        """Find the level of each gene's mean; see `Scaler.fit`."""
+        self.start = torch.from_numpy(_log_mean(counts, self.n_genes)).float()
+        return self
+
+    def transform(self, counts: Tensor) -> Tensor:
+        """The counts themselves."""
+        return counts
+
+    def inverse(self, level: Tensor) -> Tensor:
+        """exp(level)."""
+        return level.clamp(max=MAX_LOG_UMI).exp()
+
+
+class LogShare(LogRate):
+    """The level is the natural logarithm of the gene's share of the panel's UMI (`PoissonLoss` with `offset=library`).
+
+    UMI are those expected in a nucleus of `depth`: the mean over training nuclei of the UMI of the whole panel.
+    """
+
+    name = "log_share"
+    depth: Tensor
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__(n_genes)
+        self.register_buffer("depth", torch.ones(1))
+
+    def fit(self, counts: Sequence[Any]) -> Self:
+        """Find the mean depth; see `Scaler.fit`."""
+        log_mean = _log_mean(counts, self.n_genes)
+        depth = float(sum(matrix.sum() for matrix in counts)) / sum(matrix.shape[0] for matrix in counts)
+        self.depth = torch.tensor([depth if depth > 0 else 1.0], device=self.depth.device)
+        self.start = torch.from_numpy(log_mean - np.log(self.depth.item())).float()
+        return self
+
+    def inverse(self, level: Tensor) -> Tensor:
+        """exp(level) x depth."""
+        return super().inverse(level) * self.depth
+
+
+class LogTruncated(Scaler):
+    """The level is the log rate of a Poisson count that is known not to be 0; the target is the count itself (`HurdleLoss`)."""
+
+    name = "log_truncated"
+
+    def transform(self, counts: Tensor) -> Tensor:
+        """The counts themselves."""
+        return counts
+
+    def inverse(self, level: Tensor) -> Tensor:
+        """Mean of such a count, rate / (1 - exp(-rate)): 1 for the smallest rates."""
+        rate = level.clamp(-MAX_LOG_UMI, MAX_LOG_UMI).exp()
+        return rate / -torch.expm1(-rate)
+
+
+SCALED: dict[str, type[Scaler]] = {scaler.name: scaler for scaler in (MinMax, Log1p, Counts)}
+"""Targets that are counts on some scale, for losses that compare level and target."""
+
+SCALERS: dict[str, type[Scaler]] = {**SCALED, **{scaler.name: scaler for scaler in (LogRate, LogShare, LogTruncated)}}
 
 
 def make_scaler(name: str, n_genes: int) -> Scaler:
@@ -126,6 +194,16 @@ def make_scaler(name: str, n_genes: int) -> Scaler:
     if name not in SCALERS:
         raise InputError(f"data.target: {name!r} is not one of {', '.join(SCALERS)}")
     return SCALERS[name](n_genes)
+
+
+def _log_mean(counts: Sequence[Any], n_genes: int) -> NDArray[np.float64]:
+    """Log of each gene's mean count, a gene without any UMI taken for one with half a UMI in all nuclei together."""
+    n = sum(matrix.shape[0] for matrix in counts)
+    total = np.zeros(n_genes)
+    for matrix in counts:
+        total += np.asarray(matrix.sum(axis=0), dtype=np.float64).ravel()
+    mean: NDArray[np.float64] = np.log(np.maximum(total, 0.5) / n)
+    return mean
 
 
 def _nonzero_range(counts: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -100,6 +100,11 @@ class PRTSNet(nn.Module):
         self.input_mean = mean.to(self.input_mean)
         self.input_scale = scale.to(self.input_scale)
 
+    def start_at(self, level: Tensor) -> None:
+        """Let the level of an untrained network lie around these values (g,)."""
+        with torch.no_grad():
+            self.level.bias.copy_(level)
+
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Predict.
 

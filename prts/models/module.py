@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from prts.data.datamodule import Batch
 from prts.data.targets import Scaler
 from prts.errors import InputError
+from prts.models.losses import Loss
+from prts.models.output import OutputRule
 from prts.models.streaming import GenePearson
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class PRTSModule(pl.LightningModule):
     """Trains a network on counts, and logs `train/*` and `val/*` once per epoch.
 
     Logged: `train/loss`, `train/reg`, `train/bin`, the same under `val/`, and `val/pcc`: the mean over validation sections of the mean
-    per-gene PCC between log1p of the predicted UMI (no gate) and log1p of the measured UMI.
+    per-gene PCC between log1p of the predicted UMI and log1p of the measured UMI. The gate is the first that the loss allows, `none` for
+    all but the hurdle's `soft`.
 
     Parameters
     ----------
@@ -49,7 +52,7 @@ class PRTSModule(pl.LightningModule):
     def __init__(
         self,
         net: nn.Module,
-        loss: nn.Module,
+        loss: Loss,
         scaler: Scaler,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
@@ -60,6 +63,7 @@ class PRTSModule(pl.LightningModule):
         self.scaler = scaler
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
+        self._rule = OutputRule(loss.gates[0], threshold=0.5)
         self._train = _Means()
         self._val = _Means()
         self._pearson: dict[int, GenePearson] = {}
@@ -81,9 +85,9 @@ class PRTSModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the epoch's losses and correlations."""
-        parts, level = self._losses(batch)
+        parts, level, logit = self._losses(batch)
         self._val.add(parts, len(batch.features))
-        predicted = torch.log1p(self.scaler.inverse(level))
+        predicted = torch.log1p(self._rule.apply(self.scaler.inverse(level), logit.sigmoid()))
         self._pearson.setdefault(dataloader_idx, GenePearson()).update(predicted, torch.log1p(batch.counts))
 
     def on_validation_epoch_end(self) -> None:
@@ -109,12 +113,12 @@ class PRTSModule(pl.LightningModule):
             config["monitor"] = "val/loss"
         return {"optimizer": optimizer, "lr_scheduler": config}
 
-    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         level, logit = self.net(batch.features)
         # float32 even where the network ran in bf16: the loss sums over half a million pairs
         level, logit = level.float(), logit.float()
         parts: dict[str, Tensor] = self.loss(level, logit, self.scaler.transform(batch.counts), batch.counts)
-        return parts, level
+        return parts, level, logit
 
     def _log_means(self, stage: str, means: _Means) -> dict[str, Tensor]:
         taken = means.take()

@@ -81,6 +81,7 @@ def choose_output(
     scaler: Scaler,
     val_sets: Sequence[NucleusSet],
     *,
+    gates: Sequence[str] = GATES,
     gate: str = "auto",
     threshold: str | float = "auto",
     min_umi: float = 0.5,
@@ -89,8 +90,8 @@ def choose_output(
     """Choose gate and threshold on validation nuclei.
 
     The threshold is the one with the greatest Matthews correlation between P >= threshold and "at least one UMI" over all pairs of nucleus
-    and gene. The gate is the one with the greatest mean per-gene PCC on log1p UMI, averaged over sections; of equals, the first of none,
-    soft, hard.
+    and gene. The gate is the one with the greatest mean per-gene PCC on log1p UMI, averaged over sections; of equals, the first of
+    `gates`.
 
     Parameters
     ----------
@@ -100,6 +101,8 @@ def choose_output(
         Its target scaling.
     val_sets
         Validation nuclei.
+    gates
+        Gates to choose among: those of the loss.
     gate
         `auto`, or the gate to use without choosing.
     threshold
@@ -120,7 +123,7 @@ def choose_output(
     OutputRule("none" if gate == "auto" else gate, chosen)  # refuse bad values before any work
     if threshold == "auto":
         chosen = best_threshold(_histogram(net, scaler, val_sets, batch_size))
-    tried = {name: OutputRule(name, chosen, min_umi) for name in (GATES if gate == "auto" else (gate,))}
+    tried = {name: OutputRule(name, chosen, min_umi) for name in (gates if gate == "auto" else (gate,))}
     scores = _scores(net, scaler, val_sets, tried, batch_size)
     best = max(tried, key=lambda name: scores[name])  # the first of equals
     logger.info("output: gate %s, threshold %.4g (validation PCC: %s)", best, chosen, scores)
