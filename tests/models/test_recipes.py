@@ -1,0 +1,105 @@
+"""`experiment=paper` and `experiment=released` against the table of the method, and ablations as config files."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from prts.cli.app import config_dir
+from prts.cli.train import _settled
+from prts.errors import InputError
+
+
+@functools.cache
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+METHOD = {  # key: (paper, released)
+    "data.use": (["local", "global"], ["global", "local"]),
+    "data.target": ("minmax", "minmax"),
+    "data.batch_size": (256, 512),
+    "data.permute": (False, False),
+    "encoder.pooling": ("nucleus", "center2x2"),
+    "encoder.local_width": (192, 192),
+    "model.net.hidden": ([512, 512, 1024, 1024], [512, 512, 1024, 1024]),
+    "model.net.order": ("paper", "released"),
+    "model.net.dropout": (0.1, 0.1),
+    "model.net.heads": ("dual", "dual"),
+    "model.net.standardize": (False, False),
+    "model.optimizer._target_": ("torch.optim.AdamW", "torch.optim.AdamW"),
+    "model.optimizer.lr": (0.01, 0.001),
+    "model.optimizer.weight_decay": (0.05, 0.001),
+    "model.scheduler._target_": (None, "torch.optim.lr_scheduler.ReduceLROnPlateau"),
+    "model.scheduler.factor": (None, 0.5),
+    "model.scheduler.patience": (None, 10),
+    "model.output.gate": ("none", "hard"),
+    "model.output.threshold": ("auto", 0.2),
+    "model.output.min_umi": (0.5, 0.5),
+    "loss._target_": ("prts.models.losses.PaperLoss", "prts.models.losses.ReleasedLoss"),
+    "loss.w_0": (1, None),
+    "loss.alpha_w": (5, None),
+    "loss.lambda_1": (1, 30),
+    "loss.lambda_2": (20, 1),
+    "loss.alpha": (None, 0.7),
+    "loss.gamma": (None, 2),
+    "trainer.max_epochs": (100, 50),
+    "trainer.gradient_clip_val": (None, 1.0),
+    "callbacks.early_stopping.patience": (10, 20),
+    "callbacks.early_stopping.monitor": ("val/loss", "val/loss"),
+    "callbacks.early_stopping.mode": ("min", "min"),
+    "callbacks.keep_best.monitor": ("val/loss", "val/loss"),
+    "callbacks.keep_best.mode": ("min", "min"),
+}
+
+
+@pytest.mark.parametrize("column", [0, 1], ids=["paper", "released"])
+def test_an_experiment_is_the_methods_setting(column: int) -> None:
+    cfg = _settled(config("tissue=lung", f"experiment={('paper', 'released')[column]}"))
+    assert {key: OmegaConf.select(cfg, key) for key in METHOD} == {
+        key: values[column] for key, values in METHOD.items()
+    }
+
+
+def test_the_released_pooling_is_left_away_where_an_encoder_has_none() -> None:
+    assert config("tissue=demo", "experiment=released").encoder.pooling == "nucleus"
+
+
+@pytest.mark.parametrize(
+    ("ablation", "changed"),
+    [
+        ("full", {}),
+        ("local_only", {"data.use": ["local"]}),
+        ("global_only", {"data.use": ["global"]}),
+        ("no_binary", {"loss.lambda_2": 0, "model.net.heads": "single", "model.output.gate": "none"}),
+        ("no_weights", {"loss.alpha_w": 1}),
+        ("permuted", {"data.permute": True}),
+        ("center2x2", {"encoder.pooling": "center2x2"}),
+        ("local384", {"encoder.local_width": None}),
+    ],
+)
+def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str, object]) -> None:
+    before = _settled(config("tissue=lung", "experiment=paper"))
+    after = _settled(config("tissue=lung", "experiment=paper", f"ablation={ablation}"))
+    for key in METHOD:
+        expected = changed[key] if key in changed else OmegaConf.select(before, key)
+        assert OmegaConf.select(after, key) == expected, key
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ablation=local384"], r"encoder\.local_width: Classical has no such setting"),
+        (["encoder=timm", "ablation=local384"], r"encoder\.local_width: Timm has no such setting"),
+        (["loss=poisson", "ablation=no_weights"], r"loss\.alpha_w: PoissonLoss has no such setting"),
+        (["loss=poisson", "data.target=minmax"], r"data\.target: 'minmax' does not go with loss=poisson"),
+        (["loss=hurdle", "model.net.heads=single"], r"model\.net\.heads: 'single' does not go with loss=hurdle"),
+    ],
+)
+def test_what_does_not_apply_is_refused_before_any_work(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _settled(config("tissue=demo", *overrides))
