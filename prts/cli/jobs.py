@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.experimental.callback import Callback
 
-from prts.io.cache import lock
+from prts.io.cache import fingerprint, lock
 from prts.report.jobs import OBJECTIVE
 
 if TYPE_CHECKING:
@@ -68,10 +68,11 @@ def supervise(command: str, cfg: DictConfig) -> float:
     folder = Path(settings.runtime.output_dir)
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     with lock(folder / "job"):  # a launcher that lost its workers may start a job again while it still runs
-        if _is_done(folder, config):
+        done, this = folder / ".done", fingerprint({"config": config})
+        if (folder / "metrics.json").is_file() and done.is_file() and done.read_text(encoding="utf-8") == this:
             logger.info("job %s is done already: %s", settings.job.num, folder)
             return _objective(folder)
-        for name in ("metrics.json", "error.txt"):
+        for name in (".done", "metrics.json", "error.txt"):
             (folder / name).unlink(missing_ok=True)
         node: Any = settings
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
@@ -86,15 +87,8 @@ def supervise(command: str, cfg: DictConfig) -> float:
         if status != 0:
             logger.error("job %s %s", settings.job.num, error.read_text(encoding="utf-8").splitlines()[0])
             return math.nan
+        done.write_text(this, encoding="utf-8")
         return _objective(folder)
-
-
-def _is_done(folder: Path, config: Any) -> bool:
-    from omegaconf import OmegaConf
-
-    if not (folder / "metrics.json").is_file() or not (folder / "config.yaml").is_file():
-        return False
-    return bool(OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == config)
 
 
 def _objective(folder: Path) -> float:

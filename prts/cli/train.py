@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prts.models.module import PRTSModule
     from prts.models.predictor import Predictor
     from prts.models.scoring import Scored
+    from prts.report.loggers import RunLoggers
     from prts.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     InputError
         If data or config are wrong.
     """
+    from prts.report.loggers import RunLoggers
+
+    with RunLoggers(cfg, folder) as loggers:
+        return _train(cfg, folder, loggers)
+
+
+def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     from prts.models.bundle import load_bundle, save_bundle
@@ -73,7 +81,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
     with watch("train"):
-        module = _fit(cfg, datamodule)
+        module = _fit(cfg, datamodule, loggers)
     rule = choose_output(
         module.net, module.scaler, datamodule.val_sets, gates=module.loss.gates, **plain(cfg.model.output)
     )
@@ -97,6 +105,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     metrics["peak_rss_mb"] = peak_rss_mb()
     text = json.dumps(json_ready(metrics), indent=1, allow_nan=False)
     (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    loggers.results(metrics)
     _log_summary(metrics)
     return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule, "module": module}
 
@@ -140,7 +149,7 @@ def _data(cfg: DictConfig, watch: Stopwatch) -> PRTSDataModule:
     return datamodule
 
 
-def _fit(cfg: DictConfig, datamodule: PRTSDataModule) -> PRTSModule:
+def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> PRTSModule:
     from hydra.utils import instantiate
 
     from prts.models.module import PRTSModule
@@ -157,23 +166,9 @@ def _fit(cfg: DictConfig, datamodule: PRTSDataModule) -> PRTSModule:
         instantiate(cfg.model.optimizer),
         None if cfg.model.scheduler is None else instantiate(cfg.model.scheduler),
     )
-    loggers = [instantiate(node) for node in cfg.logger.values()] if cfg.logger else False
-    trainer = instantiate(cfg.trainer, callbacks=[instantiate(node) for node in cfg.callbacks.values()], logger=loggers)
-    try:
-        trainer.fit(module, datamodule=datamodule)
-    finally:
-        _close(loggers)
+    callbacks = [instantiate(node) for node in cfg.callbacks.values()]
+    instantiate(cfg.trainer, callbacks=callbacks, logger=loggers.start() or False).fit(module, datamodule=datamodule)
     return module
-
-
-def _close(loggers: Any) -> None:
-    """Finish every logger, also after a failure: an unfinished wandb run would swallow the next job of a sweep."""
-    for item in loggers or []:
-        item.finalize("success")
-        if type(item).__name__ == "WandbLogger":
-            import wandb
-
-            wandb.finish()
 
 
 def _evaluate(

@@ -1,4 +1,4 @@
-"""Figures for a paper: gene maps, PCC against its noise ceiling, training curves.
+"""Figures for a paper: gene maps, PCC against its noise ceiling, the ceiling against the truth, training curves.
 
 Each function draws on its own canvas (no pyplot, no global state, no display) and saves by the suffix of `out`: .png (300 dpi), .pdf
 or .svg, in which points are rasterised and text stays text.
@@ -7,7 +7,7 @@ or .svg, in which points are rasterised and text stays text.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +168,36 @@ def pcc_vs_ceiling(per_gene: pd.DataFrame, out: Path, *, n_named: int = 8) -> Pa
             xlabel="noise ceiling of the PCC",
             ylabel="PCC, log1p(UMI)",
         )
+        return _save(figure, out)
+
+
+def ceiling_check(tables: Mapping[str, pd.DataFrame], out: Path) -> Path:
+    """Estimated noise ceilings against what the true rates of a simulated section reach: a panel a table.
+
+    Parameters
+    ----------
+    tables
+        By title: `mean_counts, ceiling` (estimated) and `reached` (PCC of the true rates), a row a gene. Genes with a ceiling of 0,
+        suppressed as unreliable, are drawn but not averaged.
+    out
+        .png, .pdf or .svg.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.7 * len(tables) + 0.6, 2.8), layout="constrained")
+        panels = figure.subplots(1, len(tables), squeeze=False, sharex=True, sharey=True)[0]
+        counts = np.concatenate([table["mean_counts"].to_numpy() for table in tables.values()])
+        norm = mpl.colors.LogNorm(max(float(np.percentile(counts, 1)), 1e-3), float(counts.max()))
+        for axes, (title, table) in zip(panels, tables.items(), strict=True):
+            axes.axline((0, 0), slope=1, color=_GREY, linewidth=0.8, linestyle="--", zorder=0)
+            points = axes.scatter(
+                table["reached"], table["ceiling"], c=table["mean_counts"], s=5, cmap=_MAP, norm=norm, linewidths=0
+            )
+            known = table[table["ceiling"] > 0]
+            text = f"mean {known['ceiling'].mean():.2f} estimated, {known['reached'].mean():.2f} reached\n({len(known)} genes)"
+            axes.text(0.97, 0.03, text, transform=axes.transAxes, ha="right", va="bottom")
+            axes.set(title=title, xlabel="PCC of the true rates", aspect="equal")
+        panels[0].set_ylabel("estimated noise ceiling")
+        figure.colorbar(points, ax=panels, shrink=0.8, aspect=18, label="mean UMI a nucleus").outline.set_linewidth(0.4)
         return _save(figure, out)
 
 

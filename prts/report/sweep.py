@@ -18,6 +18,7 @@ from prts.report.jobs import OBJECTIVE, read_jobs
 logger = logging.getLogger(__name__)
 
 _MOST_BARS = 16
+_ZERO = ("gene_mean", "permuted")  # baselines that score about 0 by construction: in summary.csv only
 _FIGURES = {
     "test/pcc_mean": "test PCC",
     "test/pcc_median": "median",
@@ -37,7 +38,7 @@ th,td{padding:.3em .7em;text-align:left;border-bottom:1px solid #e6e6e6;white-sp
 th{border-bottom:1.5px solid #888;font-weight:600}
 td.n,th.n{text-align:right}tr.best td{background:#fff4e5;font-weight:600}td.reason{white-space:normal}
 .cards{display:flex;flex-wrap:wrap;gap:1em}
-.card{border:1px solid #ddd;border-left:4px solid #d55e00;border-radius:4px;padding:.7em 1.1em;flex:1 1 20em}
+.card{border:1px solid #ddd;border-left:4px solid #d55e00;border-radius:4px;padding:.7em 1.1em;flex:0 1 30em}
 .card b{font-size:1.05em}code{font-size:.92em;background:#f4f4f4;padding:0 .25em;border-radius:3px}.failed{color:#b00020}
 @media print{body{margin:0;max-width:none}}
 """
@@ -130,9 +131,11 @@ def _page(name: str, jobs: pd.DataFrame, keys: Sequence[str]) -> str:
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Sweep {_text(name)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>Sweep {_text(name)}</h1><p>{count}.",
+        f"<h1>Sweep {_text(name)}</h1><p>{count}. ",
         f"Same in all: <code>{_text(' '.join(constant))}</code></p>" if constant else "</p>",
     ]
+    if "warning/split" in done:
+        parts += [f'<p class="failed">{_text(text)}</p>' for text in done["warning/split"].dropna().unique()]
     if len(done):
         parts += [_best(settings, best), _bar_figure(done, settings, best), _heat_figures(done, keys)]
         parts.append(_table(settings, best))
@@ -153,7 +156,7 @@ def _best(settings: pd.DataFrame, best: dict[str, str]) -> str:
         for baseline in _baselines(settings):
             difference = f"baseline/{baseline}/difference"
             if _known(row, difference):
-                lines.append(f"minus {_text(baseline)}: {_interval(row, difference, signed=True)}")
+                lines.append(f"test PCC minus baseline {_text(baseline)}: {_interval(row, difference, signed=True)}")
         lines.append(f"job {_text(row['jobs'])}")
         cards.append(
             f'<div class="card"><b>★ {_text(tissue)}: {_text(setting)}</b><br>'
@@ -268,7 +271,8 @@ def _figure(title: str, svg: str, caption: str) -> str:
 
 def _baselines(table: pd.DataFrame) -> list[str]:
     names = [str(column).split("/") for column in table.columns]
-    return [parts[1] for parts in names if len(parts) == 3 and parts[0] == "baseline" and parts[2] == "pcc_mean"]
+    found = [parts[1] for parts in names if len(parts) == 3 and parts[0] == "baseline" and parts[2] == "pcc_mean"]
+    return [name for name in found if name not in _ZERO]
 
 
 def _seeds(n: int) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito 2008
-_LINES = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+_LINES = {"ridge": "#d55e00", "colour": "#009e73", "morphology": "#cc79a7", "position": "#e69f00"}
 _STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -50,22 +50,20 @@ def bars(
     """
     tissues = list(settings["tissue"].unique())
     counts = [int((settings["tissue"] == tissue).sum()) for tissue in tissues]
-    named = list(dict.fromkeys(name for tissue in tissues for name in lines[tissue] if name != "ceiling"))
-    colours = dict(zip(named, itertools.cycle(_LINES), strict=False))
     with mpl.rc_context(_STYLE):
-        width = sum(max(1.5, 0.34 * n + 0.7) for n in counts) + 1.6
-        figure = Figure(figsize=(width, 3.6), layout="constrained")
-        ratios = [max(1.5, 0.34 * n + 0.7) for n in counts]
+        ratios = [0.4 * n + 0.3 for n in counts]
+        widen = max(1.0, 4.5 / sum(ratios))  # a few bars still make a figure
+        figure = Figure(figsize=(widen * sum(ratios) + 1.9, 3.6), layout="constrained")
         panels = figure.subplots(1, len(tissues), sharey=True, squeeze=False, width_ratios=ratios)[0]
         for axes, tissue in zip(panels, tissues, strict=True):
             of_tissue = settings[settings["tissue"] == tissue].reset_index(drop=True)
             _bars_of_a_tissue(axes, of_tissue, seeds[seeds["tissue"] == tissue], best.get(tissue))
-            for name, height in lines[tissue].items():
+            for name, height in sorted(lines[tissue].items(), key=lambda line: -line[1]):
                 if np.isfinite(height):
                     ceiling = name == "ceiling"
                     axes.axhline(
                         height,
-                        color="black" if ceiling else colours[name],
+                        color="black" if ceiling else _LINES.get(name, "#56b4e9"),
                         linewidth=0.9,
                         linestyle="--" if ceiling else "-",
                         label="noise ceiling" if ceiling else f"{name} (baseline)",
@@ -87,7 +85,7 @@ def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, b
     error = np.abs(settings[["low", "high"]].to_numpy(dtype=float).T - height)
     chosen = (settings["setting"] == best).to_numpy()
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.bar(x, height, width=0.66, color=np.where(chosen, _BLUE, "#b8cfe0"), zorder=1)
+    axes.bar(x, height, width=0.62, color=np.where(chosen, _BLUE, "#b8cfe0"), zorder=1)
     axes.errorbar(
         x,
         height,
