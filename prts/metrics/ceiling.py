@@ -7,7 +7,7 @@ reliability is 2 rho / (1 + rho) (Spearman-Brown), and the ceiling its square ro
 The average over infinitely many splits needs no random draws: it depends on each nucleus through c alone, by the expectations of
 g(a), g(a)^2 and g(a) g(b) under a ~ Binomial(c, 1/2), which are tabulated here (g is the identity or log1p). For raw counts the
 ceiling is then sqrt(1 - mean / variance), exactly the r_max = sqrt(mu CV^2 / (1 + mu CV^2)) of the Poisson model; for log1p the
-step from half to full depth is an approximation, good to .01 or so (see the tests).
+step from half to full depth is an approximation, .02 too high on average where rates are skewed (benchmarks/ceiling.py).
 
 It is an upper bound for what an image can show: bursting, depth and spill from neighbours count as signal.
 """

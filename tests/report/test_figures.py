@@ -8,7 +8,7 @@ from PIL import Image
 
 from prts.errors import InputError
 from prts.report import figures
-from prts.report.figures import gene_maps, pcc_vs_ceiling, training_curves
+from prts.report.figures import ceiling_check, gene_maps, pcc_vs_ceiling, training_curves
 
 
 @pytest.fixture
@@ -132,3 +132,13 @@ def test_training_curves_from_lightnings_csv(tmp_path, drawn):
 def test_pyplot_and_its_backend_are_left_alone():
     code = "import sys, prts.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_panel_of_estimated_against_reached_ceilings_a_table(tmp_path, drawn):
+    table = pd.DataFrame({"mean_counts": [0.01, 0.5, 2.0], "ceiling": [0.0, 0.4, 0.8], "reached": [0.05, 0.3, 0.7]})
+    ceiling_check({"drawn": table, "measured": table.iloc[1:]}, tmp_path / "check.png")
+    left, right = drawn[0].axes[:2]
+    assert (left.get_title(), right.get_title()) == ("drawn", "measured")
+    np.testing.assert_allclose(left.collections[0].get_offsets(), table[["reached", "ceiling"]])
+    # the suppressed gene has a point and no part in the means
+    assert left.texts[0].get_text() == "mean 0.60 estimated, 0.50 reached\n(2 genes)" == right.texts[0].get_text()
