@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from prts.data.sets import NucleusSet
+from prts.metrics.expression import pearson_per_gene
+from prts.models.scoring import Scored, evaluate_set, json_ready, score_baselines, unpooled_mean
+from prts.preprocess.panel import Panel
+
+SETTINGS = {"block_um": 250, "bootstrap": 50}
+SETS = {"hvg50": np.array([0, 3])}
+PANEL = Panel(tuple(f"g{j}" for j in range(20)), tuple(f"i{j}" for j in range(20)), "file", {})
+
+
+@pytest.fixture
+def scored(poisson_nuclei: Callable[..., NucleusSet]) -> Scored:
+    rng = np.random.default_rng(0)
+    nuclei = replace(poisson_nuclei(400, 1), xy_um=rng.uniform(0, 2000, (400, 2)))
+    umi = (nuclei.counts.toarray() + rng.gamma(1.0, 0.5, (400, 20))).astype(np.float32)
+    result = evaluate_set(nuclei, umi, None, PANEL, 0.5, None, 0.5, SETTINGS, SETS)
+    return Scored(nuclei, SimpleNamespace(mpp=0.5), None, umi, umi, result)
+
+
+def test_a_baseline_is_scored_as_the_model_is(scored: Scored) -> None:
+    worse = scored.umi + np.random.default_rng(1).gamma(1.0, 2.0, scored.umi.shape).astype(np.float32)
+    figures = score_baselines({"itself": lambda _: scored.umi, "ridge": lambda _: worse}, scored, PANEL, SETTINGS, SETS)
+    model = scored.result.summary
+    assert figures["itself/pcc_mean"] == pytest.approx(model["pcc_mean"])
+    assert figures["itself/hvg50_pcc_mean"] == pytest.approx(model["hvg50_pcc_mean"])
+    assert [figures[f"itself/difference{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
+    pcc = pearson_per_gene(scored.nuclei.counts, worse)
+    assert figures["ridge/pcc_median"] == pytest.approx(np.median(pcc))
+    assert figures["ridge/difference"] == pytest.approx(model["pcc_mean"] - pcc.mean())
+    assert 0 < figures["ridge/difference_low"] < figures["ridge/difference"] < figures["ridge/difference_high"]
+
+
+def test_a_permuted_baseline_that_predicts_stops_the_run(scored: Scored) -> None:
+    with pytest.raises(RuntimeError, match="leakage"):
+        score_baselines({"permuted": lambda _: scored.umi}, scored, PANEL, SETTINGS, SETS)
+
+
+def test_sections_without_a_baseline_are_left_out_of_its_mean() -> None:
+    merged = unpooled_mean(
+        {"a": {"position/pcc_mean": 0.2, "ridge/pcc_mean": 0.3}, "b": {"ridge/pcc_mean": 0.1}}, "baseline"
+    )
+    assert merged["baseline/position/pcc_mean"] == 0.2
+    assert merged["baseline/ridge/pcc_mean"] == pytest.approx(0.2)
+    assert "baseline/b/position/pcc_mean" not in merged
+
+
+def test_json_has_no_nan_and_keeps_words() -> None:
+    assert json_ready({"b": float("nan"), "warning/split": "beware", "a": 1.5}) == {
+        "a": 1.5,
+        "b": None,
+        "warning/split": "beware",
+    }
