@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,8 @@ class RunLoggers:
         for name, node in self._cfg.logger.items():
             settings = {key: value for key, value in node.items() if value is not None}
             given = {**self._defaults(name, sweep, title), **settings}
-            with lock(
-                self._root(sweep) / f"logger-{name}"
-            ):  # jobs that start at once would each set up mlflow's database
+            # jobs that start at once would each set up mlflow's database
+            with lock(self._root(sweep) / "mlflow.db") if name == "mlflow" else nullcontext():
                 item = instantiate(given)
                 item.log_hyperparams({key: value for key, value in config.items() if key != "logger"})
             self._loggers[name] = item

@@ -89,10 +89,8 @@ def settings_of(jobs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, 
     done = jobs.assign(setting=names)[jobs["status"] == "done"]
     figures = [column for column in jobs.select_dtypes("number") if "/" in str(column)]
     grouped = done.groupby(["tissue", "setting"], sort=False)
-    means = grouped[figures].mean()
-    means["n"] = grouped.size()
-    means["jobs"] = grouped["job"].agg(lambda jobs: ", ".join(jobs))
-    means = means.reset_index()
+    names_of = grouped["job"].agg(", ".join).rename("jobs")
+    means = pd.concat([grouped[figures].mean(), grouped.size().rename("n"), names_of], axis=1).reset_index()
     if OBJECTIVE not in means:
         means[OBJECTIVE] = math.nan
     order = means["tissue"].map({tissue: i for i, tissue in enumerate(dict.fromkeys(jobs["tissue"]))})
