@@ -40,6 +40,7 @@ NEIGHBOURS = (10, 30, 100, 300)
 # Enough to tell one number of neighbours from another.
 _VAL_NUCLEI = 5000
 _LEAKAGE_PCC = 0.02
+_CHUNK = 4096
 
 
 def fit_baselines(
@@ -97,7 +98,10 @@ class Position:
         weights = sp.csr_matrix(
             (np.full(near.size, 1 / k), near.ravel(), np.arange(0, near.size + 1, k)), (len(nuclei), len(self.train))
         )
-        level: Floats = (weights @ self.train.counts.log1p()).toarray().astype(np.float32)
+        log = self.train.counts.log1p()
+        level = np.empty((len(nuclei), log.shape[1]), dtype=np.float32)
+        for start in range(0, len(nuclei), _CHUNK):  # what many neighbours have together is hardly sparse
+            level[start : start + _CHUNK] = (weights[start : start + _CHUNK] @ log).toarray()
         return np.expm1(level, out=level)
 
 
