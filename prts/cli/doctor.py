@@ -62,7 +62,7 @@ def _hardware() -> Iterator[Check]:
     elif torch.version.cuda is not None:
         yield "WARN", "accelerator", "this torch is built for CUDA but sees no GPU: check the driver with nvidia-smi"
     else:
-        yield "WARN", "accelerator", f"none: the CPU build of torch, {os.cpu_count()} cores; a GPU is 50 times faster"
+        yield "WARN", "accelerator", f"none: the CPU build of torch, {os.cpu_count()} cores"
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:
