@@ -21,7 +21,6 @@ _MOST_BARS = 16
 _ZERO = ("gene_mean", "permuted")  # baselines that score about 0 by construction: in summary.csv only
 _FIGURES = {
     "test/pcc_mean": "test PCC",
-    "test/pcc_median": "median",
     "test/ceiling_share": "share of ceiling",
     "test/spot_pcc_mean": "spot PCC",
     "test/skill_mean": "skill",
@@ -30,12 +29,12 @@ _FIGURES = {
 }
 _STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#1a1a1a;background:#fff}
-body{max-width:1100px;margin:2.5em auto;padding:0 1.5em}
+body{max-width:1250px;margin:2.5em auto;padding:0 1.5em}
 h1{font-size:1.6em;margin:0 0 .1em}h2{font-size:1.15em;margin:2.2em 0 .4em;border-bottom:1px solid #ddd;padding-bottom:.2em}
 p{margin:.4em 0}.quiet,figcaption{color:#555;font-size:.9em}figure{margin:1em 0}img{max-width:100%;height:auto}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.87em;font-variant-numeric:tabular-nums}
 th,td{padding:.3em .7em;text-align:left;border-bottom:1px solid #e6e6e6;white-space:nowrap}
-th{border-bottom:1.5px solid #888;font-weight:600}
+th{white-space:normal;vertical-align:bottom;border-bottom:1.5px solid #888;font-weight:600}
 td.n,th.n{text-align:right}tr.best td{background:#fff4e5;font-weight:600}td.reason{white-space:normal}
 .cards{display:flex;flex-wrap:wrap;gap:1em}
 .card{border:1px solid #ddd;border-left:4px solid #d55e00;border-radius:4px;padding:.7em 1.1em;flex:0 1 30em}
@@ -101,7 +100,8 @@ def settings_of(jobs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, 
 def best_by_validation(settings: pd.DataFrame) -> dict[str, str]:
     """By tissue, the setting whose validation PCC, mean over its seeds, is highest; test figures have no say."""
     known = settings.dropna(subset=[OBJECTIVE])
-    return dict(zip(known["tissue"][::-1], known["setting"][::-1], strict=True))
+    first = known.drop_duplicates("tissue")
+    return dict(zip(first["tissue"], first["setting"], strict=True))
 
 
 def _setting(row: dict[str, Any], varying: Sequence[str]) -> str:
@@ -149,7 +149,7 @@ def _best(settings: pd.DataFrame, best: dict[str, str]) -> str:
         lines.append(
             f"test PCC {_interval(row, 'test/pcc_mean')}, noise ceiling {_number(row.get('test/ceiling_mean'))}"
         )
-        others = [f"{label} {_number(row[key])}" for key, label in list(_FIGURES.items())[2:] if _known(row, key)]
+        others = [f"{label} {_number(row[key])}" for key, label in list(_FIGURES.items())[1:] if _known(row, key)]
         lines.append(", ".join(others))
         for baseline in _baselines(settings):
             difference = f"baseline/{baseline}/difference"

@@ -109,9 +109,24 @@ def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, b
         axes.annotate(
             "★", (i, top), (0, 3), textcoords="offset points", ha="center", color=_ORANGE, fontfamily="DejaVu Sans"
         )
-    axes.set_xticks(x, settings["setting"], rotation=40, ha="right", rotation_mode="anchor")
+    labels = [_values_alone(setting) for setting in settings["setting"]]
+    keys = {keys for keys, _ in labels}
+    if len(keys) == 1 and (common := keys.pop()):  # said once below, not at each bar
+        axes.set_xlabel(common)
+        names = [values for _, values in labels]
+    else:
+        names = list(settings["setting"])
+    axes.set_xticks(x, names, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.6, len(x) - 0.4)
     axes.margins(y=0.1)
+
+
+def _values_alone(setting: str) -> tuple[str, str]:
+    """`a=1 b=2` as `a / b` and `1 / 2`; a setting of one parameter is a value already."""
+    parts = [part.partition("=") for part in setting.split(" ")]
+    if not all(equals for _, equals, _ in parts):
+        return "", setting
+    return " / ".join(key for key, _, _ in parts), " / ".join(value for _, _, value in parts)
 
 
 def heat_maps(values: pd.DataFrame, keys: Sequence[str], figure_of: str) -> str:
