@@ -71,6 +71,8 @@ class RunLoggers:
         from hydra.utils import instantiate
         from omegaconf import OmegaConf
 
+        import prts._torchvision  # noqa: F401  (first: Lightning imports torchvision)
+
         if not self._cfg.logger:
             return []
         config = OmegaConf.to_container(self._cfg, resolve=True)
