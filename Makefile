@@ -25,6 +25,7 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --nbmake notebooks
 
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow and not real"
