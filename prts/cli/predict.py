@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         store = prepare_features(cache, section, nuclei, encoder, nuclei_path.stem)
     with watch("predict"):
         bundle.to(cfg.encoder.device if cfg.encoder.device != "auto" else "cpu")
-        chunks = predict_store(bundle, store, nuclei["cell_id"].to_numpy())
+        chunks = predict_store(bundle, store, nuclei, section.mpp)
         write_prediction(out, bundle, section, nuclei, chunks, store=store)
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)

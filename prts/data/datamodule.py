@@ -23,14 +23,14 @@ from prts.data.sets import NucleusSet, feature_moments
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
 from prts.data.targets import Scaler, make_scaler
 from prts.errors import InputError
+from prts.features.inputs import BLOCKS, STORED, InputReader
+from prts.io.nuclei import load_nuclei
 
 if TYPE_CHECKING:
     from prts.data.prepare import PreparedSection, PreparedTissue
     from prts.preprocess.panel import Panel
 
 logger = logging.getLogger(__name__)
-
-FEATURE_BLOCKS = ("local", "global")
 
 __all__ = ["Batch", "NucleusBatches", "NucleusSet", "PRTSDataModule", "ShuffledBatches"]
 
@@ -120,7 +120,8 @@ class PRTSDataModule(pl.LightningDataModule):
     target
         What the network's level is: `minmax` (paper), `log1p` or `counts`, or the loss's own `log_rate`, `log_share`, `log_truncated`.
     use
-        Feature blocks in the order of the network's input. The paper's is (local, global); an ablation leaves one away.
+        Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` is ours; an ablation
+        leaves some away.
     permute
         Train the network on features shuffled among all training nuclei (an ablation: it then learns each gene's mean at best). Sets,
         validation and test stay as they are.
@@ -147,7 +148,7 @@ class PRTSDataModule(pl.LightningDataModule):
         split: Splitter,
         *,
         target: str = "minmax",
-        use: Sequence[str] = FEATURE_BLOCKS,
+        use: Sequence[str] = STORED,
         permute: bool = False,
         batch_size: int = 256,
         seed: int = 0,
@@ -155,8 +156,8 @@ class PRTSDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.use = tuple(use)
-        if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(FEATURE_BLOCKS):
-            raise InputError(f"data.use: {list(use)} must list local, global or both, once each")
+        if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(BLOCKS):
+            raise InputError(f"data.use: {list(use)} must list some of local, global and morphology, once each")
         if batch_size < 2:
             raise InputError(f"data.batch_size: {batch_size} is too small for batch normalisation; use 2 or more")
         make_scaler(target, 1)  # a mistyped target should fail before hours of preparation
@@ -256,12 +257,9 @@ class _Loaded(NamedTuple):
 def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -> _Loaded:
     import anndata as ad
 
-    from prts.features.store import read_features
-
     counts = ad.read_h5ad(prepared.counts)
     with h5py.File(prepared.features) as store:
         stored = store["cell_id"].asstr()[:]
-        widths = {block: int(store[block].shape[1]) for block in use}
     row = np.flatnonzero(counts.obs_names.isin(stored))
     if len(row) == 0:
         raise InputError(
@@ -273,16 +271,17 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         )
     xy_um = np.asarray(counts.obsm["spatial"], dtype=np.float64) * prepared.section.mpp
     cell_id = counts.obs_names.to_numpy(dtype=object)[row]
+    read = InputReader(prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp)
     nuclei = NucleusSet(
         section=prepared.section.name,
         cell_id=cell_id,
         xy_um=xy_um[row],
-        features=read_features(prepared.features, list(cell_id), use=tuple(use)),
+        features=read(cell_id),
         counts=panel.align(counts)[row],
         total_counts=counts.obs["total_counts"].to_numpy(dtype=np.int64)[row],
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
     )
-    return _Loaded(nuclei, row, xy_um, widths)
+    return _Loaded(nuclei, row, xy_um, read.widths)
 
 
 def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:

@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from prts import __version__
-from prts.features.store import read_features, read_store_attrs
+from prts.features.inputs import InputReader
+from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
 from prts.models.predictor import CHUNK, Prediction
 from prts.progress import track
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
-    from numpy.typing import NDArray
 
     from prts.models.bundle import Bundle
     from prts.section import Section
@@ -29,7 +29,7 @@ _THUMBNAIL_PX = 2000
 
 
 def predict_store(
-    bundle: Bundle, store: Path, cell_ids: NDArray[np.object_], chunk: int = CHUNK
+    bundle: Bundle, store: Path, nuclei: GeoDataFrame, mpp: float, chunk: int = CHUNK
 ) -> Iterator[Prediction]:
     """Predict nuclei from a feature store without holding the features of more than a chunk.
 
@@ -39,14 +39,18 @@ def predict_store(
         The model.
     store
         Features of these nuclei and maybe others.
-    cell_ids
-        (n,) which nuclei, in the order wanted.
+    nuclei
+        (n,) all nuclei of the section, in the order wanted.
+    mpp
+        um a full-resolution pixel.
     chunk
         Nuclei at a time.
     """
+    read = InputReader(store, bundle.input_use, lambda: nuclei, mpp)
+    cell_ids = nuclei["cell_id"].to_numpy()
     starts = range(0, len(cell_ids), chunk)
     for start in track(starts, f"predict {store.stem}", total=len(starts)):
-        yield from bundle.predict_chunks(read_features(store, cell_ids[start : start + chunk], bundle.input_use), chunk)
+        yield from bundle.predict_chunks(read(cell_ids[start : start + chunk]), chunk)
 
 
 def write_prediction(

@@ -9,13 +9,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import shapely
 import torch
+from geopandas import GeoDataFrame
 
 from prts.data.datamodule import NucleusBatches, PRTSDataModule, ShuffledBatches
 from prts.data.prepare import PreparedSection, PreparedTissue
 from prts.data.sets import NucleusSet, feature_moments
 from prts.data.splits import Blocks, BySection
 from prts.errors import InputError
+from prts.features.inputs import InputReader
+from prts.features.morphology import morphology
+from prts.features.store import read_features
 from prts.preprocess.panel import Panel
 from prts.section import Section
 
@@ -52,7 +57,9 @@ def write_section(folder: Path, name: str, n: int, seed: int, *, without_feature
         nuclei=None,
         spots=None,
     )
-    return PreparedSection(section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5", folder / f"{name}.c.h5")
+    return PreparedSection(
+        section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5", folder / f"{name}.c.h5"
+    )
 
 
 @pytest.fixture
@@ -210,3 +217,32 @@ def test_feature_moments_span_sections_and_survive_constant_features() -> None:
     np.testing.assert_allclose(mean, stacked.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(spread[:2], stacked[:, :2].std(axis=0), rtol=1e-6)
     assert spread[2:].tolist() == [1, 1]
+
+
+def test_an_input_of_polygons_joins_the_stored_blocks_in_the_order_asked(tissue: PreparedTissue) -> None:
+    polygons = make_polygons([f"a{i}" for i in range(70)])
+    prepared = tissue.sections["a"]
+    with h5py.File(prepared.features) as store:
+        known = store["cell_id"].asstr()[:]
+    polygons["cell_id"] = [*known, *(f"failed-{i}" for i in range(70 - len(known)))][:70]
+    asked = known[[3, 0, 2]]
+    read = InputReader(prepared.features, ("global", "morphology", "local"), lambda: polygons, 0.5)
+    assert read.widths == {"global": 3, "morphology": 21, "local": 2}
+    expected = morphology(polygons, 0.5)[[3, 0, 2]]
+    np.testing.assert_array_equal(read(asked)[:, 3:24], expected)
+    np.testing.assert_array_equal(read(asked)[:, :3], read_features(prepared.features, asked, ("global",)))
+    np.testing.assert_array_equal(read(asked)[:, 24:], read_features(prepared.features, asked, ("local",)))
+
+
+def make_polygons(cell_ids: list[str]) -> GeoDataFrame:
+    rng = np.random.default_rng(0)
+    centres = shapely.points(rng.uniform(0, 300, (len(cell_ids), 2)))
+    return GeoDataFrame({"cell_id": cell_ids}, geometry=shapely.buffer(centres, rng.uniform(3, 9, len(cell_ids))))
+
+
+def test_permuted_features_train_alone_and_none_is_lost(tissue: PreparedTissue) -> None:
+    plain, permuted = ready(tissue, batch_size=1000), ready(tissue, batch_size=1000, permute=True)
+    (batch,), (other,) = list(plain.train_dataloader()), list(permuted.train_dataloader())
+    assert torch.equal(batch.counts, other.counts) and not torch.equal(batch.features, other.features)
+    assert sorted(map(tuple, batch.features.tolist())) == sorted(map(tuple, other.features.tolist()))
+    np.testing.assert_array_equal(plain.train_sets[0].features, permuted.train_sets[0].features)
