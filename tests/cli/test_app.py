@@ -95,7 +95,8 @@ def test_every_tissue_and_ablation_composes(tissue, ablation):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", [f"tissue={tissue}", f"ablation={ablation}"])
     assert cfg.tissue.name == tissue
-    assert list(cfg.data.use) == {"full": ["local", "global"], "local_only": ["local"], "global_only": ["global"]}[ablation]
+    blocks = {"full": ["local", "global", "morphology"], "local_only": ["local"], "global_only": ["global"]}
+    assert list(cfg.data.use) == blocks[ablation]
     assert set(cfg.tissue.train) <= set(cfg.tissue.sections)
     OmegaConf.to_container(cfg.tissue, resolve=True)
 
@@ -107,7 +108,9 @@ def test_a_choice_on_the_command_line_wins_over_the_tissue():
 
 
 def test_missing_data_names_the_download(tmp_path, capsys):
-    outcome = run("train", ["tissue=lung", f"paths.data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "encoder=classical"])
+    outcome = run(
+        "train", ["tissue=lung", f"paths.data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "encoder=classical"]
+    )
     assert outcome == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "prts download tissue=lung" in error
