@@ -1,3 +1,5 @@
+"""`python train.py tissue=lung` is `prts train tissue=lung`."""
+
 import sys
 
 from prts.cli.main import main
