@@ -78,7 +78,6 @@ def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]
     if cfg.get("segmentation") is not None:
         node = plain(cfg.segmentation)
         prefer_given = node.pop("prefer_given")
-        node.pop("name")
         if cfg.nuclei is not None and not prefer_given:
             raise InputError("nuclei, segmentation: both are given; leave one away")
         return instantiate(node), prefer_given

@@ -44,7 +44,6 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
 
     segmentation = plain(cfg.segmentation)
     prefer_given = bool(segmentation.pop("prefer_given"))
-    segmentation.pop("name")
     return partial(
         prepare_tissue,
         parse_tissue(plain(cfg.tissue)),

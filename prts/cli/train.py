@@ -229,7 +229,6 @@ def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str,
     sections = {nuclei.section for nuclei in datamodule.train_sets}
     if prefer_given and any(datamodule.tissue.sections[name].section.nuclei for name in sections):
         return {"name": "given", "arguments": {}}
-    node.pop("name")
     return {"name": str(node.pop("_target_")).rsplit(".", 1)[-1].lower(), "arguments": node}
 
 
