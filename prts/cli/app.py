@@ -123,30 +123,43 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(child, f"{name}.")
 
 
-def _groups() -> dict[str, list[str]]:
-    root = config_dir()
+def _groups(roots: Iterable[Path]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for file in sorted(root.rglob("*.yaml")):
-        if file.parent != root:
-            groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
+    for root in roots:
+        for file in sorted(root.rglob("*.yaml")):
+            if file.parent != root:
+                groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
     return groups
 
 
-def _check_overrides(command: str, overrides: Sequence[str]) -> None:
+def _own_configs(arguments: Sequence[str]) -> Path | None:
+    """The user's folder of configs, `--config-dir`, whose groups add to ours."""
+    for i, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = Path(value if equals else "".join(arguments[i + 1 : i + 2]))
+            if not folder.is_dir():
+                raise InputError(f"--config-dir {folder}: no such folder")
+            return folder.resolve()
+    return None
+
+
+def _check_overrides(command: str, overrides: Sequence[str], own: Path | None) -> None:
     """Refuse unknown keys, unknown choices and values of the wrong kind in one line, before Hydra runs."""
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import ConfigCompositionException, OverrideParseException
     from omegaconf import AnyNode
 
-    groups = _groups()
+    groups = _groups([config_dir(), own] if own else [config_dir()])
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
     except OverrideParseException as error:
         raise InputError(
             f"{error.override}: not a valid override; write key=value, and quote a value that holds brackets or commas"
         ) from error
-    values, choices = [], []
+    values: list[Any] = []
+    choices = [f"hydra.searchpath=['file://{own}']"] if own else []
     for override in parsed:
         key = override.key_or_group
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
@@ -237,8 +250,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         for argument in quoted:
             if argument.startswith("-") and argument.split("=")[0] not in _FLAGS:
                 raise InputError(f"{argument}: no such flag{nearest(argument, _FLAGS)}; options are written key=value")
-        _check_overrides(command, [a for i, a in enumerate(quoted) if _is_override(quoted, i)])
-        return _launch(command, quoted)
+        overrides = [argument for i, argument in enumerate(quoted) if _is_override(quoted, i)]
+        flags = [argument for i, argument in enumerate(quoted) if not _is_override(quoted, i)]
+        _check_overrides(command, overrides, _own_configs(flags))
+        return _launch(command, [*overrides, *flags])  # Hydra's parser wants all overrides in one row
     except KeyboardInterrupt:
         sys.stderr.write("prts: interrupted; what is finished is kept, and the next run goes on from there\n")
         return 130

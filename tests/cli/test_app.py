@@ -114,3 +114,16 @@ def test_missing_data_names_the_download(tmp_path, capsys):
     assert outcome == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "prts download tissue=lung" in error
+
+
+def test_a_tissue_of_ones_own_lies_anywhere(tmp_path, capsys):
+    (tmp_path / "my configs" / "tissue").mkdir(parents=True)
+    config = "name: mine\nspecies: human\nsections: {s1: {image: nowhere.tif, bins: nowhere}}\ntrain: [s1]\nval: []\ntest: []\n"
+    (tmp_path / "my configs" / "tissue" / "mine.yaml").write_text(config)
+    where = ["--config-dir", str(tmp_path / "my configs"), f"hydra.run.dir={tmp_path / 'run'}"]
+    assert run("train", ["tissue=mine", "encoder=classical", "split=blocks", *where]) == 2
+    assert "nowhere.tif: no such file" in capsys.readouterr().err
+    assert run("train", ["tissue=mien", *where]) == 2
+    assert "did you mean 'mine'" in capsys.readouterr().err
+    assert run("train", ["tissue=mine", "--config-dir", "nowhere"]) == 2
+    assert "--config-dir nowhere: no such folder" in capsys.readouterr().err
