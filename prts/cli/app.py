@@ -12,6 +12,7 @@ import inspect
 import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -301,6 +302,8 @@ def _launch(command: str, arguments: list[str]) -> int:
             if known is None or multirun:
                 raise
             refused.append(known)  # Hydra would print a line of its own before ours
+            if command == "train":
+                _remove_if_bare(Path(HydraConfig.get().runtime.output_dir))
 
     start = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)
     RememberSweep.forget()
@@ -344,6 +347,12 @@ def _summarise(folder: Path | None) -> int:
     if failed.empty:
         return 0
     return 2 if (failed["status"] == "wrong input").all() else 1
+
+
+def _remove_if_bare(folder: Path) -> None:
+    """Remove the folder of a run that ended before it had anything to keep."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra", "train.log", "config.yaml"}:
+        shutil.rmtree(folder)
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

@@ -114,6 +114,7 @@ def test_missing_data_names_the_download(tmp_path, capsys):
     assert outcome == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "prts download tissue=lung" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tissue_of_ones_own_lies_anywhere(tmp_path, capsys):
