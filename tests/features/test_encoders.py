@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 import prts.features  # noqa: F401  (before timm)
 from prts.errors import InputError
@@ -351,7 +351,7 @@ def test_settings_follow_what_changes_the_features(checkpoint):
     ("name", "kind"), [("vit256", ViT256), ("dino_vits16", DinoViTS16), ("timm", Timm), ("classical", Classical)]
 )
 def test_configs_hold_the_constructors_defaults(name, kind):
-    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=True)
     assert config.pop("_target_").rpartition(".")[2] == kind.__name__
     parameters = inspect.signature(kind).parameters
     assert list(config) == list(parameters)
