@@ -11,6 +11,7 @@ import scanpy as sc
 import scipy.sparse as sp
 import shapely
 from anndata import AnnData
+from scipy.stats import t
 
 from prts.data.descriptions import with_colour, with_morphology
 from prts.data.sets import NucleusSet
@@ -87,11 +88,23 @@ def test_permuted_scores_nothing_and_the_rest_of_the_check_is_exact(poisson_nucl
     with pytest.raises(RuntimeError, match=r"leakage: .* on t.* can be trusted"):
         refuse_leakage(pearson_per_gene(test.counts, ridge([train], [val]).predict(test.features)), "t")
     spread = np.tile([0.1, -0.1], 50)
-    bound = 0.02 + 3 * spread.std(ddof=1) / 10
+    bound = 0.02 + t.ppf(0.99865, 99) * spread.std(ddof=1) / 10
     refuse_leakage(np.append(spread + bound - 1e-6, np.nan), "t")
     for shift in (bound + 1e-6, -bound - 1e-6):
         with pytest.raises(RuntimeError, match="leakage"):
             refuse_leakage(spread + shift, "t")
+
+
+def test_chance_among_a_few_genes_is_not_called_leakage(caplog: pytest.LogCaptureFixture) -> None:
+    # 10 genes: beyond 3 standard errors, where a t of 9 degrees of freedom is five times as often as a normal variable
+    spread = np.tile([0.1, -0.1], 5)
+    error = spread.std(ddof=1) / np.sqrt(10)
+    refuse_leakage(spread + 0.02 + 3.5 * error, "t")
+    with pytest.raises(RuntimeError, match="leakage"):
+        refuse_leakage(spread + 0.02 + 5 * error, "t")
+    assert not caplog.records
+    refuse_leakage(np.array([0.3, 0.31, 0.32, 0.3, np.nan]), "t")  # four genes stop no run
+    assert "0.307 on t" in caplog.text and "4 genes are too few" in caplog.text
 
 
 def test_variable_genes_are_scanpys_most_variable_after_log_normalisation(
