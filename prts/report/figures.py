@@ -201,8 +201,8 @@ def ceiling_check(tables: Mapping[str, pd.DataFrame], out: Path) -> Path:
         return _save(figure, out)
 
 
-def training_curves(metrics_csv: Path, out: Path) -> Path:
-    """Curves of a training run: one panel a figure, training and validation in it, and the best epoch by validation loss.
+def training_curves(metrics_csv: Path, out: Path, *, best_epoch: int | None = None) -> Path:
+    """Curves of a training run: one panel a figure, training and validation in it, and the epoch whose weights were kept.
 
     Parameters
     ----------
@@ -210,6 +210,8 @@ def training_curves(metrics_csv: Path, out: Path) -> Path:
         What Lightning's CSV logger wrote: `epoch`, and columns `train/<figure>` and `val/<figure>`.
     out
         .png, .pdf or .svg.
+    best_epoch
+        The epoch to mark in every panel (which figure chose it is a setting of the run); None marks none.
 
     Raises
     ------
@@ -230,7 +232,6 @@ def training_curves(metrics_csv: Path, out: Path) -> Path:
         figure = Figure(figsize=(2.3 * columns, 1.8 * rows), layout="constrained")
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         epochs = table.groupby("epoch").mean(numeric_only=True)
-        best = epochs["val/loss"].idxmin() if epochs.get("val/loss", pd.Series(dtype=float)).notna().any() else None
         for axes, name in zip(panels, figures, strict=False):
             for column, (part, of) in curves.items():
                 values = epochs[column].dropna() if of == name else pd.Series(dtype=float)
@@ -241,8 +242,9 @@ def training_curves(metrics_csv: Path, out: Path) -> Path:
             low, high = axes.dataLim.intervaly
             if low > 0 and high > 10 * low:  # the first epoch would flatten the rest
                 axes.set_yscale("log")
-            if best is not None:
-                axes.axvline(best, color=_GREY, linewidth=0.6, linestyle=":", label=f"best epoch ({best})")
+            if best_epoch is not None:
+                label = f"best epoch ({best_epoch})"
+                axes.axvline(best_epoch, color=_GREY, linewidth=0.6, linestyle=":", label=label)
             axes.set(xlabel="epoch", title=name)
             axes.xaxis.get_major_locator().set_params(integer=True)
         panels[0].legend(frameon=False)

@@ -22,7 +22,15 @@ _ALIKE = 0.2
 _THUMBNAIL_PX = 2000
 
 
-def run_figures(folder: Path, scored: Scored, panel: Panel, *, curves: Path | None, suffix: str = "") -> None:
+def run_figures(
+    folder: Path,
+    scored: Scored,
+    panel: Panel,
+    *,
+    curves: Path | None,
+    best_epoch: int | None = None,
+    suffix: str = "",
+) -> None:
     """Maps of the best-predicted genes, PCC against ceiling, and training curves.
 
     Parameters
@@ -35,6 +43,8 @@ def run_figures(folder: Path, scored: Scored, panel: Panel, *, curves: Path | No
         Names of the genes.
     curves
         What Lightning's CSV logger wrote, or None.
+    best_epoch
+        The epoch whose weights were kept, marked in the curves; None marks none.
     suffix
         Of the file names, where a run tests several sections.
     """
@@ -55,7 +65,7 @@ def run_figures(folder: Path, scored: Scored, panel: Panel, *, curves: Path | No
     )
     pcc_vs_ceiling(table, folder / f"pcc_vs_ceiling{suffix}.png")
     if curves is not None and curves.is_file():
-        training_curves(curves, folder / "training.png")
+        training_curves(curves, folder / "training.png", best_epoch=best_epoch)
 
 
 def _best_and_different(pcc: NDArray[np.float64], counts: sp.csr_matrix) -> NDArray[np.intp]:

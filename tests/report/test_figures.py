@@ -1,14 +1,18 @@
+import contextlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 from PIL import Image
 
 from prts.errors import InputError
 from prts.report import figures
 from prts.report.figures import ceiling_check, gene_maps, pcc_vs_ceiling, training_curves
+from prts.report.run import run_figures
 
 
 @pytest.fixture
@@ -115,14 +119,18 @@ def test_training_curves_from_lightnings_csv(tmp_path, drawn):
         {"epoch": 2, "step": 29, "val/loss": 2.7, "val/pcc": 0.25},
     ]
     pd.DataFrame(rows).to_csv(tmp_path / "metrics.csv", index=False)
-    training_curves(tmp_path / "metrics.csv", tmp_path / "t.png")
+    training_curves(tmp_path / "metrics.csv", tmp_path / "t.png", best_epoch=2)
     loss, pcc = drawn[0].axes
     assert (loss.get_title(), pcc.get_title()) == ("loss", "pcc")
     lines = {line.get_label(): line for line in loss.lines}
     np.testing.assert_array_equal(lines["training"].get_xydata(), [[0, 4], [1, 2], [2, 1]])
     np.testing.assert_array_equal(lines["validation"].get_ydata(), [3, 2.5, 2.7])
-    assert lines["best epoch (1)"].get_xdata()[0] == 1
-    assert [line.get_label() for line in pcc.lines] == ["validation", "best epoch (1)"]
+    # the epoch that was kept (by PCC), not that of the smallest loss
+    assert lines["best epoch (2)"].get_xdata()[0] == 2
+    assert [line.get_label() for line in pcc.lines] == ["validation", "best epoch (2)"]
+    np.testing.assert_array_equal(pcc.lines[0].get_xydata(), [[0, 0.1], [1, 0.2], [2, 0.25]])
+    training_curves(tmp_path / "metrics.csv", tmp_path / "t.png")
+    assert [len(axes.lines) for axes in drawn[1].axes] == [2, 1]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match=r"other\.csv"):
         training_curves(tmp_path / "other.csv", tmp_path / "x.png")
@@ -142,3 +150,19 @@ def test_a_panel_of_estimated_against_reached_ceilings_a_table(tmp_path, drawn):
     np.testing.assert_allclose(left.collections[0].get_offsets(), table[["reached", "ceiling"]])
     # the suppressed gene has a point and no part in the means
     assert left.texts[0].get_text() == "mean 0.60 estimated, 0.50 reached\n(2 genes)" == right.texts[0].get_text()
+
+
+def test_a_run_marks_the_epoch_that_it_kept(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    counts = sp.csr_matrix(rng.poisson(1.0, (50, 5)))
+    table = pd.DataFrame({"gene": list("abcde"), "mean_counts": 1.0, "pcc": 0.2, "ceiling": 0.5})
+    slide = contextlib.nullcontext(SimpleNamespace(thumbnail=lambda _: np.zeros((20, 20, 3), dtype=np.uint8)))
+    scored = SimpleNamespace(
+        result=SimpleNamespace(per_gene=table),
+        nuclei=SimpleNamespace(counts=counts, xy_um=rng.random((50, 2)) * 100),
+        section=SimpleNamespace(open_slide=lambda: slide, width=200, mpp=0.5),
+        umi=counts.toarray(),
+    )
+    pd.DataFrame({"epoch": [0, 1], "val/loss": [1.0, 2.0]}).to_csv(tmp_path / "metrics.csv", index=False)
+    run_figures(tmp_path, scored, SimpleNamespace(genes=list("abcde")), curves=tmp_path / "metrics.csv", best_epoch=1)
+    assert [line.get_label() for line in drawn[-1].axes[0].lines] == ["validation", "best epoch (1)"]
