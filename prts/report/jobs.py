@@ -64,11 +64,11 @@ def _overrides(path: Path) -> dict[str, str]:
 
 
 def _outcome(job: Path) -> tuple[str, str]:
-    if (job / "metrics.json").is_file():
-        return "done", ""
-    if (job / "error.txt").is_file():
+    if (job / "error.txt").is_file():  # first: a job may fail when its metrics are written, in a logger
         first = (job / "error.txt").read_text(encoding="utf-8").partition("\n")[0]
         if match := re.fullmatch(r"(wrong input|failed|killed): (.*)", first):
             return match[1], match[2]
         return "failed", first
+    if (job / "metrics.json").is_file():
+        return "done", ""
     return "unfinished", "stopped before it ended"

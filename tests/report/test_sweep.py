@@ -70,6 +70,14 @@ def test_every_job_has_a_row_and_failed_ones_their_reason(tmp_path):
     assert [row["seed"] for row in rows] == ["1", "2", "1", "2"]
 
 
+def test_a_job_that_failed_after_its_metrics_is_not_done(tmp_path):
+    job(tmp_path, 0, {"logger": "wandb"}, metrics=figures(0.3, 0.2), error="failed: OSError: disk full")
+    job(tmp_path, 1, {"logger": "csv"}, metrics=figures(0.2, 0.2))
+    jobs, keys = read_jobs(tmp_path)
+    assert jobs[["status", "reason"]].values.tolist() == [["failed", "OSError: disk full"], ["done", ""]]
+    assert best_by_validation(settings_of(jobs, keys)[1]) == {"demo": "csv"}
+
+
 def test_the_best_is_chosen_by_validation_over_seeds_never_by_test(tmp_path):
     # b has the best single seed on validation, and the best test; a has the best mean on validation
     for number, (name, seed, val, test) in enumerate(
