@@ -157,7 +157,10 @@ def prepare_tissue(
     specs = [tissue.sections[name] for name in tissue.used]
     with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
         sections = {spec.name: resolve_section(spec, tissue.name, cache_dir) for spec in specs}
-    encoder.settings()  # holds the weights' sum: a missing weights file stops here, before minutes of segmentation
+    # both read what they are told to use: a missing file stops here, before minutes of segmentation
+    encoder.settings()
+    if not prefer_given:
+        segmenter.settings()
 
     nuclei: dict[str, Path] = {}
     counts: dict[str, Path] = {}
