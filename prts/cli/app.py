@@ -307,7 +307,8 @@ def _launch(command: str, arguments: list[str]) -> int:
 
     start = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)
     RememberSweep.forget()
-    saved, sys.argv = sys.argv, [f"prts {command}", *arguments]
+    # the module's own file: Lightning starts the further processes of a DDP job as `python <argv[0]> <overrides>`
+    saved, sys.argv = sys.argv, [str(sys.modules[main.__module__].__file__), *arguments]
     try:
         for chances in (2, 1, 0):
             try:
@@ -350,9 +351,11 @@ def _summarise(folder: Path | None) -> int:
 
 
 def _remove_if_bare(folder: Path) -> None:
-    """Remove the folder of a run that ended before it had anything to keep."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra", "train.log", "config.yaml"}:
-        shutil.rmtree(folder)
+    """Remove what Hydra made for a run that ended before it had anything to keep; nothing that it did not make."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} == {".hydra", "train.log"}:
+        shutil.rmtree(folder / ".hydra")
+        (folder / "train.log").unlink()
+        folder.rmdir()
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

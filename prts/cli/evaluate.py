@@ -3,7 +3,8 @@
 usage: prts evaluate prediction=FILE.h5ad section=DIR out=DIR
 
 The section's bins are summed inside the prediction's own nuclei (FILE.nuclei.parquet); those that pass quality control are
-compared. Writes DIR/metrics.json and DIR/per_gene.csv, with the same figures under the same names as a training run's test.
+compared. Writes DIR/metrics.json and DIR/per_gene.csv, with the figures of a training run's test under the same names, but for
+baselines and those over the most variable genes, which need the training nuclei.
 
 example: prts evaluate prediction=slide.h5ad section=data/lung/lung2 out=evaluation
 """
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
     from prts.io.cache import atomic
+    from prts.io.mpp import require_agreement
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path, read_prediction
     from prts.io.spots import read_spots
@@ -36,6 +38,9 @@ def main(cfg: DictConfig) -> None:
     from prts.section import open_section_folder
 
     require(cfg, "prediction", "section", "out")
+    out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out={out}: is a file; name a folder for metrics.json and per_gene.csv")
     prediction = read_prediction(Path(cfg.prediction))
     section = open_section_folder(Path(cfg.section))
     if section.bins is None:
@@ -48,6 +53,7 @@ def main(cfg: DictConfig) -> None:
             f"section={cfg.section}: its image is {section.width} x {section.height} px, the prediction's was "
             f"{about['width']} x {about['height']}; give the section that was predicted"
         )
+    require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])
     nuclei = load_nuclei(nuclei_path(Path(cfg.prediction)))
     counts = count_nuclei(section.bins, nuclei, species=str(about["species"]))
     counts = quality_control(counts, mpp=section.mpp, **cfg.qc)
@@ -70,9 +76,6 @@ def main(cfg: DictConfig) -> None:
         centres = prediction.obsm["spatial"]
         summary["spot_pcc_mean_all_nuclei"], _ = spot_pcc(prediction.X, centres, spots, matched.genes, ids)
 
-    out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out={out}: is a file; name a folder for metrics.json and per_gene.csv")
     with atomic(out / "metrics.json") as path:
         figures = json_ready({f"test/{key}": value for key, value in summary.items()})
         path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")

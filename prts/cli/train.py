@@ -2,8 +2,9 @@
 
 usage: prts train [tissue=demo|her2st|brain|lung|breast] [ablation=full|local_only|global_only] [encoder=...] [seed=0]
 
-Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (test section), figures/,
-the model bundle model/, config.yaml and train.log. `tissue=demo`, the default, simulates its sections: no download.
+Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (first test section; further
+ones in predictions-<section>.h5ad), figures/, the model bundle model/, config.yaml and train.log. `tissue=demo`, the default,
+simulates its sections: no download.
 
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth
 example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2,3
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What the training module logs for a callback to watch.
+MONITORED = ("val/loss", "val/reg", "val/bin", "val/pcc", "train/loss", "train/reg", "train/bin")
+
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Run one training from preparation to test.
@@ -66,6 +70,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
+    from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
     from prts.models.module import seed_everything
     from prts.models.output import choose_output
@@ -78,10 +83,16 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     watch = Stopwatch()
     datamodule = _data(cfg, watch)
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in (folder / "metrics.json", folder / "per_gene.csv", *folder.glob("predictions*")):
+        stale.unlink(
+            missing_ok=True
+        )  # of an earlier run into the same folder: they would stand beside this run's config
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
     with watch("train"):
-        module = _fit(cfg, datamodule, loggers)
+        module, best_epoch = _fit(cfg, datamodule, loggers)
+    if not module.trainer.is_global_zero:
+        return {"metrics": {}}  # the other processes of a DDP job end here: one tests and writes
     rule = choose_output(
         module.net, module.scaler, datamodule.val_sets, gates=module.loss.gates, **plain(cfg.model.output)
     )
@@ -100,11 +111,11 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
         metrics["warning/split"] = datamodule.split_report["warning"]
     mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
     with watch("write"):
-        _write(datamodule, bundle, test, folder)
+        _write(datamodule, bundle, test, folder, best_epoch)
     metrics |= {f"seconds/{stage}": seconds for stage, seconds in watch.seconds.items()}
     metrics["peak_rss_mb"] = peak_rss_mb()
-    text = json.dumps(json_ready(metrics), indent=1, allow_nan=False)
-    (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+    with atomic(folder / "metrics.json") as path:
+        path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     loggers.results(metrics)
     _log_summary(metrics)
     return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule, "module": module}
@@ -112,6 +123,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
 
 def _settled(cfg: DictConfig) -> DictConfig:
     """The config with `data.target: auto` replaced, after refusing what makes no sense together, before any work."""
+    from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
 
     from prts.models.losses import check_recipe
@@ -125,6 +137,15 @@ def _settled(cfg: DictConfig) -> DictConfig:
                     f"{group}.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
                     f"apply to this {group}"
                 )
+    try:
+        for node in (cfg.model.optimizer, cfg.model.scheduler, *cfg.callbacks.values()):
+            instantiate(node)
+        instantiate(cfg.trainer, logger=False)
+    except InstantiationException as error:
+        raise InputError(f"{error.__cause__ or error}; `prts train --cfg job` shows the settings") from error
+    for name, node in cfg.callbacks.items():
+        if "monitor" in node and node.monitor not in MONITORED:
+            raise InputError(f"callbacks.{name}.monitor: {node.monitor} is not logged ({', '.join(MONITORED)} are)")
     cfg = cfg.copy()
     cfg.data.target = check_recipe(
         instantiate(cfg.loss), target=cfg.data.target, heads=cfg.model.net.heads, gate=cfg.model.output.gate
@@ -149,10 +170,11 @@ def _data(cfg: DictConfig, watch: Stopwatch) -> PRTSDataModule:
     return datamodule
 
 
-def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> PRTSModule:
+def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> tuple[PRTSModule, int | None]:
+    """The trained module, and the epoch whose weights it has."""
     from hydra.utils import instantiate
 
-    from prts.models.module import PRTSModule
+    from prts.models.module import KeepBest, PRTSModule
 
     net = instantiate(cfg.model.net)(in_features=datamodule.in_features, n_genes=datamodule.n_genes)
     if net.standardize:
@@ -168,7 +190,7 @@ def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> PR
     )
     callbacks = [instantiate(node) for node in cfg.callbacks.values()]
     instantiate(cfg.trainer, callbacks=callbacks, logger=loggers.start() or False).fit(module, datamodule=datamodule)
-    return module
+    return module, next((callback.best_epoch for callback in callbacks if isinstance(callback, KeepBest)), None)
 
 
 def _evaluate(
@@ -181,7 +203,10 @@ def _evaluate(
     scored = []
     for nuclei in sets:
         section = datamodule.tissue.sections[nuclei.section].section
-        spots = None if section.spots is None else read_spots(section.spots)
+        shares = datamodule.split_report["sections"][nuclei.section]
+        # a spot across the edge of a carved part would hold some of its nuclei but all of its measured UMIs
+        whole = sum(n > 0 for n in shares.values()) == 1
+        spots = read_spots(section.spots) if whole and section.spots is not None else None
         with watch("predict"):
             umi, prob = model.predict_all(nuclei.features)
         with watch("evaluate"):
@@ -251,21 +276,23 @@ def _baselines(
     return unpooled_mean(beside, "baseline")
 
 
-def _write(datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[Scored], folder: Path) -> None:
-    """Predictions and figures of every test section."""
+def _write(
+    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[Scored], folder: Path, best_epoch: int | None
+) -> None:
+    """Predictions and figures of every test section; the first has the plain file names, the others their section's beside it."""
     from prts.io.nuclei import load_nuclei
     from prts.models.predict import write_prediction
     from prts.report.run import run_figures
 
-    for scored in test:
+    for i, scored in enumerate(test):
         prepared = datamodule.tissue.sections[scored.nuclei.section]
         polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[scored.nuclei.cell_id].reset_index()
-        suffix = "" if len(test) == 1 else f"-{scored.nuclei.section}"
+        suffix = "" if i == 0 else f"-{scored.nuclei.section}"
         chunks = [(scored.umi, scored.prob)]
         out = folder / f"predictions{suffix}.h5ad"
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
         curves = folder / "csv" / "metrics.csv"
-        run_figures(folder / "figures", scored, datamodule.panel, curves=curves, suffix=suffix)
+        run_figures(folder / "figures", scored, datamodule.panel, curves=curves, best_epoch=best_epoch, suffix=suffix)
 
 
 def _log_summary(metrics: dict[str, Any]) -> None:
@@ -280,4 +307,12 @@ def main(cfg: DictConfig) -> float:
     from hydra.core.hydra_config import HydraConfig
 
     metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir))["metrics"]
-    return float(metrics["val/pcc_mean"])
+    return float(metrics.get("val/pcc_mean", float("nan")))
+
+
+if __name__ == "__main__":  # how Lightning starts the further processes of a DDP job
+    import sys
+
+    from prts.cli.app import run
+
+    sys.exit(run("train", sys.argv[1:]))
