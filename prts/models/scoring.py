@@ -168,12 +168,18 @@ def _mean(pcc: NDArray[np.float64]) -> float:
 
 
 def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> dict[str, float]:
-    """`<prefix>/<figure>` of one section, or of several `<prefix>/<section>/<figure>` and their mean; never pooled over sections."""
+    """`<prefix>/<figure>` of one section, or of several `<prefix>/<section>/<figure>` and their mean; never pooled over sections.
+
+    The ends of intervals, `<figure>_low` and `<figure>_high`, stay with their sections: the mean of ends is no end of an interval of the
+    mean.
+    """
     merged: dict[str, float] = {}
     if len(sections) > 1:
         for section, summary in sections.items():
             merged |= {f"{prefix}/{section}/{key}": value for key, value in summary.items()}
     keys: list[str] = list(dict.fromkeys(key for summary in sections.values() for key in summary))
+    if len(sections) > 1:
+        keys = [key for key in keys if not key.endswith(("_low", "_high"))]
     for key in keys:
         values = [summary[key] for summary in sections.values() if key in summary and math.isfinite(summary[key])]
         merged[f"{prefix}/{key}"] = float(np.mean(values)) if values else math.nan

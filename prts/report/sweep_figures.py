@@ -86,17 +86,19 @@ def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, b
     chosen = (settings["setting"] == best).to_numpy()
     axes.axhline(0, color="black", linewidth=0.6)
     axes.bar(x, height, width=0.62, color=np.where(chosen, _BLUE, "#b8cfe0"), zorder=1)
-    axes.errorbar(
-        x,
-        height,
-        np.nan_to_num(error),
-        fmt="none",
-        ecolor="black",
-        elinewidth=0.8,
-        capsize=2,
-        zorder=3,
-        label="95 % interval",
-    )
+    known = np.isfinite(error).all(axis=0)  # a mean over several test sections has no interval
+    if known.any():
+        axes.errorbar(
+            x[known],
+            height[known],
+            error[:, known],
+            fmt="none",
+            ecolor="black",
+            elinewidth=0.8,
+            capsize=2,
+            zorder=3,
+            label="95 % interval",
+        )
     place = dict(zip(settings["setting"], x, strict=True))
     for setting, group in seeds.groupby("setting"):
         if setting in place and len(group) > 1:

@@ -53,6 +53,15 @@ def test_sections_without_a_baseline_are_left_out_of_its_mean() -> None:
     assert "baseline/b/position/pcc_mean" not in merged
 
 
+def test_intervals_of_several_sections_stay_with_them() -> None:
+    a, b = ({"pcc_mean": pcc, "pcc_mean_low": pcc - 0.1, "pcc_mean_high": pcc + 0.1} for pcc in (0.2, 0.4))
+    assert unpooled_mean({"a": a}, "test") == {f"test/{key}": value for key, value in a.items()}
+    merged = unpooled_mean({"a": a, "b": b}, "test")
+    assert merged["test/pcc_mean"] == pytest.approx(0.3)
+    assert merged["test/b/pcc_mean_low"] == b["pcc_mean_low"]
+    assert not {"test/pcc_mean_low", "test/pcc_mean_high"} & merged.keys()
+
+
 def test_json_has_no_nan_and_keeps_words() -> None:
     assert json_ready({"b": float("nan"), "warning/split": "beware", "a": 1.5}) == {
         "a": 1.5,

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from prts.errors import InputError
+from prts.report import sweep_figures
 from prts.report.jobs import read_jobs
 from prts.report.sweep import best_by_validation, settings_of, summarise
 
@@ -159,6 +160,19 @@ def test_metrics_that_are_missing_leave_gaps(tmp_path):
     )
     page = page_of(tmp_path)
     assert "★ demo: b" in page and "neighbours &lt;leak&gt;" in page
+
+
+def test_a_mean_over_test_sections_has_no_interval(tmp_path, monkeypatch):
+    kept, save = [], sweep_figures._svg
+    monkeypatch.setattr(sweep_figures, "_svg", lambda figure: (kept.append(figure), save(figure))[1])
+    ends = ("test/pcc_mean_low", "test/pcc_mean_high")
+    without = {key: value for key, value in figures(0.4, 0.3).items() if key not in ends}
+    job(tmp_path, 0, {"ablation": "a"}, tissue="two", metrics=without)
+    job(tmp_path, 1, {"ablation": "a"}, tissue="one", metrics=figures(0.3, 0.2))
+    assert "test PCC 0.300, noise ceiling" in page_of(tmp_path)
+    two, one = kept[0].axes
+    assert "95 % interval" not in two.get_legend_handles_labels()[1]
+    assert "95 % interval" in one.get_legend_handles_labels()[1]
 
 
 def test_a_folder_without_jobs_is_named(tmp_path):
