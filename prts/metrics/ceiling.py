@@ -24,7 +24,8 @@ from prts.metrics.bootstrap import block_matrix, resampling_weights
 
 # Beyond it the second-order expansion around c / 2 is exact to 1e-6.
 _TABLE = 1024
-_RELIABLE = 0.1
+RELIABLE = 0.1
+"""The least ceiling of a gene that counts for `ceiling_share`."""
 
 
 def noise_ceiling(
@@ -79,11 +80,11 @@ def noise_ceiling(
 
 
 def ceiling_share(pcc: NDArray[np.float64], ceiling: NDArray[np.float64]) -> float:
-    """sum(PCC) / sum(ceiling) over genes with a ceiling of at least 0.1 (a mean of ratios would be run by its smallest ceilings).
+    """sum(PCC) / sum(ceiling) over genes with a ceiling of at least `RELIABLE` (a mean of ratios would be run by its smallest ceilings).
 
     NaN if no gene has such a ceiling.
     """
-    reliable = np.isfinite(pcc) & (ceiling >= _RELIABLE)
+    reliable = np.isfinite(pcc) & (ceiling >= RELIABLE)
     return float(pcc[reliable].sum() / ceiling[reliable].sum()) if reliable.any() else float("nan")
 
 

@@ -23,6 +23,7 @@ from scipy.spatial import cKDTree
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.metrics.ceiling import RELIABLE, ceiling_share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -157,10 +158,10 @@ def pcc_vs_ceiling(per_gene: pd.DataFrame, out: Path, *, n_named: int = 8) -> Pa
         )
         figure.colorbar(points, ax=axes, shrink=0.8, aspect=18, label="mean UMI a nucleus").outline.set_linewidth(0.4)
         _name_genes(axes, table, reach, n_named)
-        reliable = table[table["ceiling"] >= 0.1]
-        if len(reliable):
-            share = reliable["pcc"].sum() / reliable["ceiling"].sum()
-            text = f"{share:.0%} of the ceiling\n({len(reliable)} genes with a ceiling ≥ 0.1)"
+        n_reliable = int((table["ceiling"] >= RELIABLE).sum())
+        if n_reliable:
+            share = ceiling_share(table["pcc"].to_numpy(), table["ceiling"].to_numpy())
+            text = f"{share:.0%} of the ceiling\n({n_reliable} genes with a ceiling ≥ {RELIABLE})"
             axes.text(0.03, 0.98, text, transform=axes.transAxes, va="top")
         axes.set(
             xlim=(-0.02, reach),

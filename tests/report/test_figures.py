@@ -10,6 +10,7 @@ import scipy.sparse as sp
 from PIL import Image
 
 from prts.errors import InputError
+from prts.metrics import ceiling
 from prts.report import figures
 from prts.report.figures import ceiling_check, gene_maps, pcc_vs_ceiling, training_curves
 from prts.report.run import run_figures
@@ -91,7 +92,7 @@ def test_formats_by_suffix(tmp_path, section):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["maps.pdf", "maps.png", "maps.svg"]
 
 
-def test_pcc_vs_ceiling(tmp_path, drawn):
+def test_pcc_vs_ceiling(tmp_path, drawn, monkeypatch):
     per_gene = pd.DataFrame(
         {
             "gene": ["a", "b", "c", "d"],
@@ -106,6 +107,10 @@ def test_pcc_vs_ceiling(tmp_path, drawn):
     texts = [t.get_text() for t in axes.texts]
     assert texts[:2] == ["a", "c"]
     assert texts[2].startswith("42% of the ceiling\n(2 genes")
+    monkeypatch.setattr(ceiling, "RELIABLE", 0.5)
+    monkeypatch.setattr(figures, "RELIABLE", 0.5)
+    pcc_vs_ceiling(per_gene, tmp_path / "c.png")  # as metrics.json has it, under its one threshold
+    assert drawn[1].axes[0].texts[-1].get_text() == "50% of the ceiling\n(1 genes with a ceiling ≥ 0.5)"
     pcc_vs_ceiling(per_gene[per_gene["gene"] == "d"], tmp_path / "none.png")  # nothing to show is no error
 
 
