@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -124,9 +125,12 @@ def evaluate_section(
 
     Raises
     ------
+    InputError
+        If `block_um` or `n_replicates` is none (`check_intervals`).
     ValueError
         If shapes differ, there is no nucleus, or a value is negative or not finite.
     """
+    check_intervals(block_um, n_replicates)
     n_nuclei, n_genes = measured.shape
     if n_nuclei == 0 or len(genes) != n_genes:
         raise ValueError(
@@ -167,6 +171,27 @@ def evaluate_section(
         low, high = mean_pcc_interval(sums, n_replicates=n_replicates, seed=seed)
         summary |= {"pcc_mean_low": low, "pcc_mean_high": high, "block_um": used_um, "n_blocks": len(sums.n)}
     return Evaluation(summary, per_gene, sums)
+
+
+def check_intervals(block_um: float, n_replicates: int) -> None:
+    """Refuse settings of which no interval comes.
+
+    Parameters
+    ----------
+    block_um
+        Side of the spatial blocks in um, `evaluation.block_um`.
+    n_replicates
+        Resamples of the blocks, `evaluation.bootstrap`.
+
+    Raises
+    ------
+    InputError
+        If the side is not a positive number, or the resamples are not a whole number of at least 2.
+    """
+    if not isinstance(block_um, int | float) or not 0 < block_um < math.inf:
+        raise InputError(f"evaluation.block_um: {block_um} is no side of a block; give um above 0, e.g. {BLOCK_UM:g}")
+    if not isinstance(n_replicates, int) or n_replicates < 2:
+        raise InputError(f"evaluation.bootstrap: {n_replicates} resamples give no interval; give 2 or more, e.g. 1000")
 
 
 def spot_pcc(

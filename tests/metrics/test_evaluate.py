@@ -64,6 +64,19 @@ def test_gene_sets_and_maps_have_figures_of_their_own(section):
     assert itself["moran_agreement"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        *(({"block_um": value}, "block_um") for value in (0, -250.0, float("nan"), float("inf"), "wide")),
+        *(({"n_replicates": value}, "bootstrap") for value in (-5, 0, 1, 100.0, None)),
+    ],
+)
+def test_settings_of_which_no_interval_comes_are_refused(section, settings, key):
+    counts, rate, xy_um = section
+    with pytest.raises(InputError, match=rf"^evaluation\.{key}: [^\n]+; give [^\n]+$"):
+        evaluate_section(counts, rate, genes=GENES, xy_um=xy_um, **settings)
+
+
 def test_true_rates_reach_the_whole_ceiling(section):
     counts, rate, xy_um = section
     summary = evaluate_section(counts, rate, genes=GENES, xy_um=xy_um).summary
