@@ -126,7 +126,7 @@ def evaluate_section(
     Raises
     ------
     InputError
-        If `block_um` or `n_replicates` is none (`check_intervals`).
+        If `block_um` or `n_replicates` gives no interval (`check_intervals`).
     ValueError
         If shapes differ, there is no nucleus, or a value is negative or not finite.
     """
@@ -228,6 +228,25 @@ def spot_pcc(
     InputError
         If no spot holds a nucleus or none of the genes was measured.
     """
+    measured, summed = sum_in_spots(predicted, xy_px, spots, genes, gene_ids)
+    scores = expression_per_gene(measured, summed)
+    per_gene = scores[["mean_counts", "pcc", "constant"]].copy()
+    per_gene.insert(0, "gene", list(genes))
+    per_gene.attrs = {"n_spots": measured.shape[0], "n_empty_spots": len(spots.xy) - measured.shape[0]}
+    return float(per_gene["pcc"].mean()), per_gene
+
+
+def sum_in_spots(
+    predicted: Matrix,
+    xy_px: NDArray[np.float64],
+    spots: Spots,
+    genes: Sequence[str],
+    gene_ids: Sequence[str] | None = None,
+) -> tuple[sp.csr_matrix, Matrix]:
+    """Measured spots and the predicted nuclei summed inside each, both (n_spots, n_genes), for spots that hold a nucleus.
+
+    Parameters, what lies in a spot, and what is raised are those of `spot_pcc`.
+    """
     pairs = cKDTree(spots.xy).sparse_distance_matrix(cKDTree(xy_px), spots.radius_px, output_type="coo_matrix")
     inside = sp.csr_matrix((np.ones(pairs.nnz), (pairs.row, pairs.col)), shape=pairs.shape)
     occupied = np.diff(inside.indptr) > 0
@@ -236,13 +255,7 @@ def spot_pcc(
             "spots: no predicted nucleus lies in any spot; spots and nuclei must be in pixels of the same image"
         )
     logger.info("spots: %d hold nuclei, %d do not and are left out", occupied.sum(), (~occupied).sum())
-    summed = inside[occupied] @ predicted
-    measured = _align_genes(spots.counts, genes, gene_ids, "spots")[occupied]
-    scores = expression_per_gene(measured, summed)
-    per_gene = scores[["mean_counts", "pcc", "constant"]].copy()
-    per_gene.insert(0, "gene", list(genes))
-    per_gene.attrs = {"n_spots": int(occupied.sum()), "n_empty_spots": int((~occupied).sum())}
-    return float(per_gene["pcc"].mean()), per_gene
+    return _align_genes(spots.counts, genes, gene_ids, "spots")[occupied], inside[occupied] @ predicted
 
 
 def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> Matched:

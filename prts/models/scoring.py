@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from prts.metrics.bootstrap import block_sums, mean_pcc_difference, spatial_blocks
-from prts.metrics.evaluate import Evaluation, evaluate_section, spot_pcc
+from prts.metrics.bootstrap import BlockSums, block_sums, mean_pcc_difference, spatial_blocks
+from prts.metrics.evaluate import Evaluation, evaluate_section, spot_pcc, sum_in_spots
 from prts.metrics.expression import pearson_per_gene
 from prts.models.comparison import refuse_leakage
 
@@ -133,7 +133,9 @@ def score_baselines(
 
     Returns
     -------
-    `<name>/pcc_mean` and its like; `<name>/difference` is the model's mean PCC minus the baseline's.
+    `<name>/pcc_mean` and its like; `<name>/difference` is the model's mean PCC minus the baseline's, with `_low` and `_high` from
+    resampled blocks, the same for both. `<name>/spot_difference` is that of the spot level, where the section has measured spots, from
+    resampled spots: they count as independent, which neighbouring ones are not quite.
 
     Raises
     ------
@@ -143,6 +145,16 @@ def score_baselines(
     counts, xy_um = model.nuclei.counts, model.nuclei.xy_um
     blocks, _ = spatial_blocks(xy_um, settings["block_um"])
     figures: dict[str, float] = {}
+
+    def compare(key: str, ours: BlockSums, theirs: BlockSums) -> None:
+        interval = mean_pcc_difference(ours, theirs, n_replicates=settings["bootstrap"])
+        figures.update({f"{key}{end}": value for end, value in zip(("", "_low", "_high"), interval, strict=True)})
+
+    def of_spots(umi: NDArray[np.float32], spots: Spots) -> BlockSums:
+        measured, summed = sum_in_spots(umi, xy_um / model.section.mpp, spots, panel.genes, panel.gene_ids)
+        return block_sums(measured, summed, np.arange(measured.shape[0]))  # every spot a block of its own
+
+    model_spots = None if model.spots is None else of_spots(model.umi, model.spots)
     for name, predict in baselines.items():
         umi = predict(model.nuclei)
         pcc = pearson_per_gene(counts, umi)
@@ -150,15 +162,12 @@ def score_baselines(
             refuse_leakage(pcc, model.nuclei.section)
         figures |= {f"{name}/pcc_mean": _mean(pcc), f"{name}/pcc_median": float(pd.Series(pcc).median())}
         figures |= {f"{name}/{genes}_pcc_mean": _mean(pcc[members]) for genes, members in gene_sets.items()}
-        if model.spots is not None:
-            figures[f"{name}/spot_pcc_mean"], _ = spot_pcc(
-                umi, xy_um / model.section.mpp, model.spots, panel.genes, panel.gene_ids
-            )
+        if model.spots is not None and model_spots is not None:
+            spot_sums = of_spots(umi, model.spots)
+            figures[f"{name}/spot_pcc_mean"] = float(spot_sums.mean_pcc(np.ones((1, len(spot_sums.n))))[0])
+            compare(f"{name}/spot_difference", model_spots, spot_sums)
         assert model.result.sums is not None  # evaluate_set always knows where nuclei are
-        sums = block_sums(counts, umi, blocks)
-        interval = mean_pcc_difference(model.result.sums, sums, n_replicates=settings["bootstrap"])
-        for suffix, value in zip(("", "_low", "_high"), interval, strict=True):
-            figures[f"{name}/difference{suffix}"] = value
+        compare(f"{name}/difference", model.result.sums, block_sums(counts, umi, blocks))
     return figures
 
 

@@ -5,9 +5,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.sparse as sp
+from anndata import AnnData
 
 from prts.data.sets import NucleusSet
+from prts.io.spots import Spots
 from prts.metrics.expression import pearson_per_gene
 from prts.models.scoring import Scored, evaluate_set, json_ready, score_baselines, unpooled_mean
 from prts.preprocess.panel import Panel
@@ -37,6 +41,37 @@ def test_a_baseline_is_scored_as_the_model_is(scored: Scored) -> None:
     assert figures["ridge/pcc_median"] == pytest.approx(np.median(pcc))
     assert figures["ridge/difference"] == pytest.approx(model["pcc_mean"] - pcc.mean())
     assert 0 < figures["ridge/difference_low"] < figures["ridge/difference"] < figures["ridge/difference_high"]
+
+
+def test_the_difference_at_spots_has_an_interval_from_the_same_spots_for_both(scored: Scored) -> None:
+    rng = np.random.default_rng(2)
+    xy_px = scored.nuclei.xy_um / 0.5
+    centres = np.stack(np.meshgrid(np.arange(200, 4000, 400), np.arange(200, 4000, 400)), axis=-1).reshape(-1, 2)
+    inside = np.linalg.norm(centres[:, None] - xy_px, axis=-1) <= 200
+    var = pd.DataFrame(index=list(PANEL.genes))
+    truth = AnnData(sp.csr_matrix(inside @ scored.nuclei.counts.toarray()).astype(np.int32), var=var)
+    scored = replace(scored, spots=Spots(truth, centres.astype(float), 200.0))
+    worse = scored.umi + rng.gamma(0.3, 4.0, scored.umi.shape).astype(np.float32)
+    settings = SETTINGS | {"bootstrap": 300}
+    baselines = {"itself": lambda _: scored.umi, "ridge": lambda _: worse}
+    figures = score_baselines(baselines, scored, PANEL, settings, SETS)
+    assert [figures[f"itself/spot_difference{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
+
+    def level(umi: np.ndarray) -> np.ndarray:
+        return np.log1p(inside @ umi.astype(float))[inside.any(axis=1)]
+
+    measured, ours, theirs = level(scored.nuclei.counts.toarray()), level(scored.umi), level(worse)
+
+    def mean_pcc(spots: np.ndarray, predicted: np.ndarray) -> float:
+        return np.mean([np.corrcoef(measured[spots, g], predicted[spots, g])[0, 1] for g in range(20)])
+
+    every = np.arange(len(measured))
+    assert figures["ridge/spot_pcc_mean"] == pytest.approx(mean_pcc(every, theirs))
+    assert figures["ridge/spot_difference"] == pytest.approx(mean_pcc(every, ours) - mean_pcc(every, theirs))
+    drawn = [rng.choice(every, len(every)) for _ in range(300)]
+    ends = np.percentile([mean_pcc(spots, ours) - mean_pcc(spots, theirs) for spots in drawn], [2.5, 97.5])
+    found = [figures["ridge/spot_difference_low"], figures["ridge/spot_difference_high"]]
+    np.testing.assert_allclose(found, ends, atol=0.15 * (ends[1] - ends[0]))
 
 
 def test_a_permuted_baseline_that_predicts_stops_the_run(scored: Scored) -> None:
