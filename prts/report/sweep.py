@@ -187,8 +187,8 @@ def _bar_figure(done: pd.DataFrame, settings: pd.DataFrame, best: dict[str, str]
     seeds = done[["tissue", "setting", "test/pcc_mean"]].rename(columns={"test/pcc_mean": "pcc"})
     few = "" if len(shown) == len(settings) else f" The {_MOST_BARS} best by validation are shown."
     caption = (
-        "Mean over genes of the correlation on log1p(UMI), mean over the seeds, with the mean of their block-bootstrap 95 % intervals (none "
-        f"where several sections are tested); ★ and dark: best by validation. Baselines and ceiling are those of that setting.{few}"
+        "Mean over genes of the correlation on log1p(UMI), mean over the seeds, with the mean of their block-bootstrap 95 % intervals "
+        f"(none where several sections are tested); ★ and dark: best by validation. Baselines and ceiling are those of that setting.{few}"
     )
     return _figure("Test PCC by setting", bars(table, seeds, lines, best), caption)
 
