@@ -69,6 +69,20 @@ def test_the_released_pooling_is_left_away_where_an_encoder_has_none() -> None:
     assert config("tissue=demo", "experiment=released").encoder.pooling == "nucleus"
 
 
+def test_ablations_of_the_default_recipe_have_the_inputs_that_they_say() -> None:
+    said = {
+        "full": ["local", "global", "morphology"],
+        "no_morphology": ["local", "global"],
+        "local_only": ["local"],
+        "global_only": ["global"],
+        "permuted": ["local", "global", "morphology"],
+    }
+    sweep = OmegaConf.load(config_dir() / "sweep" / "ablations.yaml").hydra.sweeper.params.ablation
+    assert sweep.split(",") == list(said)
+    for ablation, use in said.items():
+        assert config("tissue=demo", f"ablation={ablation}").data.use == use
+
+
 @pytest.mark.parametrize(
     ("ablation", "changed"),
     [
