@@ -37,6 +37,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/segmentation.py
+	$(BIN)/python benchmarks/ceiling.py outputs/ceiling.png
 
 clean:
 	rm -rf outputs multirun dist .pytest_cache .mypy_cache .ruff_cache
