@@ -126,6 +126,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
 
+    from prts.metrics.evaluate import check_intervals
     from prts.models.losses import check_recipe
 
     for group in ("loss", "encoder"):
@@ -137,6 +138,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
                     f"{group}.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
                     f"apply to this {group}"
                 )
+    check_intervals(cfg.evaluation.block_um, cfg.evaluation.bootstrap)
     try:
         for node in (cfg.model.optimizer, cfg.model.scheduler, *cfg.callbacks.values()):
             instantiate(node)
