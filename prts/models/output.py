@@ -140,7 +140,8 @@ def best_threshold(histogram: NDArray[np.int64]) -> float:
 
     Returns
     -------
-    The lower edge of a bin: pairs from it upwards are called expressed. 0.5 where only one class was measured.
+    The lower edge of a bin: pairs from it upwards are called expressed. 0.5 where only one class was measured or no threshold tells
+    the two apart.
     """
     counts = histogram.astype(np.float64)
     called = counts[:, ::-1].cumsum(axis=1)[:, ::-1]
@@ -152,7 +153,7 @@ def best_threshold(histogram: NDArray[np.int64]) -> float:
     if positives == 0 or negatives == 0:
         return 0.5
     mcc = np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
-    return float(np.argmax(mcc) / counts.shape[1])
+    return float(np.argmax(mcc) / counts.shape[1]) if mcc.max() > 0 else 0.5
 
 
 @torch.inference_mode()

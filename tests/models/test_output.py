@@ -49,6 +49,13 @@ def test_one_class_alone_has_no_best_threshold() -> None:
     assert best_threshold(np.array([[0, 0], [3, 4]])) == 0.5
 
 
+@pytest.mark.parametrize("p", [0, 2, 4])
+def test_no_threshold_is_best_where_none_separates(p: int) -> None:
+    histogram = np.zeros((2, 5), dtype=np.int64)
+    histogram[:, p] = 30, 10  # the same P for every pair
+    assert best_threshold(histogram) == 0.5
+
+
 @pytest.fixture
 def section(make_nuclei: Callable[..., NucleusSet]) -> NucleusSet:
     """Level says how much a gene would have, P whether it has any: only their combination is right."""
