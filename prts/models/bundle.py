@@ -33,7 +33,23 @@ FORMAT_VERSION = 1
 ARCHITECTURES: dict[str, type[PRTSNet]] = {"mlp": PRTSNet}
 
 # What the caller of `save_bundle` must say.
-GIVEN_KEYS = ("encoder", "mpp", "tile", "pooling", "input", "loss", "train_sections", "split", "seed", "validation")
+GIVEN_KEYS = (
+    "encoder",
+    "encoder_weights",
+    "mpp",
+    "tile",
+    "pooling",
+    "input",
+    "loss",
+    "segmentation",
+    "qc",
+    "tissue",
+    "species",
+    "train_sections",
+    "split",
+    "seed",
+    "validation",
+)
 OWN_KEYS = ("format_version", "genes", "architecture", "target", "output", "weights_sha256", "versions")
 
 _PACKAGES = ("prts", "torch", "timm", "pytorch-lightning", "numpy", "scipy", "anndata", "scanpy", "stardist")
@@ -112,9 +128,10 @@ def save_bundle(
     genes
         (name, id) in the order of the output.
     metadata
-        `encoder` (settings with weights sha256 and normalisation), `mpp`, `tile`, `pooling`, `input` (`use`, `widths`), `loss`,
-        `train_sections`, `split`, `seed`, `validation` (`pcc` and `ceiling`, one value per gene or None), and anything else worth
-        keeping. Values are JSON-like; NaN is written as null.
+        `encoder` (settings with weights sha256 and normalisation), `encoder_weights` (the file, or None), `mpp`, `tile`, `pooling`,
+        `input` (`use`, `widths`), `loss`, `segmentation` (`name`, `arguments`), `qc`, `tissue`, `species`, `train_sections`, `split`,
+        `seed`, `validation` (`pcc` and `ceiling`, one value per gene or None), and anything else worth keeping. Values are JSON-like;
+        NaN is written as null.
 
     Raises
     ------

@@ -23,6 +23,11 @@ GENES = [("Plp1", "ENSMUSG1"), ("Ttr", "ENSMUSG2"), ("Snap25", "ENSMUSG3")]
 def metadata(**changes: object) -> dict[str, object]:
     return {
         "encoder": {"name": "vit256", "weights_sha256": "ab" * 32, "mean": [0.5] * 3, "std": [0.5] * 3},
+        "encoder_weights": None,
+        "segmentation": {"name": "watershed", "arguments": {}},
+        "qc": {"min_umi": 20},
+        "tissue": "demo",
+        "species": "human",
         "mpp": 0.5,
         "tile": 256,
         "pooling": "nucleus",
@@ -135,6 +140,10 @@ DAMAGE = {
     "not ours": (lambda folder: (folder / "model.json").write_text("[1]"), "has no format_version"),
     "newer": (edit_json(lambda j: j.update(format_version=2)), "format version 2, this prts reads 1"),
     "no encoder": (edit_json(lambda j: j.pop("encoder")), "lacks encoder"),
+    **{
+        f"no {key}": (edit_json(lambda j, key=key: j.pop(key)), f"lacks {key}")
+        for key in ("encoder_weights", "segmentation", "qc", "tissue", "species")
+    },
     "other network": (
         edit_json(lambda j: j["architecture"].update(name="os.system")),
         "architecture 'os.system' is not",
