@@ -6,6 +6,7 @@ that needs no weights. A bundle's record makes its encoder again: `encoder_from_
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ from prts.features.weights import (
     read_weights,
 )
 from prts.io.cache import sha256_file
+
+logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -348,15 +351,20 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
     Returns
     -------
     The encoder, not loaded yet. Where the settings say bf16 and this processor does not compute in it, fp32 takes its place: the features
-    then differ by bf16's rounding, about 1 %.
+    then differ by bf16's rounding, about 1 %, which is logged as a warning.
 
     Raises
     ------
     InputError
-        If the encoder is unknown or the weights file is missing or not the recorded one.
+        If the encoder is unknown or of another version, or the weights file is missing or not the recorded one.
     """
     name = settings.get("name")
     if name == Classical.name:
+        if settings.get("version") != Classical.version:
+            raise InputError(
+                f"encoder: the model was trained on version {settings.get('version')} of the classical features, this prts makes version "
+                f"{Classical.version}; predict with the prts that trained it, or train again"
+            )
         return Classical(pooling=settings["pooling"])
     if name not in (ViT256.name, DinoViTS16.name, Timm.name):
         raise InputError(
@@ -382,6 +390,14 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
             f"encoder.weights: {encoder.weights_path} has sha256 {encoder.weights_sha256}, the model was trained with "
             f"{settings['weights_sha256']}; give that file as encoder.weights=FILE"
         )
+    if encoder.precision != settings["precision"]:
+        logger.warning(
+            "encoder: the model was trained on features in %s, which %s does not compute in: %s takes its place, and features differ by "
+            "about 1 %%",
+            settings["precision"],
+            encoder.device,
+            encoder.precision,
+        )
     return encoder
 
 
@@ -401,7 +417,12 @@ def weights_of(settings: dict[str, Any], file: str | None) -> tuple[str, str, st
     if file is not None and Path(file).is_file() and sha256_file(Path(file)) == sha256:
         return "PASS", "weights", f"{name}: {file}"
     if name == ViT256.name:
-        return "WARN", "weights", f"{name} is given its file at prediction: encoder.weights=FILE with sha256 {sha256}"
+        called = "" if file is None else f" {Path(file).name}"
+        return (
+            "WARN",
+            "weights",
+            f"{name} is given its file{called} at prediction: encoder.weights=FILE with sha256 {sha256}",
+        )
     model_name = settings["model_name"]
     path = cached_hub_weights(model_name)
     if path is None:

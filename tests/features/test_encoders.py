@@ -331,6 +331,23 @@ def test_an_encoder_is_made_again_from_its_settings(checkpoint, tmp_path):
     assert settings["weights_sha256"] in weights_of(settings, None)[2]
 
 
+def test_classical_features_of_another_version_are_refused():
+    with pytest.raises(InputError, match=r"version 0 of the classical features.*predict with the prts that trained it"):
+        encoder_from_settings({**Classical().settings(), "version": 0})
+
+
+@pytest.mark.parametrize(
+    ("trained", "here", "warned"), [("bf16", "fp32", True), ("bf16", "bf16", False), ("fp32", "fp32", False)]
+)
+def test_features_in_another_precision_than_in_training_are_warned_of(
+    checkpoint, monkeypatch, caplog, trained, here, warned
+):
+    settings = ViT256(checkpoint, precision=trained).settings()
+    monkeypatch.setattr("prts.features.tokens._precision", lambda precision, device: here)
+    assert encoder_from_settings(settings, checkpoint).precision == here
+    assert ("trained on features in bf16" in caplog.text) == warned
+
+
 def test_settings_follow_what_changes_the_features(checkpoint):
     def settings(**options):
         return ViT256(checkpoint, **{"precision": "fp32", **options}).settings()
