@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 def seed_everything(seed: int) -> None:
     """Seed Python, numpy, torch and the workers of data loaders, and keep Lightning's hints for developers out of the log."""
+    # With cuBLAS' own choice of workspace, sums can differ from run to run. Lightning sets this too, but the encoder may have used CUDA by
+    # then, and cuBLAS reads it at first use only. A user's own value stays.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     pl.seed_everything(seed, workers=True, verbose=False)
 
@@ -180,12 +184,13 @@ class KeepBest(pl.Callback):
         Raises
         ------
         InputError
-            If no epoch had a finite figure: training diverged.
+            If no epoch had a finite figure: training diverged, or (`val/pcc`) no gene of the panel varies on validation.
         """
         if self.best_epoch is None:
-            raise InputError(
-                f"model.optimizer.lr: training diverged ({self.monitor} was never finite); use a smaller learning rate"
-            )
+            cause = "training diverged (use a smaller model.optimizer.lr)"
+            if self.monitor == "val/pcc":
+                cause += " or every panel gene is constant on validation (give it more nuclei, or monitor val/loss)"
+            raise InputError(f"callbacks.keep_best.monitor: {self.monitor} was never finite: {cause}")
         _net(pl_module).load_state_dict(self._weights)
         logger.info("kept the weights of epoch %d: %s %.5g", self.best_epoch, self.monitor, self.best_value)
 

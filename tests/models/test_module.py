@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from prts.metrics.expression import pearson_per_gene
 from prts.models.baselines import gene_mean
 from prts.models.losses import PaperLoss
 from prts.models.mlp import PRTSNet
-from prts.models.module import KeepBest, PRTSModule
+from prts.models.module import KeepBest, PRTSModule, seed_everything
 from prts.models.output import choose_output
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -134,8 +135,27 @@ def test_the_best_epochs_weights_are_put_back(poisson_nuclei: Callable[..., Nucl
 
 
 def test_training_that_diverges_says_so(poisson_nuclei: Callable[..., NucleusSet]) -> None:
-    with pytest.raises(InputError, match=r"model\.optimizer\.lr: training diverged"):
+    with pytest.raises(InputError, match=r"training diverged .*model\.optimizer\.lr"):
         fit([poisson_nuclei(200, 1)], [poisson_nuclei(50, 2)], epochs=1, lr=1e25, callbacks=[KeepBest()])
+
+
+def test_a_figure_that_is_never_finite_has_two_causes(make_nuclei: Callable[..., NucleusSet]) -> None:
+    rng = np.random.default_rng(0)
+    train, val = (
+        make_nuclei(rng.normal(size=(100, 3)), counts) for counts in (rng.poisson(1, (100, 2)), np.ones((100, 2)))
+    )
+    with pytest.raises(InputError, match=r"val/pcc was never finite: .*constant on validation") as caught:
+        fit([train], [val], epochs=1, callbacks=[KeepBest("val/pcc", "max")])
+    assert "diverged" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_seeding_fixes_the_workspace_of_cublas_unless_the_user_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seed_everything(0)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    seed_everything(0)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 def test_a_plateau_scheduler_watches_the_validation_loss(poisson_nuclei: Callable[..., NucleusSet]) -> None:
