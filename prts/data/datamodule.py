@@ -114,7 +114,7 @@ class PRTSDataModule(pl.LightningDataModule):
     Parameters
     ----------
     prepare
-        Prepares the tissue, or finds it prepared. Called in `prepare_data` by one process, then in `setup` by each.
+        Prepares the tissue, or finds it prepared. Called once in each process: the first `prepare_data` or `setup` does it.
     split
         Assigns nuclei to parts.
     target
@@ -167,6 +167,7 @@ class PRTSDataModule(pl.LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._prepare = prepare
+        self._prepared: PreparedTissue | None = None
         self._split = split
         self._is_set_up = False
 
@@ -182,7 +183,13 @@ class PRTSDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build what the cache lacks, in one process."""
-        self._prepare()
+        self._once_prepared()
+
+    def _once_prepared(self) -> PreparedTissue:
+        # even where nothing is to be done, finding that out opens every section and every nuclei file
+        if self._prepared is None:
+            self._prepared = self._prepare()
+        return self._prepared
 
     def setup(self, stage: str | None = None) -> None:
         """Load the cached features and counts, split them, and fit the scaler.
@@ -196,7 +203,7 @@ class PRTSDataModule(pl.LightningDataModule):
             return
         from prts.preprocess.panel import Panel
 
-        tissue = self._prepare()
+        tissue = self._once_prepared()
         panel = Panel.from_json(tissue.panel)
         roles = Roles(tissue.train, tissue.val, tissue.test)
         whole = {name: _load_section(tissue.sections[name], panel, self.use) for name in roles.by_section()}
