@@ -9,7 +9,7 @@ import pandas as pd
 
 from prts.data.sets import NucleusSet
 from prts.features.morphology import morphology
-from prts.features.store import read_features
+from prts.features.store import read_features, rows_of
 from prts.io.nuclei import load_nuclei
 
 if TYPE_CHECKING:
@@ -27,14 +27,22 @@ def with_colour(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[Nucl
 
 
 def with_morphology(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[NucleusSet]:
-    """The same nuclei with shape and crowding of their polygons (`prts.features.morphology`) as features."""
+    """The same nuclei with shape and crowding of their polygons (`prts.features.morphology`) as features.
+
+    Raises
+    ------
+    InputError
+        If a nucleus has no polygon.
+    """
     described = {}
     for name in dict.fromkeys(nuclei.section for nuclei in sets):
         prepared = tissue.sections[name]
         polygons = load_nuclei(prepared.nuclei)
         described[name] = pd.Index(polygons["cell_id"]), morphology(polygons, prepared.section.mpp)
-    return [
-        replace(nuclei, features=columns[index.get_indexer(nuclei.cell_id)])
-        for nuclei in sets
-        for index, columns in [described[nuclei.section]]
-    ]
+    described_sets = []
+    for nuclei in sets:
+        known, columns = described[nuclei.section]
+        where = tissue.sections[nuclei.section].nuclei
+        rows = rows_of(known, nuclei.cell_id, f"{where}: has no polygons of", "delete it and prepare again")
+        described_sets.append(replace(nuclei, features=columns[rows]))
+    return described_sets

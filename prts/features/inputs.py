@@ -6,13 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from prts.features.morphology import morphology
-from prts.features.store import read_features
+from prts.features.store import StoreReader, rows_of
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -46,27 +45,36 @@ class InputReader:
     """
 
     def __init__(self, store: Path, use: Sequence[str], nuclei: Callable[[], GeoDataFrame], mpp: float) -> None:
-        self._store = store
+        self._store = StoreReader(store)
         self._use = tuple(use)
         self._known, self._columns = pd.Index([]), np.empty((0, 0), dtype=np.float32)
         if "morphology" in self._use:
             polygons = nuclei()
             self._known, self._columns = pd.Index(polygons["cell_id"]), morphology(polygons, mpp)
-        with h5py.File(store) as file:
-            self.widths = {
-                block: self._columns.shape[1] if block == "morphology" else int(file[block].shape[1])
-                for block in self._use
-            }
+        self.widths = {
+            block: self._columns.shape[1] if block == "morphology" else self._store.width(block) for block in self._use
+        }
 
     def __call__(self, cell_ids: Sequence[str] | NDArray[np.object_]) -> Floats:
-        """Input (n, d) of these nuclei, in this order."""
+        """Input (n, d) of these nuclei, in this order. Ask for many at a time: each call goes through the store.
+
+        Raises
+        ------
+        InputError
+            If the store or, for `morphology`, the polygons lack a nucleus.
+        """
         stored = [block for block in self._use if block in STORED]
-        values = read_features(self._store, cell_ids, stored) if stored else np.empty((len(cell_ids), 0), np.float32)
+        values = self._store.read(cell_ids, stored) if stored else np.empty((len(cell_ids), 0), np.float32)
         if len(stored) == len(self._use):
             return values
-        parts = dict(
-            zip(stored, np.split(values, np.cumsum([self.widths[block] for block in stored])[:-1], axis=1), strict=True)
-        )
+        stops = np.cumsum([self.widths[block] for block in stored], dtype=np.intp)
+        parts = {block: values[:, stop - self.widths[block] : stop] for block, stop in zip(stored, stops, strict=True)}
         if "morphology" in self._use:
-            parts["morphology"] = self._columns[self._known.get_indexer(pd.Index(cell_ids))]
+            rows = rows_of(
+                self._known,
+                cell_ids,
+                f"{self._store.path}: beside it, there are no polygons of",
+                "prepare the section again",
+            )
+            parts["morphology"] = self._columns[rows]
         return np.hstack([parts[block] for block in self._use])

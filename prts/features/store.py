@@ -79,6 +79,59 @@ def write_store(
                 store.attrs[key] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
 
 
+class StoreReader:
+    """Reads any nuclei of a feature store, again and again: which nuclei it has is read once.
+
+    Parameters
+    ----------
+    path
+        A feature store.
+
+    Attributes
+    ----------
+    known
+        Keys of the nuclei, in the order of the store.
+
+    Raises
+    ------
+    InputError
+        If the file is no feature store (or a truncated one).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        with _opened(self.path) as store:
+            self.known = pd.Index(store["cell_id"].asstr()[:])
+            self._widths = {name: int(store[name].shape[1]) for name in ("global", "local")}
+
+    def width(self, block: str) -> int:
+        """Columns of `global` or `local`."""
+        return self._widths[block]
+
+    def read(self, cell_ids: Sequence[str] | NDArray[np.object_] | None, use: Sequence[str]) -> Floats:
+        """As `read_features`. Every row of the store is read at most once; asking for few nuclei at a time reads it again each time."""
+        if cell_ids is None:
+            target = np.arange(len(self.known))
+        else:
+            target = rows_of(
+                self.known, cell_ids, f"{self.path}: has no features of", "extract them from the same nuclei file"
+            )
+        stops = np.cumsum([self.width(name) for name in use])
+        out = np.empty((len(target), stops[-1]), dtype=np.float32)
+        order = np.argsort(target, kind="stable")
+        ascending = target[order]
+        with _opened(self.path) as store:
+            for first in range(0, len(self.known), _ROWS_PER_READ):
+                here = slice(*np.searchsorted(ascending, [first, first + _ROWS_PER_READ]))
+                rows = ascending[here]
+                if len(rows) == 0:
+                    continue
+                for name, stop in zip(use, stops, strict=True):
+                    block = store[name][rows[0] : rows[-1] + 1]
+                    out[order[here], stop - block.shape[1] : stop] = block[rows - rows[0]]
+        return out
+
+
 def read_features(
     path: Path, cell_ids: Sequence[str] | NDArray[np.object_] | None = None, use: Sequence[str] = ("local", "global")
 ) -> Floats:
@@ -102,29 +155,32 @@ def read_features(
     InputError
         If the file is no feature store (or a truncated one), or a nucleus is not in it.
     """
-    with _opened(path) as store:
-        sets = [store[name] for name in use]
-        known = store["cell_id"].asstr()[:]
-        if cell_ids is None:
-            target = np.arange(len(known))
-        else:
-            target = pd.Index(known).get_indexer(pd.Index(np.asarray(cell_ids, dtype=object)))
-            if (absent := np.flatnonzero(target < 0)).size:
-                raise InputError(
-                    f"{path}: has no features of {absent.size} of {len(target)} nuclei (cell_id {cell_ids[absent[0]]!r} for one); "
-                    "extract them from the same nuclei file"
-                )
-        stops = np.cumsum([dataset.shape[1] for dataset in sets])
-        out = np.empty((len(target), stops[-1]), dtype=np.float32)
-        order = np.argsort(target, kind="stable")
-        for first in range(0, len(known), _ROWS_PER_READ):
-            last = min(first + _ROWS_PER_READ, len(known))
-            here = order[slice(*np.searchsorted(target[order], [first, last]))]
-            if len(here) == 0:
-                continue
-            for dataset, stop in zip(sets, stops, strict=True):
-                out[here, stop - dataset.shape[1] : stop] = dataset[first:last][target[here] - first]
-    return out
+    return StoreReader(path).read(cell_ids, use)
+
+
+def rows_of(known: pd.Index, cell_ids: Sequence[str] | NDArray[np.object_], lacks: str, cure: str) -> NDArray[np.intp]:
+    """Where these nuclei stand among those that are known.
+
+    Parameters
+    ----------
+    known
+        Keys that there are.
+    cell_ids
+        Keys wanted, (n,).
+    lacks, cure
+        Beginning and end of the message if one is not known.
+
+    Raises
+    ------
+    InputError
+        If a nucleus is not known.
+    """
+    rows: NDArray[np.intp] = known.get_indexer(pd.Index(np.asarray(cell_ids, dtype=object)))
+    if (absent := np.flatnonzero(rows < 0)).size:
+        raise InputError(
+            f"{lacks} {absent.size} of {len(rows)} nuclei (cell_id {str(cell_ids[absent[0]])!r} for one); {cure}"
+        )
+    return rows
 
 
 def read_store_attrs(path: Path) -> dict[str, Any]:

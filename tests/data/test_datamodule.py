@@ -234,6 +234,29 @@ def test_an_input_of_polygons_joins_the_stored_blocks_in_the_order_asked(tissue:
     np.testing.assert_array_equal(read(asked)[:, 24:], read_features(prepared.features, asked, ("local",)))
 
 
+@pytest.mark.parametrize(("use", "width"), [(("morphology",), 21), (("local", "morphology"), 23)])
+def test_a_nucleus_without_a_polygon_is_refused_not_given_anothers(
+    tissue: PreparedTissue, use: tuple[str, ...], width: int
+) -> None:
+    prepared = tissue.sections["a"]
+    with h5py.File(prepared.features) as store:
+        known = store["cell_id"].asstr()[:]
+    read = InputReader(prepared.features, use, lambda: make_polygons(list(known[1:])), 0.5)
+    assert read(known[1:3]).shape == (2, width)
+    with pytest.raises(InputError, match=rf"no polygons of 1 of 2 nuclei \(cell_id '{known[0]}'"):
+        read(known[:2])
+
+
+def test_the_tissue_is_prepared_once_in_a_process(tissue: PreparedTissue) -> None:
+    calls = []
+    module = PRTSDataModule(lambda: calls.append(1) or tissue, BySection())
+    module.prepare_data()
+    module.setup()
+    module.prepare_data()  # Lightning's fit calls both again
+    module.setup("fit")
+    assert len(calls) == 1
+
+
 def make_polygons(cell_ids: list[str]) -> GeoDataFrame:
     rng = np.random.default_rng(0)
     centres = shapely.points(rng.uniform(0, 300, (len(cell_ids), 2)))

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+
+from prts.features.store import Rows, write_store
+from prts.models.predict import predict_store
+
+
+class Copy:
+    """Predicts the features themselves."""
+
+    input_use = ("local", "global")
+
+    def predict_chunks(self, features: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(features), chunk):
+            part = features[start : start + chunk]
+            yield part, part
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Rows read of each dataset of any HDF5 file."""
+    read, counts = h5py.Dataset.__getitem__, Counter()
+
+    def counting(dataset: h5py.Dataset, *arguments: object, **options: object) -> np.ndarray:
+        values = read(dataset, *arguments, **options)
+        counts[dataset.name] += len(values)
+        return values
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", counting)
+    return counts
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_store_is_read_once_for_nuclei_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_read: Counter[str], passes: int
+) -> None:
+    n = 20_000
+    if passes > 1:  # what is held at a time has a limit; each helping is one pass
+        monkeypatch.setattr("prts.models.predict._HELD_BYTES", 4 * 2 * 10_240)
+        monkeypatch.setattr("prts.features.store._ROWS_PER_READ", 1024)
+    number = np.arange(n, dtype=np.float32)[:, None]
+    ids = np.array([f"c{i}" for i in range(n)])
+    write_store(tmp_path / "s.h5", ids, np.zeros((n, 2)), (1, 1), [Rows(-number, number)], {})
+    order = np.random.default_rng(0).permutation(n)
+    rows_read.clear()
+    chunks = list(predict_store(Copy(), tmp_path / "s.h5", pd.DataFrame({"cell_id": ids[order]}), 0.5, 1024))
+    assert [len(umi) for umi, _ in chunks] == [1024] * 19 + [n - 19 * 1024]
+    np.testing.assert_array_equal(np.concatenate([umi for umi, _ in chunks]), np.stack([order, -order], axis=1))
+    assert rows_read["/cell_id"] == n
+    for block in ("/local", "/global"):
+        assert n * 0.9 <= rows_read[block] <= passes * n
+
+
+def test_few_nuclei_read_few_rows(tmp_path: Path, rows_read: Counter[str]) -> None:
+    n = 5000
+    write_store(
+        tmp_path / "s.h5", [f"c{i}" for i in range(n)], np.zeros((n, 2)), (1, 1), [Rows(*np.zeros((2, n, 1)))], {}
+    )
+    rows_read.clear()
+    list(predict_store(Copy(), tmp_path / "s.h5", pd.DataFrame({"cell_id": ["c900", "c800", "c850"]}), 0.5))
+    assert rows_read["/local"] == 101
