@@ -4,8 +4,10 @@ usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] 
                     [encoder.weights=FILE]
 
 Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
-the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. Writes FILE.h5ad (nuclei x
-genes, expected UMI in X, P(expressed) in layers["prob"]) and FILE.nuclei.parquet (the polygons).
+the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
+from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
+`encoder.device=` says. Writes FILE.h5ad (nuclei x genes, expected UMI in X, P(expressed) in layers["prob"]) and
+FILE.nuclei.parquet (the polygons).
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
 """
@@ -34,6 +36,7 @@ def main(cfg: DictConfig) -> None:
     """Segment, extract features, predict, write."""
     from prts.data.prepare import prepare_features, prepare_nuclei
     from prts.features.encoders import encoder_from_settings
+    from prts.features.tokens import torch_device
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import check_out
     from prts.models.bundle import load_bundle
@@ -44,13 +47,11 @@ def main(cfg: DictConfig) -> None:
     require(cfg, "bundle", "image", "out")
     watch = Stopwatch()
     out = check_out(Path(cfg.out))
+    device = torch_device(cfg.encoder.device)
     bundle = load_bundle(Path(cfg.bundle))
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
-    weights = cfg.encoder.weights or bundle.metadata["encoder_weights"]
-    encoder = encoder_from_settings(
-        bundle.metadata["encoder"], None if weights is None else Path(weights), device=cfg.encoder.device
-    )
+    encoder = encoder_from_settings(bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device)
     segmenter, prefer_given = _segmenter(cfg, bundle)
 
     cache = Path(cfg.paths.cache_dir) / "predict" / section.name
@@ -60,12 +61,29 @@ def main(cfg: DictConfig) -> None:
     with watch("features"):
         store = prepare_features(cache, section, nuclei, encoder, nuclei_path.stem)
     with watch("predict"):
-        bundle.to(cfg.encoder.device if cfg.encoder.device != "auto" else "cpu")
+        bundle.to(device)
         chunks = predict_store(bundle, store, nuclei, section.mpp)
         write_prediction(out, bundle, section, nuclei, chunks, store=store)
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("peak memory %.0f MB", peak_rss_mb())
+
+
+def _weights(cfg: DictConfig, bundle: Bundle) -> Path | None:
+    """The encoder's weights file: the one given, else the one that training read; None where the encoder finds its own or needs none."""
+    from prts.features.encoders import weights_of
+
+    if cfg.encoder.weights is not None:
+        return Path(cfg.encoder.weights)
+    settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
+    if recorded is None or Path(recorded).is_file():
+        return None if recorded is None else Path(recorded)
+    if weights_of(settings, None)[0] == "PASS":
+        return None
+    raise InputError(
+        f"encoder.weights: is required, since {recorded} of training is not on this machine; give {Path(recorded).name} with sha256 "
+        f"{settings['weights_sha256']} as encoder.weights=FILE"
+    )
 
 
 def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]:
@@ -91,4 +109,10 @@ def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]
             "nuclei: is required, since this bundle was trained on given nuclei; name their file, or segment with segmentation=stardist "
             "or segmentation=watershed"
         )
-    return segmenters[trained["name"]](**trained["arguments"]), False
+    try:
+        return segmenters[trained["name"]](**trained["arguments"]), False
+    except TypeError as error:
+        raise InputError(
+            f"{cfg.bundle}: segmentation.arguments in its model.json are not for this version of prts ({error}); choose with "
+            "segmentation=stardist or segmentation=watershed, or give nuclei=FILE"
+        ) from error

@@ -97,7 +97,7 @@ class TokenEncoder:
         self.weights = None if weights is None else Path(weights)
         self._mean, self._std = mean, std
         self.checkpoint_key, self.pooling, self.pair_channels = checkpoint_key, pooling, pair_channels
-        self.device = _device(device)
+        self.device = torch_device(device)
         self.precision = _precision(precision, self.device)
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
         self._network: _Tokens | None = None
@@ -246,7 +246,14 @@ class TokenEncoder:
         return ""
 
 
-def _device(device: str) -> torch.device:
+def torch_device(device: str) -> torch.device:
+    """The device that `encoder.device` names; `auto` is CUDA if there is one.
+
+    Raises
+    ------
+    InputError
+        If torch knows no such device or has none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
