@@ -78,8 +78,8 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.models.scoring import json_ready, mean_per_gene, unpooled_mean
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
-    cfg = _settled(cfg)
     seed_everything(cfg.seed)
+    cfg = _settled(cfg)
     watch = Stopwatch()
     datamodule = _data(cfg, watch)
     folder.mkdir(parents=True, exist_ok=True)

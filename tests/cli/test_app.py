@@ -112,7 +112,8 @@ def test_missing_data_names_the_download(tmp_path, capsys):
         "train", ["tissue=lung", f"paths.data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}", "encoder=classical"]
     )
     assert outcome == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
     assert "prts download tissue=lung" in error
     assert not (tmp_path / "run").exists()
 
