@@ -245,6 +245,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
     """
     debug = os.environ.get("PRTS_DEBUG", "") not in ("", "0")
     previous = os.environ.get("HYDRA_FULL_ERROR")
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises its errors instead of printing several lines of them
     try:
         quoted = quote_paths(arguments)
@@ -267,6 +269,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
         sys.stderr.write(f"prts: {text}\n")
         return status
     finally:
+        # Hydra's handlers end with the command: one left behind would write to a run folder, or a stream, that is gone
+        for handler in set(root.handlers) - set(handlers):
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
         if previous is None:
             os.environ.pop("HYDRA_FULL_ERROR", None)
         else:

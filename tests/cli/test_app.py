@@ -1,5 +1,6 @@
 """The command line before any command runs: quoting, typos, one-line errors."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,9 @@ def test_a_tissue_of_ones_own_lies_anywhere(tmp_path, capsys):
     assert "did you mean 'mine'" in capsys.readouterr().err
     assert run("train", ["tissue=mine", "--config-dir", "nowhere"]) == 2
     assert "--config-dir nowhere: no such folder" in capsys.readouterr().err
+
+
+def test_no_log_handler_outlives_its_command(tmp_path):
+    before = logging.getLogger().handlers[:]
+    assert run("train", ["tissue=lung", f"paths.data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    assert logging.getLogger().handlers == before
