@@ -1,9 +1,9 @@
 """Let a CPU build of torch live beside a CUDA build of torchvision.
 
-On Linux the package index has torchvision for CUDA only. Beside a CPU torch its compiled part cannot load, and `import torchvision`
-raises RuntimeError ("operator torchvision::nms does not exist") where timm, torchmetrics and Lightning expect ImportError or success
-(pytorch/vision issues 9077 and 9085). Declaring the two operators that the import registers fake kernels for is enough: transforms and
-all that prts needs then work; nms itself does not, and nothing here calls it.
+PyPI serves torchvision for Linux built for CUDA only. Beside a CPU torch its compiled part cannot load, and `import torchvision` raises
+RuntimeError ("operator torchvision::nms does not exist") where timm, torchmetrics and Lightning expect ImportError or success. Declaring
+the two operators that the import registers fake kernels for is enough: transforms and all that prts needs then work; nms itself does not,
+and nothing here calls it.
 
 Importing this module does that, and does nothing where torchvision's own operators load.
 """
