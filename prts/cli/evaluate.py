@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from prts.cli.app import require
+from prts.cli.app import plain, require
 from prts.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,11 @@ def main(cfg: DictConfig) -> None:
             f"section={cfg.section}: has no binned_outputs/square_002um, so there is nothing to compare with"
         )
     about = prediction.uns["prts"]
+    missing = [key for key in ("width", "height", "mpp", "species", "threshold", "qc") if key not in about]
+    if missing:
+        raise InputError(
+            f"prediction={cfg.prediction}: lacks uns['prts'][{missing[0]!r}]; predict again with this prts"
+        )
     if (about["width"], about["height"]) != (section.width, section.height):
         raise InputError(
             f"section={cfg.section}: its image is {section.width} x {section.height} px, the prediction's was "
@@ -56,7 +61,9 @@ def main(cfg: DictConfig) -> None:
     require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])
     nuclei = load_nuclei(nuclei_path(Path(cfg.prediction)))
     counts = count_nuclei(section.bins, nuclei, species=str(about["species"]))
-    counts = quality_control(counts, mpp=section.mpp, **cfg.qc)
+    # as in training, unless another is asked for; what is not limited is not stored
+    qc: dict[str, Any] = dict(about["qc"]) if cfg.get("qc") is None else plain(cfg.qc)
+    counts = quality_control(counts, mpp=section.mpp, **qc)
     matched = match(prediction, counts, mpp=section.mpp)
     result = evaluate_section(
         matched.measured,

@@ -109,6 +109,7 @@ def write_prediction(
             "mpp": section.mpp,
             "mpp_source": section.mpp_source,
             "species": meta["species"],
+            "qc": meta["qc"],
             "threshold": bundle.rule.threshold,
             "gate": bundle.rule.gate,
             "model": {key: meta[key] for key in ("tissue", "train_sections", "seed", "weights_sha256", "versions")},

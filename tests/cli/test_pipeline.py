@@ -38,6 +38,7 @@ def composed(cache: Path, *overrides: str):
                 "trainer.accelerator=cpu",
                 "evaluation.bootstrap=50",
                 "logger=none",
+                "qc.min_umi=60",  # not the default: prediction and evaluation have to learn it from the bundle
                 *overrides,
             ],
         )
