@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := stardist,sweeps,loggers,dev
+EXTRAS := stardist,analysis,spatial,sweeps,loggers,dev
 RUN := outputs/demo/make
 
 .PHONY: setup demo test test-fast lint bench clean
