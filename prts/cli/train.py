@@ -23,8 +23,10 @@ from prts.cli.prepare import preparation
 from prts.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    import numpy as np
+    from numpy.typing import NDArray
     from omegaconf import DictConfig
 
     from prts.data.datamodule import PRTSDataModule
@@ -75,7 +77,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.models.module import seed_everything
     from prts.models.output import choose_output
     from prts.models.predictor import Predictor
-    from prts.models.scoring import json_ready, mean_per_gene, unpooled_mean
+    from prts.models.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
     seed_everything(cfg.seed)
@@ -98,15 +100,17 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     )
     genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
     parts: dict[str, Any] = {"net": module.net, "scaler": module.scaler, "rule": rule, "genes": genes}
-    validation = _evaluate(cfg, datamodule, Predictor(parts["net"], module.scaler, rule), datamodule.val_sets, watch)
+    sets = gene_sets(datamodule.train_sets, datamodule.panel, cfg.tissue.get("markers") or [])
+    predictor = Predictor(module.net, module.scaler, rule)
+    validation = _evaluate(cfg, datamodule, predictor, datamodule.val_sets, sets, watch)
     save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation))
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
-    test = _evaluate(cfg, datamodule, bundle, datamodule.test_sets, watch)
+    test = _evaluate(cfg, datamodule, bundle, datamodule.test_sets, sets, watch)
     metrics: dict[str, float | str] = {}
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in validation}, "val")
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
-    metrics |= _baselines(cfg, datamodule, test, watch)
+    metrics |= _baselines(cfg, datamodule, test, sets, watch)
     if datamodule.split_report["warning"] is not None:
         metrics["warning/split"] = datamodule.split_report["warning"]
     mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
@@ -196,14 +200,18 @@ def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> tu
 
 
 def _evaluate(
-    cfg: DictConfig, datamodule: PRTSDataModule, model: Predictor, sets: Sequence[NucleusSet], watch: Stopwatch
+    cfg: DictConfig,
+    datamodule: PRTSDataModule,
+    model: Predictor,
+    sections: Sequence[NucleusSet],
+    sets: Mapping[str, NDArray[np.intp]],
+    watch: Stopwatch,
 ) -> list[Scored]:
     from prts.io.spots import read_spots
-    from prts.models.scoring import Scored, evaluate_set, variable_genes
+    from prts.models.scoring import Scored, evaluate_set
 
-    gene_sets = variable_genes(datamodule.train_sets)
     scored = []
-    for nuclei in sets:
+    for nuclei in sections:
         section = datamodule.tissue.sections[nuclei.section].section
         shares = datamodule.split_report["sections"][nuclei.section]
         # a spot across the edge of a carved part would hold some of its nuclei but all of its measured UMIs
@@ -214,7 +222,7 @@ def _evaluate(
         with watch("evaluate"):
             threshold = model.rule.threshold
             result = evaluate_set(
-                nuclei, umi, prob, datamodule.panel, threshold, spots, section.mpp, cfg.evaluation, gene_sets
+                nuclei, umi, prob, datamodule.panel, threshold, spots, section.mpp, cfg.evaluation, sets
             )
         scored.append(Scored(nuclei, section, spots, umi, prob, result))
     return scored
@@ -260,13 +268,16 @@ def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str,
 
 
 def _baselines(
-    cfg: DictConfig, datamodule: PRTSDataModule, test: Sequence[Scored], watch: Stopwatch
+    cfg: DictConfig,
+    datamodule: PRTSDataModule,
+    test: Sequence[Scored],
+    sets: Mapping[str, NDArray[np.intp]],
+    watch: Stopwatch,
 ) -> dict[str, float]:
     from prts.models.comparison import fit_baselines, fit_position
-    from prts.models.scoring import score_baselines, unpooled_mean, variable_genes
+    from prts.models.scoring import score_baselines, unpooled_mean
 
     train_sets, val_sets = datamodule.train_sets, datamodule.val_sets
-    gene_sets = variable_genes(train_sets)
     beside = {}
     with watch("baselines"):
         fitted = fit_baselines(train_sets, val_sets, datamodule.tissue, seed=cfg.seed)
@@ -274,7 +285,7 @@ def _baselines(
             section = scored.nuclei.section
             position = fit_position(train_sets, val_sets, section)
             here = fitted if position is None else fitted | {"position": position}
-            beside[section] = score_baselines(here, scored, datamodule.panel, cfg.evaluation, gene_sets)
+            beside[section] = score_baselines(here, scored, datamodule.panel, cfg.evaluation, sets)
     return unpooled_mean(beside, "baseline")
 
 

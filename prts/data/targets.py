@@ -177,10 +177,50 @@ class LogTruncated(Scaler):
         return rate / -torch.expm1(-rate)
 
 
+class LogPositive(Scaler):
+    """The level is the mean logarithm of the UMI where there are any; the target is the count itself (`HurdleLoss`, `level=lognormal`).
+
+    Back on the scale of counts, exp(level) is the geometric mean; `smearing` (Duan 1983) turns it into the mean: for each gene the mean
+    over the geometric mean of its positive training counts.
+    """
+
+    name = "log_positive"
+    smearing: Tensor
+
+    def __init__(self, n_genes: int) -> None:
+        super().__init__(n_genes)
+        self.register_buffer("smearing", torch.ones(n_genes))
+
+    def fit(self, counts: Sequence[Any]) -> Self:
+        """Find the smearing factor of every gene; see `Scaler.fit`."""
+        n, total, log_total = (np.zeros(self.n_genes) for _ in range(3))
+        for matrix in counts:
+            positive = matrix.copy()
+            positive.eliminate_zeros()
+            n += np.bincount(positive.indices, minlength=self.n_genes)
+            total += np.bincount(positive.indices, weights=positive.data, minlength=self.n_genes)
+            log_total += np.bincount(positive.indices, weights=np.log(positive.data), minlength=self.n_genes)
+        n = np.maximum(n, 1)  # a gene without any UMI has a total of 0: its factor becomes 1
+        factor = np.where(total > 0, total / n, 1.0) / np.exp(log_total / n)
+        self.smearing = torch.from_numpy(factor).float().to(self.smearing.device)
+        return self
+
+    def transform(self, counts: Tensor) -> Tensor:
+        """The counts themselves."""
+        return counts
+
+    def inverse(self, level: Tensor) -> Tensor:
+        """exp(level) x smearing, at least 1: there are no smaller positive counts."""
+        return (level.clamp(max=MAX_LOG_UMI).exp() * self.smearing).clamp(min=1.0)
+
+
 SCALED: dict[str, type[Scaler]] = {scaler.name: scaler for scaler in (MinMax, Log1p, Counts)}
 """Targets that are counts on some scale, for losses that compare level and target."""
 
-SCALERS: dict[str, type[Scaler]] = {**SCALED, **{scaler.name: scaler for scaler in (LogRate, LogShare, LogTruncated)}}
+SCALERS: dict[str, type[Scaler]] = {
+    **SCALED,
+    **{scaler.name: scaler for scaler in (LogRate, LogShare, LogTruncated, LogPositive)},
+}
 
 
 def make_scaler(name: str, n_genes: int) -> Scaler:

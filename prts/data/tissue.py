@@ -33,7 +33,7 @@ class SectionSpec:
 
 @dataclass(frozen=True)
 class Tissue:
-    """Named sections of one species, and which of them train, validate and test."""
+    """Named sections of one species, and which of them train, validate and test; `markers` are genes worth a figure of their own."""
 
     name: str
     species: str
@@ -41,6 +41,7 @@ class Tissue:
     train: tuple[str, ...]
     val: tuple[str, ...]
     test: tuple[str, ...]
+    markers: tuple[str, ...] = ()
 
     @property
     def used(self) -> list[str]:
@@ -70,7 +71,7 @@ def parse_tissue(config: Mapping[str, Any]) -> Tissue:
     InputError
         For unknown or missing keys, an unknown species, or a role that names no section.
     """
-    _refuse_unknown("tissue", config, ["name", "species", "sections", *ROLES])
+    _refuse_unknown("tissue", config, ["name", "species", "sections", "markers", *ROLES])
     for key in ("name", "species", "sections", "train"):
         if not config.get(key):
             raise InputError(f"tissue.{key}: is required")
@@ -93,7 +94,16 @@ def parse_tissue(config: Mapping[str, Any]) -> Tissue:
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         for name in set(roles[first]) & set(roles[second]):
             raise InputError(f"tissue.{second}: {name!r} is also in tissue.{first}; a section has one role")
-    return Tissue(name=str(config["name"]), species=config["species"], sections=sections, **roles)
+    markers = config.get("markers") or []
+    if isinstance(markers, str):
+        raise InputError(f"tissue.markers: must be a list of gene symbols, such as [{markers}]")
+    return Tissue(
+        name=str(config["name"]),
+        species=config["species"],
+        sections=sections,
+        markers=tuple(dict.fromkeys(map(str, markers))),
+        **roles,
+    )
 
 
 def _parse_section(name: str, node: Any) -> SectionSpec:

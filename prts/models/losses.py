@@ -9,6 +9,7 @@ A loss is called with level, logit, target and counts, each (b, g), and returns 
 | poisson | the log of the expected UMI | log_rate | none | exp(level) |
 | poisson, offset=library | the log of the gene's share of the panel's UMI | log_share | none | the share times the mean training depth |
 | hurdle | the log rate of a Poisson count that is known not to be 0 | log_truncated | soft | P(expressed) times the mean of such a count |
+| hurdle, level=lognormal | the mean log of a count that is not 0 | log_positive | soft | P(expressed) times the mean of such a count |
 """
 
 from __future__ import annotations
@@ -239,44 +240,55 @@ class PoissonLoss(Loss):
 
 
 class HurdleLoss(Loss):
-    """lambda_1 x zero-truncated Poisson likelihood of what is expressed + lambda_2 x binary cross-entropy (hurdle model, Mullahy 1986).
+    """lambda_1 x likelihood of how much is expressed + lambda_2 x binary cross-entropy of whether (hurdle model, Mullahy 1986).
 
-    Whether a gene has any UMI and how many it then has are fitted apart: the level is the log rate lambda of a Poisson count k that is
-    known not to be 0, with P(k) = lambda^k exp(-lambda) / (k! (1 - exp(-lambda))). X = P(expressed) lambda / (1 - exp(-lambda)).
+    Whether a gene has any UMI and how many it then has are fitted apart. `level=poisson`: the level is the log rate lambda of a Poisson
+    count k that is known not to be 0, with P(k) = lambda^k exp(-lambda) / (k! (1 - exp(-lambda))); X = P(expressed) lambda / (1 -
+    exp(-lambda)). `level=lognormal`: log k of an expressed pair is normal around the level, of variance 1; X = P(expressed) times the mean
+    of such a count (`prts.data.targets.LogPositive`).
 
     Parameters
     ----------
     lambda_1
-        Weight of the likelihood: the sum over expressed pairs of lambda + log(1 - exp(-lambda)) - k log lambda, over the number of all
-        pairs, so that with equal weights both terms add up to the likelihood of the whole model.
+        Weight of the likelihood: the sum over expressed pairs of lambda + log(1 - exp(-lambda)) - k log lambda, or of half the squared
+        error of log k, over the number of all pairs, so that with equal weights both terms add up to the likelihood of the whole model.
     lambda_2
         Weight of the cross-entropy.
+    level
+        `poisson` or `lognormal`.
 
     Raises
     ------
     InputError
-        If a weight is negative.
+        If a weight is negative or the level unknown.
     """
 
     heads = ("dual",)
     gates = ("soft",)
 
-    def __init__(self, lambda_1: float = 1.0, lambda_2: float = 1.0) -> None:
+    def __init__(self, lambda_1: float = 1.0, lambda_2: float = 1.0, level: str = "poisson") -> None:
         super().__init__(lambda_1, lambda_2)
+        if level not in ("poisson", "lognormal"):
+            raise InputError(f"loss.level: {level!r} is not one of poisson, lognormal")
+        self.level = level
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The one target whose level is a truncated rate."""
-        return ("log_truncated",)
+        """The one target whose level is what the likelihood takes it for."""
+        return ("log_truncated",) if self.level == "poisson" else ("log_positive",)
 
     def forward(self, level: Tensor, logit: Tensor, target: Tensor, counts: Tensor) -> dict[str, Tensor]:
         """Loss of a batch; see the module."""
         expressed = (counts > 0).to(level.dtype)
-        # a smaller rate than exp(-15) is a count of 1 with the same certainty, and its logarithm still has a gradient here
-        level = level.clamp(-MAX_LOG_UMI, MAX_LOG_UMI)
-        rate = level.exp()
-        # log(exp(rate) - 1) - k log(rate), where rate + log(1 - exp(-rate)) is the former without overflow
-        reg = (expressed * (rate + torch.log(-torch.expm1(-rate)) - counts * level)).mean()
+        if self.level == "lognormal":
+            # a count of 0 has no logarithm and no share in the sum
+            reg = (expressed * 0.5 * (level - counts.clamp(min=1.0).log()).square()).mean()
+        else:
+            # a smaller rate than exp(-15) is a count of 1 with the same certainty, and its logarithm still has a gradient here
+            level = level.clamp(-MAX_LOG_UMI, MAX_LOG_UMI)
+            rate = level.exp()
+            # log(exp(rate) - 1) - k log(rate), where rate + log(1 - exp(-rate)) is the former without overflow
+            reg = (expressed * (rate + torch.log(-torch.expm1(-rate)) - counts * level)).mean()
         return self._parts(reg, F.binary_cross_entropy_with_logits(logit, expressed))
 
 
@@ -291,4 +303,5 @@ _LEVELS = {
     "log_rate": "the log of the expected UMI",
     "log_share": "the log of the gene's share of the panel's UMI",
     "log_truncated": "the log rate of a zero-truncated Poisson count",
+    "log_positive": "the mean log of a count that is not 0",
 }

@@ -71,7 +71,7 @@ def evaluate_set(
     settings
         The `evaluation` config node.
     gene_sets
-        Positions of genes in the panel by the name of a set (`variable_genes`).
+        Positions of genes in the panel by the name of a set (`gene_sets`).
     """
     result = evaluate_section(
         nuclei.counts,
@@ -87,6 +87,27 @@ def evaluate_set(
     if spots is not None:
         result.summary["spot_pcc_mean"], _ = spot_pcc(umi, nuclei.xy_um / mpp, spots, panel.genes, panel.gene_ids)
     return result
+
+
+def gene_sets(train_sets: Sequence[NucleusSet], panel: Panel, markers: Sequence[str]) -> dict[str, NDArray[np.intp]]:
+    """Genes whose figures are also given apart: positions in the panel of `hvg50`, `hvg200` and, where it has any, `markers`.
+
+    Parameters
+    ----------
+    train_sets
+        Training nuclei.
+    panel
+        The genes.
+    markers
+        Names of the tissue's marker genes; those that the panel has not are left out.
+    """
+    sets = variable_genes(train_sets)
+    found = np.flatnonzero(np.isin(np.array(panel.genes, dtype=object), np.array(markers, dtype=object)))
+    if len(found):
+        sets["markers"] = found
+    if len(found) < len(markers):
+        logger.info("gene set markers: %d of the tissue's %d are in the panel", len(found), len(markers))
+    return sets
 
 
 def variable_genes(train_sets: Sequence[NucleusSet]) -> dict[str, NDArray[np.intp]]:

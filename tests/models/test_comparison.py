@@ -20,7 +20,8 @@ from prts.io.nuclei import make_nuclei, write_nuclei
 from prts.metrics.expression import pearson_per_gene
 from prts.models.baselines import ridge
 from prts.models.comparison import Position, fit_baselines, fit_position, permuted, refuse_leakage
-from prts.models.scoring import variable_genes
+from prts.models.scoring import gene_sets, variable_genes
+from prts.preprocess.panel import Panel
 
 
 def on_a_gradient(make_nuclei: Callable[..., NucleusSet], n: int, seed: int, section: str = "s") -> NucleusSet:
@@ -118,6 +119,16 @@ def test_variable_genes_are_scanpys_most_variable_after_log_normalisation(
     chosen = variable_genes(sets)
     np.testing.assert_array_equal(chosen["hvg50"], order[:50])
     np.testing.assert_array_equal(chosen["hvg200"], order[:200])
+
+
+def test_marker_genes_are_a_set_of_their_own_where_the_panel_has_some(
+    poisson_nuclei: Callable[..., NucleusSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    sets, panel = [poisson_nuclei(50, 1)], Panel(tuple(f"g{j}" for j in range(20)), ("",) * 20, "file", {})
+    assert gene_sets(sets, panel, ["g7", "g2", "absent"])["markers"].tolist() == [2, 7]
+    assert "2 of the tissue's 3 are in the panel" in caplog.text
+    assert set(gene_sets(sets, panel, ["absent"])) == {"hvg50", "hvg200"}
 
 
 def prepared(folder: Path, name: str, n: int, seed: int) -> tuple[SimpleNamespace, NucleusSet]:

@@ -67,7 +67,9 @@ def test_hurdle_is_the_zero_truncated_likelihood_of_expressed_pairs(batch: dict[
     assert float(parts["bin"]) == pytest.approx(cross_entropy(batch), rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [PoissonLoss(), PoissonLoss(offset="library"), HurdleLoss()])
+@pytest.mark.parametrize(
+    "loss", [PoissonLoss(), PoissonLoss(offset="library"), HurdleLoss(), HurdleLoss(level="lognormal")]
+)
 def test_float32_and_absurd_levels_stay_finite(loss: Loss, batch: dict[str, np.ndarray]) -> None:
     exact = loss(**tensors(batch))["loss"]
     torch.testing.assert_close(loss(**tensors(batch, torch.float32))["loss"].double(), exact, rtol=1e-5, atol=0)
@@ -132,6 +134,24 @@ def test_hurdle_recovers_chance_and_truncated_rate() -> None:
     np.testing.assert_allclose(umi, counts.mean(axis=0), rtol=1e-3)  # X is the expected UMI
 
 
+def test_lognormal_hurdle_returns_each_genes_mean_count() -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(RATES, (20_000, 4)) * rng.integers(1, 4, (20_000, 4))
+    level, logit = minimise(HurdleLoss(level="lognormal"), counts)
+    positive = np.ma.masked_equal(counts, 0)
+    np.testing.assert_allclose(level, np.ma.log(positive).mean(axis=0), rtol=1e-4, atol=1e-5)
+    scaler = make_scaler("log_positive", 4).fit([sp.csr_matrix(counts[:5000]), sp.csr_matrix(counts[5000:])])
+    np.testing.assert_allclose(scaler.inverse(level), positive.mean(axis=0), rtol=1e-4)
+    umi = OutputRule("soft", 0.5).apply(scaler.inverse(level), logit.sigmoid())
+    np.testing.assert_allclose(umi, counts.mean(axis=0), rtol=1e-3)
+
+
+def test_a_gene_without_training_counts_has_no_smearing() -> None:
+    scaler = make_scaler("log_positive", 2).fit([sp.csr_matrix([[0, 2], [0, 8]])])
+    np.testing.assert_allclose(scaler.smearing, [1, 5 / 4])  # mean 5, geometric mean 4
+    assert scaler.inverse(torch.tensor([[-3.0, np.log(4)]])).tolist() == [[1.0, 5.0]]
+
+
 def test_a_fitted_rate_starts_at_each_genes_mean() -> None:
     counts = [sp.csr_matrix([[1, 0, 4], [2, 0, 0]]), sp.csr_matrix([[0, 0, 5]])]
     scaler = make_scaler("log_rate", 3).fit(counts)
@@ -148,6 +168,7 @@ LOSSES = {
     "poisson": PoissonLoss(),
     "library": PoissonLoss(offset="library"),
     "hurdle": HurdleLoss(),
+    "lognormal": HurdleLoss(level="lognormal"),
 }
 SCALED = {"minmax", "log1p", "counts"}
 MAKE_SENSE = {
@@ -156,6 +177,7 @@ MAKE_SENSE = {
     "poisson": ({"log_rate"}, {"dual", "single"}, {"none"}),
     "library": ({"log_share"}, {"dual", "single"}, {"none"}),
     "hurdle": ({"log_truncated"}, {"dual"}, {"soft"}),
+    "lognormal": ({"log_positive"}, {"dual"}, {"soft"}),
 }
 
 
