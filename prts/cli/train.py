@@ -16,7 +16,7 @@ import inspect
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prts.cli.app import plain
 from prts.cli.prepare import preparation
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from prts.data.datamodule import PRTSDataModule
     from prts.data.sets import NucleusSet
     from prts.models.bundle import Bundle
-    from prts.models.module import PRTSModule
+    from prts.models.mlp import PRTSNet
     from prts.models.predictor import Predictor
     from prts.models.scoring import Scored
     from prts.report.loggers import RunLoggers
@@ -56,7 +56,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     Returns
     -------
-    `metrics` (as in metrics.json), and the objects `bundle`, `datamodule` and `module`.
+    `metrics` (as in metrics.json), and the objects `bundle` and `datamodule`.
 
     Raises
     ------
@@ -92,16 +92,15 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
     with watch("train"):
-        module, best_epoch = _fit(cfg, datamodule, loggers)
-    if not module.trainer.is_global_zero:
+        fitted = _fit_linear(cfg, datamodule, loggers) if cfg.model.baseline else _fit(cfg, datamodule, loggers)
+    if not fitted.is_global_zero:
         return {"metrics": {}}  # the other processes of a DDP job end here: one tests and writes
-    rule = choose_output(
-        module.net, module.scaler, datamodule.val_sets, gates=module.loss.gates, **plain(cfg.model.output)
-    )
+    net, scaler = fitted.net, datamodule.scaler
+    rule = choose_output(net, scaler, datamodule.val_sets, gates=fitted.gates, **plain(cfg.model.output))
     genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
-    parts: dict[str, Any] = {"net": module.net, "scaler": module.scaler, "rule": rule, "genes": genes}
+    parts: dict[str, Any] = {"net": net, "scaler": scaler, "rule": rule, "genes": genes}
     sets = gene_sets(datamodule.train_sets, datamodule.panel, cfg.tissue.get("markers") or [])
-    predictor = Predictor(module.net, module.scaler, rule)
+    predictor = Predictor(net, scaler, rule)
     validation = _evaluate(cfg, datamodule, predictor, datamodule.val_sets, sets, watch)
     save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation))
     # read back: what is tested is what is shipped
@@ -115,14 +114,14 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
         metrics["warning/split"] = datamodule.split_report["warning"]
     mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
     with watch("write"):
-        _write(datamodule, bundle, test, folder, best_epoch)
+        _write(datamodule, bundle, test, folder, fitted.best_epoch)
     metrics |= {f"seconds/{stage}": seconds for stage, seconds in watch.seconds.items()}
     metrics["peak_rss_mb"] = peak_rss_mb()
     with atomic(folder / "metrics.json") as path:
         path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     loggers.results(metrics)
     _log_summary(metrics)
-    return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule, "module": module}
+    return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule}
 
 
 def _settled(cfg: DictConfig) -> DictConfig:
@@ -131,6 +130,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from hydra.utils import get_class, instantiate
 
     from prts.metrics.evaluate import check_intervals
+    from prts.models.linear import TARGET, check_linear
     from prts.models.losses import check_recipe
 
     for group in ("loss", "encoder"):
@@ -153,6 +153,12 @@ def _settled(cfg: DictConfig) -> DictConfig:
         if "monitor" in node and node.monitor not in MONITORED:
             raise InputError(f"callbacks.{name}.monitor: {node.monitor} is not logged ({', '.join(MONITORED)} are)")
     cfg = cfg.copy()
+    if cfg.model.baseline:
+        check_linear(cfg.model.baseline)
+        cfg.data.target, cfg.model.output.gate = TARGET, "none"
+        if cfg.model.baseline == "morphology":
+            cfg.data.use = ["morphology"]
+        return cfg
     cfg.data.target = check_recipe(
         instantiate(cfg.loss), target=cfg.data.target, heads=cfg.model.net.heads, gate=cfg.model.output.gate
     )
@@ -176,8 +182,24 @@ def _data(cfg: DictConfig, watch: Stopwatch) -> PRTSDataModule:
     return datamodule
 
 
-def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> tuple[PRTSModule, int | None]:
-    """The trained module, and the epoch whose weights it has."""
+class Fitted(NamedTuple):
+    """A fitted network, the gates that its level allows, and the epoch whose weights it has (None: fitted without epochs)."""
+
+    net: PRTSNet
+    gates: tuple[str, ...]
+    best_epoch: int | None
+    is_global_zero: bool
+
+
+def _fit_linear(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> Fitted:
+    from prts.models.linear import fit_linear
+
+    loggers.start()
+    net = fit_linear(cfg.model.baseline, datamodule.train_sets, datamodule.val_sets, seed=cfg.seed)
+    return Fitted(net, ("none",), None, True)
+
+
+def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> Fitted:
     from hydra.utils import instantiate
 
     from prts.models.module import KeepBest, PRTSModule
@@ -196,7 +218,8 @@ def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> tu
     )
     callbacks = [instantiate(node) for node in cfg.callbacks.values()]
     instantiate(cfg.trainer, callbacks=callbacks, logger=loggers.start() or False).fit(module, datamodule=datamodule)
-    return module, next((callback.best_epoch for callback in callbacks if isinstance(callback, KeepBest)), None)
+    best_epoch = next((callback.best_epoch for callback in callbacks if isinstance(callback, KeepBest)), None)
+    return Fitted(net, module.loss.gates, best_epoch, module.trainer.is_global_zero)
 
 
 def _evaluate(
@@ -244,8 +267,9 @@ def _metadata(cfg: DictConfig, datamodule: PRTSDataModule, validation: Sequence[
         "tile": encoder["tile"],
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
-        "loss": plain(cfg.loss),
-        "optimizer": plain(cfg.model.optimizer),
+        "baseline": cfg.model.baseline,
+        "loss": None if cfg.model.baseline else plain(cfg.loss),
+        "optimizer": None if cfg.model.baseline else plain(cfg.model.optimizer),
         "segmentation": _segmentation(plain(cfg.segmentation), datamodule),
         "qc": plain(cfg.qc),
         "tissue": cfg.tissue.name,

@@ -22,7 +22,7 @@ class PRTSNet(nn.Module):
     n_genes
         Number g of genes.
     hidden
-        Widths of the hidden layers.
+        Widths of the hidden layers; none makes a linear model.
     order
         `paper`: Linear, LeakyReLU, BatchNorm, Dropout. `released`: Linear, BatchNorm, ReLU, Dropout.
     dropout
@@ -58,7 +58,7 @@ class PRTSNet(nn.Module):
             raise InputError(f"model.net.order: {order!r} is not one of {', '.join(_BLOCKS)}")
         if heads not in ("dual", "single"):
             raise InputError(f"model.net.heads: {heads!r} is not one of dual, single")
-        if not hidden or min(hidden) < 1:
+        if any(width < 1 for width in hidden):
             raise InputError(f"model.net.hidden: {list(hidden)} must list one positive width per hidden layer")
         if not 0 <= dropout < 1:
             raise InputError(f"model.net.dropout: {dropout} must lie in [0, 1)")

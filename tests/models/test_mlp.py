@@ -79,7 +79,7 @@ def test_settings_rebuild_the_same_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"order": "other"}, {"heads": "triple"}, {"hidden": ()}, {"hidden": (0,)}, {"dropout": 1.0}]
+    "arguments", [{"order": "other"}, {"heads": "triple"}, {"hidden": (7, -1)}, {"hidden": (0,)}, {"dropout": 1.0}]
 )
 def test_bad_options_name_their_key(arguments: dict[str, object]) -> None:
     with pytest.raises(InputError, match=rf"model\.net\.{next(iter(arguments))}:"):
