@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "download", "doctor")
+COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "export", "download", "doctor")
 
 # Keys whose value is a path: taken letter for letter, so that spaces, commas, = and brackets need no quoting for Hydra.
 _PATH_KEYS = frozenset(

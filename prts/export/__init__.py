@@ -1,0 +1,1 @@
+"""Predictions in the formats of other tools: SpatialData, QuPath GeoJSON, Parquet, CSV."""

@@ -1,0 +1,135 @@
+"""A prediction file read a few thousand nuclei at a time, so that exporting a whole slide needs no more memory than that."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata.io import read_elem
+from numpy.typing import NDArray
+
+from prts.errors import InputError
+from prts.io.nuclei import load_nuclei
+from prts.io.prediction import SCALE, nuclei_path
+from prts.progress import track
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+
+CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """What a prediction says of its nuclei and genes; the values themselves stay on disk; made by `open_prediction`.
+
+    Attributes
+    ----------
+    path
+        The `.h5ad` file.
+    obs, var
+        Tables of nuclei and of genes.
+    uns
+        `prts` (provenance) and `spatial` (a small picture).
+    xy_px
+        (n_nuclei, 2) centres in full-resolution pixels.
+    """
+
+    path: Path
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    uns: dict[str, Any]
+    xy_px: NDArray[np.float64]
+
+    def genes_at(self, genes: Sequence[str]) -> NDArray[np.intp]:
+        """Columns of genes.
+
+        Raises
+        ------
+        InputError
+            If the prediction has no such gene; the nearest that it has is named.
+        """
+        place = self.var.index.get_indexer(pd.Index(genes))
+        if (place < 0).any():
+            unknown = genes[int(np.flatnonzero(place < 0)[0])]
+            near = difflib.get_close_matches(unknown, self.var.index, n=1, cutoff=0.5)
+            hint = f", did you mean {near[0]!r}?" if near else f" of the {len(self.var)} in var_names"
+            raise InputError(f"genes: {self.path} has no gene {unknown!r}{hint}")
+        return np.asarray(place, dtype=np.intp)
+
+    def chunks(self, columns: NDArray[np.intp], size: int = CHUNK) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """Rows, and the expected UMI there of the genes at `columns`, (b, n_columns), in order."""
+        with h5py.File(self.path) as file:
+            x = file["X"]
+            starts = range(0, len(self.obs), size)
+            for start in track(starts, f"export {self.path.stem}", total=len(starts)):
+                rows = slice(start, min(start + size, len(self.obs)))
+                yield rows, _rows(x, rows, len(self.var))[:, columns]
+
+    def nuclei(self) -> gpd.GeoDataFrame:
+        """The polygons of `<name>.nuclei.parquet`, in the order of the nuclei.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, or lacks a nucleus of the prediction.
+        """
+        beside = nuclei_path(self.path)
+        if not beside.is_file():
+            raise InputError(f"{beside}: no such file; it holds the polygons and belongs beside {self.path.name}")
+        nuclei = load_nuclei(beside).set_index("cell_id")
+        place = nuclei.index.get_indexer(self.obs.index)
+        if (place < 0).any():
+            missing = self.obs.index[place < 0][0]
+            raise InputError(f"{beside}: has no nucleus {missing!r}; the file written with {self.path.name} is needed")
+        return nuclei.iloc[place].rename_axis("cell_id").reset_index()
+
+
+def open_prediction(path: Path) -> PredictionFile:
+    """Read all of a prediction but its values.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, no `.h5ad`, or not a prediction on the UMI scale.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
+    if not h5py.is_hdf5(path):
+        raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
+    try:
+        with h5py.File(path) as file:
+            obs, var, uns, xy_px = (read_elem(file[key]) for key in ("obs", "var", "uns", "obsm/spatial"))
+            shape = _shape(file["X"])
+    except (KeyError, OSError) as error:
+        raise InputError(f"{path}: is not a prediction of `prts predict` ({error})") from error
+    scale = uns.get("prts", {}).get("scale")
+    if scale != SCALE:
+        raise InputError(f"{path}: uns['prts']['scale'] is {scale!r}; a prediction has UMI counts, {SCALE!r}")
+    if shape != (len(obs), len(var)):
+        raise InputError(f"{path}: X is of {shape}, not of {len(obs)} nuclei x {len(var)} genes; predict again")
+    obs.index, var.index = obs.index.astype(str), var.index.astype(str)
+    return PredictionFile(path, obs.rename_axis("cell_id"), var, uns, np.asarray(xy_px, dtype=np.float64))
+
+
+def _shape(x: h5py.Group | h5py.Dataset) -> tuple[int, int]:
+    rows, columns = x.attrs["shape"] if isinstance(x, h5py.Group) else x.shape
+    return int(rows), int(columns)
+
+
+def _rows(x: h5py.Group | h5py.Dataset, rows: slice, width: int) -> NDArray[np.float32]:
+    """Rows of a matrix that is stored dense or as CSR, (b, width)."""
+    if isinstance(x, h5py.Dataset):
+        return np.asarray(x[rows], dtype=np.float32)
+    pointers = x["indptr"][rows.start : rows.stop + 1]
+    part = slice(int(pointers[0]), int(pointers[-1]))
+    block = sp.csr_matrix((x["data"][part], x["indices"][part], pointers - pointers[0]), (len(pointers) - 1, width))
+    return np.asarray(block.toarray(), dtype=np.float32)
