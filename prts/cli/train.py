@@ -23,7 +23,7 @@ from prts.cli.prepare import preparation
 from prts.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prts.data.datamodule import PRTSDataModule
     from prts.data.sets import NucleusSet
     from prts.models.bundle import Bundle
+    from prts.models.comparison import Predict
     from prts.models.mlp import PRTSNet
     from prts.models.predictor import Predictor
     from prts.models.scoring import Scored
@@ -76,6 +77,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.models.bundle import load_bundle, save_bundle
     from prts.models.module import seed_everything
     from prts.models.output import choose_output
+    from prts.models.predictable import predictable, validated_genes
     from prts.models.predictor import Predictor
     from prts.models.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
     from prts.stopwatch import Stopwatch, peak_rss_mb
@@ -102,14 +104,18 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     sets = gene_sets(datamodule.train_sets, datamodule.panel, cfg.tissue.get("markers") or [])
     predictor = Predictor(net, scaler, rule)
     validation = _evaluate(cfg, datamodule, predictor, datamodule.val_sets, sets, watch)
-    save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation))
+    baselines = _baselines(cfg, datamodule, watch)
+    with watch("baselines"):
+        beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, cfg.evaluation)
+    save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation, beyond))
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
     test = _evaluate(cfg, datamodule, bundle, datamodule.test_sets, sets, watch)
     metrics: dict[str, float | str] = {}
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in validation}, "val")
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
-    metrics |= _baselines(cfg, datamodule, test, sets, watch)
+    with watch("baselines"):
+        metrics |= _compare(cfg, datamodule, baselines, test, sets, predictable(beyond))
     if datamodule.split_report["warning"] is not None:
         metrics["warning/split"] = datamodule.split_report["warning"]
     mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
@@ -251,10 +257,17 @@ def _evaluate(
     return scored
 
 
-def _metadata(cfg: DictConfig, datamodule: PRTSDataModule, validation: Sequence[Scored]) -> dict[str, Any]:
+def _metadata(
+    cfg: DictConfig,
+    datamodule: PRTSDataModule,
+    validation: Sequence[Scored],
+    beyond: Mapping[str, NDArray[np.bool_]],
+) -> dict[str, Any]:
     """What model.json says beside what the network, the scaler and the output rule say of themselves."""
+    import numpy as np
     from hydra.utils import instantiate
 
+    from prts.models.predictable import predictable
     from prts.models.scoring import mean_per_gene
 
     encoder = instantiate(cfg.encoder).settings()
@@ -278,7 +291,12 @@ def _metadata(cfg: DictConfig, datamodule: PRTSDataModule, validation: Sequence[
         "split": datamodule.split_report,
         "seed": cfg.seed,
         "panel": {"method": datamodule.panel.method, **datamodule.panel.steps},
-        "validation": {"pcc": per_gene["pcc"].tolist(), "ceiling": per_gene["ceiling"].tolist()},
+        "validation": {
+            "pcc": per_gene["pcc"].tolist(),
+            "ceiling": per_gene["ceiling"].tolist(),
+            "predictable": predictable(beyond).tolist(),
+            "beyond": {name: np.flatnonzero(flags).tolist() for name, flags in beyond.items()},
+        },
     }
 
 
@@ -291,26 +309,39 @@ def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str,
     return {"name": str(node.pop("_target_")).rsplit(".", 1)[-1].lower(), "arguments": node}
 
 
-def _baselines(
-    cfg: DictConfig,
-    datamodule: PRTSDataModule,
-    test: Sequence[Scored],
-    sets: Mapping[str, NDArray[np.intp]],
-    watch: Stopwatch,
-) -> dict[str, float]:
+def _baselines(cfg: DictConfig, datamodule: PRTSDataModule, watch: Stopwatch) -> Callable[[str], dict[str, Predict]]:
+    """What gives the fitted baselines of a section by its name."""
     from prts.models.comparison import fit_baselines, fit_position
-    from prts.models.scoring import score_baselines, unpooled_mean
 
     train_sets, val_sets = datamodule.train_sets, datamodule.val_sets
-    beside = {}
     with watch("baselines"):
         fitted = fit_baselines(train_sets, val_sets, datamodule.tissue, seed=cfg.seed)
-        for scored in test:
-            section = scored.nuclei.section
-            position = fit_position(train_sets, val_sets, section)
-            here = fitted if position is None else fitted | {"position": position}
-            beside[section] = score_baselines(here, scored, datamodule.panel, cfg.evaluation, sets)
-    return unpooled_mean(beside, "baseline")
+
+    def of_section(section: str) -> dict[str, Predict]:
+        position = fit_position(train_sets, val_sets, section)
+        return fitted if position is None else fitted | {"position": position}
+
+    return of_section
+
+
+def _compare(
+    cfg: DictConfig,
+    datamodule: PRTSDataModule,
+    baselines: Callable[[str], dict[str, Predict]],
+    test: Sequence[Scored],
+    sets: Mapping[str, NDArray[np.intp]],
+    flagged: NDArray[np.bool_],
+) -> dict[str, float]:
+    """Figures of the baselines on the test sections, and how far the genes found predictable on validation are so there."""
+    from prts.models.predictable import precision, predictable
+    from prts.models.scoring import score_baselines, unpooled_mean
+
+    beside, genes = {}, {}
+    for scored in test:
+        section = scored.nuclei.section
+        beside[section], beyond = score_baselines(baselines(section), scored, datamodule.panel, cfg.evaluation, sets)
+        genes[section] = precision(flagged, predictable(beyond))
+    return unpooled_mean(beside, "baseline") | unpooled_mean(genes, "test")
 
 
 def _write(
@@ -334,6 +365,10 @@ def _write(
 
 def _log_summary(metrics: dict[str, Any]) -> None:
     logger.info("test PCC %.3f (ceiling %.3f)", metrics["test/pcc_mean"], metrics["test/ceiling_mean"])
+    share = metrics["test/predictable_precision"]
+    logger.info(
+        "%d genes predictable on validation, %.0f %% of them on test", metrics["test/n_predictable"], 100 * share
+    )
     for key, value in metrics.items():
         if key.startswith("baseline/") and key.endswith("/pcc_mean") and key.count("/") == 2:
             logger.info("%8s %s %.3f", "", key.split("/")[1], value)

@@ -92,18 +92,24 @@ class BlockSums:
 
         A gene that has become constant in a replicate (a rare one) is left out of it.
         """
-        n = (weights @ self.n)[:, None]
         total, count = np.zeros(len(weights)), np.zeros(len(weights))
         for genes in gene_slices(4 * len(weights), self.sums.shape[2]):
-            x, y, xx, yy, xy = (weights @ s[:, genes] / n for s in self.sums)
-            var_x, var_y, product = xx - x * x, yy - y * y, xy - x * y
-            known = ~self.x_constant[genes] & (var_x > 1e-12)
-            scored = known & ~self.y_constant[genes] & (var_y > 1e-15)
-            pcc = np.divide(product, np.sqrt(np.abs(var_x * var_y)), out=np.zeros_like(product), where=scored)
-            total += pcc.sum(axis=1)
+            pcc = self.pcc(weights, genes)
+            known = ~np.isnan(pcc)
+            total += np.where(known, pcc, 0.0).sum(axis=1)
             count += known.sum(axis=1)
         mean: NDArray[np.float64] = np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0)
         return mean
+
+    def pcc(self, weights: NDArray[np.float64], genes: slice) -> NDArray[np.float64]:
+        """PCC of some genes in each replicate, (n_replicates, some genes): NaN where measured, 0 where predicted values are constant."""
+        n = (weights @ self.n)[:, None]
+        x, y, xx, yy, xy = (weights @ s[:, genes] / n for s in self.sums)
+        var_x, var_y, product = xx - x * x, yy - y * y, xy - x * y
+        known = ~self.x_constant[genes] & (var_x > 1e-12)
+        scored = known & ~self.y_constant[genes] & (var_y > 1e-15)
+        pcc = np.divide(product, np.sqrt(np.abs(var_x * var_y)), out=np.zeros_like(product), where=scored)
+        return np.where(known, pcc, np.nan)
 
 
 def block_sums(measured: Matrix, predicted: Matrix, blocks: NDArray[np.intp]) -> BlockSums:
@@ -169,3 +175,45 @@ def mean_pcc_difference(
     weights = resampling_weights(len(sums.n), n_replicates, seed)
     low, high = np.nanpercentile(sums.mean_pcc(weights) - other.mean_pcc(weights), [2.5, 97.5])
     return difference, float(low), float(high)
+
+
+def genes_above(
+    sums: BlockSums, other: BlockSums | None = None, *, n_replicates: int = 1000, seed: int = 0
+) -> NDArray[np.bool_]:
+    """Genes whose PCC is above 0, or above that of another prediction of the same nuclei, by the 95 % interval over resampled blocks.
+
+    Parameters
+    ----------
+    sums
+        Block sums of the prediction.
+    other
+        Of another prediction, with the same blocks and the same measured counts: the difference is that of the same resamples. None
+        compares with 0.
+    n_replicates
+        Resamples of the blocks.
+    seed
+        Seed of the resampling.
+
+    Returns
+    -------
+    Whether the 2.5 percentile is above 0, (n_genes,). A resample in which a gene's measured counts are constant counts as 0, so that a
+    gene of a few nuclei is above nothing. False for all with fewer than two blocks.
+
+    Raises
+    ------
+    ValueError
+        If the blocks differ.
+    """
+    if other is not None and not np.array_equal(sums.n, other.n):
+        raise ValueError("a paired difference needs the same blocks for both predictions")
+    n_genes = sums.sums.shape[2]
+    above = np.zeros(n_genes, dtype=bool)
+    if len(sums.n) < 2:
+        return above
+    weights = resampling_weights(len(sums.n), n_replicates, seed)
+    for genes in gene_slices(4 * n_replicates, n_genes):
+        pcc = sums.pcc(weights, genes)
+        if other is not None:
+            pcc -= other.pcc(weights, genes)
+        above[genes] = np.percentile(np.nan_to_num(pcc), 2.5, axis=0) > 0
+    return above

@@ -99,6 +99,12 @@ class Bundle(Predictor):
         """(g,) noise ceiling of each gene's PCC on validation, NaN where unknown."""
         return self._per_gene("ceiling")
 
+    @property
+    def predictable(self) -> NDArray[np.bool_] | None:
+        """(g,) genes that were predicted on validation beyond chance and the baselines; None where an older bundle does not say."""
+        flags = self.metadata["validation"].get("predictable")
+        return None if flags is None else np.array(flags, dtype=bool)
+
     def _per_gene(self, name: str) -> NDArray[np.float64]:
         values = self.metadata["validation"].get(name) or [None] * len(self.metadata["genes"])
         return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
@@ -214,7 +220,7 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
         kind, scaling = settings.pop("name"), metadata["target"]["name"]
         genes = [(str(gene["name"]), str(gene["id"])) for gene in metadata["genes"]]
         widths = {str(block): int(metadata["input"]["widths"][block]) for block in metadata["input"]["use"]}
-        per_gene = [metadata["validation"].get(name) for name in ("pcc", "ceiling")]
+        per_gene = [metadata["validation"].get(name) for name in ("pcc", "ceiling", "predictable")]
         lengths = {len(genes), *(len(values) for values in per_gene if values is not None)}
         if kind in ARCHITECTURES and scaling in SCALERS:
             with torch.device("meta"):

@@ -93,6 +93,8 @@ def write_prediction(
         {"gene_id": bundle.gene_ids, "val_pcc": bundle.val_pcc, "ceiling": bundle.ceiling},
         index=pd.Index(bundle.genes, name="gene"),
     )
+    if bundle.predictable is not None:
+        genes["predictable"] = bundle.predictable
     meta = bundle.metadata
     attrs = read_store_attrs(store)
     diameter_um = 2 * float(np.sqrt(np.median(nuclei["area_um2"]) / np.pi))

@@ -16,6 +16,7 @@ from prts.metrics.bootstrap import BlockSums, block_sums, mean_pcc_difference, s
 from prts.metrics.evaluate import Evaluation, evaluate_section, spot_pcc, sum_in_spots
 from prts.metrics.expression import pearson_per_gene
 from prts.models.comparison import refuse_leakage
+from prts.models.predictable import genes_beyond
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,7 +137,7 @@ def score_baselines(
     panel: Panel,
     settings: Mapping[str, Any],
     gene_sets: Mapping[str, NDArray[np.intp]],
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, NDArray[np.bool_]]]:
     """Figures of each baseline on the nuclei the model was scored on, and the model's advantage over it with its interval.
 
     Parameters
@@ -156,7 +157,8 @@ def score_baselines(
     -------
     `<name>/pcc_mean` and its like; `<name>/difference` is the model's mean PCC minus the baseline's, with `_low` and `_high` from
     resampled blocks, the same for both. `<name>/spot_difference` is that of the spot level, where the section has measured spots, from
-    resampled spots: they count as independent, which neighbouring ones are not quite.
+    resampled spots: they count as independent, which neighbouring ones are not quite. Then the genes in which the model is above 0 and
+    above each baseline (`prts.models.predictable.genes_beyond`).
 
     Raises
     ------
@@ -166,6 +168,9 @@ def score_baselines(
     counts, xy_um = model.nuclei.counts, model.nuclei.xy_um
     blocks, _ = spatial_blocks(xy_um, settings["block_um"])
     figures: dict[str, float] = {}
+    others: dict[str, BlockSums] = {}
+    model_sums = model.result.sums
+    assert model_sums is not None  # evaluate_set always knows where nuclei are
 
     def compare(key: str, ours: BlockSums, theirs: BlockSums) -> None:
         interval = mean_pcc_difference(ours, theirs, n_replicates=settings["bootstrap"])
@@ -187,9 +192,9 @@ def score_baselines(
             spot_sums = of_spots(umi, model.spots)
             figures[f"{name}/spot_pcc_mean"] = float(spot_sums.mean_pcc(np.ones((1, len(spot_sums.n))))[0])
             compare(f"{name}/spot_difference", model_spots, spot_sums)
-        assert model.result.sums is not None  # evaluate_set always knows where nuclei are
-        compare(f"{name}/difference", model.result.sums, block_sums(counts, umi, blocks))
-    return figures
+        others[name] = block_sums(counts, umi, blocks)
+        compare(f"{name}/difference", model_sums, others[name])
+    return figures, genes_beyond(model_sums, others, n_replicates=settings["bootstrap"])
 
 
 def _mean(pcc: NDArray[np.float64]) -> float:
@@ -213,7 +218,7 @@ def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> d
     for key in keys:
         values = [summary[key] for summary in sections.values() if key in summary and math.isfinite(summary[key])]
         merged[f"{prefix}/{key}"] = float(np.mean(values)) if values else math.nan
-    for key in ("n_cells", "n_genes", "n_constant_genes"):
+    for key in ("n_cells", "n_genes", "n_constant_genes", "n_predictable"):
         if key in keys:
             values = [int(summary[key]) for summary in sections.values()]
             merged[f"{prefix}/{key}"] = sum(values) if key == "n_cells" else max(values)

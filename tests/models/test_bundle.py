@@ -84,6 +84,7 @@ def test_what_the_bundle_says(tmp_path: Path) -> None:
     assert (bundle.rule.gate, bundle.rule.threshold) == ("soft", 0.3)
     np.testing.assert_array_equal(bundle.val_pcc, [0.5, np.nan, 0.25])
     assert np.isnan(bundle.ceiling).all()
+    assert bundle.predictable is None
     assert bundle.metadata["encoder"]["weights_sha256"] == "ab" * 32
     assert bundle.metadata["versions"]["torch"]
 
@@ -153,6 +154,7 @@ DAMAGE = {
     "genes a number": (edit_json(lambda j: j.update(genes=3)), "not laid out as prts writes it"),
     "a gene less": (edit_json(lambda j: j["genes"].pop()), "lists 2 genes beside a network of 3"),
     "a pcc less": (edit_json(lambda j: j["validation"]["pcc"].pop()), "lists 3 genes"),
+    "a flag less": (edit_json(lambda j: j["validation"].update(predictable=[True])), "lists 3 genes"),
     "a pcc no list": (edit_json(lambda j: j["validation"].update(pcc=3)), "not laid out as prts writes it"),
     "unknown order": (edit_json(lambda j: j["architecture"].update(order="odd")), "model.json: is not laid out.*order"),
     "widths": (edit_json(lambda j: j["input"]["widths"].update(local=9)), "do not add up to the network's 5 inputs"),

@@ -32,7 +32,9 @@ def scored(poisson_nuclei: Callable[..., NucleusSet]) -> Scored:
 
 def test_a_baseline_is_scored_as_the_model_is(scored: Scored) -> None:
     worse = scored.umi + np.random.default_rng(1).gamma(1.0, 2.0, scored.umi.shape).astype(np.float32)
-    figures = score_baselines({"itself": lambda _: scored.umi, "ridge": lambda _: worse}, scored, PANEL, SETTINGS, SETS)
+    figures, _ = score_baselines(
+        {"itself": lambda _: scored.umi, "ridge": lambda _: worse}, scored, PANEL, SETTINGS, SETS
+    )
     model = scored.result.summary
     assert figures["itself/pcc_mean"] == pytest.approx(model["pcc_mean"])
     assert figures["itself/hvg50_pcc_mean"] == pytest.approx(model["hvg50_pcc_mean"])
@@ -54,7 +56,7 @@ def test_the_difference_at_spots_has_an_interval_from_the_same_spots_for_both(sc
     worse = scored.umi + rng.gamma(0.3, 4.0, scored.umi.shape).astype(np.float32)
     settings = SETTINGS | {"bootstrap": 300}
     baselines = {"itself": lambda _: scored.umi, "ridge": lambda _: worse}
-    figures = score_baselines(baselines, scored, PANEL, settings, SETS)
+    figures, _ = score_baselines(baselines, scored, PANEL, settings, SETS)
     assert [figures[f"itself/spot_difference{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
 
     def level(umi: np.ndarray) -> np.ndarray:
