@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := stardist,analysis,spatial,sweeps,loggers,dev
 RUN := outputs/demo/make
 
-.PHONY: setup demo test test-fast lint bench clean
+.PHONY: setup demo test test-fast lint bench quality clean
 
 setup: $(VENV)/.installed
 
@@ -35,7 +35,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Speed and memory, about 15 minutes on two quiet cores; PARTS="counts train" measures some stages only.
 bench: setup
+	$(BIN)/python -m benchmarks $(PARTS)
+
+# How good the segmenters and the estimate of the noise ceiling are.
+quality: setup
 	$(BIN)/python benchmarks/segmentation.py
 	$(BIN)/python benchmarks/ceiling.py outputs/ceiling.png
 

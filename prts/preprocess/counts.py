@@ -69,7 +69,7 @@ def count_nuclei(bins: Path, nuclei: gpd.GeoDataFrame, *, species: str) -> AnnDa
         var = matrix.var()
         mitochondrial = _mitochondrial(var, species, path)
         owner = nucleus_of_bins(polygons, read_positions(bins), matrix)
-        X, umi = _sum_bins(matrix, owner, len(polygons))
+        X, umi = sum_bins(matrix, owner, len(polygons))
     report = {
         "species": species,
         "n_nuclei": len(polygons),
@@ -222,8 +222,22 @@ def _mitochondrial(var: pd.DataFrame, species: str, path: Path) -> NDArray[np.bo
     return chosen
 
 
-def _sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tuple[csr_matrix, dict[str, int]]:
-    """Sum of the bins of each nucleus, (n_nuclei, n_genes) CSR int32 sorted, and where the UMIs went."""
+def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tuple[csr_matrix, dict[str, int]]:
+    """Sum the bins of each nucleus.
+
+    Parameters
+    ----------
+    matrix
+        The bins, streamed.
+    owner
+        From `nucleus_of_bins`, (n_bins,).
+    n_nuclei
+        Number of nuclei.
+
+    Returns
+    -------
+    (n_nuclei, n_genes) CSR int32, sorted and without explicit zeros; and how many UMIs there were, were assigned, shared, outside.
+    """
     parts: list[csr_matrix] = []
     umi = dict.fromkeys(("umi_total", "umi_assigned", "umi_shared_dropped", "umi_outside"), 0)
     chunks = track(matrix.chunks(_MAX_NNZ), "counts", total=math.ceil(matrix.nnz / _MAX_NNZ))

@@ -1,0 +1,1 @@
+"""Speed, memory and quality measured: `python -m benchmarks` for speed and memory, one script each for the rest."""
