@@ -321,7 +321,9 @@ def prepare_features(
         "mpp": section.mpp,
         "encoder": encoder.settings(),
     }
-    path = folder / f"{kind or f'features-{encoder.name}'}-{fingerprint(settings)}.h5"
+    # `exact` is left out of the name: stores of before there was a choice keep theirs
+    named = {key: value for key, value in encoder.settings().items() if (key, value) != ("sampling", "exact")}
+    path = folder / f"{kind or f'features-{encoder.name}'}-{fingerprint({**settings, 'encoder': named})}.h5"
     if not path.exists():
         with lock(path):
             if not path.exists():

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.features.classical import Classical
-from prts.features.tokens import Floats, Precision, TokenEncoder
+from prts.features.tokens import Floats, Precision, Sampling, TokenEncoder
 from prts.features.weights import (
     cached_hub_weights,
     dino_position_embedding,
@@ -88,6 +88,10 @@ class ViT256(TokenEncoder):
         Which patch tokens make the local vector: `nucleus`, those that the nucleus overlaps (paper), or `center2x2` (released code).
     local_width
         192: adjacent channels are averaged (released code); None: all 384 are kept.
+    sampling
+        `exact`, a tile around each nucleus (paper), or `grid`, a tile every `stride` px whose vectors the nuclei share.
+    stride
+        px at 0.5 um between the tiles of the grid, 16 to 256.
     precision
         `bf16`, `fp32`, or `auto`: bf16 where the processor computes in it.
     device
@@ -112,6 +116,8 @@ class ViT256(TokenEncoder):
         checkpoint_key: str | None = "teacher",
         pooling: str = "nucleus",
         local_width: int | None = 192,
+        sampling: Sampling = "exact",
+        stride: int = 128,
         precision: Precision = "auto",
         device: str = "auto",
         batch_size: int | None = None,
@@ -123,6 +129,8 @@ class ViT256(TokenEncoder):
             checkpoint_key=checkpoint_key,
             pooling=pooling,
             pair_channels=_pairs(local_width, self._WIDTH),
+            sampling=sampling,
+            stride=stride,
             precision=precision,
             device=device,
             batch_size=batch_size,
@@ -180,7 +188,7 @@ class Timm(TokenEncoder):
         As for `ViT256`.
     pair_channels
         Average adjacent channels of the local vector; else all are kept.
-    precision, device, batch_size
+    sampling, stride, precision, device, batch_size
         As for `ViT256`.
 
     Raises
@@ -206,6 +214,8 @@ class Timm(TokenEncoder):
         checkpoint_key: str | None = None,
         pooling: str = "nucleus",
         pair_channels: bool = True,
+        sampling: Sampling = "exact",
+        stride: int = 128,
         precision: Precision = "auto",
         device: str = "auto",
         batch_size: int | None = None,
@@ -217,6 +227,8 @@ class Timm(TokenEncoder):
             checkpoint_key=checkpoint_key,
             pooling=pooling,
             pair_channels=pair_channels,
+            sampling=sampling,
+            stride=stride,
             precision=precision,
             device=device,
             batch_size=batch_size,
@@ -295,7 +307,7 @@ class DinoViTS16(Timm):
         Normalisation; those of ImageNet.
     checkpoint_key
         Entry of the weights file that holds the network, if it has several.
-    pooling, local_width, precision, device, batch_size
+    pooling, local_width, sampling, stride, precision, device, batch_size
         As for `ViT256`.
     """
 
@@ -310,6 +322,8 @@ class DinoViTS16(Timm):
         checkpoint_key: str | None = None,
         pooling: str = "nucleus",
         local_width: int | None = 192,
+        sampling: Sampling = "exact",
+        stride: int = 128,
         precision: Precision = "auto",
         device: str = "auto",
         batch_size: int | None = None,
@@ -322,6 +336,8 @@ class DinoViTS16(Timm):
             checkpoint_key=checkpoint_key,
             pooling=pooling,
             pair_channels=_pairs(local_width, self._WIDTH),
+            sampling=sampling,
+            stride=stride,
             precision=precision,
             device=device,
             batch_size=batch_size,
@@ -376,6 +392,9 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
         "std": settings["std"],
         "checkpoint_key": settings["checkpoint_key"],
         "pooling": settings["pooling"],
+        # bundles of before there was a choice have neither key
+        "sampling": settings.get("sampling", "exact"),
+        "stride": settings.get("stride", 128),
         "precision": "auto" if settings["precision"] == "bf16" else "fp32",
         **runtime,
     }

@@ -6,10 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,9 +19,12 @@ from numpy.typing import NDArray
 
 from prts import __version__
 from prts.errors import InputError
+from prts.features.grid import plan_grid
+from prts.features.parts import Parts
 from prts.features.store import Rows, write_store
 from prts.features.tiles import TILE, TilePlan, cut_tiles, plan_tiles
-from prts.io.cache import atomic, file_identity, fingerprint
+from prts.features.tokens import TokenEncoder
+from prts.io.cache import file_identity, fingerprint
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# What a kill can cost: about 15 s of a ViT on two CPU cores.
+# Tiles. What a kill can cost: about 15 s of a ViT on two CPU cores.
 CHUNK = 512
 # Batches cut ahead of the encoder, so that the reading of a band hides behind the encoding of the one before.
 _BATCHES_AHEAD = 8
@@ -56,7 +58,7 @@ def extract(
     nuclei
         The nuclei, polygons in full-resolution pixels.
     encoder
-        What turns tiles into vectors.
+        What turns tiles into vectors; a token encoder with `sampling` set to `grid` shares them among nuclei (`prts.features.grid`).
     out
         The store to write.
     provenance
@@ -70,38 +72,46 @@ def extract(
     if len(nuclei) == 0:
         raise InputError(f"{out.name}: there are no nuclei to extract features of")
     started = time.perf_counter()
-    plan = plan_tiles(nuclei, slide.mpp, encoder.mpp)
+    settings = encoder.settings()
+    plan = _plan(slide, nuclei, encoder)
     cell_ids = nuclei["cell_id"].to_numpy(dtype=object)[plan.order]
     _check_reach(plan, cell_ids)
-    settings = encoder.settings()
     encoder.load()  # before anything is written: the weights may be wrong
-    parts = _Parts(
-        out.with_name(f"{out.name}.parts"), len(plan.order), _identity(slide, nuclei, settings, encoder.batch_size)
-    )
+    chunks = _Chunks(plan, encoder)
+    identity = _identity(slide, nuclei, settings, encoder.batch_size)
+    parts = Parts(out.with_name(f"{out.name}.parts"), chunks.sizes, identity)
     todo = parts.missing()
     if todo:
-        _encode(slide, plan, encoder, parts, todo, f"features {out.stem}")
+        _encode(slide, plan, encoder, chunks, parts, todo, f"features {out.stem}")
     write_store(
         out,
         cell_ids,
         plan.spatial,
-        (encoder.global_width, encoder.local_width),
-        (Rows(part[:, : encoder.global_width], part[:, encoder.global_width :]) for part in parts.read()),
+        chunks.widths,
+        (chunks.features(parts, k) for k in range(len(chunks.tiles))),
         {
             "encoder": encoder.name,
             "weights_sha256": encoder.weights_sha256,
             "mpp": encoder.mpp,
             "tile": encoder.tile_px,
             "pooling": encoder.pooling,
+            "sampling": settings.get("sampling", "exact"),
+            "stride": settings.get("stride"),
             "precision": settings.get("precision", "fp32"),
             "settings": settings,
             "provenance": dict(provenance or {}),
         },
     )
     parts.delete()
-    done = sum(rows.stop - rows.start for rows in map(parts.rows, todo))
+    done, n_tiles = chunks.count(todo)
     seconds = time.perf_counter() - started
-    logger.info("%s: %d nuclei in %.1f s (%.1f nuclei/s)", out.name, done, seconds, done / seconds)
+    logger.info("%s: %d nuclei in %.1f s (%.1f nuclei/s, %d tiles)", out.name, done, seconds, done / seconds, n_tiles)
+
+
+def _plan(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> TilePlan:
+    if isinstance(encoder, TokenEncoder) and encoder.sampling == "grid":
+        return plan_grid(nuclei, slide.mpp, encoder.mpp, encoder.stride)
+    return plan_tiles(nuclei, slide.mpp, encoder.mpp)
 
 
 def _check_reach(plan: TilePlan, cell_ids: NDArray[np.object_]) -> None:
@@ -133,68 +143,83 @@ def _identity(slide: Slide, nuclei: GeoDataFrame, settings: dict[str, Any], batc
     )
 
 
-class _Parts:
-    """The chunks that are done: `<k>.npy` (m, global + local) float32 in a folder that knows what it belongs to."""
+class _Chunks:
+    """The tiles of a plan, some hundred at a time. A chunk holds their global vectors and the local vectors of the nuclei in them."""
 
-    def __init__(self, folder: Path, n: int, identity: str) -> None:
-        self.folder, self.n = folder, n
-        label = folder / "fingerprint"
-        if folder.is_dir() and not (label.is_file() and label.read_text() == identity):
-            logger.info("%s: left by a run with other inputs or settings, starting afresh", folder)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(label) as temporary:
-            temporary.write_text(identity)
+    def __init__(self, plan: TilePlan, encoder: Encoder) -> None:
+        n = len(plan.origin)
+        self.plan, self.widths = plan, (encoder.global_width, encoder.local_width)
+        self.tiles = [slice(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK)]
+        self.nuclei = [plan.nuclei(tiles) for tiles in self.tiles]
 
-    def rows(self, k: int) -> slice:
-        return slice(k * CHUNK, min((k + 1) * CHUNK, self.n))
+    @property
+    def sizes(self) -> list[int]:
+        """How many numbers each chunk has."""
+        return [self._n_global(k) + _length(nuclei) * self.widths[1] for k, nuclei in enumerate(self.nuclei)]
 
-    def missing(self) -> list[int]:
-        n_chunks = -(-self.n // CHUNK)
-        todo = [k for k in range(n_chunks) if not self._readable(k)]
-        if len(todo) < n_chunks:
-            logger.info("%s: %d of %d chunks were done before", self.folder, n_chunks - len(todo), n_chunks)
-        return todo
+    def count(self, chunks: Sequence[int]) -> tuple[int, int]:
+        """Nuclei and tiles of some chunks."""
+        return sum(_length(self.nuclei[k]) for k in chunks), sum(_length(self.tiles[k]) for k in chunks)
 
-    def write(self, k: int, rows: NDArray[np.float32]) -> None:
-        with atomic(self._path(k)) as temporary:
-            np.save(temporary, rows)
+    def features(self, parts: Parts, k: int) -> Rows:
+        """Features of a chunk's nuclei; their global vectors may come from tiles of other chunks too."""
+        nuclei = self.nuclei[k]
+        wanted, index = np.unique(self.plan.around[nuclei], return_inverse=True)
+        vectors = np.empty((len(wanted), self.widths[0]), dtype=np.float32)
+        for source in np.unique(wanted // CHUNK):
+            here = wanted // CHUNK == source
+            vectors[here] = self._vectors(parts, source)[wanted[here] - source * CHUNK]
+        # In the order of the corners, whatever tiles came first: the same sum to the last bit.
+        index, weight = index.reshape(self.plan.around[nuclei].shape), self.plan.weight[nuclei]
+        pooled = weight[:, :1] * vectors[index[:, 0]]
+        for corner in range(1, weight.shape[1]):
+            pooled += weight[:, corner, None] * vectors[index[:, corner]]
+        local = parts.read(k)[self._n_global(k) :].reshape(-1, self.widths[1])
+        return Rows(pooled, local)
 
-    def read(self) -> Iterator[NDArray[np.float32]]:
-        for k in range(-(-self.n // CHUNK)):
-            yield np.load(self._path(k))
+    def _vectors(self, parts: Parts, k: int) -> NDArray[np.float32]:
+        """Global vectors of a chunk's tiles."""
+        return parts.read(k)[: self._n_global(k)].reshape(-1, self.widths[0])
 
-    def delete(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, k: int) -> Path:
-        return self.folder / f"{k:06d}.npy"
-
-    def _readable(self, k: int) -> bool:
-        # A power cut, unlike a kill, can leave a file that was renamed before its content reached the disk.
-        rows = self.rows(k)
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            return bool(len(np.load(self._path(k), mmap_mode="r")) == rows.stop - rows.start)
-        return False
+    def _n_global(self, k: int) -> int:
+        return _length(self.tiles[k]) * self.widths[0]
 
 
-def _encode(slide: Slide, plan: TilePlan, encoder: Encoder, parts: _Parts, todo: list[int], description: str) -> None:
+def _length(part: slice) -> int:
+    return int(part.stop - part.start)
+
+
+def _encode(
+    slide: Slide, plan: TilePlan, encoder: Encoder, chunks: _Chunks, parts: Parts, todo: list[int], description: str
+) -> None:
     """Encode the missing chunks, batch by batch, while another thread cuts the tiles of the next batches."""
     # Batches never span chunks: a resumed run forms the same ones.
     batches = [
-        (k, slice(start, min(start + encoder.batch_size, parts.rows(k).stop)))
+        (k, slice(start, min(start + encoder.batch_size, chunks.tiles[k].stop)))
         for k in todo
-        for start in range(parts.rows(k).start, parts.rows(k).stop, encoder.batch_size)
+        for start in range(chunks.tiles[k].start, chunks.tiles[k].stop, encoder.batch_size)
     ]
-    done: list[NDArray[np.float32]] = []
+    pooled: list[NDArray[np.float32]] = []
+    local: list[NDArray[np.float32]] = []
     cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches])
     with contextlib.closing(_ahead(cut, _BATCHES_AHEAD)) as groups:
         pairs = zip(batches, groups, strict=True)
         for (k, batch), tiles in track(pairs, description, total=len(batches)):
-            done.append(np.concatenate(encoder.encode(tiles, plan.polygons[batch]), axis=1))
-            if batch.stop == parts.rows(k).stop:
-                parts.write(k, np.concatenate(done))
-                done = []
+            for vectors, of in zip((pooled, local), _vectors(encoder, plan, tiles, batch), strict=True):
+                vectors.append(of.ravel())
+            if batch.stop == chunks.tiles[k].stop:
+                parts.write(k, np.concatenate(pooled + local))
+                pooled, local = [], []
+
+
+def _vectors(
+    encoder: Encoder, plan: TilePlan, tiles: NDArray[np.uint8], batch: slice
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Global vectors of a batch of tiles and local vectors of the nuclei in them."""
+    nuclei = plan.nuclei(batch)
+    if isinstance(encoder, TokenEncoder) and encoder.sampling == "grid":
+        return encoder.encode_shared(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
+    return encoder.encode(tiles, plan.polygons[nuclei])
 
 
 def _ahead(items: Iterator[T], n: int) -> Generator[T]:

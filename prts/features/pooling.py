@@ -75,6 +75,57 @@ def pool_local(tokens: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bij,bijc->bc", weight, tokens.float())
 
 
+def patches_around(centres: NDArray[np.float64], tile: int, patch: float) -> Bools:
+    """The four patches around each point, for a nucleus that does not lie in the middle of its tile: `center2x2` where it does.
+
+    Parameters
+    ----------
+    centres
+        x, y in pixels of the tile, (b, 2).
+    tile, patch
+        As for `patch_overlap`.
+
+    Returns
+    -------
+    (b, rows, columns). With an odd number of rows or columns, the one that holds the point stands alone. Near the tile's edge the
+    outermost patches are taken.
+    """
+    grid = round(tile / patch)
+    if grid % 2:
+        first = stop = np.clip(np.floor(centres / patch), 0, grid - 1)
+    else:
+        stop = np.clip(np.round(centres / patch), 1, grid - 1)
+        first = stop - 1
+    steps = np.arange(grid)
+    inside = (steps >= first[..., None]) & (steps <= stop[..., None])  # (b, x or y, grid)
+    around: Bools = inside[:, 1, :, None] & inside[:, 0, None, :]
+    return around
+
+
+def pool_shared(tokens: torch.Tensor, chosen: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    """As `pool_local`, where several nuclei lie in a tile: reads the chosen tokens only, not a tile for each nucleus.
+
+    Parameters
+    ----------
+    tokens
+        (t, rows, columns, channels).
+    chosen
+        Patches of each nucleus, (b, rows, columns), at least one.
+    tile
+        The tile each nucleus lies in, (b,).
+
+    Returns
+    -------
+    (b, channels) float32.
+    """
+    if len(chosen) == 0:  # segment_reduce wants at least one
+        return tokens.new_empty((0, tokens.shape[3]), dtype=torch.float32)
+    chosen, tile = chosen.to(tokens.device), tile.to(tokens.device)
+    which, row, col = chosen.nonzero(as_tuple=True)
+    lengths = chosen.sum(dim=(1, 2))
+    return torch.segment_reduce(tokens[tile[which], row, col].float(), "mean", lengths=lengths, axis=0)
+
+
 def center2x2(tokens: torch.Tensor) -> torch.Tensor:
     """Mean of the four patch tokens around the tile's centre, whatever the nucleus (released code).
 
@@ -104,4 +155,4 @@ def channel_pairs(x: torch.Tensor) -> torch.Tensor:
     -------
     (b, channels / 2).
     """
-    return x.reshape(len(x), -1, 2).mean(dim=2)
+    return x.reshape(len(x), x.shape[1] // 2, 2).mean(dim=2)

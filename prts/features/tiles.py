@@ -28,21 +28,40 @@ Ints = NDArray[np.int64]
 
 
 class TilePlan(NamedTuple):
-    """Where the tiles lie and in which order they are cut.
+    """Where the tiles lie, in the order in which they are cut, and which of them each nucleus takes its vectors from.
 
-    `order` (n,) are positions in the nuclei table, band by band and left to right; `origin` (n, 2) are the x, y of the tiles' top left
-    pixels on the encoder's grid, `polygons` (n,) the nuclei in pixels of their tile, `spatial` (n, 2) the centroids in full-resolution
-    pixels: all three in that order.
+    Attributes
+    ----------
+    origin
+        x, y of the tiles' top left pixels on the encoder's grid, (t, 2), band by band.
+    order
+        Positions in the nuclei table, (n,), tile by tile; all that follows is in this order.
+    spatial
+        Centroids in full-resolution pixels, (n, 2).
+    tile
+        The tile that gives the local vector, (n,), rising.
+    polygons
+        The nuclei in pixels of that tile, (n,).
+    around, weight
+        The tiles whose weighted sum is the global vector and their weights, both (n, k).
     """
 
-    order: Ints
     origin: Ints
-    polygons: NDArray[np.object_]
+    order: Ints
     spatial: NDArray[np.float64]
+    tile: Ints
+    polygons: NDArray[np.object_]
+    around: Ints
+    weight: NDArray[np.float32]
+
+    def nuclei(self, tiles: slice) -> slice:
+        """The nuclei whose local vectors consecutive tiles give."""
+        start, stop = np.searchsorted(self.tile, [tiles.start, tiles.stop])
+        return slice(int(start), int(stop))
 
 
 def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float) -> TilePlan:
-    """Lay a tile around each nucleus and order the nuclei for one pass down the slide.
+    """Lay a tile around each nucleus, band by band and left to right, for one pass down the slide.
 
     The tile's centre is the pixel of the encoder's grid nearest to the nucleus' centroid, so that every tile is an exact window of the
     rescaled slide (METHOD.md, Preparation 5).
@@ -59,14 +78,31 @@ def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float) -> TilePlan:
     geometry = np.asarray(nuclei.geometry.array, dtype=object)
     centroid = shapely.get_coordinates(shapely.centroid(geometry))
     scale = slide_mpp / mpp
-    origin = np.floor(centroid * scale + 0.5).astype(np.int64) - TILE // 2
+    origin = centre_pixel(centroid * scale) - TILE // 2
     order = np.lexsort((origin[:, 1], origin[:, 0], _band(origin[:, 1])))
-    origin = origin[order]
-    # A copy: set_coordinates works in place on the array that it is given.
-    polygons = geometry[order].copy()
+    tile = np.arange(len(order))
+    return TilePlan(
+        origin=origin[order],
+        order=order,
+        spatial=centroid[order],
+        tile=tile,
+        polygons=in_tile(geometry[order], scale, origin[order]),
+        around=tile[:, None],
+        weight=np.ones((len(order), 1), dtype=np.float32),
+    )
+
+
+def centre_pixel(xy: NDArray[np.float64]) -> Ints:
+    """The pixel nearest to each point (n, 2): where a nucleus' tile has its centre."""
+    return np.floor(xy + 0.5).astype(np.int64)
+
+
+def in_tile(polygons: NDArray[np.object_], scale: float, origin: Ints) -> NDArray[np.object_]:
+    """Polygons (n,) in full-resolution pixels, in pixels of tiles with these origins (n, 2)."""
     xy, owner = shapely.get_coordinates(polygons, return_index=True)
-    polygons = shapely.set_coordinates(polygons, xy * scale - origin[owner])
-    return TilePlan(order, origin, polygons, centroid[order])
+    # A copy: set_coordinates works in place on the array that it is given.
+    moved: NDArray[np.object_] = shapely.set_coordinates(polygons.copy(), xy * scale - origin[owner])
+    return moved
 
 
 def _band(y: Ints) -> Ints:

@@ -13,17 +13,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import shapely
 import torch
 from numpy.typing import NDArray
 
 from prts.errors import InputError
-from prts.features.pooling import center2x2, channel_pairs, patch_overlap, pool_local
+from prts.features.pooling import center2x2, channel_pairs, patch_overlap, patches_around, pool_local, pool_shared
 from prts.io.cache import sha256_file
 
 logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float32]
 Precision = Literal["auto", "bf16", "fp32"]
+Sampling = Literal["exact", "grid"]
+
+
+# Smallest stride of the grid, px: denser tiles than patches tell nothing new.
+_PATCH = 16
 
 
 class _Tokens(torch.nn.Module):
@@ -79,6 +85,8 @@ class TokenEncoder:
         checkpoint_key: str | None,
         pooling: str,
         pair_channels: bool,
+        sampling: Sampling,
+        stride: int,
         precision: Precision,
         device: str,
         batch_size: int | None,
@@ -92,11 +100,21 @@ class TokenEncoder:
                 )
         if std is not None and min(std) <= 0:
             raise InputError(f"encoder.std: {list(std)} must be above 0")
+        if sampling not in ("exact", "grid"):
+            raise InputError(
+                f"encoder.sampling: {sampling!r} is unknown; it is exact (a tile around each nucleus) or grid (a tile every "
+                "encoder.stride px)"
+            )
+        if not (isinstance(stride, int) and _PATCH <= stride <= self.tile_px):
+            raise InputError(
+                f"encoder.stride: {stride!r} is no whole number from {_PATCH} to {self.tile_px} px, the side of a tile"
+            )
         if batch_size is not None and batch_size < 1:
             raise InputError(f"encoder.batch_size: {batch_size} is not at least 1")
         self.weights = None if weights is None else Path(weights)
         self._mean, self._std = mean, std
         self.checkpoint_key, self.pooling, self.pair_channels = checkpoint_key, pooling, pair_channels
+        self.sampling, self.stride = sampling, stride
         self.device = torch_device(device)
         self.precision = _precision(precision, self.device)
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
@@ -152,6 +170,8 @@ class TokenEncoder:
             "pooling": self.pooling,
             "pair_channels": self.pair_channels,
             "precision": self.precision,
+            "sampling": self.sampling,
+            **({"stride": self.stride} if self.sampling == "grid" else {}),
         }
 
     def load(self) -> None:
@@ -200,17 +220,49 @@ class TokenEncoder:
         (b, global_width) and (b, local_width) float32.
         """
         self.load()
-        parts = [
-            self._encode_batch(tiles[start : start + self.batch_size], polygons[start : start + self.batch_size])
-            for start in range(0, len(tiles), self.batch_size)
-        ]
+        parts = []
+        for start in range(0, len(tiles), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            parts.append(self._encode_batch(tiles[batch], polygons[batch], None))
+        return self._joined(parts)
+
+    def encode_shared(
+        self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_], tile: NDArray[np.int64]
+    ) -> tuple[Floats, Floats]:
+        """Global vectors of tiles, and local vectors of nuclei that lie anywhere in them.
+
+        Parameters
+        ----------
+        tiles
+            (t, 256, 256, 3), RGB.
+        polygons
+            Shapely polygons in pixels of their tile, (b,).
+        tile
+            The tile of each nucleus, (b,), rising.
+
+        Returns
+        -------
+        (t, global_width) and (b, local_width) float32.
+        """
+        self.load()
+        parts = []
+        for start in range(0, len(tiles), self.batch_size):
+            stop = start + self.batch_size
+            mine = slice(*np.searchsorted(tile, [start, stop]))
+            parts.append(self._encode_batch(tiles[start:stop], polygons[mine], tile[mine] - start))
+        return self._joined(parts)
+
+    def _joined(self, parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
         if not parts:
             return np.empty((0, self._widths[0]), np.float32), np.empty((0, self._widths[1]), np.float32)
         pooled, local = zip(*parts, strict=True)
         return np.concatenate(pooled), np.concatenate(local)
 
     @torch.inference_mode()
-    def _encode_batch(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
+    def _encode_batch(
+        self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_], tile: NDArray[np.int64] | None
+    ) -> tuple[Floats, Floats]:
+        """Vectors of a batch of tiles; `tile` says which the polygons lie in, None: one in the middle of each."""
         assert self._network is not None
         n = len(tiles)
         # Always a full batch: kernels are chosen by shape, and another kernel rounds otherwise.
@@ -219,15 +271,25 @@ class TokenEncoder:
         )
         batch[:n] = torch.from_numpy(np.ascontiguousarray(tiles))
         pooled, patches = self._network(batch.to(self.device, non_blocking=True))
-        patches = patches[:n]
-        if self.pooling == "nucleus":
-            overlap = patch_overlap(polygons, self.tile_px, self.tile_px / patches.shape[1])
-            local = pool_local(patches, torch.from_numpy(overlap))
-        else:
-            local = center2x2(patches)
+        local = self._local(patches[:n], polygons, tile)
         if self.pair_channels:
             local = channel_pairs(local)
         return pooled[:n].float().cpu().numpy(), local.cpu().numpy()
+
+    def _local(
+        self, patches: torch.Tensor, polygons: NDArray[np.object_], tile: NDArray[np.int64] | None
+    ) -> torch.Tensor:
+        patch = self.tile_px / patches.shape[1]
+        if tile is None:
+            if self.pooling == "center2x2":
+                return center2x2(patches)
+            return pool_local(patches, torch.from_numpy(patch_overlap(polygons, self.tile_px, patch)))
+        if self.pooling == "center2x2":
+            centres = shapely.get_coordinates(shapely.centroid(polygons))
+            chosen = patches_around(centres, self.tile_px, patch)
+        else:
+            chosen = patch_overlap(polygons, self.tile_px, patch)
+        return pool_shared(patches, torch.from_numpy(chosen), torch.from_numpy(tile))
 
     def _build(self) -> tuple[torch.nn.Module, int]:
         """The network with its weights, and the side in px that tiles are brought to before it."""
