@@ -3,8 +3,8 @@
 usage: prts train [tissue=demo|her2st|brain|lung|breast] [ablation=full|local_only|global_only] [encoder=...] [seed=0]
 
 Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (first test section; further
-ones in predictions-<section>.h5ad), figures/, the model bundle model/, config.yaml and train.log. `tissue=demo`, the default,
-simulates its sections: no download.
+ones in predictions-<section>.h5ad), figures/, report.html (`report=false` leaves it out), the model bundle model/, config.yaml and
+train.log. `tissue=demo`, the default, simulates its sections: no download.
 
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth
 example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2,3
@@ -87,7 +87,12 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     watch = Stopwatch()
     datamodule = _data(cfg, watch)
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (folder / "metrics.json", folder / "per_gene.csv", *folder.glob("predictions*")):
+    for stale in (
+        folder / "metrics.json",
+        folder / "per_gene.csv",
+        *folder.glob("predictions*"),
+        *folder.glob("report*.html"),
+    ):
         stale.unlink(
             missing_ok=True
         )  # of an earlier run into the same folder: they would stand beside this run's config
@@ -361,6 +366,17 @@ def _write(
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
         curves = folder / "csv" / "metrics.csv"
         run_figures(folder / "figures", scored, datamodule.panel, curves=curves, best_epoch=best_epoch, suffix=suffix)
+
+
+def _report(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any], folder: Path) -> None:
+    """report.html of the first test section, report-<section>.html of the others."""
+    from prts.report.html import write_page
+    from prts.report.sources import scored_page
+
+    for i, scored in enumerate(test):
+        suffix = "" if i == 0 else f"-{scored.nuclei.section}"
+        page = scored_page(folder / f"predictions{suffix}.h5ad", scored, metrics, bundle.metadata)
+        write_page(folder / f"report{suffix}.html", page)
 
 
 def _log_summary(metrics: dict[str, Any]) -> None:

@@ -1,0 +1,73 @@
+"""Draw the figures of a run or a prediction, and report.html: the prediction on its tissue in one file that needs no network.
+
+usage: prts report run=DIR [out=DIR]
+       prts report prediction=FILE.h5ad image=FILE [section=DIR] [analysis=FILE.h5ad] out=DIR
+
+Writes DIR/report.html (with several test sections, report-<section>.html of the further ones) and, where there is a measured section,
+DIR/figures/*.png. Of a run, `out` is its own folder unless told. `section=` is the folder of the predicted section with its bins: the page
+then shows measured beside predicted, and scores. `analysis=` (of `prts analyze`) adds its clusters and types to the map. `genes=` says
+which genes the map can show: a number, or names as [Plp1,Ttr], which come before the best predicted.
+
+example: prts report run=outputs/demo/make
+example: prts report prediction=slide.h5ad image=slide.svs out=report
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prts.cli.app import plain, require
+from prts.errors import InputError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+logger = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> None:
+    """Read, draw, write."""
+    from prts.metrics.evaluate import check_intervals
+    from prts.report.html import write_page
+    from prts.report.run import run_figures
+    from prts.report.sources import of_prediction, of_run
+
+    run, prediction = (None if cfg[key] is None else Path(cfg[key]) for key in ("run", "prediction"))
+    if (run is None) == (prediction is None):
+        raise InputError(
+            "run, prediction: give one of them, run=DIR of `prts train` or prediction=FILE.h5ad of `prts predict`"
+        )
+    given = [key for key in ("image", "section", "analysis") if cfg[key] is not None]
+    if run is not None and given:
+        raise InputError(f"{given[0]}: goes with prediction=; a run knows its own")
+    if run is None:
+        require(cfg, "image", "out")
+    genes = _genes(cfg.genes)
+    out = Path(cfg.out) if cfg.out is not None else run
+    assert out is not None
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out={out}: is a file; name a folder for report.html and figures")
+    evaluation = plain(cfg.evaluation)
+    check_intervals(evaluation["block_um"], evaluation["bootstrap"])
+    if run is not None:
+        sources = of_run(run, evaluation)
+    else:
+        assert prediction is not None
+        section, analysis = (None if cfg[key] is None else Path(cfg[key]) for key in ("section", "analysis"))
+        sources = [of_prediction(prediction, Path(cfg.image), section, analysis, evaluation)]
+    for source in sources:
+        write_page(out / f"report{source.suffix}.html", source.page, genes=genes)
+        if source.scored is not None:
+            curves = None if run is None else run / "csv" / "metrics.csv"
+            run_figures(out / "figures", source.scored, source.panel, curves=curves, suffix=source.suffix)
+
+
+def _genes(value: object) -> int | list[str] | None:
+    """`genes` as a number or names."""
+    from omegaconf import ListConfig
+
+    if value is None or isinstance(value, int):
+        return value
+    return [str(gene) for gene in value] if isinstance(value, ListConfig) else [str(value)]

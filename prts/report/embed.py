@@ -1,0 +1,127 @@
+"""Arrays as text for a page: nuclei and genes in few bytes, unpacked by the browser when they are shown.
+
+Each block is little-endian numbers, deflated (zlib), in base64; `page/data.js` reads them. Measured counts are exact. Predicted UMI are
+log1p values in 256 even steps up to the gene's highest, P(expressed) is in steps of 2 %: finer than a colour can show.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+PROB_STEPS = 50
+PERCENTILE = 99
+# A column of more kinds than the eye tells apart, such as names of nuclei, is no colouring.
+_MOST_CATEGORIES = 100
+
+
+def packed(values: NDArray[Any]) -> str:
+    """Deflated little-endian numbers in base64."""
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
+    return base64.b64encode(zlib.compress(little.tobytes(), 6)).decode("ascii")
+
+
+def packed_text(text: str) -> str:
+    """Deflated UTF-8 in base64."""
+    return packed(np.frombuffer(text.encode(), np.uint8))
+
+
+def predicted_blocks(umi: NDArray[np.float32]) -> tuple[list[str], NDArray[np.float64]]:
+    """Predicted genes as bytes.
+
+    Parameters
+    ----------
+    umi
+        Expected UMI, (n_nuclei, n_genes).
+
+    Returns
+    -------
+    blocks
+        A block a gene: log1p(UMI) = code / 255 x highest, one byte a nucleus.
+    highest
+        log1p(UMI) of the gene's highest nucleus, (n_genes,); 0 where a gene is predicted nowhere.
+    """
+    level = np.log1p(umi)
+    highest = level.max(axis=0, initial=0).astype(np.float64)
+    codes = np.rint(level * (255 / np.where(highest > 0, highest, 1))).astype(np.uint8)
+    return [packed(column) for column in codes.T], highest
+
+
+def prob_blocks(prob: NDArray[np.float32]) -> list[str]:
+    """P(expressed), (n_nuclei, n_genes), as a block a gene: one byte a nucleus, P = code / `PROB_STEPS`."""
+    return [packed(column) for column in np.rint(prob * PROB_STEPS).astype(np.uint8).T]
+
+
+def measured_blocks(counts: sp.csr_matrix, rows: NDArray[np.intp], n_nuclei: int) -> Iterator[tuple[str, int]]:
+    """Measured genes as whole numbers: a block a gene and the bytes of a number in it.
+
+    Parameters
+    ----------
+    counts
+        UMI, (n_measured, n_genes).
+    rows
+        Place of each measured nucleus among all, (n_measured,). The others hold the greatest number that the bytes can.
+    n_nuclei
+        Of all nuclei.
+    """
+    columns = sp.csc_matrix(counts)
+    for gene in range(columns.shape[1]):
+        umi = columns[:, [gene]].toarray().ravel()
+        kind = np.uint8 if umi.max(initial=0) < 255 else np.uint16
+        missing = np.iinfo(kind).max
+        block = np.full(n_nuclei, missing, kind)
+        block[rows] = np.minimum(umi, missing - 1)
+        yield packed(block), block.itemsize
+
+
+def colour_top(values: NDArray[Any]) -> NDArray[np.float64]:
+    """Upper end of each column's colours: its 99th percentile, or its highest value where that is 0."""
+    if len(values) == 0:
+        return np.zeros(values.shape[1])
+    top = np.percentile(values, PERCENTILE, axis=0)
+    colours: NDArray[np.float64] = np.where(top > 0, top, values.max(axis=0)).astype(np.float64)
+    return colours
+
+
+def nucleus_columns(obs: pd.DataFrame) -> list[dict[str, Any]]:
+    """What a table says of nuclei, column by column, as far as a map can show it.
+
+    Parameters
+    ----------
+    obs
+        A row a nucleus. Numbers become float32; categories, booleans and text of at most 100 kinds become codes (the greatest
+        number stands for missing). Columns that are the same for all, and others, are left out.
+    """
+    found = []
+    for name, values in obs.items():
+        if values.nunique(dropna=True) < 2:
+            continue
+        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
+            number = values.to_numpy(dtype=np.float32, na_value=np.nan)
+            finite = number[np.isfinite(number)]
+            low, high = np.percentile(finite, [100 - PERCENTILE, PERCENTILE]).tolist()
+            if low == high:
+                low, high = float(finite.min()), float(finite.max())
+            low = 0.0 if 0 <= low < 0.1 * high else low
+            found.append({"name": str(name), "kind": "number", "low": low, "high": high, "block": packed(number)})
+            continue
+        labels = values.astype("category").cat
+        if len(labels.categories) > _MOST_CATEGORIES:
+            continue
+        codes = labels.codes.to_numpy()
+        found.append(
+            {
+                "name": str(name),
+                "kind": "category",
+                "labels": [str(label) for label in labels.categories],
+                "block": packed(np.where(codes < 0, 255, codes).astype(np.uint8)),
+            }
+        )
+    return found

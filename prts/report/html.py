@@ -1,0 +1,293 @@
+"""report.html: a prediction on its tissue in one file that asks nothing of any network.
+
+Names that come from data reach the page as JSON or through jinja2's escaping, and the page's own code puts them in as text only; a
+content security policy forbids every request besides.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+
+from prts import __version__
+from prts.errors import InputError
+from prts.io.cache import atomic
+from prts.report import facts
+from prts.report.embed import (
+    PERCENTILE,
+    PROB_STEPS,
+    colour_top,
+    measured_blocks,
+    nucleus_columns,
+    packed,
+    packed_text,
+    predicted_blocks,
+    prob_blocks,
+)
+
+if TYPE_CHECKING:
+    import anndata as ad
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+MOST_GENES = 200
+# Nuclei x genes of one file. Up to the first number all genes are shown, if they are more than 200; above the second, 60,000 x 200, fewer
+# genes: rather that than a page that no browser opens.
+_FEW_VALUES, _MOST_VALUES = 2_000_000, 12_000_000
+_JPEG_QUALITY = 80
+_FOLDER = Path(__file__).parent / "page"
+_SCRIPTS = ("data.js", "map.js", "legend.js", "table.js", "region.js", "main.js")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measured counts beside a prediction: UMI (m, n_genes) of its genes, and the rows (m,) of its nuclei that they belong to."""
+
+    counts: sp.csr_matrix
+    rows: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page is made of.
+
+    Attributes
+    ----------
+    prediction
+        Nuclei x genes (`prts.io.prediction`); every categorical or numeric column of `obs` can be shown on the map.
+    picture
+        The whole section, RGB (height, width, 3).
+    measured
+        Measured counts, or None.
+    per_gene
+        Table per_gene.csv of the section, or None.
+    metrics
+        metrics.json of a run, or what an evaluation found (`test/...`).
+    model
+        model.json of the bundle, as far as known.
+    """
+
+    prediction: ad.AnnData
+    picture: NDArray[np.uint8]
+    measured: Measured | None = None
+    per_gene: pd.DataFrame | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_page(out: Path, page: Page, *, genes: int | Sequence[str] | None = None) -> Path:
+    """Write a page.
+
+    Parameters
+    ----------
+    out
+        The .html file.
+    page
+        What is in it.
+    genes
+        Which genes the map can show: how many (the best predicted), or their names, which come before the best predicted. 200 unless told,
+        more in sections of less than 10,000 nuclei and fewer in those of more than 60,000. The table lists all.
+
+    Raises
+    ------
+    InputError
+        If a gene is not one of the prediction's.
+    """
+    from jinja2 import Environment, FileSystemLoader
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    table = gene_table(page)
+    chosen = choose_genes(table, page.prediction.n_obs, genes)
+    meta, blocks = _data(page, table, chosen)
+    about = page.prediction.uns["prts"]
+    figures = facts.of_section(page.metrics, str(about["section"]))
+    scripts = [get_plotlyjs(), *((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)]
+    environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = environment.get_template("page.html").render(
+        about=about,
+        version=__version__,
+        n_nuclei=page.prediction.n_obs,
+        n_genes=page.prediction.n_vars,
+        n_shown=len(chosen),
+        measured=page.measured,
+        percentile=PERCENTILE,
+        picture=_jpeg(page.picture),
+        headline=facts.headline(figures),
+        scores=facts.scores(figures),
+        others=facts.others(figures),
+        training=facts.training(about, page.model),
+        warnings=facts.warnings(about, page.prediction.obs, page.prediction.var, page.model, page.metrics),
+        meta=_script_json(meta),
+        blocks=_script_json(blocks),
+        style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],  # our own code and plotly's, nothing of the data
+    )
+    with atomic(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    logger.info(
+        "wrote %s: %d nuclei, %d genes on the map, %.1f MB", out, page.prediction.n_obs, len(chosen), len(text) / 1e6
+    )
+    return out
+
+
+def gene_table(page: Page) -> pd.DataFrame:
+    """All genes in panel order: `gene`, then the figures that are known of each, then `predictable` where the model says so."""
+    var = page.prediction.var
+    table = pd.DataFrame({"gene": page.prediction.var_names.astype(str)})
+    if page.per_gene is not None:
+        tested = page.per_gene.set_index("gene").reindex(table["gene"]).reset_index(drop=True)
+        for column in ("pcc", "ceiling", "mean_counts"):
+            table[column] = tested[column]
+    else:
+        table["mean_predicted"] = np.asarray(page.prediction.X.mean(axis=0)).ravel()
+    for column, source in (("val_pcc", "val_pcc"), ("val_ceiling", "ceiling")):
+        if source in var and (column == "val_pcc" or page.per_gene is None):
+            table[column] = var[source].to_numpy(dtype=float)
+    if "predictable" in var:
+        table["predictable"] = var["predictable"].fillna(False).to_numpy(dtype=bool)
+    return table
+
+
+def choose_genes(table: pd.DataFrame, n_nuclei: int, genes: int | Sequence[str] | None) -> NDArray[np.intp]:
+    """Rows of the table whose genes the map can show, the best predicted first.
+
+    Parameters
+    ----------
+    table
+        Of `gene_table`.
+    n_nuclei
+        Of the prediction.
+    genes
+        As in `write_page`.
+
+    Raises
+    ------
+    InputError
+        If a gene is not in the table, or a number of genes is not positive.
+    """
+    named = [] if genes is None or isinstance(genes, int) else list(genes)
+    if isinstance(genes, int) and genes < 1:
+        raise InputError(f"genes={genes}: must be a positive number of genes, or their names")
+    n_nuclei = max(1, n_nuclei)
+    most = genes if isinstance(genes, int) else max(MOST_GENES, _FEW_VALUES // n_nuclei)
+    most = min(most, max(1, _MOST_VALUES // n_nuclei))
+    place = pd.Series(table.index, index=table["gene"])
+    for gene in named:
+        if gene not in place.index:
+            raise InputError(f"genes: {gene} is not one of the {len(table):,} genes of the prediction")
+    score = next((table[column] for column in ("pcc", "val_pcc") if column in table), table.iloc[:, 1])
+    ranked = score.sort_values(ascending=False, kind="stable", na_position="last").index
+    first = [int(place[gene]) for gene in dict.fromkeys(named)]
+    rows = list(dict.fromkeys([*first, *(int(row) for row in ranked)]))
+    return np.array(rows[: max(most, len(first))], dtype=np.intp)
+
+
+# Column of the gene table: heading, what it means, digits.
+_HEADINGS = {
+    "pcc": ("PCC", "Correlation of predicted and measured log1p(UMI) over this section's nuclei", 3),
+    "ceiling": ("Ceiling", "PCC that counting noise leaves to a perfect predictor, on this section", 3),
+    "val_pcc": ("PCC val.", "PCC on the nuclei that training was watched on", 3),
+    "val_ceiling": ("Ceiling val.", "PCC that counting noise leaves to a perfect predictor, on validation", 3),
+    "mean_counts": ("Mean UMI", "Measured UMI, mean over this section's nuclei", 2),
+    "mean_predicted": ("Mean UMI", "Predicted UMI, mean over the nuclei", 2),
+}
+
+
+def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the page's code reads at once, and the blocks that it unpacks when they are needed."""
+    prediction = page.prediction
+    about = prediction.uns["prts"]
+    n = prediction.n_obs
+    umi = _dense(prediction.X, chosen)
+    predicted, highest = predicted_blocks(umi)
+    own = colour_top(np.log1p(umi))
+    top, n_bytes = own, [1] * len(chosen)
+    blocks: dict[str, Any] = {"predicted": predicted}
+    if page.measured is not None:
+        counts = page.measured.counts[:, chosen]
+        measured = colour_top(np.log1p(counts.toarray()))
+        top = np.where(measured > 0, measured, own)
+        pairs = list(measured_blocks(counts, page.measured.rows, n))
+        blocks["measured"], n_bytes = [block for block, _ in pairs], [size for _, size in pairs]
+    if "prob" in prediction.layers:
+        blocks["prob"] = prob_blocks(_dense(prediction.layers["prob"], chosen))
+    columns = nucleus_columns(prediction.obs)
+    blocks["columns"] = [column.pop("block") for column in columns]
+    xy = np.asarray(prediction.obsm["spatial"], np.float32)
+    blocks |= {"x": packed(xy[:, 0]), "y": packed(xy[:, 1])}
+    area = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
+    blocks["area"] = packed(area.to_numpy(dtype=np.float32))
+    blocks["ids"] = packed_text(json.dumps([str(name) for name in prediction.obs_names]))
+    diameter_um = 2 * float(np.sqrt(area.median() / np.pi)) if area.notna().any() else 7.0
+    keys = [key for key in _HEADINGS if key in table]
+    meta = {
+        "section": str(about["section"]),
+        "n": n,
+        "n_measured": 0 if page.measured is None else len(page.measured.rows),
+        "width": int(about["width"]),
+        "height": int(about["height"]),
+        "mpp": float(about["mpp"]),
+        "diameter": diameter_um / float(about["mpp"]),
+        "bounds": [*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist()],
+        "percentile": PERCENTILE,
+        "prob_steps": PROB_STEPS,
+        "genes": [
+            {"name": table["gene"].iloc[row], "top": t, "own": o, "highest": h, "bytes": b}
+            for row, t, o, h, b in zip(chosen, top, own, highest, n_bytes, strict=True)
+        ],
+        "columns": columns,
+        "headings": [
+            {"key": key, **dict(zip(("label", "title", "digits"), _HEADINGS[key], strict=True))} for key in keys
+        ],
+        "table": _rows(table, keys, chosen),
+    }
+    return meta, blocks
+
+
+def _rows(table: pd.DataFrame, keys: Sequence[str], chosen: NDArray[np.intp]) -> list[list[Any]]:
+    """For each gene its name, its place among those shown (-1 for none), whether it is predictable, and its figures."""
+    place = np.full(len(table), -1)
+    place[chosen] = np.arange(len(chosen))
+    predictable = table.get("predictable", pd.Series(True, index=table.index))
+    figures = table[list(keys)].astype(float).round(5).astype(object).where(table[list(keys)].notna(), None)
+    return [
+        [gene, at, bool(good), *row]
+        for gene, at, good, row in zip(
+            table["gene"], place.tolist(), predictable, figures.to_numpy().tolist(), strict=True
+        )
+    ]
+
+
+def _dense(matrix: Any, columns: NDArray[np.intp]) -> NDArray[np.float32]:
+    part = matrix[:, columns]
+    return np.asarray(part.toarray() if sp.issparse(part) else part, dtype=np.float32)
+
+
+def _jpeg(picture: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _script_json(value: Any) -> Any:
+    """JSON that is safe inside a script element: no `<`, `>` or `&` in it, and only ASCII."""
+    from markupsafe import Markup
+
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)

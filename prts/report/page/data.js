@@ -1,0 +1,73 @@
+"use strict";
+// The page's data: what is known at once (meta), and blocks that are unpacked when they are first needed (prts/report/embed.py writes them).
+const prts = (() => {
+  const json = (id) => JSON.parse(document.getElementById(id).textContent);
+  const meta = json("prts-meta");
+  const blocks = json("prts-blocks");
+  const cache = new Map();
+
+  async function unpack(text) {
+    const characters = atob(text);
+    const bytes = new Uint8Array(characters.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = characters.charCodeAt(i);
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Response(stream).arrayBuffer();
+  }
+
+  function block(name, index, kind) {
+    const key = `${name}/${index}`;
+    if (!cache.has(key)) {
+      const text = index === null ? blocks[name] : blocks[name][index];
+      cache.set(key, unpack(text).then((buffer) => new kind(buffer)));
+    }
+    return cache.get(key);
+  }
+
+  const has = { measured: meta.n_measured > 0, prob: "prob" in blocks };
+
+  // Codes of a gene, and what each code stands for: log1p(UMI) by code, NaN where it says "not measured".
+  const predictedCodes = (gene) => block("predicted", gene, Uint8Array);
+  const probCodes = (gene) => block("prob", gene, Uint8Array);
+  const measuredCodes = (gene) => block("measured", gene, meta.genes[gene].bytes === 1 ? Uint8Array : Uint16Array);
+  const predictedLevels = (gene) => Float32Array.from({ length: 256 }, (_, code) => (code / 255) * meta.genes[gene].highest);
+  const missing = (gene) => (meta.genes[gene].bytes === 1 ? 255 : 65535);
+
+  async function predicted(gene) {
+    const levels = predictedLevels(gene);
+    return Float32Array.from(await predictedCodes(gene), (code) => levels[code]);
+  }
+  async function measured(gene) {
+    const none = missing(gene);
+    return Float32Array.from(await measuredCodes(gene), (code) => (code === none ? NaN : Math.log1p(code)));
+  }
+  async function prob(gene) {
+    return Float32Array.from(await probCodes(gene), (code) => code / meta.prob_steps);
+  }
+  async function column(index) {
+    if (meta.columns[index].kind === "number") return block("columns", index, Float32Array);
+    return Float32Array.from(await block("columns", index, Uint8Array), (code) => (code === 255 ? NaN : code));
+  }
+
+  const coordinates = () => Promise.all([block("x", null, Float32Array), block("y", null, Float32Array)]);
+  const area = () => block("area", null, Float32Array);
+  let names = null;
+  const ids = async () => (names ??= JSON.parse(new TextDecoder().decode(await block("ids", null, Uint8Array))));
+
+  const number = (value, digits) =>
+    value === null || Number.isNaN(value) ? "" : value.toFixed(digits).replace("-", "\u2212");
+  const element = (tag, attributes = {}, ...children) => {
+    const made = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (key === "class") made.className = value;
+      else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+      else if (value === true) made.setAttribute(key, "");
+      else if (value !== false && value !== null) made.setAttribute(key, value);
+    }
+    made.append(...children); // text stays text, whatever a gene or a section is called
+    return made;
+  };
+  const say = (text) => { document.getElementById("status").textContent = text; };
+
+  return { meta, has, predicted, measured, prob, column, predictedCodes, measuredCodes, predictedLevels, missing,
+    coordinates, area, ids, number, element, say };
+})();

@@ -1,0 +1,74 @@
+"use strict";
+// What the controls do.
+(() => {
+  const { meta, has, element } = prts;
+  const { state } = prts.map;
+  const $ = (id) => document.getElementById(id);
+  const place = new Map(meta.genes.map((gene, i) => [gene.name, i]));
+
+  async function render() {
+    const columned = state.colour.startsWith("column:");
+    for (const input of $("views").querySelectorAll("input"))
+      input.disabled = columned && (input.value === "measured" || input.value === "both");
+    $("own-label").hidden = !(state.colour === "expression" && state.view === "both");
+    await prts.map.render();
+  }
+
+  prts.choose = async (gene) => {
+    state.gene = gene;
+    if (state.colour.startsWith("column:")) $("colour").value = state.colour = "expression";
+    const { name } = meta.genes[gene];
+    $("gene").value = name;
+    prts.table.mark(gene);
+    await render();
+    prts.say(`The map shows ${name}.`);
+  };
+
+  function find() {
+    const wanted = $("gene").value.trim();
+    if (!wanted) return;
+    const lower = wanted.toLowerCase();
+    const gene = place.get(wanted) ?? meta.genes.findIndex(({ name }) => name.toLowerCase() === lower);
+    if (gene >= 0) prts.choose(gene);
+    else prts.say(meta.table.some(([name]) => name.toLowerCase() === lower)
+      ? `${wanted} is not among the ${meta.genes.length} genes that this page can map.` : `There is no gene ${wanted} in this prediction.`);
+  }
+
+  function controls() {
+    $("gene-names").append(...meta.genes.map(({ name }) => element("option", { value: name })));
+    $("gene").addEventListener("change", find);
+    $("gene").addEventListener("input", () => { if (place.has($("gene").value)) find(); });
+    $("gene").addEventListener("keydown", (event) => { if (event.key === "Enter") find(); });
+    const colours = [["expression", "expression"], ...(has.prob ? [["prob", "P(expressed)"]] : [])];
+    $("colour").append(element("optgroup", { label: "the gene" }, ...colours.map(([value, text]) => element("option", { value }, text))));
+    if (meta.columns.length) $("colour").append(element("optgroup", { label: "nuclei" },
+      ...meta.columns.map(({ name }, i) => element("option", { value: `column:${i}` }, name.replaceAll("_", " ")))));
+    $("colour").addEventListener("change", (event) => { state.colour = event.target.value; state.hidden.clear(); render(); });
+    const views = [...(has.measured ? [["both", "Measured | predicted"], ["measured", "Measured"]] : []), ["predicted", "Predicted"], ["image", "H&E | predicted"]];
+    state.view = has.measured ? "both" : "image";
+    $("views").append(...views.map(([value, text]) => element("label", {},
+      element("input", { type: "radio", name: "view", value, checked: value === state.view, onchange: () => { state.view = value; render(); } }), element("span", {}, text))));
+    $("own").addEventListener("change", (event) => { state.own = event.target.checked; render(); });
+    $("opacity").addEventListener("input", (event) => { state.opacity = event.target.value / 100; render(); });
+    for (const input of $("drag").querySelectorAll("input"))
+      input.addEventListener("change", () => { state.drag = input.value; Plotly.relayout(prts.map.div, { dragmode: state.drag }); });
+    $("select-view").addEventListener("click", () => prts.map.selectView());
+    $("clear").addEventListener("click", () => prts.region.clear());
+    $("zoom-in").addEventListener("click", () => prts.map.zoom(0.7));
+    $("zoom-out").addEventListener("click", () => prts.map.zoom(1 / 0.7));
+    $("zoom-reset").addEventListener("click", () => prts.map.reset());
+    $("png").addEventListener("click", () => prts.legend.picture());
+    $("controls").hidden = $("tools").hidden = false;
+  }
+
+  async function start() {
+    prts.table.start();
+    controls();
+    const first = prts.table.first();
+    if (first) { state.gene = first.place; $("gene").value = first.name; prts.table.mark(first.place); }
+    await prts.map.start();
+    await render();
+    prts.ready = performance.now();
+  }
+  start();
+})();

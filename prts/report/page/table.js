@@ -1,0 +1,57 @@
+"use strict";
+// The table of all genes: sorted by its headings, filtered by name, each gene a button that shows it on the map.
+prts.table = (() => {
+  const { meta, element, number } = prts;
+  const head = document.querySelector("#genes thead"), body = document.querySelector("#genes tbody");
+  const columns = [{ label: "Gene", title: "Name of the gene", text: true }, ...meta.headings];
+  const rows = meta.table.map(([name, place, predictable, ...figures]) => ({ name, place, predictable, cells: [name, ...figures], line: null }));
+  let sorted = { column: meta.headings.length ? 1 : 0, down: meta.headings.length > 0 };
+
+  function line(row) {
+    const button = element("button", { type: "button", disabled: row.place < 0, title: row.place < 0 ? "not among the genes that this page can map" : null,
+      onclick: () => prts.choose(row.place) }, row.name);
+    const made = element("tr", { class: row.predictable ? "" : "grey", title: row.predictable ? null : "not predictable on validation" },
+      element("th", { scope: "row" }, button));
+    columns.slice(1).forEach((column, i) => made.append(element("td", { class: "n" }, number(row.cells[i + 1], column.digits))));
+    return made;
+  }
+
+  function sort(column) {
+    // names start from A, figures from the highest
+    sorted = { column, down: sorted.column === column ? !sorted.down : column > 0 };
+    arrange();
+    prts.say(`Genes sorted by ${columns[column].label}, ${sorted.down ? "highest first" : "lowest first"}.`);
+  }
+  function arrange() {
+    const { column, down } = sorted, sign = down ? -1 : 1;
+    rows.sort((a, b) => {
+      const [p, q] = [a.cells[column], b.cells[column]];
+      if (p === null || q === null) return (p === null) - (q === null); // unknown figures last, whichever way
+      return sign * (column === 0 ? p.localeCompare(q, "en", { numeric: true }) : p - q);
+    });
+    body.append(...rows.map((row) => row.line));
+    [...head.querySelectorAll("th")].forEach((cell, i) => {
+      if (i === column) cell.setAttribute("aria-sort", down ? "descending" : "ascending"); else cell.removeAttribute("aria-sort");
+    });
+  }
+  function filter(text) {
+    const wanted = text.trim().toLowerCase();
+    for (const row of rows) row.line.hidden = !row.name.toLowerCase().includes(wanted);
+  }
+  function mark(gene) {
+    for (const row of rows) {
+      const chosen = row.place === gene;
+      row.line.classList.toggle("chosen", chosen);
+      row.line.querySelector("button").setAttribute("aria-pressed", String(chosen));
+    }
+  }
+
+  function start() {
+    head.append(element("tr", {}, ...columns.map((column, i) => element("th", { scope: "col", class: i ? "n" : "" },
+      element("button", { type: "button", title: column.title, onclick: () => sort(i) }, column.label)))));
+    for (const row of rows) row.line = line(row);
+    arrange();
+    document.getElementById("filter").addEventListener("input", (event) => filter(event.target.value));
+  }
+  return { start, mark, first: () => rows.find((row) => row.place >= 0 && row.predictable) ?? rows.find((row) => row.place >= 0) };
+})();

@@ -1,0 +1,257 @@
+"""What a report is made from: a run folder, or a prediction with its image and, where there is one, its measured section."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy.spatial import cKDTree
+
+from prts.data.prepare import resolve_section
+from prts.data.sets import NucleusSet
+from prts.data.tissue import parse_tissue
+from prts.errors import InputError
+from prts.io.mpp import require_agreement
+from prts.io.nuclei import load_nuclei
+from prts.io.prediction import nuclei_path, read_prediction
+from prts.io.slide import open_slide
+from prts.metrics.evaluate import Evaluation, Matched, evaluate_section, match
+from prts.models.scoring import Scored
+from prts.preprocess.counts import count_nuclei, quality_control
+from prts.preprocess.panel import Panel
+from prts.report.html import Measured, Page
+from prts.section import Section, open_section_folder
+
+if TYPE_CHECKING:
+    import anndata as ad
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+
+PICTURE_PX = 2400
+
+
+@dataclass(frozen=True)
+class Source:
+    """One predicted section: its page, and, if it was measured, what the figures of a run are drawn from."""
+
+    page: Page
+    scored: Scored | None
+    panel: Panel
+    suffix: str = ""
+
+
+def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
+    """The test sections of a run; the first has no suffix.
+
+    Parameters
+    ----------
+    folder
+        Of `prts train`.
+    evaluation
+        The `evaluation` config node, for runs of several test sections, whose per_gene.csv is their mean.
+
+    Raises
+    ------
+    InputError
+        If the folder is none of a run, or a section of its config is not there any more.
+    """
+    from omegaconf import OmegaConf
+
+    files = {name: folder / name for name in ("config.yaml", "predictions.h5ad", "metrics.json", "per_gene.csv")}
+    files["model.json"] = folder / "model" / "model.json"
+    for name, path in files.items():
+        if not path.is_file():
+            raise InputError(f"run={folder}: has no {name}; expected a run folder of `prts train` that ended well")
+    config: Any = OmegaConf.to_container(OmegaConf.load(files["config.yaml"]), resolve=True)
+    tissue = parse_tissue(config["tissue"])
+    metrics, model = (json.loads(files[name].read_text(encoding="utf-8")) for name in ("metrics.json", "model.json"))
+    per_gene = pd.read_csv(files["per_gene.csv"], converters={"gene": str})  # a gene may be called NAN
+    found = []
+    paths = [files["predictions.h5ad"], *sorted(folder.glob("predictions-*.h5ad"))]
+    for path in paths:
+        prediction = read_prediction(path)
+        name = str(prediction.uns["prts"]["section"])
+        if name not in tissue.sections:
+            raise InputError(f"{path}: was made on section {name!r}, which is not in {files['config.yaml']}")
+        section = resolve_section(tissue.sections[name], tissue.name, Path(config["paths"]["cache_dir"]))
+        matched = _measure(prediction, path, section, config["qc"], what=f"run={folder}")
+        result = Evaluation({}, per_gene, None)
+        if len(paths) > 1:
+            result = _evaluate(matched, prediction, section, evaluation)
+        found.append(
+            _source(prediction, section, matched, result, metrics, model, path.stem.removeprefix("predictions"))
+        )
+    return found
+
+
+def of_prediction(
+    path: Path, image: Path, section_folder: Path | None, analysis: Path | None, evaluation: Mapping[str, Any]
+) -> Source:
+    """A prediction on its image.
+
+    Parameters
+    ----------
+    path
+        The .h5ad.
+    image
+        The image it was made on.
+    section_folder
+        The section's folder with its bins, if it was measured.
+    analysis
+        analysis.h5ad of `prts analyze`: its columns of nuclei can be shown on the map.
+    evaluation
+        The `evaluation` config node.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or the parts do not belong together.
+    """
+    prediction = read_prediction(path)
+    about = prediction.uns["prts"]
+    for key in ("section", "width", "height", "mpp", "threshold"):
+        if key not in about:
+            raise InputError(f"prediction={path}: lacks uns['prts'][{key!r}]; predict again with this prts")
+    with open_slide(image, mpp=float(about["mpp"])) as slide:
+        _same_size(f"image={image}", slide.width, slide.height, about)
+        picture = slide.thumbnail(PICTURE_PX)
+    if analysis is not None:
+        _join(prediction, analysis)
+    if section_folder is None:
+        return Source(Page(prediction, picture), None, _panel(prediction))
+    section = open_section_folder(section_folder)
+    if "qc" not in about or "species" not in about:
+        raise InputError(f"prediction={path}: lacks uns['prts']['qc']; predict again with this prts")
+    matched = _measure(prediction, path, section, about["qc"], what=f"section={section_folder}")
+    result = _evaluate(matched, prediction, section, evaluation)
+    metrics = {f"test/{key}": value for key, value in result.summary.items()}
+    return _source(prediction, section, matched, result, metrics, {}, "", picture)
+
+
+def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: Mapping[str, Any]) -> Page:
+    """The page of a test section at the end of training, whose arrays are in memory already.
+
+    Parameters
+    ----------
+    path
+        The prediction as it was written: its descriptions and its picture are read from there.
+    scored
+        The section's nuclei, in the order of the prediction.
+    metrics
+        The run's.
+    model
+        Of the bundle.
+    """
+    import anndata as ad
+    import h5py
+    from anndata.io import read_elem
+
+    with h5py.File(path) as file:
+        parts = {key: read_elem(file[key]) for key in ("obs", "var", "uns")}
+        xy = read_elem(file["obsm/spatial"])
+    prediction = ad.AnnData(scored.umi, **parts, obsm={"spatial": xy}, layers={"prob": scored.prob})
+    picture = parts["uns"]["spatial"][scored.section.name]["images"]["hires"]
+    measured = Measured(scored.nuclei.counts, np.arange(len(scored.nuclei)))
+    return Page(prediction, picture, measured, scored.result.per_gene, metrics, model)
+
+
+def _source(
+    prediction: ad.AnnData,
+    section: Section,
+    matched: Matched,
+    result: Evaluation,
+    metrics: Mapping[str, Any],
+    model: Mapping[str, Any],
+    suffix: str,
+    picture: NDArray[np.uint8] | None = None,
+) -> Source:
+    if picture is None:
+        with section.open_slide() as slide:
+            picture = slide.thumbnail(PICTURE_PX)
+    # found by centroid, each matched nucleus is the nearest of the prediction's
+    rows = (
+        prediction.obs_names.get_indexer(matched.cell_id)
+        if matched.by == "cell_id"
+        else cKDTree(prediction.obsm["spatial"]).query(matched.xy_px)[1]
+    )
+    page = Page(prediction, picture, Measured(matched.measured, rows), result.per_gene, metrics, model)
+    nuclei = NucleusSet(
+        section=section.name,
+        cell_id=matched.cell_id,
+        xy_um=matched.xy_px * section.mpp,
+        features=np.empty((len(rows), 0), np.float32),
+        counts=matched.measured,
+        total_counts=np.asarray(matched.measured.sum(axis=1)).ravel(),
+        area_um2=prediction.obs["area_um2"].to_numpy()[rows],
+    )
+    umi, prob = _array(matched.predicted), _array(matched.predicted if matched.prob is None else matched.prob)
+    return Source(page, Scored(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
+
+
+def _measure(prediction: ad.AnnData, path: Path, section: Section, qc: Mapping[str, Any], *, what: str) -> Matched:
+    """The section's counts in the nuclei of the prediction that pass quality control."""
+    about = prediction.uns["prts"]
+    if section.bins is None:
+        raise InputError(f"{what}: has no binned_outputs/square_002um, so there is nothing to compare with")
+    _same_size(what, section.width, section.height, about)
+    require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])
+    counts = count_nuclei(section.bins, load_nuclei(nuclei_path(path)), species=str(about["species"]))
+    return match(prediction, quality_control(counts, mpp=section.mpp, **dict(qc)), mpp=section.mpp)
+
+
+def _evaluate(matched: Matched, prediction: ad.AnnData, section: Section, evaluation: Mapping[str, Any]) -> Evaluation:
+    return evaluate_section(
+        matched.measured,
+        matched.predicted,
+        matched.prob,
+        genes=matched.genes,
+        threshold=float(prediction.uns["prts"]["threshold"]),
+        xy_um=matched.xy_px * section.mpp,
+        block_um=evaluation["block_um"],
+        n_replicates=evaluation["bootstrap"],
+    )
+
+
+def _same_size(what: str, width: int, height: int, about: Mapping[str, Any]) -> None:
+    if (width, height) != (about["width"], about["height"]):
+        raise InputError(
+            f"{what}: its image is {width} x {height} px, the prediction's was {about['width']} x {about['height']}; "
+            "give what was predicted"
+        )
+
+
+def _join(prediction: ad.AnnData, path: Path) -> None:
+    """Add the columns of an analysis to the prediction's nuclei; nuclei that it left out have none."""
+    import h5py
+    from anndata.io import read_elem
+
+    if not path.is_file() or not h5py.is_hdf5(path):
+        raise InputError(f"analysis={path}: no such .h5ad file; expected analysis.h5ad of `prts analyze`")
+    with h5py.File(path) as file:
+        obs = read_elem(file["obs"]) if "obs" in file else pd.DataFrame()
+    shared = prediction.obs_names.isin(obs.index.astype(str))
+    if not shared.any():
+        raise InputError(
+            f"analysis={path}: none of its nuclei is in the prediction; give the analysis of this prediction"
+        )
+    obs.index = obs.index.astype(str)
+    new = obs[[column for column in obs.columns if column not in prediction.obs]]
+    prediction.obs = prediction.obs.join(new)
+    logger.info("analysis: %d of %d nuclei, columns %s", shared.sum(), len(shared), ", ".join(map(str, new.columns)))
+
+
+def _panel(prediction: ad.AnnData) -> Panel:
+    names = tuple(prediction.var_names.astype(str))
+    ids = tuple(prediction.var["gene_id"].astype(str)) if "gene_id" in prediction.var else names
+    return Panel(names, ids, "prediction", {})
+
+
+def _array(matrix: Any) -> NDArray[np.float32]:
+    return np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)
