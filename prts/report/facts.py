@@ -130,7 +130,7 @@ def training(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[s
         named = [f"{name} ({n[role]:,} nuclei)" for name, n in nuclei.items() if n[role]]
         if not named and role == "train":
             named = [str(name) for name in of.get("train_sections", ())]
-        found.append(({"train": "trained on", "val": "chosen on"}[role], ", ".join(named)))
+        found.append(({"train": "trained on", "val": "validated on"}[role], ", ".join(named)))
     encoder = about.get("features", {}).get("encoder", {})
     reads = f"{encoder.get('name', '')} at {encoder['mpp']:g} µm/px" if "mpp" in encoder else ""
     found.append(("image encoder", reads))

@@ -8,7 +8,7 @@ prts.table = (() => {
   let sorted = { column: meta.headings.length ? 1 : 0, down: meta.headings.length > 0 };
 
   function line(row) {
-    const button = element("button", { type: "button", disabled: row.place < 0, title: row.place < 0 ? "not among the genes that this page can map" : null,
+    const button = element("button", { type: "button", disabled: row.place < 0, title: row.place < 0 ? `${row.name}: not among the genes that this page can map` : row.name,
       onclick: () => prts.choose(row.place) }, row.name);
     const made = element("tr", { class: row.predictable ? "" : "grey", title: row.predictable ? null : "not predictable on validation" },
       element("th", { scope: "row" }, button));

@@ -1,0 +1,253 @@
+import base64
+import json
+import re
+import zlib
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from prts.cli.app import run
+from prts.errors import InputError
+from prts.report import facts
+from prts.report.embed import PROB_STEPS, colour_top, measured_blocks, nucleus_columns, packed, predicted_blocks
+from prts.report.html import Measured, Page, choose_genes, gene_table, write_page
+
+EVIL = ["<script>alert(1)</script>", "</script>", "A&amp;B", '" onload="x']
+
+
+def unpack(block: str, kind: type = np.uint8) -> np.ndarray:
+    return np.frombuffer(zlib.decompress(base64.b64decode(block)), kind)
+
+
+def prediction(n: int = 60, genes: tuple[str, ...] = ("Plp1", "Ttr", "Apoe")) -> ad.AnnData:
+    rng = np.random.default_rng(0)
+    X = rng.gamma(1, 1, (n, len(genes))).astype(np.float32)
+    about = {
+        "section": "s1",
+        "image": "a.tif",
+        "width": 1000,
+        "height": 800,
+        "mpp": 0.5,
+        "scale": "umi",
+        "species": "human",
+    }
+    about |= {"model": {"tissue": "demo", "train_sections": np.array(["t1"], dtype=object)}, "threshold": 0.5}
+    about["features"] = {"encoder": {"name": "classical", "mpp": 0.5}}
+    return ad.AnnData(
+        sp.csr_matrix(X),
+        obs=pd.DataFrame(
+            {"area_um2": rng.uniform(20, 80, n), "type": pd.Categorical(rng.choice(["a", "<b>"], n))},
+            index=[f"n{i}" for i in range(n)],
+        ),
+        var=pd.DataFrame({"gene_id": genes, "val_pcc": [0.1, 0.5, np.nan, 0.2][: len(genes)]}, index=list(genes)),
+        obsm={"spatial": rng.uniform([100, 100], [900, 700], (n, 2))},
+        layers={"prob": 1 - np.exp(-X)},
+        uns={"prts": about},
+    )
+
+
+def page(**parts: object) -> Page:
+    picture = np.full((80, 100, 3), 230, np.uint8)
+    return Page(parts.pop("prediction", None) or prediction(), picture, **parts)  # type: ignore[arg-type]
+
+
+def embedded(text: str, name: str) -> dict:
+    return json.loads(re.search(rf'<script type="application/json" id="prts-{name}">(.*?)</script>', text, re.S)[1])
+
+
+def test_predicted_values_come_back_within_half_a_step():
+    umi = np.array([[0, 0.1, 0], [3, 0.4, 0], [50, 0.2, 0]], np.float32)
+    blocks, highest = predicted_blocks(umi)
+    np.testing.assert_allclose(highest, np.log1p([50, 0.4, 0]), rtol=1e-6)
+    for gene, block in enumerate(blocks):
+        np.testing.assert_allclose(
+            unpack(block) / 255 * highest[gene], np.log1p(umi[:, gene]), atol=highest[gene] / 510 + 1e-6
+        )
+
+
+def test_measured_counts_are_exact_and_nuclei_without_any_say_so():
+    counts = sp.csr_matrix([[0, 254], [300, 7]], dtype=np.int32)
+    (first, size), (second, small) = measured_blocks(counts, np.array([2, 0]), 4)
+    assert (size, small) == (2, 1)
+    np.testing.assert_array_equal(unpack(first, np.uint16), [300, 65535, 0, 65535])
+    np.testing.assert_array_equal(unpack(second), [7, 255, 254, 255])
+
+
+def test_colours_end_at_the_99th_percentile_or_the_highest_where_that_is_zero():
+    values = np.zeros((1000, 2))
+    values[:, 0] = np.arange(1000)
+    values[0, 1] = 4
+    np.testing.assert_allclose(colour_top(values), [989.01, 4])
+
+
+def test_columns_of_nuclei_keep_codes_labels_and_missing():
+    obs = pd.DataFrame(
+        {
+            "kind": pd.Categorical(["b", None, "a"], categories=["a", "b"]),
+            "ood": [True, False, False],
+            "area": [1.0, np.nan, 3.0],
+            "same": ["x", "x", "x"],
+        }
+    )
+    kind, ood, area = nucleus_columns(obs)
+    assert kind["labels"] == ["a", "b"]
+    np.testing.assert_array_equal(unpack(kind["block"]), [1, 255, 0])
+    assert ood["labels"] == ["False", "True"]
+    np.testing.assert_array_equal(unpack(area["block"], np.float32), np.array([1, np.nan, 3], np.float32))
+    names = pd.DataFrame({"name": [f"n{i}" for i in range(101)]})
+    assert nucleus_columns(names) == []
+
+
+def test_big_numbers_are_little_endian():
+    assert zlib.decompress(base64.b64decode(packed(np.array([1], ">u2")))) == b"\x01\x00"
+
+
+def test_named_genes_come_first_then_the_best_predicted():
+    table = pd.DataFrame({"gene": list("abcd"), "val_pcc": [0.1, np.nan, 0.9, 0.5]})
+    assert choose_genes(table, 10, None).tolist() == [2, 3, 0, 1]
+    assert choose_genes(table, 10, 2).tolist() == [2, 3]
+    assert choose_genes(table, 10, ["b"]).tolist() == [1, 2, 3, 0]
+    assert choose_genes(table, 6_000_000, None).tolist() == [2, 3]  # 12 million values at most
+    assert choose_genes(table, 6_000_000, list("abd")).tolist() == [0, 1, 3]
+    with pytest.raises(InputError, match="genes: e is not one of the 4 genes"):
+        choose_genes(table, 10, ["e"])
+    with pytest.raises(InputError, match="genes=0"):
+        choose_genes(table, 10, 0)
+
+
+def test_large_sections_show_200_genes_and_small_ones_all():
+    table = pd.DataFrame({"gene": [f"g{i}" for i in range(1000)], "pcc": np.arange(1000.0)})
+    assert len(choose_genes(table, 60_000, None)) == 200
+    assert len(choose_genes(table, 2_000, None)) == 1000
+    assert len(choose_genes(table, 120_000, None)) == 100
+
+
+def test_the_table_has_test_figures_where_there_are_any():
+    per_gene = pd.DataFrame(
+        {"gene": ["Ttr", "Plp1"], "pcc": [0.4, 0.3], "ceiling": [0.5, 0.6], "mean_counts": [2.0, 1.0]}
+    )
+    table = gene_table(page(per_gene=per_gene))
+    assert table["pcc"].tolist()[:2] == [0.3, 0.4]
+    assert np.isnan(table["pcc"][2])
+    bare = gene_table(page())
+    assert "pcc" not in bare
+    assert bare["mean_predicted"][0] == pytest.approx(prediction().X[:, 0].mean())
+
+
+def test_the_page_holds_the_values_of_every_gene(tmp_path):
+    shown = prediction()
+    counts = sp.csr_matrix(np.random.default_rng(1).poisson(1, (20, 3)).astype(np.int32))
+    rows = np.arange(0, 60, 3)
+    text = write_page(tmp_path / "report.html", page(prediction=shown, measured=Measured(counts, rows))).read_text()
+    meta, blocks = embedded(text, "meta"), embedded(text, "blocks")
+    assert [gene["name"] for gene in meta["genes"]] == ["Ttr", "Plp1", "Apoe"]  # by val_pcc
+    for place, column in enumerate([1, 0, 2]):
+        umi = shown.X[:, [column]].toarray().ravel()
+        level = unpack(blocks["predicted"][place]) / 255 * meta["genes"][place]["highest"]
+        np.testing.assert_allclose(level, np.log1p(umi), atol=meta["genes"][place]["highest"] / 500)
+        np.testing.assert_allclose(
+            unpack(blocks["prob"][place]) / PROB_STEPS, 1 - np.exp(-umi), atol=0.5 / PROB_STEPS + 1e-6
+        )
+        np.testing.assert_array_equal(unpack(blocks["measured"][place])[rows], counts[:, [column]].toarray().ravel())
+        top = np.percentile(np.log1p(counts[:, [column]].toarray()), 99)
+        assert meta["genes"][place]["top"] == pytest.approx(top)
+    np.testing.assert_array_equal(unpack(blocks["x"], np.float32), shown.obsm["spatial"][:, 0].astype(np.float32))
+    assert json.loads(unpack(blocks["ids"]).tobytes()) == list(shown.obs_names)
+    assert (meta["n"], meta["n_measured"]) == (60, 20)
+
+
+def test_no_name_from_data_becomes_markup(tmp_path):
+    shown = prediction(genes=tuple(EVIL))
+    shown.uns["prts"]["section"] = EVIL[0]
+    shown.obs["type"] = shown.obs["type"].cat.rename_categories({"a": EVIL[1]})
+    shown.obs[EVIL[0]] = shown.obs["type"]
+    shown.uns["prts"]["image"] = EVIL[3]
+    text = write_page(tmp_path / "report.html", page(prediction=shown, metrics={"warning/split": EVIL[0]})).read_text()
+    assert "<script>alert" not in text
+    assert 'onload="x' not in text
+    plain = write_page(tmp_path / "plain.html", page()).read_text()
+    for tag in ("<script", "</script", "<img", "<b>"):
+        assert text.count(tag) == plain.count(tag), tag
+    meta = embedded(text, "meta")
+    assert sorted(gene["name"] for gene in meta["genes"]) == sorted(EVIL)
+    assert meta["section"] == EVIL[0]
+
+
+def test_the_page_asks_nothing_of_any_network(tmp_path):
+    text = write_page(tmp_path / "report.html", page()).read_text()
+    assert "default-src 'none'" in text
+    markup = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", markup)
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses), addresses
+
+
+def test_the_page_is_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(InputError):
+        write_page(tmp_path / "report.html", page(), genes=["None such"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_stand_beside_baselines_and_ceiling():
+    figures = facts.of_section(
+        {
+            "test/pcc_mean": 0.3, "test/pcc_mean_low": 0.25, "test/pcc_mean_high": 0.34, "test/ceiling_mean": 0.6,
+            "test/ceiling_share": 0.5, "test/n_genes": 1000, "test/n_cells": 5312, "val/pcc_mean": 0.9,
+            "baseline/ridge/pcc_mean": 0.2, "baseline/ridge/difference": 0.1, "baseline/ridge/difference_low": 0.05,
+            "baseline/ridge/difference_high": 0.15, "baseline/gene_mean/pcc_mean": 0.0, "baseline/colour/pcc_mean": 0.25,
+        },
+        "s1",
+    )  # fmt: skip
+    lines = facts.scores(figures)
+    assert [line.name for line in lines] == ["prts", "colour", "ridge", "gene mean", "noise ceiling"]
+    assert lines[0].text == "0.300 [0.250, 0.340]"
+    assert lines[2].difference == "+0.100 [0.050, 0.150]"
+    assert lines[4].bar == pytest.approx(100 / 1.02, abs=0.01)
+    assert lines[0].bar == pytest.approx(50 / 1.02, abs=0.01)
+    assert "1,000 genes in 5,312 nuclei: 0.300 (95 % interval 0.250 to 0.340), 50% of what" in facts.headline(figures)
+    assert facts.scores({}) == []
+
+
+def test_of_several_test_sections_each_page_has_its_own_figures():
+    metrics = {"test/a/pcc_mean": 0.1, "test/b/pcc_mean": 0.3, "test/pcc_mean": 0.2, "baseline/b/ridge/pcc_mean": 0.25}
+    metrics |= {"baseline/ridge/pcc_mean": 0.2}
+    figures = facts.of_section(metrics, "b")
+    assert figures["pcc_mean"] == 0.3
+    assert figures["baseline/ridge/pcc_mean"] == 0.25
+    assert facts.of_section(metrics, "c")["pcc_mean"] == 0.2
+
+
+def test_warnings_say_what_to_beware_of():
+    shown = prediction()
+    about = shown.uns["prts"]
+    assert facts.warnings(about, shown.obs, shown.var, {}, {}) == []
+    shown.obs["ood"] = np.arange(60) < 6
+    shown.obs["artefact"] = False
+    shown.var["predictable"] = [True, False, False]
+    found = facts.warnings(about | {"mpp": 1.0}, shown.obs, shown.var, {}, {"warning/split": "cells at random"})
+    assert [words.split()[0] for words in found] == ["Split:", "Resolution:", "6", "2"]
+    assert "1 µm/px, the model reads 0.5: it was enlarged 2 times" in found[1]
+    assert found[2].startswith("6 of 60 nuclei (10.0%)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "run, prediction: give one of them"),
+        (["run=a", "prediction=b.h5ad"], "run, prediction: give one of them"),
+        (["prediction=none.h5ad", "out=o"], "image: is required"),
+        (["prediction=none.h5ad", "image=i.tif", "out=o"], "none.h5ad: no such file"),
+        (["run=.", "image=i.tif"], "image: goes with prediction="),
+        (["run=."], "run=.: has no config.yaml"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("report", arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error
+    assert not list(tmp_path.iterdir())
