@@ -246,6 +246,8 @@ class PRTSDataModule(pl.LightningDataModule):
             dataset,
             batch_size=None,  # the sampler's items are batches already
             sampler=sampler,
+            # its own: drawing the workers' seeds from torch's generator would shift the dropout that follows, by the number of workers
+            generator=torch.Generator().manual_seed(self.seed),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
