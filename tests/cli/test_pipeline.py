@@ -13,7 +13,6 @@ from hydra import compose, initialize_config_dir
 from prts.cli.app import config_dir, run
 from prts.cli.prepare import preparation
 from prts.cli.train import train
-from prts.models.bundle import load_bundle
 from prts.stopwatch import Stopwatch
 
 pytestmark = pytest.mark.slow
