@@ -255,7 +255,7 @@ def sum_in_spots(
             "spots: no predicted nucleus lies in any spot; spots and nuclei must be in pixels of the same image"
         )
     logger.info("spots: %d hold nuclei, %d do not and are left out", occupied.sum(), (~occupied).sum())
-    return _align_genes(spots.counts, genes, gene_ids, "spots")[occupied], inside[occupied] @ predicted
+    return align_genes(spots.counts, genes, gene_ids, "spots")[occupied], inside[occupied] @ predicted
 
 
 def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> Matched:
@@ -286,7 +286,7 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> Matched:
     agrees = 2 * len(found) >= min(len(there), len(here)) and len(found) > 0
     if not agrees or np.median(np.linalg.norm(there[rows[found]] - here[found], axis=1)) * mpp >= _SAME_NUCLEUS_UM:
         by = "centroid"
-        found, rows = _mutual_nearest(here, there, _NEAREST_UM / mpp)
+        found, rows = mutual_nearest(here, there, _NEAREST_UM / mpp)
     else:
         rows = rows[found]
     if len(found) == 0:
@@ -299,7 +299,7 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> Matched:
     gene_ids = prediction.var["gene_id"].astype(str).tolist() if "gene_id" in prediction.var else None
     prob = prediction.layers.get("prob")
     return Matched(
-        measured=_align_genes(counts, genes, gene_ids, "section")[found],
+        measured=align_genes(counts, genes, gene_ids, "section")[found],
         predicted=prediction.X[rows],
         prob=None if prob is None else prob[rows],
         genes=genes,
@@ -325,10 +325,10 @@ def _poisson_prob(predicted: Matrix) -> Matrix:
     return -np.expm1(-predicted)
 
 
-def _mutual_nearest(
+def mutual_nearest(
     here: NDArray[np.float64], there: NDArray[np.float64], radius: float
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Rows of the pairs of points that are each other's nearest within a radius."""
+    """Rows of the pairs of points, (n_here, 2) and (n_there, 2), that are each other's nearest within a radius."""
     if len(here) == 0 or len(there) == 0:
         return np.zeros(0, dtype=np.intp), np.zeros(0, dtype=np.intp)
     distance, forth = cKDTree(there).query(here)
@@ -337,7 +337,7 @@ def _mutual_nearest(
     return mutual, forth[mutual]
 
 
-def _align_genes(counts: ad.AnnData, genes: Sequence[str], gene_ids: Sequence[str] | None, what: str) -> sp.csr_matrix:
+def align_genes(counts: ad.AnnData, genes: Sequence[str], gene_ids: Sequence[str] | None, what: str) -> sp.csr_matrix:
     """The wanted genes of a counts table in their order, zeros where it has not measured one."""
     column = np.full(len(genes), -1)
     searches: list[tuple[Sequence[str] | None, Any]] = [
