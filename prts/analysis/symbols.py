@@ -1,0 +1,55 @@
+"""Human and mouse gene symbols of the same gene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from prts.errors import InputError
+
+
+@dataclass(frozen=True)
+class Orthologs:
+    """Which symbols of one species stand for which of the other; a gene may have several counterparts.
+
+    Attributes
+    ----------
+    to_mouse, to_human
+        By symbol, the symbols of the other species.
+    """
+
+    to_mouse: dict[str, list[str]]
+    to_human: dict[str, list[str]]
+
+
+def read_orthologs(path: Path) -> Orthologs:
+    """Read a table of two columns, the human and the mouse symbol, without a header (rows with one symbol only are left out).
+
+    Raises
+    ------
+    InputError
+        If the file is missing, has other columns, or its columns are not human and mouse symbols.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a table of human and mouse symbols is needed")
+    try:
+        table = pd.read_csv(path, header=None, dtype=str, sep=None, engine="python", encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from error
+    if table.shape[1] != 2:
+        raise InputError(f"{path}: has {table.shape[1]} columns; two are needed, the human and the mouse symbol")
+    pairs = table.dropna().drop_duplicates()
+    pairs.columns = pd.Index(["human", "mouse"])
+    upper = pairs.apply(lambda column: (column == column.str.upper()).mean() if len(column) else 0.0)
+    if upper["human"] <= upper["mouse"]:
+        raise InputError(
+            f"{path}: the first column does not look like human symbols beside the second; `CAMK2A,Camk2a` would be right"
+        )
+    return Orthologs(to_mouse=_lists(pairs, "human", "mouse"), to_human=_lists(pairs, "mouse", "human"))
+
+
+def _lists(pairs: pd.DataFrame, key: str, value: str) -> dict[str, list[str]]:
+    return {str(name): of.tolist() for name, of in pairs.groupby(key)[value]}
