@@ -1,0 +1,236 @@
+"""Measured Visium spots beside predicted nuclei: sums inside spots gene by gene, totals and features, domains against clusters."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from prts.analysis.clusters import ClusterSettings, cluster, embed
+from prts.analysis.types import agreement
+from prts.errors import InputError
+from prts.io.spots import Spots
+from prts.metrics.evaluate import spot_pcc, sum_in_spots
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+logger = logging.getLogger(__name__)
+
+_POSITIONS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+
+
+@dataclass(frozen=True)
+class SpotComparison:
+    """What spots and the nuclei inside them show.
+
+    Attributes
+    ----------
+    spots
+        A row a spot that was kept: `x, y` (full-resolution px), `n_nuclei`, `total_measured`, `total_predicted` (over the predicted
+        genes), `features_measured, features_predicted` (of them: seen, and expected to be seen), `domain` (missing where spots are too
+        few to cluster).
+    per_gene
+        `gene, mean_counts, pcc, constant`: of log1p of the sums, over spots that hold a nucleus.
+    composition
+        Domains x clusters of the nuclei: share of a domain's nuclei in each; None without domains.
+    summary
+        `n_spots, n_nuclei_in_spots, nuclei_per_spot` (median over spots that hold one), `pcc_mean, pcc_median, total_pcc,
+        features_pcc`, and, with domains, `n_domains, domain_nmi`: of the domain that a nucleus lies in with its cluster.
+    """
+
+    spots: pd.DataFrame
+    per_gene: pd.DataFrame
+    composition: pd.DataFrame | None
+    summary: dict[str, float]
+
+
+def read_visium(folder: Path) -> Spots:
+    """Read the `outs` folder of a Visium (v1/v2) run of Space Ranger, spots in tissue only.
+
+    Parameters
+    ----------
+    folder
+        With `filtered_feature_bc_matrix.h5` (or `raw_feature_bc_matrix.h5`, of which the spots in tissue are taken) and `spatial/`:
+        `tissue_positions.csv` (`.parquet`; before Space Ranger 2 `tissue_positions_list.csv`, without a header) and
+        `scalefactors_json.json`.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged, or no spot in tissue has a position.
+    """
+    import scanpy as sc
+
+    folder = Path(folder)
+    matrix = _first(folder, "filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5")
+    positions = _positions(
+        _first(folder / "spatial", "tissue_positions.csv", "tissue_positions.parquet", "tissue_positions_list.csv")
+    )
+    factors = _first(folder / "spatial", "scalefactors_json.json")
+    try:
+        diameter = float(json.loads(factors.read_text(encoding="utf-8"))["spot_diameter_fullres"])
+        counts = sc.read_10x_h5(matrix)
+    except Exception as error:  # scanpy raises whatever a foreign HDF5 file leads it to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{folder}: cannot be read as Visium output ({reason}); Space Ranger's `outs` folder is needed"
+        ) from error
+    counts.var["symbol"] = counts.var_names
+    if "gene_ids" in counts.var:
+        counts.var["gene_id"] = counts.var.pop("gene_ids")
+    counts.var_names_make_unique()
+    inside = positions.index[positions["in_tissue"] == 1]
+    counts = counts[counts.obs_names.isin(inside)].copy()
+    if not counts.n_obs:
+        raise InputError(
+            f"{folder}: none of its barcodes is a spot in tissue; matrix and positions must come from one run of Space Ranger"
+        )
+    counts.X = sp.csr_matrix(counts.X).astype(np.int32)
+    xy = positions.loc[counts.obs_names, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=float)
+    counts.obsm["spatial"] = xy
+    return Spots(counts, xy, diameter / 2)
+
+
+def filter_spots(
+    spots: Spots, *, min_counts: int = 1000, max_counts: int = 100_000, min_genes: int = 200, max_genes: int = 10_000
+) -> Spots:
+    """Keep spots with so many UMIs and genes, both ends included (paper).
+
+    Raises
+    ------
+    InputError
+        If none is left.
+    """
+    X = sp.csr_matrix(spots.counts.X)
+    total, genes = np.asarray(X.sum(axis=1)).ravel(), np.diff(X.indptr)
+    keep = (total >= min_counts) & (total <= max_counts) & (genes >= min_genes) & (genes <= max_genes)
+    if not keep.any():
+        raise InputError(
+            f"spots: none of {len(keep)} has {min_counts}-{max_counts} UMIs (there are {total.min():.0f}-{total.max():.0f}) and "
+            f"{min_genes}-{max_genes} genes ({genes.min()}-{genes.max()}); set spots.min_counts and its like"
+        )
+    logger.info("spots: %d of %d kept", keep.sum(), len(keep))
+    return replace(spots, counts=spots.counts[keep].copy(), xy=spots.xy[keep])
+
+
+def compare_spots(
+    prediction: ad.AnnData, spots: Spots, clusters: pd.Series | None, settings: ClusterSettings
+) -> SpotComparison:
+    """Compare the nuclei of a prediction with the measured spots on the same image.
+
+    Parameters
+    ----------
+    prediction
+        Nuclei x genes with `layers["prob"]`, all nuclei of the section.
+    spots
+        Of `filter_spots`.
+    clusters
+        Cluster of each nucleus, missing where dropped; None compares no domains.
+    settings
+        How the spots are clustered into domains.
+
+    Raises
+    ------
+    InputError
+        If no nucleus lies in a spot or no predicted gene was measured.
+    """
+    xy = np.asarray(prediction.obsm["spatial"], dtype=float)
+    genes = prediction.var_names.astype(str).tolist()
+    ids = prediction.var["gene_id"].astype(str).tolist() if "gene_id" in prediction.var else None
+    mean, per_gene = spot_pcc(prediction.X, xy, spots, genes, ids)
+    measured, summed = sum_in_spots(prediction.X, xy, spots, genes, ids)
+    distance, nearest = cKDTree(spots.xy).query(xy)
+    spot = np.where(distance <= spots.radius_px, nearest, -1)
+    n_nuclei = np.bincount(spot[spot >= 0], minlength=len(spots.xy))
+
+    table = pd.DataFrame({"x": spots.xy[:, 0], "y": spots.xy[:, 1], "n_nuclei": n_nuclei}, index=spots.counts.obs_names)
+    held = n_nuclei > 0
+    table[["total_measured", "total_predicted", "features_measured", "features_predicted"]] = np.nan
+    table.loc[held, "total_measured"] = _rows(measured)
+    table.loc[held, "total_predicted"] = _rows(summed)
+    table.loc[held, "features_measured"] = _rows(measured > 0)
+    table.loc[held, "features_predicted"] = _rows(_seen(prediction, spot, len(spots.xy))[held])
+    table["domain"] = _domains(spots, settings)
+
+    summary: dict[str, float] = {
+        "n_spots": len(table),
+        "n_nuclei_in_spots": int((spot >= 0).sum()),
+        "nuclei_per_spot": float(np.median(n_nuclei[held])),
+        "pcc_mean": mean,
+        "pcc_median": float(per_gene["pcc"].median()),
+        "total_pcc": _log_pcc(table.loc[held, "total_measured"], table.loc[held, "total_predicted"]),
+        "features_pcc": _log_pcc(table.loc[held, "features_measured"], table.loc[held, "features_predicted"]),
+    }
+    composition = None
+    if clusters is not None and table["domain"].notna().any():
+        domain = table["domain"].reset_index(drop=True).reindex(np.where(spot >= 0, spot, -1)).reset_index(drop=True)
+        composition = pd.crosstab(domain, clusters.astype(object).reset_index(drop=True), normalize="index")
+        composition = composition.rename_axis(index="domain", columns="cluster")
+        summary["n_domains"] = table["domain"].nunique()
+        summary["domain_nmi"] = agreement(domain, clusters)["nmi"]
+    return SpotComparison(table, per_gene, composition, summary)
+
+
+def _domains(spots: Spots, settings: ClusterSettings) -> NDArray[Any]:
+    """Clusters of the spots; all missing where they are too few."""
+    counts = spots.counts.copy()
+    counts.obsm["spatial"] = spots.xy
+    try:
+        nuclei = embed(counts, settings, what="spots")
+        cluster(nuclei, settings, what="spots")
+    except InputError as error:
+        logger.warning("%s; the spots get no domains", error)
+        return np.full(len(spots.xy), None, dtype=object)
+    names = nuclei.obs["cluster"].astype(object)
+    return np.asarray(names.where(names.notna(), None), dtype=object)
+
+
+def _seen(prediction: ad.AnnData, spot: NDArray[np.intp], n_spots: int) -> NDArray[np.float64]:
+    """P(a gene is seen in any of a spot's nuclei), (n_spots, n_genes), nuclei taken as independent given what was predicted."""
+    prob = np.asarray(prediction.layers["prob"], dtype=float)
+    inside = spot >= 0
+    holds = sp.csr_matrix((np.ones(inside.sum()), (spot[inside], np.flatnonzero(inside))), shape=(n_spots, len(spot)))
+    return np.asarray(-np.expm1(holds @ np.log1p(-np.minimum(prob, 1 - 1e-7))))
+
+
+def _rows(matrix: Any) -> NDArray[np.float64]:
+    return np.asarray(matrix.sum(axis=1), dtype=float).ravel()
+
+
+def _log_pcc(a: pd.Series, b: pd.Series) -> float:
+    """PCC of log1p of two columns; NaN where one is constant."""
+    x, y = np.log1p(a.to_numpy()), np.log1p(b.to_numpy())
+    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() > 0 and y.std() > 0 else float("nan")
+
+
+def _first(folder: Path, *names: str) -> Path:
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    if found is None:
+        raise InputError(f"{folder}: has no {names[0]}; the `outs` folder of a Visium run is needed")
+    return found
+
+
+def _positions(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            table = pd.read_parquet(path)
+        else:
+            header = 0 if path.name == "tissue_positions.csv" else None
+            table = pd.read_csv(path, header=header, names=_POSITIONS if header is None else None)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); Space Ranger's file is needed"
+        ) from error
+    missing = [name for name in _POSITIONS if name not in table]
+    if missing or len(table.columns) != len(_POSITIONS):
+        raise InputError(f"{path}: its columns are not {', '.join(_POSITIONS)}; Space Ranger's file is needed")
+    return table.set_index("barcode")
