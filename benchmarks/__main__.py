@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, MissingDataError, commit, data_folder, machine
 from benchmarks.table import into_readme, markdown, merge, write
 
-PARTS = ("counts", "train", "predict", "predict_million", "startup")
+PARTS = ("counts", "extract", "train", "predict", "predict_million", "segment", "startup")
 # Hours of extraction at four strides, so only where it is asked for.
 ON_DEMAND: tuple[str, ...] = ()
 

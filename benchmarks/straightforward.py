@@ -53,14 +53,14 @@ def count(
 
 
 def extract(
-    image: Path, mpp: float, nuclei: gpd.GeoDataFrame, network: torch.nn.Module, encoder: Any, folder: Path
+    slide: np.ndarray, mpp: float, nuclei: gpd.GeoDataFrame, network: torch.nn.Module, encoder: Any, folder: Path
 ) -> np.ndarray:
     """Features of nuclei: a TIFF for each, written, rotated and read again, then the network in fp32.
 
     Parameters
     ----------
-    image
-        The whole slide, which is read into memory.
+    slide
+        All of its pixels.
     mpp
         Its um/px.
     nuclei
@@ -76,10 +76,8 @@ def extract(
     -------
     (n, 576) class token, and the mean of the four central tokens with adjacent channels averaged.
     """
-    import tifffile
     from PIL import Image
 
-    slide = tifffile.imread(image)
     half = round(128 * encoder.mpp / mpp)
     padded = np.pad(slide, ((half, half), (half, half), (0, 0)), constant_values=255)
     centroid = nuclei.geometry.centroid
