@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks.harness import ROOT, MissingDataError, commit, data_folder, machine
 from benchmarks.table import into_readme, markdown, merge, write
 
-PARTS = ("counts", "extract", "train", "predict", "predict_million", "segment", "startup")
-# Hours of extraction at four strides, so only where it is asked for.
-ON_DEMAND: tuple[str, ...] = ()
+PARTS = ("counts", "extract", "grid", "train", "predict", "predict_million", "segment", "startup")
+# Half an hour of extraction, so only where it is asked for.
+ON_DEMAND = ("grid_pcc",)
 
 
 def main() -> int:

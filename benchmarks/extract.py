@@ -68,7 +68,7 @@ def compare(data: str, n: int, slow_n: int, rounds: int) -> dict[str, Any]:
             network.forward_features(tiles)
 
     ways = {
-        "extract": lambda: _extract(slide_path, mpp, nuclei, encoder),
+        "extract": lambda: extract_seconds(slide_path, mpp, nuclei, encoder),
         "encoder": bare,
         "straightforward": lambda: _straightforward(slide_path, mpp, nuclei[:slow_n], plain),
     }
@@ -84,7 +84,7 @@ def once(data: str, n: int) -> float:
     slide_path, mpp, nuclei = section(data, n)
     encoder = make_encoder(data)
     encoder.load()
-    return _extract(slide_path, mpp, nuclei, encoder)
+    return extract_seconds(slide_path, mpp, nuclei, encoder)
 
 
 def straightforward_once(data: str, n: int) -> float:
@@ -143,7 +143,8 @@ def make_encoder(data: str, **settings: Any) -> Any:
     return ViT256(weights, mean=IMAGENET_MEAN, std=IMAGENET_STD, device="cpu", **settings)
 
 
-def _extract(image: Path, mpp: float, nuclei: Any, encoder: Any) -> float:
+def extract_seconds(image: Path, mpp: float, nuclei: Any, encoder: Any) -> float:
+    """Seconds from an image to a store of features."""
     from prts.features.extract import extract
     from prts.io.slide import open_slide
 
