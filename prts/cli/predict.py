@@ -6,8 +6,8 @@ usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] 
 Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
 the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
 from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
-`encoder.device=` says. Writes FILE.h5ad (nuclei x genes, expected UMI in X, P(expressed) in layers["prob"]) and
-FILE.nuclei.parquet (the polygons).
+`encoder.device=` says. Writes FILE.h5ad (nuclei x genes, expected UMI in X, P(expressed) in layers["prob"], the counts that
+90 % of such nuclei have in layers["lower"] and layers["upper"], unless intervals=false) and FILE.nuclei.parquet (the polygons).
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
 """
@@ -63,7 +63,7 @@ def main(cfg: DictConfig) -> None:
     with watch("predict"):
         bundle.to(device)
         chunks = predict_store(bundle, store, nuclei, section.mpp)
-        write_prediction(out, bundle, section, nuclei, chunks, store=store)
+        write_prediction(out, bundle, section, nuclei, chunks, store=store, intervals=cfg.intervals)
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("peak memory %.0f MB", peak_rss_mb())

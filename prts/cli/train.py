@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from prts.models.mlp import PRTSNet
     from prts.models.predictor import Predictor
     from prts.models.scoring import Scored
+    from prts.models.uncertainty import CountIntervals
     from prts.report.loggers import RunLoggers
     from prts.stopwatch import Stopwatch
 
@@ -80,6 +81,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.models.predictable import predictable, validated_genes
     from prts.models.predictor import Predictor
     from prts.models.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
+    from prts.models.uncertainty import calibrate_intervals, marginal_bounds, score_intervals
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
     seed_everything(cfg.seed)
@@ -112,10 +114,13 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     baselines = _baselines(cfg, datamodule, watch)
     with watch("baselines"):
         beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, cfg.evaluation)
-    save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation, beyond))
+    intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
+    save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation, beyond, intervals))
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
     test = _evaluate(cfg, datamodule, bundle, datamodule.test_sets, sets, watch)
+    marginal = marginal_bounds(datamodule.val_sets)
+    test = [score_intervals(part, intervals, marginal) for part in test]
     metrics: dict[str, float | str] = {}
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in validation}, "val")
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
@@ -267,6 +272,7 @@ def _metadata(
     datamodule: PRTSDataModule,
     validation: Sequence[Scored],
     beyond: Mapping[str, NDArray[np.bool_]],
+    intervals: CountIntervals,
 ) -> dict[str, Any]:
     """What model.json says beside what the network, the scaler and the output rule say of themselves."""
     import numpy as np
@@ -302,6 +308,7 @@ def _metadata(
             "predictable": predictable(beyond).tolist(),
             "beyond": {name: np.flatnonzero(flags).tolist() for name, flags in beyond.items()},
         },
+        "intervals": intervals.settings(),
     }
 
 

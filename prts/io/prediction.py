@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import geopandas as gpd
 
 SCALE = "umi"
+_BOUNDS = ("layers/lower", "layers/upper")
 _HIRES_PX, _LOWRES_PX = 2000, 600
 _ROWS, _COLUMNS = 1024, 256  # of a stored chunk of `prob`: quick to read by nuclei and by gene
 _NNZ = 1 << 18
@@ -99,6 +100,8 @@ class PredictionWriter:
         All nuclei that are predicted, in order (`prts.io.nuclei`). Columns beyond its own four, such as `ood`, go into `obs` too.
     uns
         `prts`: provenance (nested mappings of text, numbers and lists; None is dropped); `spatial`: of `spatial_uns`.
+    intervals
+        Whether `layers["lower"]` and `layers["upper"]` are written, the smallest and largest count to be expected: CSR int32.
 
     Raises
     ------
@@ -107,14 +110,21 @@ class PredictionWriter:
     """
 
     def __init__(
-        self, out: Path, genes: pd.DataFrame, nuclei: gpd.GeoDataFrame, uns: Mapping[str, Mapping[str, Any]]
+        self,
+        out: Path,
+        genes: pd.DataFrame,
+        nuclei: gpd.GeoDataFrame,
+        uns: Mapping[str, Mapping[str, Any]],
+        *,
+        intervals: bool = False,
     ) -> None:
         self.out = check_out(out)
         if not genes.index.is_unique or not nuclei["cell_id"].is_unique:
             raise ValueError("names of genes and nuclei must be unique")
         self._genes, self._nuclei, self._uns = genes, nuclei, uns
         self._shape = len(nuclei), len(genes)
-        self._rows = self._nnz = 0
+        self._sparse = ("X", *(_BOUNDS if intervals else ()))
+        self._rows, self._nnz = 0, dict.fromkeys(self._sparse, 0)
         self._stack = ExitStack()
 
     def __enter__(self) -> PredictionWriter:
@@ -129,7 +139,9 @@ class PredictionWriter:
             self._stack = stack.pop_all()
         return self
 
-    def write(self, start: int, umi: ArrayLike, prob: ArrayLike) -> None:
+    def write(
+        self, start: int, umi: ArrayLike, prob: ArrayLike, bounds: tuple[ArrayLike, ArrayLike] | None = None
+    ) -> None:
         """Append a chunk of nuclei.
 
         Parameters
@@ -140,6 +152,8 @@ class PredictionWriter:
             Expected UMI of each gene, (b, n_genes), >= 0.
         prob
             P(expressed), (b, n_genes), in [0, 1].
+        bounds
+            Smallest and largest count, each (b, n_genes) and whole; given if and only if the file holds intervals.
 
         Raises
         ------
@@ -161,15 +175,21 @@ class PredictionWriter:
             raise ValueError("predicted UMI must be finite and not negative")
         if not ((chance >= 0) & (chance <= 1)).all():
             raise ValueError("P(expressed) must be in [0, 1]")
-        row, column = np.nonzero(level)
-        nnz = self._nnz + len(row)
-        for name, values in (("data", level[row, column]), ("indices", column)):
-            dataset = self._file["X"][name]
-            dataset.resize((nnz,))
-            dataset[self._nnz :] = values
-        self._file["X/indptr"][start + 1 : stop + 1] = self._nnz + np.cumsum(np.count_nonzero(level, axis=1))
+        matrices = [level, *(np.asarray(bound) for bound in bounds or ())]
+        for name, matrix in zip(self._sparse, matrices, strict=True):
+            self._append(name, start, matrix)
         self._file["layers/prob"][start:stop] = chance
-        self._rows, self._nnz = stop, nnz
+        self._rows = stop
+
+    def _append(self, name: str, start: int, matrix: NDArray[Any]) -> None:
+        """Rows at the end of a sparse matrix of the file."""
+        group, before = self._file[name], self._nnz[name]
+        row, column = np.nonzero(matrix)
+        self._nnz[name] = before + len(row)
+        for part, values in (("data", matrix[row, column]), ("indices", column)):
+            group[part].resize((self._nnz[name],))
+            group[part][before:] = values
+        group["indptr"][start + 1 : start + 1 + len(matrix)] = before + np.cumsum(np.count_nonzero(matrix, axis=1))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -186,14 +206,16 @@ class PredictionWriter:
         n, g = self._shape
         file = self._file
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        x = file.create_group("X")
-        x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array([n, g])})
         packed = {"compression": "lzf", "shuffle": True}
-        x.create_dataset("data", (0,), np.float32, maxshape=(None,), chunks=(_NNZ,), **packed)
-        x.create_dataset("indices", (0,), np.int32, maxshape=(None,), chunks=(_NNZ,), **packed)
-        x.create_dataset("indptr", (n + 1,), np.int64, fillvalue=0)
         for name in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
             write_elem(file, name, {})
+        for name in self._sparse:
+            matrix = file.create_group(name)
+            matrix.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array([n, g])})
+            dtype = np.float32 if name == "X" else np.int32
+            matrix.create_dataset("data", (0,), dtype, maxshape=(None,), chunks=(_NNZ,), **packed)
+            matrix.create_dataset("indices", (0,), np.int32, maxshape=(None,), chunks=(_NNZ,), **packed)
+            matrix.create_dataset("indptr", (n + 1,), np.int64, fillvalue=0)
         chunks = max(1, min(_ROWS, n)), max(1, min(_COLUMNS, g))
         prob = file.create_dataset("layers/prob", (n, g), np.float32, chunks=chunks, **packed)
         prob.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})

@@ -27,6 +27,7 @@ from prts.io.cache import atomic, sha256_file
 from prts.models.mlp import PRTSNet
 from prts.models.output import OutputRule
 from prts.models.predictor import Predictor
+from prts.models.uncertainty import CountIntervals
 
 FORMAT_VERSION = 1
 
@@ -104,6 +105,12 @@ class Bundle(Predictor):
         """(g,) genes that were predicted on validation beyond chance and the baselines; None where an older bundle does not say."""
         flags = self.metadata["validation"].get("predictable")
         return None if flags is None else np.array(flags, dtype=bool)
+
+    @property
+    def intervals(self) -> CountIntervals | None:
+        """Intervals of counts, calibrated on validation; None where an older bundle has none."""
+        settings = self.metadata.get("intervals")
+        return None if settings is None else CountIntervals.from_settings(settings)
 
     def _per_gene(self, name: str) -> NDArray[np.float64]:
         values = self.metadata["validation"].get(name) or [None] * len(self.metadata["genes"])
@@ -221,6 +228,9 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
         genes = [(str(gene["name"]), str(gene["id"])) for gene in metadata["genes"]]
         widths = {str(block): int(metadata["input"]["widths"][block]) for block in metadata["input"]["use"]}
         per_gene = [metadata["validation"].get(name) for name in ("pcc", "ceiling", "predictable")]
+        if (intervals := metadata.get("intervals")) is not None:
+            found = CountIntervals.from_settings(intervals)
+            per_gene += [found.scale, found.dispersion, found.mass]
         lengths = {len(genes), *(len(values) for values in per_gene if values is not None)}
         if kind in ARCHITECTURES and scaling in SCALERS:
             with torch.device("meta"):

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from prts import __version__
+from prts.errors import InputError
 from prts.features.inputs import InputReader
 from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
@@ -68,6 +69,7 @@ def write_prediction(
     chunks: Iterable[Prediction],
     *,
     store: Path,
+    intervals: bool | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `<out>.h5ad` and `<out>.nuclei.parquet`.
@@ -86,9 +88,22 @@ def write_prediction(
         Their predictions in order, as `predict_store` yields them.
     store
         The feature store, for provenance.
+    intervals
+        Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them where the bundle has any.
     provenance
         More of it, JSON-like.
+
+    Raises
+    ------
+    InputError
+        If intervals are asked of a bundle that has none, or the file cannot be written.
     """
+    ranges = None if intervals is False else bundle.intervals
+    if intervals and ranges is None:
+        raise InputError(
+            "intervals: this bundle has none, since an older prts trained it; leave it away, or train again"
+        )
+    table = None if ranges is None else ranges.table()
     genes = pd.DataFrame(
         {"gene_id": bundle.gene_ids, "val_pcc": bundle.val_pcc, "ceiling": bundle.ceiling},
         index=pd.Index(bundle.genes, name="gene"),
@@ -113,6 +128,7 @@ def write_prediction(
             "species": meta["species"],
             "qc": meta["qc"],
             "threshold": bundle.rule.threshold,
+            "interval_level": None if ranges is None else ranges.level,
             "gate": bundle.rule.gate,
             "model": {key: meta[key] for key in ("tissue", "train_sections", "seed", "weights_sha256", "versions")},
             "features": {"encoder": attrs["settings"]},
@@ -120,9 +136,9 @@ def write_prediction(
         },
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
     }
-    with PredictionWriter(out, genes, nuclei, uns) as writer:
+    with PredictionWriter(out, genes, nuclei, uns, intervals=ranges is not None) as writer:
         start = 0
         for umi, prob in chunks:
-            writer.write(start, umi, prob)
+            writer.write(start, umi, prob, None if ranges is None else ranges.bounds(umi, table))
             start += len(umi)
     logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))

@@ -69,6 +69,22 @@ def values():
     return umi, rng.random(umi.shape).astype(np.float32)
 
 
+def test_intervals_are_sparse_layers_of_whole_counts(tmp_path, values):
+    umi, prob = values
+    lower = np.random.default_rng(1).poisson(0.1, umi.shape)
+    upper = lower + np.random.default_rng(2).poisson(0.5, umi.shape)
+    path = tmp_path / "p.h5ad"
+    with PredictionWriter(path, make_genes([*"abcdefghijk"]), make_nuclei(50), UNS, intervals=True) as writer:
+        for start in range(0, 50, 17):
+            rows = slice(start, start + 17)
+            writer.write(start, umi[rows], prob[rows], (lower[rows], upper[rows]))
+    layers = ad.read_h5ad(path).layers
+    for name, values in (("lower", lower), ("upper", upper)):
+        assert layers[name].format == "csr" and layers[name].dtype == np.int32
+        assert layers[name].nnz == np.count_nonzero(values)
+        np.testing.assert_array_equal(layers[name].toarray(), values)
+
+
 @pytest.mark.parametrize("chunk", [1, 17, 50])
 def test_what_anndata_reads_is_what_was_written_for_any_chunks(tmp_path, values, chunk):
     umi, prob = values

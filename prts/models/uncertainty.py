@@ -1,0 +1,246 @@
+"""How many UMI a gene may have in a nucleus: intervals of counts around the expected UMI, calibrated on validation.
+
+A count is taken as negative binomial around the expected UMI, with a dispersion per gene. Of the probability of that distribution an
+interval takes at least the nominal level, and more where validation counts were covered less often than that (conformal calibration, one
+number per gene: Romano et al. 2019). Genes with few UMI on validation share their numbers with genes of like expression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import nbinom
+
+from prts.metrics.arrays import gene_slices
+
+if TYPE_CHECKING:
+    from prts.data.sets import NucleusSet
+    from prts.models.scoring import Scored
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int32]
+
+LEVEL = 0.9
+# Nuclei with UMI of a gene, of which its own dispersion and calibration are known well enough.
+_MIN_EXPRESSED = 100
+_STRATA = 5
+# Expected UMI at which bounds are worked out, four an octave; the nearest one speaks for each nucleus.
+_PER_OCTAVE = 4
+_OCTAVES = (-8, 12)
+_GRID = 2.0 ** (np.arange(_OCTAVES[0] * _PER_OCTAVE, _OCTAVES[1] * _PER_OCTAVE + 1) / _PER_OCTAVE)
+# Shares of the mass left out that lie below the interval; the narrowest interval is taken.
+_BELOW = (0.0, 0.25, 0.5)
+_MAX_MASS = 0.9999
+_HALVINGS = 8
+# Calibration needs no more nuclei than these of a section, evenly chosen.
+_MAX_NUCLEI = 20_000
+
+
+@dataclass(frozen=True)
+class CountIntervals:
+    """Intervals of counts for genes, from their expected UMI.
+
+    Parameters
+    ----------
+    level
+        Share of the counts that the intervals are to hold.
+    scale
+        Mean count per expected UMI on validation, (g,).
+    dispersion
+        phi of a count with mean m and variance m + phi m^2, (g,).
+    mass
+        Probability that the interval takes of that distribution, (g,).
+    """
+
+    level: float
+    scale: Floats
+    dispersion: Floats
+    mass: Floats
+
+    def settings(self) -> dict[str, Any]:
+        """All of it, JSON-like, to four digits."""
+        arrays = {"scale": self.scale, "dispersion": self.dispersion, "mass": self.mass}
+        return {"level": self.level} | {name: [float(f"{v:.4g}") for v in values] for name, values in arrays.items()}
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> CountIntervals:
+        """From what `settings` gave."""
+        arrays = (np.array(settings[name], dtype=np.float64) for name in ("scale", "dispersion", "mass"))
+        return cls(float(settings["level"]), *arrays)
+
+    def table(self) -> tuple[Ints, Ints]:
+        """Lower and upper bounds of every gene at each expected UMI of the grid, each (g, grid)."""
+        return _bounds(self.scale, self.dispersion, self.mass)
+
+    def bounds(self, umi: NDArray[np.float32], table: tuple[Ints, Ints] | None = None) -> tuple[Ints, Ints]:
+        """Lower and upper bounds of nuclei.
+
+        Parameters
+        ----------
+        umi
+            Expected UMI, (b, g).
+        table
+            Of `table`, where many chunks are to be looked up.
+
+        Returns
+        -------
+        Smallest and largest count of each interval, both (b, g).
+        """
+        lower, upper = self.table() if table is None else table
+        place, genes = _place(umi), np.arange(umi.shape[1])
+        return lower[genes, place], upper[genes, place]
+
+
+def calibrate_intervals(
+    umi: Sequence[NDArray[np.float32]], sets: Sequence[NucleusSet], *, level: float = LEVEL
+) -> CountIntervals:
+    """Fit the intervals on validation nuclei.
+
+    Parameters
+    ----------
+    umi
+        Expected UMI of the nuclei of each section, (n, g).
+    sets
+        The nuclei, with their counts.
+    level
+        Share of the counts that the intervals are to hold.
+    """
+    rows = [np.linspace(0, len(part) - 1, min(len(part), _MAX_NUCLEI)).astype(np.intp) for part in sets]
+    expected = np.concatenate([part[take] for part, take in zip(umi, rows, strict=True)])
+    counts = np.concatenate([part.counts[take].toarray() for part, take in zip(sets, rows, strict=True)])
+    group = _groups((counts > 0).sum(axis=0), counts.mean(axis=0))
+
+    def pooled(per_gene: Floats) -> Floats:
+        """The sum over the genes that share a group, for each gene."""
+        summed: Floats = np.bincount(group, weights=per_gene)[group].astype(np.float64)
+        return summed
+
+    total = pooled(counts.sum(axis=0, dtype=np.float64))
+    predicted = pooled(expected.sum(axis=0, dtype=np.float64))
+    scale = np.divide(total, predicted, out=np.ones_like(total), where=(predicted > 0) & (total > 0))
+    excess, power = np.zeros(len(total)), np.zeros(len(total))
+    for genes in gene_slices(*counts.shape):
+        mean = expected[:, genes] * scale[genes]
+        excess[genes] = (np.square(counts[:, genes] - mean) - mean).sum(axis=0)
+        power[genes] = np.square(mean).sum(axis=0)
+    power = pooled(power)
+    dispersion = np.divide(pooled(excess), power, out=np.zeros_like(power), where=power > 0).clip(0.0, 100.0)
+
+    n = len(counts) * pooled(np.ones(len(total)))
+    # of n counts that calibrate, this share must be inside, so that the next one is with probability `level`
+    wanted = np.minimum(np.ceil((n + 1) * level) / n, 1.0)
+    # never less than the distribution asks for: else a gene that is rare on the whole would have the bound 0 where it is expected
+    low, high = np.full(len(total), level), np.full(len(total), _MAX_MASS)
+    place = _place(expected)
+    at = np.arange(len(total))
+
+    def covers(mass: Floats) -> NDArray[np.bool_]:
+        lower, upper = _bounds(scale, dispersion, mass)
+        inside = np.empty(len(total))
+        for genes in gene_slices(*counts.shape):
+            here, k = (at[genes], place[:, genes]), counts[:, genes]
+            inside[genes] = ((lower[here] <= k) & (k <= upper[here])).sum(axis=0)
+        enough: NDArray[np.bool_] = pooled(inside) >= wanted * n
+        return enough
+
+    enough = covers(low)
+    high = np.where(enough, low, high)
+    for _ in range(0 if enough.all() else _HALVINGS):
+        middle = 1 - np.sqrt((1 - low) * (1 - high))  # halves the ratio of what is left out
+        enough = covers(middle)
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return CountIntervals(level, scale, dispersion, high)
+
+
+def marginal_bounds(sets: Iterable[NucleusSet], *, level: float = LEVEL) -> tuple[Ints, Ints]:
+    """The narrowest interval of each gene that holds `level` of its counts in all nuclei of some sections, whatever they look like.
+
+    What a model's intervals have to be narrower than. Returns lower and upper bounds, each (g,).
+    """
+    parts = list(sets)
+    n, n_genes = sum(map(len, parts)), parts[0].counts.shape[1]
+    lower, upper = np.zeros(n_genes, np.int32), np.zeros(n_genes, np.int32)
+    columns = [part.counts.tocsc() for part in parts]
+    for genes in gene_slices(n, n_genes):
+        ordered = np.sort(np.concatenate([part[:, genes].toarray() for part in columns]), axis=0)
+        inside = min(n, int(np.ceil((n + 1) * level)))
+        starts = np.unique([int(share * (n - inside)) for share in _BELOW])
+        width = np.stack([ordered[start + inside - 1] - ordered[start] for start in starts])
+        start = starts[width.argmin(axis=0)]
+        at = np.arange(ordered.shape[1])
+        lower[genes], upper[genes] = ordered[start, at], ordered[start + inside - 1, at]
+    return lower, upper
+
+
+def score_intervals(scored: Scored, intervals: CountIntervals, marginal: tuple[Ints, Ints]) -> Scored:
+    """How often the counts of a section lie inside their intervals, and how wide these are.
+
+    Parameters
+    ----------
+    scored
+        The model's prediction of the section.
+    intervals
+        The model's.
+    marginal
+        Of `marginal_bounds`.
+
+    Returns
+    -------
+    The same with four more figures, in the summary and in the table of genes: `coverage90` and `interval_width` (0 where an interval is
+    one count), and the two of the marginal intervals.
+    """
+    lower, upper = intervals.bounds(scored.umi)
+    columns = scored.nuclei.counts.tocsc()
+    n, n_genes = columns.shape
+    figures = {
+        f"{name}{end}": np.zeros(n_genes) for name in ("coverage90", "interval_width") for end in ("", "_marginal")
+    }
+    for genes in gene_slices(n, n_genes):
+        k = columns[:, genes].toarray()
+        for end, low, high in (
+            ("", lower[:, genes], upper[:, genes]),
+            ("_marginal", marginal[0][genes], marginal[1][genes]),
+        ):
+            figures[f"coverage90{end}"][genes] = ((low <= k) & (k <= high)).mean(axis=0)
+            figures[f"interval_width{end}"][genes] = np.broadcast_to(high - low, k.shape).mean(axis=0)
+    means = {name: float(values.mean()) for name, values in figures.items()}
+    result = replace(
+        scored.result, summary=scored.result.summary | means, per_gene=scored.result.per_gene.assign(**figures)
+    )
+    return replace(scored, result=result)
+
+
+def _groups(expressed: NDArray[Any], mean: NDArray[Any]) -> NDArray[np.intp]:
+    """A number for each gene: its own where it is measured often enough, else that of its stratum of expression."""
+    group = np.arange(len(mean))
+    rare = np.flatnonzero(expressed < _MIN_EXPRESSED)
+    for stratum in np.array_split(rare[np.argsort(mean[rare], kind="stable")], _STRATA):
+        if len(stratum):
+            group[stratum] = stratum[0]
+    return group
+
+
+def _place(umi: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The nearest point of the grid for each expected UMI."""
+    place = np.log2(np.maximum(umi, np.float32(_GRID[0])))
+    place -= _OCTAVES[0]
+    place *= _PER_OCTAVE
+    return np.rint(place, out=place).clip(max=len(_GRID) - 1).astype(np.uint8)
+
+
+def _bounds(scale: Floats, dispersion: Floats, mass: Floats) -> tuple[Ints, Ints]:
+    mean = _GRID * scale[:, None]
+    size = 1.0 / np.maximum(dispersion, 1e-6)[:, None]  # practically Poisson
+    counts = nbinom(size, size / (size + mean))
+    wanted = mass[:, None]
+    lower, upper = np.zeros(mean.shape), np.asarray(counts.ppf(wanted))
+    for below in _BELOW[1:]:
+        start = counts.ppf(below * (1 - wanted))
+        stop = counts.ppf(np.minimum(counts.cdf(start - 1) + wanted, _MAX_MASS))
+        narrower = stop - start < upper - lower
+        lower, upper = np.where(narrower, start, lower), np.where(narrower, stop, upper)
+    return lower.astype(np.int32), upper.astype(np.int32)
