@@ -1,7 +1,7 @@
 """Batches for training: cached features and sparse counts, gathered as whole arrays.
 
 Nothing here works nucleus by nucleus: the sampler yields an array of indices per batch, and the dataset gathers its rows at once. Counts
-stay sparse in memory and are densified for one batch at a time.
+stay sparse in memory and are densified for one batch at a time; on a GPU whose memory holds the whole set, there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import h5py
 import numpy as np
 import pytorch_lightning as pl
+import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Batch", "NucleusBatches", "NucleusSet", "PRTSDataModule", "ShuffledBatches"]
+__all__ = ["Batch", "DeviceBatches", "NucleusBatches", "NucleusSet", "PRTSDataModule", "ShuffledBatches"]
 
 
 class Batch(NamedTuple):
@@ -67,6 +68,46 @@ class NucleusBatches(Dataset[Batch]):
                 features[mine] = self._features[number][rows]
                 counts[mine] = self._counts[number][rows].toarray()
         return Batch(torch.from_numpy(features), torch.from_numpy(counts))
+
+
+class DeviceBatches(Dataset[Batch]):
+    """As `NucleusBatches`, for nuclei that lie in a device's memory as a whole: of a batch, only its indices travel.
+
+    Parameters
+    ----------
+    sets
+        The nuclei.
+    device
+        Where they go, once.
+    """
+
+    def __init__(self, sets: Sequence[NucleusSet], device: torch.device) -> None:
+        counts = sp.vstack([nuclei.counts for nuclei in sets], format="csr", dtype=np.float32)
+        counts.sum_duplicates()
+        self._n_genes = counts.shape[1]
+        self._indptr = counts.indptr.astype(np.int64)  # stays here: sizes are known without asking the device
+        self._features = torch.cat([torch.from_numpy(nuclei.features) for nuclei in sets]).to(device)
+        self._umi = torch.from_numpy(counts.data).to(device)
+        self._gene = torch.from_numpy(counts.indices).to(device)
+
+    @staticmethod
+    def n_bytes(sets: Sequence[NucleusSet]) -> int:
+        """What these nuclei take in memory."""
+        return sum(nuclei.features.nbytes + 8 * nuclei.counts.nnz for nuclei in sets)
+
+    def __len__(self) -> int:
+        return len(self._indptr) - 1
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
+        first, n_expressed = self._indptr[indices], self._indptr[indices + 1] - self._indptr[indices]
+        total = int(n_expressed.sum())
+        before = np.cumsum(n_expressed) - n_expressed
+        chosen, shift, repeats = torch.from_numpy(np.stack([indices, first - before, n_expressed])).to(self._umi.device)
+        row = torch.arange(len(indices), device=chosen.device).repeat_interleave(repeats, output_size=total)
+        place = torch.arange(total, device=chosen.device) + shift[row]
+        counts = self._umi.new_zeros((len(indices), self._n_genes))
+        counts[row, self._gene[place].long()] = self._umi[place]
+        return Batch(self._features[chosen], counts)
 
 
 class ShuffledBatches(Sampler[NDArray[np.int64]]):
@@ -130,7 +171,7 @@ class PRTSDataModule(pl.LightningDataModule):
     seed
         Seed of the training order.
     num_workers
-        Processes that gather batches. Gathering takes about a millisecond, so the default is none.
+        Processes that gather batches. Gathering takes about a millisecond, so the default is none; a set that a GPU holds needs none.
     """
 
     tissue: PreparedTissue
@@ -233,25 +274,33 @@ class PRTSDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of all training sections together."""
-        dataset = NucleusBatches(_permuted(self.train_sets, self.seed) if self.permute else self.train_sets)
-        return self._loader(dataset, ShuffledBatches(len(dataset), self.batch_size, self.seed))
+        sets = _permuted(self.train_sets, self.seed) if self.permute else self.train_sets
+        return self._loader(sets, ShuffledBatches(sum(map(len, sets)), self.batch_size, self.seed))
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation section: figures are computed per section, never pooled."""
-        datasets = [NucleusBatches([nuclei]) for nuclei in self.val_sets]
-        return [self._loader(dataset, _OrderedBatches(len(dataset), self.batch_size)) for dataset in datasets]
+        return [self._loader([nuclei], _OrderedBatches(len(nuclei), self.batch_size)) for nuclei in self.val_sets]
 
-    def _loader(self, dataset: NucleusBatches, sampler: Sampler[NDArray[np.int64]]) -> DataLoader[Batch]:
+    def _loader(self, sets: Sequence[NucleusSet], sampler: Sampler[NDArray[np.int64]]) -> DataLoader[Batch]:
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        on_device = _fits(sets, device)
+        n_workers = 0 if on_device else self.num_workers
         return DataLoader(
-            dataset,
+            DeviceBatches(sets, device) if on_device else NucleusBatches(sets),
             batch_size=None,  # the sampler's items are batches already
             sampler=sampler,
-            # its own: drawing the workers' seeds from torch's generator would shift the dropout that follows, by the number of workers
-            generator=torch.Generator().manual_seed(self.seed),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            num_workers=n_workers,
+            persistent_workers=n_workers > 0,
+            pin_memory=device.type == "cuda" and not on_device,
         )
+
+
+def _fits(sets: Sequence[NucleusSet], device: torch.device) -> bool:
+    """Whether a GPU holds these nuclei in half of the memory that is free; the other half is for network and batches."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    return DeviceBatches.n_bytes(sets) < free // 2
 
 
 class _Loaded(NamedTuple):

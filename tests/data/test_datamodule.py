@@ -13,7 +13,8 @@ import shapely
 import torch
 from geopandas import GeoDataFrame
 
-from prts.data.datamodule import NucleusBatches, PRTSDataModule, ShuffledBatches
+from prts.data import datamodule
+from prts.data.datamodule import DeviceBatches, NucleusBatches, PRTSDataModule, ShuffledBatches
 from prts.data.prepare import PreparedSection, PreparedTissue
 from prts.data.sets import NucleusSet, feature_moments
 from prts.data.splits import Blocks, BySection
@@ -130,6 +131,36 @@ def test_a_batch_over_two_sections_keeps_features_and_counts_together(tissue: Pr
     np.testing.assert_array_equal(batch.features, features[indices])
     np.testing.assert_array_equal(batch.counts, counts[indices])
     assert batch.counts.dtype == torch.float32
+
+
+def test_batches_made_on_the_device_are_the_same(tissue: PreparedTissue) -> None:
+    sets = ready(tissue).train_sets
+    here, there = NucleusBatches(sets), DeviceBatches(sets, torch.device("cpu"))
+    order = np.random.default_rng(0).permutation(len(here))
+    for indices in (order[:40], order, order[:0]):
+        for mine, theirs in zip(here[indices], there[indices], strict=True):
+            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+    assert len(there) == len(here)
+    stored = sum(nuclei.counts.nnz for nuclei in sets)
+    assert DeviceBatches.n_bytes(sets) == len(here) * 5 * 4 + stored * (4 + 4)
+
+
+def test_a_set_goes_to_the_gpu_where_half_the_free_memory_holds_it(
+    tissue: PreparedTissue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ready(tissue, batch_size=32, seed=5, num_workers=2)
+    size, gpu = DeviceBatches.n_bytes(module.train_sets), torch.device("cuda")
+    for free, fits in ((2 * size, False), (2 * size + 2, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * free))
+        assert datamodule._fits(module.train_sets, gpu) is fits
+    assert not datamodule._fits(module.train_sets, torch.device("cpu"))
+
+    alone = list(ready(tissue, batch_size=32, seed=5).train_dataloader())
+    monkeypatch.setattr(datamodule, "_fits", lambda sets, device: True)
+    loader = module.train_dataloader()
+    assert isinstance(loader.dataset, DeviceBatches) and loader.num_workers == 0
+    for mine, theirs in zip(alone, loader, strict=True):
+        assert torch.equal(mine.features, theirs.features) and torch.equal(mine.counts, theirs.counts)
 
 
 @pytest.mark.slow

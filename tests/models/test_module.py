@@ -48,6 +48,7 @@ def fit(
     target: str = "log1p",
     callbacks: Sequence[pl.Callback] = (),
     scheduler: Callable[..., object] | None = None,
+    precision: str = "32-true",
 ) -> PRTSModule:
     pl.seed_everything(seed, verbose=False)
     genes = train[0].counts.shape[1]
@@ -61,6 +62,7 @@ def fit(
     dataset = NucleusBatches(train)
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision=precision,
         max_epochs=epochs,
         logger=False,
         enable_checkpointing=False,
@@ -102,6 +104,19 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(poisson_nuclei: Callab
     first, second, other = (fit([train], [val], epochs=2, seed=seed).net.state_dict() for seed in (3, 3, 4))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not torch.equal(first["level.weight"], other["level.weight"])
+
+
+def test_bf16_trains_as_float32_does(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    train, val = [poisson_nuclei(400, 1)], [poisson_nuclei(200, 2)]
+    losses = []
+    for precision in ("32-true", "bf16-mixed"):
+        log = Log()
+        module = fit(train, val, epochs=4, callbacks=[log], precision=precision)
+        losses.append([epoch["val/loss"] for epoch in log.epochs])
+        assert all(weight.dtype == torch.float32 for weight in module.net.parameters())
+    assert losses[0] != losses[1]  # the products were rounded
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02)
+    assert losses[1][-1] < losses[1][0]
 
 
 def test_logged_figures_are_those_of_the_whole_epoch(poisson_nuclei: Callable[..., NucleusSet]) -> None:
