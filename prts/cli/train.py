@@ -372,7 +372,15 @@ def _write(
         out = folder / f"predictions{suffix}.h5ad"
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
         curves = folder / "csv" / "metrics.csv"
-        run_figures(folder / "figures", scored, datamodule.panel, curves=curves, best_epoch=best_epoch, suffix=suffix)
+        run_figures(
+            folder / "figures",
+            scored,
+            datamodule.panel,
+            outlines=polygons.geometry.to_numpy(),
+            curves=curves,
+            best_epoch=best_epoch,
+            suffix=suffix,
+        )
 
 
 def _report(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any], folder: Path) -> None:

@@ -239,6 +239,21 @@ def open_slide(path: Path | str, *, mpp: float | None = None, scalefactors_mpp: 
     return Slide(path, reader, value, source)
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image's full resolution, px, whatever its um/px.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or no image.
+    """
+    reader = _open_reader(Path(path))
+    try:
+        return reader.levels[0].width, reader.levels[0].height
+    finally:
+        reader.close()
+
+
 def _open_reader(path: Path) -> Reader:
     if path.is_dir():
         raise InputError(f"{path}: is a folder; the image file itself is needed")

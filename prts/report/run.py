@@ -1,25 +1,34 @@
-"""The figures of a training run."""
+"""The figures of a training run, and those of any prediction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
+from scipy.spatial import cKDTree
 
-from prts.report.figures import gene_maps, pcc_vs_ceiling, training_curves
+from prts.report.figures import pcc_vs_ceiling, training_curves
+from prts.report.figures_calibration import calibration
+from prts.report.figures_canvas import Nuclei, read_picture
+from prts.report.figures_maps import MapRow, gene_rows, region_views, tissue_maps
 
 if TYPE_CHECKING:
-    import scipy.sparse as sp
     from numpy.typing import NDArray
 
+    from prts.io.slide import Slide
     from prts.models.scoring import Scored
     from prts.preprocess.panel import Panel
 
 _N_MAPS = 4
+_N_REGION = 3
 _CANDIDATES = 200
 _ALIKE = 0.2
-_THUMBNAIL_PX = 2000
+_REGION_UM = 250.0
+_SQUARES = 500  # that are looked at, around as many nuclei
+_FULL = 0.7  # of the nuclei of the fullest square
 
 
 def run_figures(
@@ -27,20 +36,23 @@ def run_figures(
     scored: Scored,
     panel: Panel,
     *,
+    outlines: NDArray[Any],
     curves: Path | None,
     best_epoch: int | None = None,
     suffix: str = "",
 ) -> None:
-    """Maps of the best-predicted genes, PCC against ceiling, and training curves.
+    """Maps of genes, of a region and of totals, calibration, PCC against ceiling, and training curves, each as PNG and PDF.
 
     Parameters
     ----------
     folder
-        Where the PNG files go.
+        Where the files go.
     scored
         Prediction and evaluation of a section.
     panel
         Names of the genes.
+    outlines
+        (n,) polygons of the nuclei that were scored, full-resolution px.
     curves
         What Lightning's CSV logger wrote, or None.
     best_epoch
@@ -49,33 +61,137 @@ def run_figures(
         Of the file names, where a run tests several sections.
     """
     table = scored.result.per_gene
-    best = _best_and_different(table["pcc"].fillna(-1).to_numpy(), scored.nuclei.counts)
+    counts = scored.nuclei.counts
+    nuclei = Nuclei(scored.nuclei.xy_um / scored.section.mpp, scored.section.mpp, outlines)
+    pcc = table["pcc"].to_numpy()
     with scored.section.open_slide() as slide:
-        image = slide.thumbnail(_THUMBNAIL_PX)
-    gene_maps(
-        folder / f"gene_maps{suffix}.png",
-        image=image,
-        image_width_px=scored.section.width,
-        mpp=scored.section.mpp,
-        genes=[panel.genes[gene] for gene in best],
-        xy_px=scored.nuclei.xy_um / scored.section.mpp,
-        measured=np.log1p(scored.nuclei.counts[:, best].toarray()),
-        predicted=np.log1p(scored.umi[:, best]),
-        pcc=table["pcc"].to_numpy()[best].tolist(),
-    )
-    pcc_vs_ceiling(table, folder / f"pcc_vs_ceiling{suffix}.png")
+        map_figures(
+            folder,
+            slide,
+            nuclei,
+            panel.genes,
+            scored.umi,
+            scored.prob,
+            rank=pcc,
+            measured=counts,
+            pcc=pcc,
+            suffix=suffix,
+        )
+    calibration(_both(folder, f"calibration{suffix}"), counts, scored.umi, scored.prob)
+    pcc_vs_ceiling(table, _both(folder, f"pcc_vs_ceiling{suffix}"))
     if curves is not None and curves.is_file():
-        training_curves(curves, folder / "training.png", best_epoch=best_epoch)
+        training_curves(curves, _both(folder, "training"), best_epoch=best_epoch)
 
 
-def _best_and_different(pcc: NDArray[np.float64], counts: sp.csr_matrix) -> NDArray[np.intp]:
-    """The best-predicted genes of which no two follow the same pattern: four markers of one cell type would be one map four times."""
-    ranked = pcc.argsort()[::-1][:_CANDIDATES]
-    alike = np.nan_to_num(np.corrcoef(np.log1p(counts[:, ranked].toarray()), rowvar=False))
+def map_figures(
+    folder: Path,
+    slide: Slide,
+    nuclei: Nuclei,
+    genes: Sequence[str],
+    umi: NDArray[np.float32] | sp.csr_matrix,
+    prob: NDArray[np.float32],
+    *,
+    rank: NDArray[np.float64],
+    measured: sp.csr_matrix | None = None,
+    pcc: NDArray[np.float64] | None = None,
+    suffix: str = "",
+) -> None:
+    """Write `gene_maps`, `region` and `qc_maps`, each as PNG and PDF; with measured counts beside the prediction where there are any.
+
+    Parameters
+    ----------
+    folder
+        Where the files go.
+    slide
+        The H&E.
+    nuclei
+        (n,) their places.
+    genes
+        (g,) names.
+    umi, prob
+        (n, g) predicted UMI and P(expressed).
+    rank
+        (g,) what genes are chosen by, such as their PCC on validation: the highest of which no two follow the same pattern.
+    measured
+        (n, g) counts of the same nuclei and genes, or None.
+    pcc
+        (g,) to be written into the maps, or None.
+    suffix
+        Of the file names.
+    """
+    best = best_and_different(np.nan_to_num(rank, nan=-1), umi if measured is None else measured)
+    rows = gene_rows(
+        [genes[gene] for gene in best],
+        np.log1p(_columns(umi, best)),
+        None if measured is None else np.log1p(_columns(measured, best)),
+        None if pcc is None else pcc[best].tolist(),
+    )
+    whole = read_picture(slide)
+    tissue_maps(_both(folder, f"gene_maps{suffix}"), rows, nuclei=nuclei, picture=whole)
+    tissue_maps(_both(folder, f"qc_maps{suffix}"), _quality(umi, prob, measured), nuclei=nuclei, picture=whole)
+    box = telling_region(nuclei, np.column_stack([row.predicted for row in rows]))
+    region_views(_both(folder, f"region{suffix}"), rows[:_N_REGION], slide=slide, nuclei=nuclei, box_px=box)
+
+
+def telling_region(nuclei: Nuclei, values: NDArray[np.float64], side_um: float = _REGION_UM) -> tuple[float, ...]:
+    """The square with much to see: of those with nearly as many nuclei as the fullest, the one where values vary most.
+
+    Parameters
+    ----------
+    nuclei
+        Of the section.
+    values
+        (n, k) of each nucleus, as in the maps.
+    side_um
+        Of the square.
+
+    Returns
+    -------
+    x0, y0, x1, y1 in full-resolution px.
+    """
+    half = side_um / nuclei.mpp / 2
+    xy = nuclei.xy_px
+    centres = xy[:: -(-len(xy) // _SQUARES)]
+    pairs = cKDTree(centres).sparse_distance_matrix(cKDTree(xy), half, p=np.inf, output_type="ndarray")
+    inside = sp.csr_matrix((np.ones(len(pairs)), (pairs["i"], pairs["j"])), shape=(len(centres), len(xy)))
+    n = inside.sum(axis=1).A1
+    spread = values.std(axis=0)
+    scaled = (values - values.mean(axis=0)) / np.where(spread > 0, spread, 1)
+    variance = ((inside @ scaled**2).T / n - ((inside @ scaled).T / n) ** 2).sum(axis=0)
+    x, y = centres[np.where(n >= _FULL * n.max(), variance, -1).argmax()].tolist()
+    return x - half, y - half, x + half, y + half
+
+
+def best_and_different(rank: NDArray[np.float64], values: NDArray[Any] | sp.csr_matrix) -> NDArray[np.intp]:
+    """The genes of highest rank of which no two follow the same pattern: four markers of one cell type would be one map four times."""
+    ranked = rank.argsort()[::-1][:_CANDIDATES]
+    alike = np.nan_to_num(np.atleast_2d(np.corrcoef(np.log1p(_columns(values, ranked)), rowvar=False)))
     chosen: list[int] = []
     for i in range(len(ranked)):
         if all(alike[i, j] < _ALIKE for j in chosen):
             chosen.append(i)
     # where fewer patterns than maps are there, the best of the rest
     chosen += [i for i in range(len(ranked)) if i not in chosen]
-    return ranked[chosen[:_N_MAPS]]
+    return np.asarray(ranked[chosen[:_N_MAPS]])
+
+
+def _quality(
+    umi: NDArray[np.float32] | sp.csr_matrix, prob: NDArray[np.float32], measured: sp.csr_matrix | None
+) -> list[MapRow]:
+    """Total UMI and number of genes of each nucleus; of the prediction, the number that P(expressed) lets expect."""
+    units = f"UMI (panel of {umi.shape[1]:,})", f"genes with UMI (of {umi.shape[1]:,})"
+    predicted = np.asarray(umi.sum(axis=1)).ravel(), prob.sum(axis=1)
+    counted: tuple[Any, Any] = (None, None)
+    if measured is not None:
+        counted = np.asarray(measured.sum(axis=1)).ravel(), np.asarray((measured > 0).sum(axis=1)).ravel()
+    names = "Total counts", "Number of genes"
+    return [MapRow(*row, gene=False) for row in zip(names, units, predicted, counted, strict=True)]
+
+
+def _columns(values: NDArray[Any] | sp.csr_matrix, columns: NDArray[np.intp]) -> NDArray[Any]:
+    chosen = values[:, columns]
+    return np.asarray(chosen.toarray() if hasattr(chosen, "toarray") else chosen)
+
+
+def _both(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}.png", folder / f"{name}.pdf"]
