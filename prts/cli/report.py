@@ -3,10 +3,12 @@
 usage: prts report run=DIR [out=DIR]
        prts report prediction=FILE.h5ad image=FILE [section=DIR] [analysis=FILE.h5ad] out=DIR
 
-Writes DIR/report.html (with several test sections, report-<section>.html of the further ones) and, where there is a measured section,
-DIR/figures/*.png. Of a run, `out` is its own folder unless told. `section=` is the folder of the predicted section with its bins: the page
-then shows measured beside predicted, and scores. `analysis=` (of `prts analyze`) adds its clusters and types to the map. `genes=` says
-which genes the map can show: a number, or names as [Plp1,Ttr], which come before the best predicted.
+Writes DIR/report.html (with several test sections, report-<section>.html of the further ones) and DIR/figures, each as PNG and PDF. Of a
+run, `out` is its own folder unless told. `section=` is the folder of the predicted section with its bins: page and figures then show
+measured beside predicted, and scores. `analysis=` (of `prts analyze`) adds its clusters and types to the map. `genes=` says which genes the
+map can show: a number, or names as [Plp1,Ttr], which come before the best predicted, there and in the figures. `region=[x0,y0,x1,y1]` in
+full-resolution px chooses the region that the figures show large; `second=FILE`, an image of the same field of view such as registered IHC,
+stands beside it.
 
 example: prts report run=outputs/demo/make
 example: prts report prediction=slide.h5ad image=slide.svs out=report
@@ -29,9 +31,11 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Read, draw, write."""
+    from prts.io.nuclei import load_nuclei
+    from prts.io.prediction import nuclei_path
     from prts.metrics.evaluate import check_intervals
     from prts.report.html import write_page
-    from prts.report.run import run_figures
+    from prts.report.run import Region, prediction_figures, run_figures
     from prts.report.sources import of_prediction, of_run
 
     run, prediction = (None if cfg[key] is None else Path(cfg[key]) for key in ("run", "prediction"))
@@ -57,11 +61,28 @@ def main(cfg: DictConfig) -> None:
         assert prediction is not None
         section, analysis = (None if cfg[key] is None else Path(cfg[key]) for key in ("section", "analysis"))
         sources = [of_prediction(prediction, Path(cfg.image), section, analysis, evaluation)]
+    region = Region(
+        box_px=None if cfg.region is None else tuple(float(edge) for edge in cfg.region),
+        second=None if cfg.second is None else Path(cfg.second),
+        genes=genes if isinstance(genes, list) else (),
+    )
     for source in sources:
-        write_page(out / f"report{source.suffix}.html", source.page, genes=genes)
-        if source.scored is not None:
+        outlines = load_nuclei(nuclei_path(source.path)).set_index("cell_id").geometry
+        if source.scored is None:
+            outlines = outlines.loc[source.page.prediction.obs_names].to_numpy()
+            prediction_figures(out / "figures", source.page.prediction, Path(cfg.image), outlines, region=region)
+        else:
             curves = None if run is None else run / "csv" / "metrics.csv"
-            run_figures(out / "figures", source.scored, source.panel, curves=curves, suffix=source.suffix)
+            run_figures(
+                out / "figures",
+                source.scored,
+                source.panel,
+                outlines=outlines.loc[source.scored.nuclei.cell_id].to_numpy(),
+                curves=curves,
+                suffix=source.suffix,
+                region=region,
+            )
+        write_page(out / f"report{source.suffix}.html", source.page, genes=genes)
 
 
 def _genes(value: object) -> int | list[str] | None:

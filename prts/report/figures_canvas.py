@@ -5,6 +5,7 @@ Figures are drawn on canvases of their own: no pyplot, no global state, no displ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,7 @@ def save(figure: Figure, out: Path | Sequence[Path]) -> None:
         if path.suffix not in (".png", ".pdf", ".svg"):
             raise InputError(f"{path}: a figure is saved as .png, .pdf or .svg")
     FigureCanvasAgg(figure)
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of every font in a PDF
     for path in paths:
         # a PDF or SVG would else carry the time it was made
         metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix)

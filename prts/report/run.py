@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from scipy.spatial import cKDTree
 
+from prts.errors import InputError
+from prts.io.slide import open_slide
 from prts.report.figures import pcc_vs_ceiling, training_curves
 from prts.report.figures_calibration import calibration
 from prts.report.figures_canvas import Nuclei, read_picture
 from prts.report.figures_maps import MapRow, gene_rows, region_views, tissue_maps
 
 if TYPE_CHECKING:
+    import anndata as ad
     from numpy.typing import NDArray
 
     from prts.io.slide import Slide
@@ -31,6 +36,25 @@ _SQUARES = 500  # that are looked at, around as many nuclei
 _FULL = 0.7  # of the nuclei of the fullest square
 
 
+@dataclass(frozen=True)
+class Region:
+    """What is drawn large beside the maps of the whole section.
+
+    Attributes
+    ----------
+    box_px
+        x0, y0, x1, y1 in full-resolution px; None: a square with much to see.
+    second
+        A second image of the section's field of view, such as registered IHC, shown beside the region.
+    genes
+        Shown in all maps before those of highest rank.
+    """
+
+    box_px: tuple[float, ...] | None = None
+    second: Path | None = None
+    genes: Sequence[str] = ()
+
+
 def run_figures(
     folder: Path,
     scored: Scored,
@@ -40,6 +64,7 @@ def run_figures(
     curves: Path | None,
     best_epoch: int | None = None,
     suffix: str = "",
+    region: Region | None = None,
 ) -> None:
     """Maps of genes, of a region and of totals, calibration, PCC against ceiling, and training curves, each as PNG and PDF.
 
@@ -59,6 +84,8 @@ def run_figures(
         The epoch whose weights were kept, marked in the curves; None marks none.
     suffix
         Of the file names, where a run tests several sections.
+    region
+        What is drawn large.
     """
     table = scored.result.per_gene
     counts = scored.nuclei.counts
@@ -76,11 +103,45 @@ def run_figures(
             measured=counts,
             pcc=pcc,
             suffix=suffix,
+            region=region,
         )
     calibration(_both(folder, f"calibration{suffix}"), counts, scored.umi, scored.prob)
     pcc_vs_ceiling(table, _both(folder, f"pcc_vs_ceiling{suffix}"))
     if curves is not None and curves.is_file():
         training_curves(curves, _both(folder, "training"), best_epoch=best_epoch)
+
+
+def prediction_figures(
+    folder: Path,
+    prediction: ad.AnnData,
+    image: Path,
+    outlines: NDArray[Any],
+    *,
+    region: Region | None = None,
+) -> None:
+    """The maps of a prediction of which nothing was measured: genes by the PCC that the model had on validation.
+
+    Parameters
+    ----------
+    folder
+        Where the files go.
+    prediction
+        Of `prts predict`.
+    image
+        Its full-resolution image.
+    outlines
+        (n,) polygons of its nuclei, full-resolution px.
+    region
+        What is drawn large.
+    """
+    mpp = float(prediction.uns["prts"]["mpp"])
+    nuclei = Nuclei(np.asarray(prediction.obsm["spatial"], dtype=np.float64), mpp, outlines)
+    rank = np.asarray(prediction.var["val_pcc"], dtype=np.float64)
+    genes = list(prediction.var_names)
+    with open_slide(image, mpp=mpp) as slide:
+        map_figures(
+            folder, slide, nuclei, genes, prediction.X, np.asarray(prediction.layers["prob"]), rank=rank, region=region
+        )
 
 
 def map_figures(
@@ -95,6 +156,7 @@ def map_figures(
     measured: sp.csr_matrix | None = None,
     pcc: NDArray[np.float64] | None = None,
     suffix: str = "",
+    region: Region | None = None,
 ) -> None:
     """Write `gene_maps`, `region` and `qc_maps`, each as PNG and PDF; with measured counts beside the prediction where there are any.
 
@@ -118,19 +180,33 @@ def map_figures(
         (g,) to be written into the maps, or None.
     suffix
         Of the file names.
+    region
+        What is drawn large, and genes to show.
+
+    Raises
+    ------
+    InputError
+        If the region or a gene is not there, or the second image shows another field of view.
     """
+    region = region or Region()
+    named = pd.Index(genes).get_indexer(pd.Index(region.genes, dtype=object))
+    if (named < 0).any():
+        raise InputError(f"genes: the prediction has no gene {region.genes[int((named < 0).argmax())]!r}")
     best = best_and_different(np.nan_to_num(rank, nan=-1), umi if measured is None else measured)
+    best = np.array(list(dict.fromkeys([*named.tolist(), *best.tolist()]))[: max(_N_MAPS, len(named))])
     rows = gene_rows(
         [genes[gene] for gene in best],
         np.log1p(_columns(umi, best)),
         None if measured is None else np.log1p(_columns(measured, best)),
         None if pcc is None else pcc[best].tolist(),
     )
+    box = region.box_px or telling_region(nuclei, np.column_stack([row.predicted for row in rows]))
+    second = None if region.second is None else (region.second.stem, region.second)
+    large = rows[: max(_N_REGION, len(named))]
+    region_views(_both(folder, f"region{suffix}"), large, slide=slide, nuclei=nuclei, box_px=box, second=second)
     whole = read_picture(slide)
     tissue_maps(_both(folder, f"gene_maps{suffix}"), rows, nuclei=nuclei, picture=whole)
     tissue_maps(_both(folder, f"qc_maps{suffix}"), _quality(umi, prob, measured), nuclei=nuclei, picture=whole)
-    box = telling_region(nuclei, np.column_stack([row.predicted for row in rows]))
-    region_views(_both(folder, f"region{suffix}"), rows[:_N_REGION], slide=slide, nuclei=nuclei, box_px=box)
 
 
 def telling_region(nuclei: Nuclei, values: NDArray[np.float64], side_um: float = _REGION_UM) -> tuple[float, ...]:

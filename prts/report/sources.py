@@ -39,8 +39,9 @@ PICTURE_PX = 2400
 
 @dataclass(frozen=True)
 class Source:
-    """One predicted section: its page, and, if it was measured, what the figures of a run are drawn from."""
+    """One predicted section: its file and page, and, if it was measured, what the figures of a run are drawn from."""
 
+    path: Path
     page: Page
     scored: Scored | None
     panel: Panel
@@ -86,7 +87,7 @@ def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
         if len(paths) > 1:
             result = _evaluate(matched, prediction, section, evaluation)
         found.append(
-            _source(prediction, section, matched, result, metrics, model, path.stem.removeprefix("predictions"))
+            _source(path, prediction, section, matched, result, metrics, model, path.stem.removeprefix("predictions"))
         )
     return found
 
@@ -125,14 +126,14 @@ def of_prediction(
     if analysis is not None:
         _join(prediction, analysis)
     if section_folder is None:
-        return Source(Page(prediction, picture), None, _panel(prediction))
+        return Source(path, Page(prediction, picture), None, _panel(prediction))
     section = open_section_folder(section_folder)
     if "qc" not in about or "species" not in about:
         raise InputError(f"prediction={path}: lacks uns['prts']['qc']; predict again with this prts")
     matched = _measure(prediction, path, section, about["qc"], what=f"section={section_folder}")
     result = _evaluate(matched, prediction, section, evaluation)
     metrics = {f"test/{key}": value for key, value in result.summary.items()}
-    return _source(prediction, section, matched, result, metrics, {}, "", picture)
+    return _source(path, prediction, section, matched, result, metrics, {}, "", picture)
 
 
 def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: Mapping[str, Any]) -> Page:
@@ -163,6 +164,7 @@ def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: M
 
 
 def _source(
+    path: Path,
     prediction: ad.AnnData,
     section: Section,
     matched: Matched,
@@ -192,7 +194,7 @@ def _source(
         area_um2=prediction.obs["area_um2"].to_numpy()[rows],
     )
     umi, prob = _array(matched.predicted), _array(matched.predicted if matched.prob is None else matched.prob)
-    return Source(page, Scored(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
+    return Source(path, page, Scored(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
 
 
 def _measure(prediction: ad.AnnData, path: Path, section: Section, qc: Mapping[str, Any], *, what: str) -> Matched:

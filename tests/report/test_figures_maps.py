@@ -17,7 +17,7 @@ from prts.io.slide import open_slide
 from prts.report import figures, figures_calibration, figures_maps
 from prts.report.figures_canvas import Nuclei, Picture, Window, read_picture
 from prts.report.figures_maps import MapRow, gene_rows, region_views, tissue_maps
-from prts.report.run import best_and_different, map_figures, run_figures, telling_region
+from prts.report.run import Region, best_and_different, map_figures, run_figures, telling_region
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_a_run_writes_every_figure_and_marks_the_epoch_that_it_kept(tmp_path, dr
     names = ["calibration-s1.2", "gene_maps-s1.2", "pcc_vs_ceiling-s1.2", "qc_maps-s1.2", "region-s1.2", "training"]
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [f"{n}.{s}" for n in names for s in ("pdf", "png")]
     assert [line.get_label() for line in drawn[-1].axes[0].lines] == ["validation", "best epoch (1)"]
-    quality = drawn[1].axes
+    quality = drawn[2].axes
     np.testing.assert_array_equal(quality[1].collections[0].get_array(), np.asarray(counts.sum(axis=1)).ravel())
     np.testing.assert_allclose(quality[2].collections[0].get_array(), umi.sum(axis=1), rtol=1e-5)
     np.testing.assert_array_equal(quality[4].collections[0].get_array(), (counts.toarray() > 0).sum(axis=1))
@@ -231,5 +231,19 @@ def test_a_sparse_prediction_alone_is_drawn_by_rank(tmp_path, drawn, section, sl
     umi = sp.csr_matrix(rng.poisson(1.0, (400, 5)).astype(np.float32))
     rank = np.array([0.1, 0.5, np.nan, 0.3, 0.2])
     map_figures(tmp_path, slide, section.nuclei, list("abcde"), umi, umi.toarray() / 10, rank=rank)
-    assert [a.get_ylabel() for a in drawn[0].axes[:8:2]] == ["b", "d", "e", "a"]
-    np.testing.assert_allclose(drawn[0].axes[1].collections[0].get_array(), np.log1p(umi.toarray()[:, 1]))
+    assert [a.get_ylabel() for a in drawn[1].axes[:8:2]] == ["b", "d", "e", "a"]
+    np.testing.assert_allclose(drawn[1].axes[1].collections[0].get_array(), np.log1p(umi.toarray()[:, 1]))
+
+
+def test_genes_and_region_as_asked_for(tmp_path, drawn, section, slide):
+    umi = np.random.default_rng(0).poisson(1.0, (400, 5)).astype(np.float32)
+    arguments = (tmp_path / "f", slide, section.nuclei, list("abcde"), umi, umi / 10)
+    region = Region(box_px=(1000, 600, 2000, 1200), genes=["c", "a"])
+    map_figures(*arguments, rank=np.arange(5.0), region=region)
+    assert [a.get_ylabel() for a in drawn[0].axes[:6:2]] == ["c", "a", "e"]
+    assert drawn[0].axes[0].get_xlim() == (1000, 2000)
+    assert [a.get_ylabel() for a in drawn[1].axes[:8:2]] == ["c", "a", "e", "d"]
+    for wrong, words in ((Region(genes=["a", "z"]), "no gene 'z'"), (Region(box_px=(0, 0, 9, 9)), "no nucleus")):
+        with pytest.raises(InputError, match=words):
+            map_figures(tmp_path / "g", *arguments[1:], rank=np.arange(5.0), region=wrong)
+    assert not (tmp_path / "g").exists()
