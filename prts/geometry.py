@@ -119,13 +119,23 @@ def _within_block(polygons: Polygons, lattice: _Lattice) -> Ints:
 
 def _edges(polygons: Polygons, origin: Floats, to_lattice: Floats) -> tuple[Floats, Floats, Ints, float]:
     """Tail and head (n_edges, 2) of all rings' edges as (col, row), the polygon of each, and the largest coordinate."""
-    parts, polygon_of_part = shapely.get_parts(polygons, return_index=True)
-    rings, part_of_ring = shapely.get_rings(parts, return_index=True)
+    rings, polygon_of_ring = _rings(polygons)
     vertices, ring = shapely.get_coordinates(rings, return_index=True)
     largest = max(np.abs(vertices).max(initial=1.0), np.abs(origin).max())
     vertices = (vertices - origin) @ to_lattice.T
     in_ring = np.flatnonzero(ring[:-1] == ring[1:])
-    return vertices[in_ring], vertices[in_ring + 1], polygon_of_part[part_of_ring[ring[in_ring]]], float(largest)
+    return vertices[in_ring], vertices[in_ring + 1], polygon_of_ring[ring[in_ring]], float(largest)
+
+
+def _rings(polygons: Polygons) -> tuple[Polygons, Ints]:
+    """What has one ring's coordinates each, and the polygon of each. A polygon without holes stands for its ring: making one takes time."""
+    whole = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & (
+        shapely.get_num_interior_rings(polygons) == 0
+    )
+    others = np.flatnonzero(~whole)
+    parts, of_part = shapely.get_parts(polygons[others], return_index=True)
+    rings, of_ring = shapely.get_rings(parts, return_index=True)
+    return np.concatenate([polygons[whole], rings]), np.concatenate([np.flatnonzero(whole), others[of_part[of_ring]]])
 
 
 def _integers(low: Floats, high: Floats, n: int) -> tuple[Ints, Ints]:
