@@ -63,10 +63,12 @@ def main(cfg: DictConfig) -> None:
     with watch("predict"):
         bundle.to(device)
         chunks = predict_store(bundle, store, nuclei, section.mpp)
-        write_prediction(out, bundle, section, nuclei, chunks, store=store, intervals=cfg.intervals)
+        said = write_prediction(out, bundle, section, nuclei, chunks, store=store, intervals=cfg.intervals)
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("peak memory %.0f MB", peak_rss_mb())
+    if said is not None:
+        logger.info("verdict: %s", said)
 
 
 def _weights(cfg: DictConfig, bundle: Bundle) -> Path | None:

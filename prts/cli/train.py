@@ -77,6 +77,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
     from prts.models.module import seed_everything
+    from prts.models.ood import Unusual
     from prts.models.output import choose_output
     from prts.models.predictable import predictable, validated_genes
     from prts.models.predictor import Predictor
@@ -115,6 +116,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     with watch("baselines"):
         beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, cfg.evaluation)
     intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
+    parts["ood"] = Unusual.fit(datamodule.train_sets, datamodule.val_sets)
     save_bundle(folder / "model", **parts, metadata=_metadata(cfg, datamodule, validation, beyond, intervals))
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
@@ -361,14 +363,15 @@ def _write(
 ) -> None:
     """Predictions and figures of every test section; the first has the plain file names, the others their section's beside it."""
     from prts.io.nuclei import load_nuclei
-    from prts.models.predict import write_prediction
+    from prts.models.predict import Chunk, write_prediction
     from prts.report.run import run_figures
 
     for i, scored in enumerate(test):
         prepared = datamodule.tissue.sections[scored.nuclei.section]
         polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[scored.nuclei.cell_id].reset_index()
         suffix = "" if i == 0 else f"-{scored.nuclei.section}"
-        chunks = [(scored.umi, scored.prob)]
+        ood = None if bundle.ood is None else bundle.ood.share(scored.nuclei.features)
+        chunks = [Chunk(scored.umi, scored.prob, ood)]
         out = folder / f"predictions{suffix}.h5ad"
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
         curves = folder / "csv" / "metrics.csv"

@@ -181,6 +181,15 @@ class PredictionWriter:
         self._file["layers/prob"][start:stop] = chance
         self._rows = stop
 
+    def add(self, *, obs: Mapping[str, NDArray[Any]], prts: Mapping[str, Any]) -> None:
+        """Columns of `obs`, (n_nuclei,) each, and entries of `uns["prts"]` that are known only at the end."""
+        for name, values in obs.items():
+            write_elem(self._file["obs"], name, np.asarray(values))
+        order = [*self._file["obs"].attrs["column-order"], *obs]
+        self._file["obs"].attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
+        for name, value in _storable(prts).items():
+            write_elem(self._file["uns/prts"], name, value)
+
     def _append(self, name: str, start: int, matrix: NDArray[Any]) -> None:
         """Rows at the end of a sparse matrix of the file."""
         group, before = self._file[name], self._nnz[name]

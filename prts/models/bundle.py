@@ -25,11 +25,14 @@ from prts.data.targets import SCALERS, Scaler
 from prts.errors import InputError
 from prts.io.cache import atomic, sha256_file
 from prts.models.mlp import PRTSNet
+from prts.models.ood import Unusual
 from prts.models.output import OutputRule
 from prts.models.predictor import Predictor
 from prts.models.uncertainty import CountIntervals
 
-FORMAT_VERSION = 1
+# 2: tensors of what is usual (`ood`), beside those of network and scaler
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 
 ARCHITECTURES: dict[str, type[PRTSNet]] = {"mlp": PRTSNet}
 
@@ -66,9 +69,12 @@ class Bundle(Predictor):
         The network in evaluation mode, what turns its levels into UMI, and its gate and threshold.
     metadata
         All of `model.json`.
+    ood
+        What says how unusual a nucleus is; None where the bundle does not know.
     """
 
     metadata: dict[str, Any]
+    ood: Unusual | None = None
 
     @property
     def genes(self) -> list[str]:
@@ -125,6 +131,7 @@ def save_bundle(
     rule: OutputRule,
     genes: Sequence[tuple[str, str]],
     metadata: Mapping[str, Any],
+    ood: Unusual | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
@@ -145,6 +152,8 @@ def save_bundle(
         `input` (`use`, `widths`), `loss`, `segmentation` (`name`, `arguments`), `qc`, `tissue`, `species`, `train_sections`, `split`,
         `seed`, `validation` (`pcc` and `ceiling`, one value per gene or None), and anything else worth keeping. Values are JSON-like;
         NaN is written as null.
+    ood
+        What says how unusual a nucleus is.
 
     Raises
     ------
@@ -162,13 +171,14 @@ def save_bundle(
     with atomic(Path(folder)) as temporary:
         temporary.mkdir()
         weights = temporary / "model.safetensors"
-        save_file(_tensors(net, scaler), weights)
+        save_file(_tensors(net, scaler, ood), weights)
         description = {
             "format_version": FORMAT_VERSION,
             "genes": [{"name": name, "id": gene_id} for name, gene_id in genes],
             "architecture": {"name": kinds[type(net)], **net.settings()},
             "target": {"name": scaler.name},
             "output": rule.settings(),
+            "ood": None if ood is None else ood.settings(),
             **metadata,
             "weights_sha256": sha256_file(weights),
             "versions": _versions(),
@@ -194,10 +204,10 @@ def load_bundle(folder: Path) -> Bundle:
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a bundle is the folder `model` of a training run")
     metadata = _read_description(folder / "model.json")
-    net, scaler, rule = _build(folder / "model.json", metadata)
-    _load_weights(folder / "model.safetensors", net, scaler, metadata["weights_sha256"])
+    net, scaler, rule, ood = _build(folder / "model.json", metadata)
+    _load_weights(folder / "model.safetensors", net, scaler, ood, metadata["weights_sha256"])
     net.eval()
-    return Bundle(net, scaler, rule, metadata)
+    return Bundle(net, scaler, rule, metadata, ood)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -209,9 +219,9 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is no readable JSON ({error})") from error
     if not isinstance(metadata, dict) or "format_version" not in metadata:
         raise InputError(f"{path}: has no format_version, so it describes no prts model")
-    if metadata["format_version"] != FORMAT_VERSION:
+    if metadata["format_version"] not in READABLE:
         raise InputError(
-            f"{path}: is of format version {metadata['format_version']!r}, this prts reads {FORMAT_VERSION}; "
+            f"{path}: is of format version {metadata['format_version']!r}, this prts reads {READABLE[0]} to {READABLE[-1]}; "
             f"use the prts that wrote it ({_writer(metadata)}) or train again"
         )
     missing = [key for key in (*OWN_KEYS, *GIVEN_KEYS) if key not in metadata]
@@ -220,8 +230,8 @@ def _read_description(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, OutputRule]:
-    """Network and scaler without memory behind their tensors (the weights file brings it), and the rule."""
+def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, OutputRule, Unusual | None]:
+    """Network, scaler and what is usual without memory behind their tensors (the weights file brings it), and the rule."""
     try:
         settings = dict(metadata["architecture"])
         kind, scaling = settings.pop("name"), metadata["target"]["name"]
@@ -236,6 +246,8 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
             with torch.device("meta"):
                 net = ARCHITECTURES[kind](**settings)
                 scaler = SCALERS[scaling](len(genes))
+                usual = metadata.get("ood")
+                ood = None if usual is None else Unusual(sum(widths.values()), int(usual["components"]))
             rule = OutputRule(**metadata["output"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: is not laid out as prts writes it ({type(error).__name__}: {error})") from error
@@ -248,17 +260,17 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
         raise InputError(
             f"{path}: feature blocks {widths} do not add up to the network's {net.in_features} inputs; the file was edited"
         )
-    return net, scaler, rule
+    return net, scaler, rule, ood
 
 
-def _load_weights(path: Path, net: nn.Module, scaler: nn.Module, sha256: str) -> None:
+def _load_weights(path: Path, net: nn.Module, scaler: nn.Module, ood: nn.Module | None, sha256: str) -> None:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a bundle holds model.json and model.safetensors") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: is damaged or cut short ({error}); copy the bundle again") from error
-    expected = _tensors(net, scaler)
+    expected = _tensors(net, scaler, ood)
     for problem, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has unknown", tensors.keys() - expected.keys()),
@@ -275,16 +287,20 @@ def _load_weights(path: Path, net: nn.Module, scaler: nn.Module, sha256: str) ->
         raise InputError(
             f"{path}: has another SHA-256 than model.json says; it was damaged or comes from another bundle"
         )
-    for prefix, module in (("net.", net), ("scaler.", scaler)):
+    for prefix, module in _parts(net, scaler, ood):
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         module.load_state_dict(state, assign=True)
 
 
-def _tensors(net: nn.Module, scaler: nn.Module) -> dict[str, Tensor]:
-    parts = (("net.", net), ("scaler.", scaler))
+def _parts(net: nn.Module, scaler: nn.Module, ood: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    parts = [("net.", net), ("scaler.", scaler), ("ood.", ood)]
+    return [(prefix, module) for prefix, module in parts if module is not None]
+
+
+def _tensors(net: nn.Module, scaler: nn.Module, ood: nn.Module | None) -> dict[str, Tensor]:
     return {
         f"{prefix}{name}": tensor.contiguous()
-        for prefix, module in parts
+        for prefix, module in _parts(net, scaler, ood)
         for name, tensor in module.state_dict().items()
     }
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from prts import __version__
 from prts.errors import InputError
 from prts.features.inputs import InputReader
 from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
-from prts.models.predictor import CHUNK, Prediction
+from prts.models.ood import verdict
+from prts.models.predictor import CHUNK
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -32,9 +34,15 @@ _THUMBNAIL_PX = 2000
 _HELD_BYTES = 512 << 20
 
 
-def predict_store(
-    bundle: Bundle, store: Path, nuclei: GeoDataFrame, mpp: float, chunk: int = CHUNK
-) -> Iterator[Prediction]:
+class Chunk(NamedTuple):
+    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei, and how unusual each is (b,), where the bundle knows."""
+
+    umi: NDArray[np.float32]
+    prob: NDArray[np.float32]
+    ood: NDArray[np.float32] | None = None
+
+
+def predict_store(bundle: Bundle, store: Path, nuclei: GeoDataFrame, mpp: float, chunk: int = CHUNK) -> Iterator[Chunk]:
     """Predict nuclei from a feature store, holding at most half a gigabyte of features: 230,000 nuclei of 576 columns.
 
     Parameters
@@ -53,12 +61,15 @@ def predict_store(
     read = InputReader(store, bundle.input_use, lambda: nuclei, mpp)
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
-    chunks = (
-        prediction
-        for start in range(0, len(cell_ids), held)
-        for prediction in bundle.predict_chunks(read(cell_ids[start : start + held]), chunk)
-    )
-    yield from track(chunks, f"predict {store.stem}", total=-(-len(cell_ids) // chunk))
+
+    def chunks() -> Iterator[Chunk]:
+        for start in range(0, len(cell_ids), held):
+            features = read(cell_ids[start : start + held])
+            for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
+                part = features[i * chunk : (i + 1) * chunk]
+                yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
+
+    yield from track(chunks(), f"predict {store.stem}", total=-(-len(cell_ids) // chunk))
 
 
 def write_prediction(
@@ -66,12 +77,12 @@ def write_prediction(
     bundle: Bundle,
     section: Section,
     nuclei: GeoDataFrame,
-    chunks: Iterable[Prediction],
+    chunks: Iterable[Chunk],
     *,
     store: Path,
     intervals: bool | None = None,
     provenance: Mapping[str, Any] | None = None,
-) -> None:
+) -> str | None:
     """Write `<out>.h5ad` and `<out>.nuclei.parquet`.
 
     Parameters
@@ -92,6 +103,10 @@ def write_prediction(
         Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them where the bundle has any.
     provenance
         More of it, JSON-like.
+
+    Returns
+    -------
+    The verdict on the slide (`prts.models.ood.verdict`), which the file holds too; None where the bundle cannot give one.
 
     Raises
     ------
@@ -137,8 +152,15 @@ def write_prediction(
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
     }
     with PredictionWriter(out, genes, nuclei, uns, intervals=ranges is not None) as writer:
-        start = 0
-        for umi, prob in chunks:
+        start, strangeness, said = 0, [], None
+        for umi, prob, ood in chunks:
             writer.write(start, umi, prob, None if ranges is None else ranges.bounds(umi, table))
             start += len(umi)
+            if ood is not None:
+                strangeness.append(ood)
+        if strangeness:
+            shares = np.concatenate(strangeness)
+            said = verdict(shares, bundle.predictable)
+            writer.add(obs={"ood": shares}, prts={"verdict": said})
     logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))
+    return said

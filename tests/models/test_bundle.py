@@ -139,7 +139,7 @@ DAMAGE = {
     "broken json": (lambda folder: (folder / "model.json").write_text('{"format_version": 1,'), "no readable JSON"),
     "not text": (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe\x00"), "no readable JSON"),
     "not ours": (lambda folder: (folder / "model.json").write_text("[1]"), "has no format_version"),
-    "newer": (edit_json(lambda j: j.update(format_version=2)), "format version 2, this prts reads 1"),
+    "newer": (edit_json(lambda j: j.update(format_version=3)), "format version 3, this prts reads 1 to 2"),
     "no encoder": (edit_json(lambda j: j.pop("encoder")), "lacks encoder"),
     **{
         f"no {key}": (edit_json(lambda j, key=key: j.pop(key)), f"lacks {key}")

@@ -17,6 +17,7 @@ class Copy:
     """Predicts the features themselves."""
 
     input_use = ("local", "global")
+    ood = None
 
     def predict_chunks(self, features: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(features), chunk):
@@ -52,8 +53,8 @@ def test_the_store_is_read_once_for_nuclei_in_any_order(
     order = np.random.default_rng(0).permutation(n)
     rows_read.clear()
     chunks = list(predict_store(Copy(), tmp_path / "s.h5", pd.DataFrame({"cell_id": ids[order]}), 0.5, 1024))
-    assert [len(umi) for umi, _ in chunks] == [1024] * 19 + [n - 19 * 1024]
-    np.testing.assert_array_equal(np.concatenate([umi for umi, _ in chunks]), np.stack([order, -order], axis=1))
+    assert [len(umi) for umi, *_ in chunks] == [1024] * 19 + [n - 19 * 1024]
+    np.testing.assert_array_equal(np.concatenate([umi for umi, *_ in chunks]), np.stack([order, -order], axis=1))
     assert rows_read["/cell_id"] == n
     for block in ("/local", "/global"):
         assert n * 0.9 <= rows_read[block] <= passes * n
