@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,6 +133,50 @@ def test_a_batch_over_two_sections_keeps_features_and_counts_together(tissue: Pr
     np.testing.assert_array_equal(batch.features, features[indices])
     np.testing.assert_array_equal(batch.counts, counts[indices])
     assert batch.counts.dtype == torch.float32
+
+
+def test_work_counts_are_densified_once_a_batch_and_nothing_else_is_copied(
+    tissue: PreparedTissue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense: list[int] = []
+
+    def counted(
+        self: sp.csr_matrix, *args: object, toarray: Callable[..., np.ndarray] = sp.csr_matrix.toarray
+    ) -> np.ndarray:
+        dense.append(self.shape[0])
+        return toarray(self, *args)
+
+    monkeypatch.setattr(sp.csr_matrix, "toarray", counted)
+    monkeypatch.setattr(sp.csr_matrix, "todense", None)
+    module = ready(tissue, batch_size=16)
+    module.feature_moments()
+    train, (val,) = module.train_dataloader(), module.val_dataloader()
+    assert dense == []  # preparing to train densifies nothing
+    assert [len(batch.counts) for batch in val] == dense == [16, 14]
+    for _ in range(2):
+        dense.clear()
+        n_batches = sum(1 for _ in train)
+        assert n_batches == len(train) == 7
+        assert sum(dense) == 105 and len(dense) <= n_batches * len(module.train_sets)
+
+
+def test_work_memory_of_an_epoch_is_that_of_a_batch() -> None:
+    n, d, g, size = 20_000, 64, 200, 256
+    counts = sp.random(n, g, density=0.05, format="csr", random_state=0, dtype=np.float32)
+    features = np.ones((n, d), dtype=np.float32)
+    nuclei = NucleusSet("s", np.arange(n).astype(object), np.zeros((n, 2)), features, counts, np.ones(n), np.ones(n))
+    batches = NucleusBatches([nuclei])
+    assert batches._features[0] is features  # the store's array itself
+    order = ShuffledBatches(n, size, 0)
+    tracemalloc.start()
+    try:
+        for indices in order:
+            batches[indices]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # two batches, the last and the next, and the order of the epoch; the whole set dense would be 21 MB
+    assert peak < 3 * size * (d + g) * 4 + 8 * n
 
 
 def test_batches_made_on_the_device_are_the_same(tissue: PreparedTissue) -> None:

@@ -164,6 +164,29 @@ def test_kill_9_loses_at_most_a_chunk(tmp_path):
     assert (tmp_path / "cut" / "features.h5").read_bytes() == (tmp_path / "whole" / "features.h5").read_bytes()
 
 
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_work_pixels_are_read_once_and_tiles_encoded_in_full_batches(fake_slide, nuclei_at, tmp_path, batch_size):
+    """A tile of its own for each of 600 nuclei is 65,536 px a nucleus; read once, it is the area of the slide and a margin."""
+    slide = fake_slide(height=1000, width=1000)
+    nuclei = nuclei_at(np.random.default_rng(5).uniform(0, 2000, (600, 2)))
+    calls = []
+
+    class Counting(MeanEncoder):
+        def encode(self, tiles, polygons):
+            calls.append(len(tiles))
+            return super().encode(tiles, polygons)
+
+    encoder = Counting()
+    encoder.batch_size = batch_size
+    extract(slide, nuclei, encoder, tmp_path / "f.h5")
+    assert slide.reads.max() == 1
+    asked = sum(width * height for *_, width, height in slide.requests)
+    assert asked / 600 < 65_536 / 15  # (1000 + 256) x (3 or 4 stripes of 512)
+    assert len(slide.requests) == len(set(slide.requests))
+    # chunks are whole batches, but for the last
+    assert sum(calls) == 600 and len(calls) == -(-600 // batch_size)
+
+
 def test_an_error_of_the_reader_thread_arrives(case, tmp_path):
     slide, nuclei = case
     slide.read_region = lambda *args, **kwargs: (_ for _ in ()).throw(InputError("slide.tif: is damaged"))

@@ -111,6 +111,27 @@ def test_what_anndata_reads_is_what_was_written_for_any_chunks(tmp_path, values,
     assert sorted(p.name for p in path.parent.iterdir()) == ["p.h5ad", "p.nuclei.parquet"]
 
 
+@pytest.mark.parametrize("chunk", [7, 50])
+def test_work_each_row_is_written_once(tmp_path, values, monkeypatch, chunk):
+    umi, prob = values
+    rows, appended, write_to = np.zeros(50, dtype=int), {"data": [], "indices": []}, h5py.Dataset.__setitem__
+
+    def counted(self, part, content):
+        name = self.name.rpartition("/")[2]
+        if self.name == "/layers/prob":
+            rows[part] += 1
+        elif self.name in ("/X/data", "/X/indices"):
+            assert part.start == sum(appended[name])  # behind what is there, never over it
+            appended[name].append(len(content))
+        write_to(self, part, content)
+
+    monkeypatch.setattr(h5py.Dataset, "__setitem__", counted)
+    write(tmp_path / "p.h5ad", umi, prob, chunk)
+    np.testing.assert_array_equal(rows, 1)
+    for sizes in appended.values():
+        assert len(sizes) == -(-50 // chunk) and sum(sizes) == np.count_nonzero(umi)
+
+
 def test_uns_holds_provenance_and_the_picture(tmp_path, values):
     write(tmp_path / "p.h5ad", *values)
     uns = read_prediction(tmp_path / "p.h5ad").uns

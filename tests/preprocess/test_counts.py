@@ -13,6 +13,7 @@ import scipy.sparse as sp
 import shapely
 
 from prts.errors import InputError
+from prts.io.bin_matrix import BinMatrix
 from prts.preprocess import counts as module
 from prts.preprocess.counts import count_nuclei, quality_control
 
@@ -111,6 +112,46 @@ def test_by_hand(by_hand, tmp_path):
     again = ad.read_h5ad(tmp_path / "counts.h5ad")
     assert again.uns["prts"]["qc"] == kept.uns["prts"]["qc"]
     assert (again.X != kept.X).nnz == 0
+
+
+class Watched:
+    """A dataset that remembers which of its entries were read."""
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self.dataset, self.reads = dataset, np.zeros(len(dataset), dtype=int)
+        self.dtype, self.shape = dataset.dtype, dataset.shape
+
+    def __getitem__(self, part):
+        self.reads[part] += 1
+        return self.dataset[part]
+
+
+@pytest.mark.parametrize(("max_nnz", "n_chunks"), [(50, 9), (10**6, 1)])
+def test_work_one_pass_over_the_matrix(tmp_path, monkeypatch, max_nnz, n_chunks):
+    X = sp.csr_matrix(np.ones((100, 4), dtype=int))  # twelve whole bins, of four entries each, go into a chunk of 50
+    row, col = np.divmod(np.arange(100), 10)
+    bins = write_bins(tmp_path, X, row=row, col=col, symbols=SYMBOLS)
+    watched, sizes, opened = {}, [], BinMatrix._open
+
+    def watch(self):
+        opened(self)
+        for name in ("_data", "_indices"):
+            watched[name] = Watched(getattr(self, name))
+            setattr(self, name, watched[name])
+
+    def chunks(self, max_nnz, read=BinMatrix.chunks):
+        for first, stop, counts in read(self, max_nnz):
+            sizes.append(counts.nnz)
+            yield first, stop, counts
+
+    monkeypatch.setattr(BinMatrix, "_open", watch)
+    monkeypatch.setattr(BinMatrix, "chunks", chunks)
+    monkeypatch.setattr(module, "_MAX_NNZ", max_nnz)
+    counts = count_nuclei(bins, make([around(1, 1, 3, 3), around(5, 5, 2, 4)]), species="human")
+    assert counts.X.sum() == (9 + 8) * 4
+    for dataset in watched.values():
+        np.testing.assert_array_equal(dataset.reads, 1)
+    assert len(sizes) == n_chunks and max(sizes) <= max_nnz
 
 
 def slow_counts(bins: Path, nuclei: gpd.GeoDataFrame):
