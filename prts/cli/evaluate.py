@@ -32,9 +32,11 @@ def main(cfg: DictConfig) -> None:
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path, read_prediction
     from prts.io.spots import read_spots
+    from prts.io.visium_hd import read_positions
     from prts.metrics.evaluate import evaluate_section, match, spot_pcc
     from prts.models.scoring import json_ready
     from prts.preprocess.counts import count_nuclei, quality_control
+    from prts.preprocess.register import corrected, measure_section
     from prts.section import open_section_folder
 
     require(cfg, "prediction", "section", "out")
@@ -60,7 +62,12 @@ def main(cfg: DictConfig) -> None:
         )
     require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])
     nuclei = load_nuclei(nuclei_path(Path(cfg.prediction)))
-    counts = count_nuclei(section.bins, nuclei, species=str(about["species"]))
+    grid = None
+    if cfg.preprocess.register:
+        found = measure_section(section.bins, nuclei, section.mpp)
+        logger.info("%s: %s", section.name, found.sentence())
+        grid = corrected(read_positions(section.bins), found, section.mpp)
+    counts = count_nuclei(section.bins, nuclei, species=str(about["species"]), grid=grid)
     # as in training, unless another is asked for; what is not limited is not stored
     qc: dict[str, Any] = dict(about["qc"]) if cfg.get("qc") is None else plain(cfg.qc)
     counts = quality_control(counts, mpp=section.mpp, **qc)

@@ -1,9 +1,10 @@
 """Segment, count, choose genes and read features, for every section of a tissue.
 
-usage: prts prepare tissue=NAME [segmentation=...] [encoder=...] [panel=...]
+usage: prts prepare tissue=NAME [segmentation=...] [encoder=...] [panel=...] [preprocess.register=true]
 
 Everything that training needs from the files, kept in the cache (paths.cache_dir): what is up to date is skipped, a killed run
-goes on where it stopped, and parallel runs share one cache. `prts train` does this by itself.
+goes on where it stopped, and parallel runs share one cache. `prts train` does this by itself. The shift between bins and nuclei is
+measured in every section; `preprocess.register=true` takes it back.
 
 example: prts prepare tissue=her2st encoder=vit256 encoder.weights=vit256_small_dino.pth
 """
@@ -50,6 +51,7 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
         segmenter=instantiate(segmentation),
         prefer_given=prefer_given,
         qc=plain(cfg.qc),
+        **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
         encoder=instantiate(cfg.encoder),

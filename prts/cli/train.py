@@ -128,6 +128,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
     with watch("baselines"):
         metrics |= _compare(cfg, datamodule, baselines, test, sets, predictable(beyond))
+    metrics |= _registration(cfg, datamodule)
     if datamodule.split_report["warning"] is not None:
         metrics["warning/split"] = datamodule.split_report["warning"]
     mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
@@ -312,6 +313,26 @@ def _metadata(
         },
         "intervals": intervals.settings(),
     }
+
+
+def _registration(cfg: DictConfig, datamodule: PRTSDataModule) -> dict[str, float | str]:
+    """How far the bins of each section lay off its nuclei; a warning where that was too far and is left so."""
+    from prts.preprocess.register import WARN_UM
+
+    found = {name: prepared.registration for name, prepared in datamodule.tissue.sections.items()}
+    figures: dict[str, float | str] = {}
+    for name, section in found.items():
+        figures[f"registration/{name}/confidence"] = section.confidence
+        if section.measured:
+            figures[f"registration/{name}/shift_um"] = section.shift_um
+            figures[f"registration/{name}/rotation_deg"] = section.rotation_deg
+            figures[f"registration/{name}/displacement_um"] = section.displacement_um
+    off = [name for name, section in found.items() if section.displacement_um > WARN_UM]
+    if off and not cfg.preprocess.register:
+        figures["warning/registration"] = (
+            f"bins of {', '.join(off)} lie over {WARN_UM:g} um off the nuclei; preprocess.register=true moves them back"
+        )
+    return figures
 
 
 def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:

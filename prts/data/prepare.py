@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import h5py
+import numpy as np
 
 from prts.data.splits import TRAIN, Roles
 from prts.data.tissue import SectionSpec, Tissue
@@ -21,8 +22,10 @@ from prts.features.colour import ColourStats
 from prts.features.extract import extract
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 from prts.io.nuclei import load_nuclei, write_nuclei
+from prts.io.visium_hd import read_positions
 from prts.preprocess.counts import count_nuclei, quality_control
 from prts.preprocess.polygons import Polygons
+from prts.preprocess.register import WARN_UM, Registration, corrected, measure_section
 from prts.preprocess.segment import segment
 from prts.section import Section, open_section, open_section_folder
 from prts.stopwatch import Stopwatch
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raised when a stage's code changes what it writes for the same inputs.
-STAGE_VERSION = {"section": 1, "nuclei": 1, "counts": 1, "panel": 1, "features": 1}
+STAGE_VERSION = {"section": 1, "nuclei": 1, "counts": 1, "registration": 1, "panel": 1, "features": 1}
 
 
 class PanelBuilder(Protocol):
@@ -56,13 +59,17 @@ class PanelBuilder(Protocol):
 
 @dataclass(frozen=True)
 class PreparedSection:
-    """A section and its cache files: nuclei (all), counts (nuclei that pass QC x all genes), features and colour of those nuclei."""
+    """A section and its cache files: nuclei (all), counts (nuclei that pass QC x all genes), features and colour of those nuclei.
+
+    `registration` is how the bins lay against the nuclei before any correction.
+    """
 
     section: Section
     nuclei: Path
     counts: Path
     features: Path
     colour: Path
+    registration: Registration
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,7 @@ def prepare_tissue(
     segmenter: Segmenter,
     prefer_given: bool,
     qc: Mapping[str, Any],
+    register: bool,
     splitter: Splitter,
     panel: PanelBuilder,
     encoder: Encoder,
@@ -136,6 +144,8 @@ def prepare_tissue(
         Take a section's own nuclei file, where it has one, instead of segmenting.
     qc
         Arguments of `prts.preprocess.counts.quality_control`.
+    register
+        Move the bins to where their UMIs say that the nuclei are. The shift is measured either way.
     splitter
         Says which nuclei train: the panel sees no others.
     panel
@@ -164,11 +174,16 @@ def prepare_tissue(
 
     nuclei: dict[str, Path] = {}
     counts: dict[str, Path] = {}
+    passing: dict[str, str] = {}
+    registration: dict[str, Registration] = {}
     for name, section in sections.items():
         with watch("segment"):
             nuclei[name] = prepare_nuclei(root / name, section, segmenter, prefer_given)
         with watch("counts"):
-            counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species)
+            settings = _passing_settings(section, nuclei[name], qc, tissue.species, register)
+            passing[name] = f"counts-{fingerprint(settings)}"
+            counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species, register, settings)
+            registration[name] = _registration(counts[name], name, register)
     with watch("panel"):
         panel_path = _panel(root, tissue, sections, counts, splitter, panel)
     features: dict[str, Path] = {}
@@ -176,14 +191,14 @@ def prepare_tissue(
     for name, section in sections.items():
         with watch("features"):
             kept = _passing(load_nuclei(nuclei[name]), counts[name])
-            features[name] = prepare_features(root / name, section, kept, encoder, counts[name].stem)
+            features[name] = prepare_features(root / name, section, kept, encoder, passing[name])
         with watch("colour"):
-            colour[name] = prepare_features(root / name, section, kept, ColourStats(), counts[name].stem, kind="colour")
+            colour[name] = prepare_features(root / name, section, kept, ColourStats(), passing[name], kind="colour")
     return PreparedTissue(
         name=tissue.name,
         species=tissue.species,
         sections={
-            name: PreparedSection(section, nuclei[name], counts[name], features[name], colour[name])
+            name: PreparedSection(section, nuclei[name], counts[name], features[name], colour[name], registration[name])
             for name, section in sections.items()
         },
         train=list(tissue.train),
@@ -240,26 +255,62 @@ def prepare_nuclei(folder: Path, section: Section, segmenter: Segmenter | None, 
     return _build(folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {name}")
 
 
-def _counts(folder: Path, section: Section, nuclei: Path, qc: Mapping[str, Any], species: str) -> Path:
+def _passing_settings(
+    section: Section, nuclei: Path, qc: Mapping[str, Any], species: str, register: bool
+) -> dict[str, Any]:
+    """All that decides which nuclei pass QC: features depend on that, and on nothing else that stands in the counts."""
     bins = section.bins
     if bins is None:
         raise InputError(f"section {section.name}: has no bins, and training needs them (binned_outputs/square_002um)")
-    settings = {
+    return {
         "version": STAGE_VERSION["counts"],
         "nuclei": nuclei.stem,
         "matrix": file_identity(bins / "filtered_feature_bc_matrix.h5"),
         "positions": file_identity(bins / "spatial" / "tissue_positions.parquet"),
         "qc": dict(qc),
         "species": species,
+        **({"registered": STAGE_VERSION["registration"]} if register else {}),
     }
 
+
+def _counts(
+    folder: Path,
+    section: Section,
+    nuclei: Path,
+    qc: Mapping[str, Any],
+    species: str,
+    register: bool,
+    settings: Mapping[str, Any],
+) -> Path:
     def make(path: Path) -> None:
-        measured = count_nuclei(bins, load_nuclei(nuclei), species=species)
+        assert section.bins is not None
+        polygons = load_nuclei(nuclei)
+        found = measure_section(section.bins, polygons, section.mpp)
+        grid = corrected(read_positions(section.bins), found, section.mpp) if register else None
+        measured = count_nuclei(section.bins, polygons, species=species, grid=grid)
         kept = quality_control(measured, mpp=section.mpp, **qc)
         kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
+        kept.uns["prts"]["registration"] = {**found.report(), "corrected": register and found.measured}
         kept.write_h5ad(path, compression="gzip")
 
+    settings = {**settings, "registration": STAGE_VERSION["registration"]}
     return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
+
+
+def _registration(counts: Path, name: str, register: bool) -> Registration:
+    """What was found when the counts were made, said again in every run that uses them."""
+    from anndata.io import read_elem
+
+    with h5py.File(counts) as file:
+        stored = read_elem(file["uns/prts/registration"])
+    found = Registration(**{field.name: np.asarray(stored[field.name]).item() for field in fields(Registration)})
+    if not found.measured or found.displacement_um <= WARN_UM:
+        logger.info("%s: %s", name, found.sentence())
+    elif register:
+        logger.info("%s: %s; corrected", name, found.sentence())
+    else:
+        logger.warning("%s: %s; preprocess.register=true moves them back", name, found.sentence())
+    return found
 
 
 def _panel(

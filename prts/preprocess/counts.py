@@ -33,7 +33,7 @@ _MAX_NNZ = 20_000_000
 _NO_NUCLEUS, _SHARED = -1, -2
 
 
-def count_nuclei(bins: Path, nuclei: gpd.GeoDataFrame, *, species: str) -> AnnData:
+def count_nuclei(bins: Path, nuclei: gpd.GeoDataFrame, *, species: str, grid: BinGrid | None = None) -> AnnData:
     """Sum the 2 um bins of each nucleus, for all nuclei and all genes.
 
     A bin belongs to the nucleus whose polygon holds its centre (shapely's `within`: a centre on a boundary is in none); a
@@ -48,6 +48,8 @@ def count_nuclei(bins: Path, nuclei: gpd.GeoDataFrame, *, species: str) -> AnnDa
         Nuclei with `cell_id`, `geometry` in full-resolution pixels, `area_um2`; (n_nuclei,).
     species
         "human" or "mouse": which genes are mitochondrial (`MT-` or `mt-`).
+    grid
+        Where the bins are, in place of the folder's own positions.
 
     Returns
     -------
@@ -68,7 +70,7 @@ def count_nuclei(bins: Path, nuclei: gpd.GeoDataFrame, *, species: str) -> AnnDa
     with BinMatrix(path) as matrix:
         var = matrix.var()
         mitochondrial = _mitochondrial(var, species, path)
-        owner = nucleus_of_bins(polygons, read_positions(bins), matrix)
+        owner = nucleus_of_bins(polygons, read_positions(bins) if grid is None else grid, matrix)
         X, umi = sum_bins(matrix, owner, len(polygons))
     report = {
         "species": species,

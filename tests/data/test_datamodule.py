@@ -25,6 +25,7 @@ from prts.features.inputs import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
 from prts.preprocess.panel import Panel
+from prts.preprocess.register import Registration
 from prts.section import Section
 
 MPP = 0.5
@@ -60,9 +61,8 @@ def write_section(folder: Path, name: str, n: int, seed: int, *, without_feature
         nuclei=None,
         spots=None,
     )
-    return PreparedSection(
-        section, folder / "x.parquet", folder / f"{name}.h5ad", folder / f"{name}.h5", folder / f"{name}.c.h5"
-    )
+    files = (folder / f for f in ("x.parquet", f"{name}.h5ad", f"{name}.h5", f"{name}.c.h5"))
+    return PreparedSection(section, *files, Registration(True, *[0.0] * 8))
 
 
 @pytest.fixture
