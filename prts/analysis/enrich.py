@@ -181,8 +181,11 @@ def enrich_go(
     rows, n_terms = [], {}
     for full, namespace in _SHORT.items():
         of = {one: {go for go in terms[one] if go in dag and dag[go].namespace == full} for one in back}
+        of = {one: gos for one, gos in of.items() if gos}
+        if not of:
+            continue
         study = GOEnrichmentStudy(
-            population, {one: gos for one, gos in of.items() if gos}, dag,
+            population, of, dag,
             propagate_counts=True, methods=["fdr_bh"], log=None, alternative="greater",
         )  # fmt: skip
         n_terms[namespace] = sum(len(items) >= _LEAST_TERM for items in study.go2popitems.values())
@@ -243,7 +246,8 @@ def read_annotations(path: Path) -> tuple[dict[str, set[str]], dict[str, str]]:
         return terms, {name: name for name in terms}
     synonyms = raw.assign(synonym=raw[10].str.split("|")).explode("synonym").dropna(subset="synonym")
     several = synonyms.groupby("synonym")[1].agg(lambda ids: ids.iloc[0] if ids.nunique() == 1 else None).dropna()
-    return terms, {**several.to_dict(), **raw.drop_duplicates(2).set_index(2)[1].to_dict()}
+    ids = {**several.to_dict(), **raw.drop_duplicates(2).set_index(2)[1].to_dict()}
+    return terms, {symbol: one for symbol, one in ids.items() if one in terms}
 
 
 def _gaf_terms(raw: pd.DataFrame) -> dict[str, set[str]]:
