@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,10 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
     n_hvg = int(nuclei.var["highly_variable"].sum())
     n_pcs = min(settings.n_pcs, nuclei.n_obs - 1, n_hvg - 1)
     sc.pp.pca(nuclei, n_comps=n_pcs, random_state=settings.seed)
-    sc.pp.neighbors(nuclei, n_neighbors=settings.n_neighbors, n_pcs=n_pcs, random_state=settings.seed)
+    with warnings.catch_warnings():
+        # scanpy's own way to set the diagonal of distances
+        warnings.simplefilter("ignore", sp.SparseEfficiencyWarning)
+        sc.pp.neighbors(nuclei, n_neighbors=settings.n_neighbors, n_pcs=n_pcs, random_state=settings.seed)
     sc.tl.umap(nuclei, random_state=settings.seed)
     return nuclei
 
