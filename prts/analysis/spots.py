@@ -45,12 +45,15 @@ class SpotComparison:
     summary
         `n_spots, n_nuclei_in_spots, nuclei_per_spot` (median over spots that hold one), `pcc_mean, pcc_median, total_pcc,
         features_pcc`, and, with domains, `n_domains, domain_nmi`: of the domain that a nucleus lies in with its cluster.
+    radius_px
+        Of a spot.
     """
 
     spots: pd.DataFrame
     per_gene: pd.DataFrame
     composition: pd.DataFrame | None
     summary: dict[str, float]
+    radius_px: float
 
 
 def read_visium(folder: Path) -> Spots:
@@ -177,7 +180,7 @@ def compare_spots(
         composition = composition.rename_axis(index="domain", columns="cluster")
         summary["n_domains"] = table["domain"].nunique()
         summary["domain_nmi"] = agreement(domain, clusters)["nmi"]
-    return SpotComparison(table, per_gene, composition, summary)
+    return SpotComparison(table, per_gene, composition, summary, spots.radius_px)
 
 
 def _domains(spots: Spots, settings: ClusterSettings) -> NDArray[Any]:

@@ -156,7 +156,55 @@ def write(found: Findings, out: Path, formats: list[str]) -> None:
     for name, table in found.tables.items():
         with atomic(out / f"{name}.csv") as path:
             table.to_csv(path, index=False)
+    draw(found, out / "figures", formats)
     logger.info("%d tables, see %s", len(found.tables), out)
+
+
+def draw(found: Findings, folder: Path, formats: list[str]) -> None:
+    """Draw what was found, each figure in every format."""
+    from prts.report import analysis_figures as figures
+
+    if not formats:
+        return
+
+    def files(name: str) -> list[Path]:
+        return [folder / f"{name}.{suffix}" for suffix in formats]
+
+    sides = {} if found.measured is None else {"measured": found.measured}
+    sides["predicted"] = found.predicted
+    nuclei = {title: side.nuclei for title, side in sides.items()}
+    called = {"cluster": "cluster", "type": "type by markers", "classifier_type": "type by classifier"}
+    groupings = {column: name for column, name in called.items() if all(column in n.obs for n in nuclei.values())}
+    columns = [n.obs[column] for n in nuclei.values() for column in ("type", "classifier_type") if column in n.obs]
+    colours = figures.group_colours(columns)
+    figures.umaps(files("umap"), nuclei, groupings, colours)
+    for column, name in groupings.items():
+        figures.tissue_groups(files(f"tissue_{column}"), nuclei, column, name, colours, found.mpp)
+    figures.qc_maps(files("qc_maps"), nuclei, found.mpp)
+    for title, side in sides.items():
+        if len(side.markers):
+            figures.marker_dots(files(f"markers_{title}"), side.nuclei, side.markers, side.names)
+    for name, table in found.tables.items():
+        if name.startswith("shares_"):
+            figures.type_shares(
+                files(name), table, figures.group_colours([table["name"]]) if name == "shares_broad" else colours
+            )
+        if name.endswith("enrichment") and len(table):
+            figures.enrichment_dots(files(name), table)
+    for name, table in found.comparison.tables.items():
+        title, reference, other = _axes_of(name, "classifier/rates/n" in found.comparison.summary)
+        figures.confusion_matrix(files(f"confusion_{name}"), table, title, reference=reference, found=other)
+    if found.spots is not None:
+        figures.spot_maps(files("spots"), found.spots.spots, found.predicted.nuclei, found.spots.radius_px, found.mpp)
+
+
+def _axes_of(name: str, truth: bool) -> tuple[str, str, str]:
+    """Title and axes of a confusion matrix by its name."""
+    titles = {"clusters": "clusters", "type": "types, named by markers", "broad": "broad classes, named by markers"}
+    if name in titles:
+        return titles[name], "measured", "predicted"
+    title = "broad classes, by classifier" if "broad" in name else "types, by classifier"
+    return title, "true" if truth else "measured", name.rsplit("_", 1)[-1]
 
 
 def _side_tables(tables: dict[str, pd.DataFrame], side: Side, prefix: str) -> None:
@@ -225,6 +273,9 @@ def _classify(
         TypeClassifier(panel, types), measured.matched, truth, measured.section.mpp, found.comparison, named["classes"]
     )
     found.tables["classifier_types"] = labels.reset_index()
+    for name, side in {"measured": found.measured, "predicted": found.predicted}.items():
+        if side is not None:
+            side.nuclei.obs["classifier_type"] = labels[name].reindex(side.nuclei.obs_names).astype("category")
     found.tables["shares_classifier"] = shares(labels["predicted"], labels["measured"])
 
 
