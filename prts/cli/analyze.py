@@ -273,9 +273,9 @@ def _classify(
         TypeClassifier(panel, types), measured.matched, truth, measured.section.mpp, found.comparison, named["classes"]
     )
     found.tables["classifier_types"] = labels.reset_index()
-    for name, side in {"measured": found.measured, "predicted": found.predicted}.items():
-        if side is not None:
-            side.nuclei.obs["classifier_type"] = labels[name].reindex(side.nuclei.obs_names).astype("category")
+    for name, of in {"measured": found.measured, "predicted": found.predicted}.items():
+        if of is not None:
+            of.nuclei.obs["classifier_type"] = labels[name].reindex(of.nuclei.obs_names).astype("category")
     found.tables["shares_classifier"] = shares(labels["predicted"], labels["measured"])
 
 

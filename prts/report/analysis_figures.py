@@ -381,7 +381,14 @@ def _scatter_groups(
 ) -> None:
     shades = groups.astype(object).map(lambda name: colours.get(str(name), _NONE) if pd.notna(name) else _NONE)
     rare_last = np.argsort(-groups.map(groups.value_counts()).astype(float).fillna(np.inf).to_numpy(), kind="stable")
-    axes.scatter(*xy[rare_last].T, c=shades.to_numpy()[rare_last].tolist(), s=size, linewidths=0, rasterized=True)
+    axes.scatter(
+        xy[rare_last, 0],
+        xy[rare_last, 1],
+        c=shades.to_numpy()[rare_last].tolist(),
+        s=size,
+        linewidths=0,
+        rasterized=True,
+    )
 
 
 def _map_values(
@@ -394,10 +401,10 @@ def _map_values(
 ) -> None:
     known = values[np.isfinite(values)]
     top = float(np.percentile(known, 99)) if len(known) else 1.0
+    area = _point_size(xy, window, PANEL_IN) if size is None else size
     points = axes.scatter(
-        *xy.T, c=values, s=_point_size(xy, window, PANEL_IN) if size is None else size, cmap=SEQUENTIAL, vmin=0, vmax=top or 1.0,
-        linewidths=0, rasterized=True,
-    )  # fmt: skip
+        xy[:, 0], xy[:, 1], c=values, s=area, cmap=SEQUENTIAL, vmin=0, vmax=top or 1.0, linewidths=0, rasterized=True
+    )
     window.show(axes, framed=False)
     bar = axes.figure.colorbar(points, ax=axes, shrink=0.8, aspect=18, extend="max", pad=0.01, label=label)
     bar.outline.set_linewidth(0.4)

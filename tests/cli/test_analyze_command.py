@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from prts.cli.app import run
 from prts.simulate.section import simulate_section
 
-GENES = 300
+GENES = 1000
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(outlines, root / "p.nuclei.parquet")
     rng = np.random.default_rng(0)
     rows = [(kind, gene) for kind, genes in truth.uns["markers"].items() for gene in genes]
-    rows += [(f"decoy {d}", g) for d in range(50) for g in rng.choice(truth.var_names, 5, replace=False)]
+    rows += [(f"decoy {d}", g) for d in range(50) for g in rng.choice(truth.var_names, 15, replace=False)]
     pd.DataFrame(rows, columns=["type", "gene"]).to_csv(root / "markers.csv", index=False)
     return root
 
@@ -62,7 +62,7 @@ def test_the_truth_judges_types_clusters_and_names(folder: Path, tmp_path: Path)
     out = tmp_path / "with spaces"
     training = [f"train_section={folder / 'train'}", f"train_nuclei={folder / 'train' / 'truth_nuclei.parquet'}"]
     given = [f"section={folder / 'test'}", f"markers={folder / 'markers.csv'}", *training]
-    assert run("analyze", arguments(folder, out, *given, "figures=[png]", "clusters.min_share=0.01")) == 0
+    assert run("analyze", arguments(folder, out, *given, "figures=[png]", "clusters.resolution=0.2")) == 0
     scores = json.loads((out / "analysis.json").read_text())
     # what limits naming is the counting noise: none of it is in the rates, and a perfect reader of the image knows the type
     assert scores["classifier/measured/accuracy"] > 0.85
