@@ -134,7 +134,7 @@ def _table(prediction: PredictionFile, columns: NDArray[np.intp]) -> ad.AnnData:
 
     with h5py.File(prediction.path) as file:
         umi = lazy(file["X"])
-        layers = {"prob": lazy(file["layers/prob"])} if "layers/prob" in file else {}
+        layers = {name: lazy(layer) for name, layer in file["layers"].items()} if "layers" in file else {}
     obs = obs.assign(cell_id=obs.index.to_numpy(dtype=object), region=pd.Categorical(["nuclei"] * len(obs)))
     return ad.AnnData(
         X=umi,
