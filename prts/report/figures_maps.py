@@ -123,7 +123,7 @@ def tissue_maps(
     with mpl.rc_context(STYLE):
         figure = Figure(
             figsize=(len(titles) * PANEL_IN + 0.9, len(rows) * PANEL_IN * aspect + 0.35),
-            layout=ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02),
+            layout=ConstrainedLayoutEngine(compress=True, w_pad=0.02, h_pad=0.02, wspace=0.02, hspace=0.02),
         )
         panels = figure.subplots(len(rows), len(titles), squeeze=False)
         for row, axes_of_row in zip(rows, panels, strict=True):

@@ -104,6 +104,7 @@ def test_without_measurement_the_prediction_stands_alone(tmp_path, drawn, sectio
     titles = [a.get_title() for a in drawn[0].axes if a.get_title()]
     assert titles == ["H&E", "Predicted"]
     assert drawn[0].axes[1].collections[0].get_clim()[1] == np.percentile(section.predicted[:, 0], 99)
+    assert drawn[0].axes[0].yaxis.label.get_window_extent().x0 >= 0  # the name is on the paper
 
 
 @pytest.fixture
