@@ -45,7 +45,7 @@ class Measured:
 
 
 def measure(prediction: ad.AnnData, nuclei: Path, folder: Path) -> Measured:
-    """Count a section's bins in the nuclei of a prediction made on its image.
+    """Count the bins of a section's folder in the nuclei of a prediction made on its image.
 
     Parameters
     ----------
@@ -61,11 +61,16 @@ def measure(prediction: ad.AnnData, nuclei: Path, folder: Path) -> Measured:
     InputError
         If the section has no bins or another image, or no nucleus or gene is left.
     """
+    _about(prediction)
+    return measure_section(prediction, nuclei, _with_bins("section", folder), what=f"section={folder}")
+
+
+def measure_section(prediction: ad.AnnData, nuclei: Path, section: Section, *, what: str) -> Measured:
+    """`measure` of a section that is open already; `what` is how messages call it."""
     about = _about(prediction)
-    section = _with_bins("section", folder)
     if (about["width"], about["height"]) != (section.width, section.height):
         raise InputError(
-            f"section={folder}: its image is {section.width} x {section.height} px, the prediction's was {about['width']} x "
+            f"{what}: its image is {section.width} x {section.height} px, the prediction's was {about['width']} x "
             f"{about['height']}; give the section that was predicted"
         )
     require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])

@@ -90,7 +90,7 @@ def colour_top(values: NDArray[Any]) -> NDArray[np.float64]:
     return colours
 
 
-def nucleus_columns(obs: pd.DataFrame) -> list[dict[str, Any]]:
+def nucleus_columns(obs: pd.DataFrame, measured: pd.DataFrame | None = None) -> list[dict[str, Any]]:
     """What a table says of nuclei, column by column, as far as a map can show it.
 
     Parameters
@@ -98,30 +98,48 @@ def nucleus_columns(obs: pd.DataFrame) -> list[dict[str, Any]]:
     obs
         A row a nucleus. Numbers become float32; categories, booleans and text of at most 100 kinds become codes (the greatest
         number stands for missing). Columns that are the same for all, and others, are left out.
+    measured
+        The same columns, or some of them, as the measured side has them: in `measured_block`, with the same labels and colours.
     """
     found = []
     for name, values in obs.items():
+        beside = None if measured is None or name not in measured else measured[name]
         if values.nunique(dropna=True) < 2:
             continue
-        if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
-            number = values.to_numpy(dtype=np.float32, na_value=np.nan)
-            finite = number[np.isfinite(number)]
-            low, high = np.percentile(finite, [100 - PERCENTILE, PERCENTILE]).tolist()
-            if low == high:
-                low, high = float(finite.min()), float(finite.max())
-            low = 0.0 if 0 <= low < 0.1 * high else low
-            found.append({"name": str(name), "kind": "number", "low": low, "high": high, "block": packed(number)})
-            continue
-        labels = values.astype("category").cat
-        if len(labels.categories) > _MOST_CATEGORIES:
-            continue
-        codes = labels.codes.to_numpy()
-        found.append(
-            {
-                "name": str(name),
-                "kind": "category",
-                "labels": [str(label) for label in labels.categories],
-                "block": packed(np.where(codes < 0, 255, codes).astype(np.uint8)),
-            }
-        )
+        column = _categories(values, beside) if _is_category(values) else _numbers(values, beside)
+        if column is not None:
+            found.append({"name": str(name), **column})
     return found
+
+
+def _is_category(values: pd.Series) -> bool:
+    return pd.api.types.is_bool_dtype(values) or not pd.api.types.is_numeric_dtype(values)
+
+
+def _numbers(values: pd.Series, beside: pd.Series | None) -> dict[str, Any]:
+    sides = [side.to_numpy(dtype=np.float32, na_value=np.nan) for side in (values, beside) if side is not None]
+    every = np.concatenate(sides)
+    every = every[np.isfinite(every)]
+    low, high = np.percentile(every, [100 - PERCENTILE, PERCENTILE]).tolist()
+    if low == high:
+        low, high = float(every.min()), float(every.max())
+    low = 0.0 if 0 <= low < 0.1 * high else low
+    blocks = [packed(side) for side in sides]
+    return {"kind": "number", "low": low, "high": high, "block": blocks[0], "measured_block": [*blocks, None][1]}
+
+
+def _categories(values: pd.Series, beside: pd.Series | None) -> dict[str, Any] | None:
+    sides = [side.astype("category") for side in (values, beside) if side is not None]
+    labels = pd.unique(np.concatenate([side.cat.categories.astype(str) for side in sides]))
+    if len(labels) > _MOST_CATEGORIES:
+        return None
+    blocks = []
+    for side in sides:
+        codes = pd.Categorical(side.astype(str).where(side.notna()), categories=labels).codes
+        blocks.append(packed(np.where(codes < 0, 255, codes).astype(np.uint8)))
+    return {
+        "kind": "category",
+        "labels": [str(label) for label in labels],
+        "block": blocks[0],
+        "measured_block": [*blocks, None][1],
+    }

@@ -70,6 +70,9 @@ class Page:
         The whole section, RGB (height, width, 3).
     measured
         Measured counts, or None.
+    measured_obs
+        What was found of the nuclei on the measured side, a row a nucleus of the prediction, for columns that `obs` has too (clusters,
+        types).
     per_gene
         Table per_gene.csv of the section, or None.
     metrics
@@ -81,6 +84,7 @@ class Page:
     prediction: ad.AnnData
     picture: NDArray[np.uint8]
     measured: Measured | None = None
+    measured_obs: pd.DataFrame | None = None
     per_gene: pd.DataFrame | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -223,8 +227,11 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
         blocks["measured"], n_bytes = [block for block, _ in pairs], [size for _, size in pairs]
     if "prob" in prediction.layers:
         blocks["prob"] = prob_blocks(_dense(prediction.layers["prob"], chosen))
-    columns = nucleus_columns(prediction.obs)
+    columns = nucleus_columns(prediction.obs, page.measured_obs)
     blocks["columns"] = [column.pop("block") for column in columns]
+    blocks["measured_columns"] = [column.pop("measured_block") for column in columns]
+    for column, block in zip(columns, blocks["measured_columns"], strict=True):
+        column["measured"] = block is not None
     xy = np.asarray(prediction.obsm["spatial"], np.float32)
     blocks |= {"x": packed(xy[:, 0]), "y": packed(xy[:, 1])}
     area = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))

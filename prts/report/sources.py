@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,20 +13,18 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
+from prts.analysis.measured import measure, measure_section
 from prts.data.prepare import resolve_section
 from prts.data.sets import NucleusSet
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
-from prts.io.mpp import require_agreement
-from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
-from prts.metrics.evaluate import Evaluation, Matched, evaluate_section, match
+from prts.metrics.evaluate import Evaluation, Matched, evaluate_section
 from prts.models.scoring import Scored
-from prts.preprocess.counts import count_nuclei, quality_control
 from prts.preprocess.panel import Panel
 from prts.report.html import Measured, Page
-from prts.section import Section, open_section_folder
+from prts.section import Section
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -82,7 +80,8 @@ def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
         if name not in tissue.sections:
             raise InputError(f"{path}: was made on section {name!r}, which is not in {files['config.yaml']}")
         section = resolve_section(tissue.sections[name], tissue.name, Path(config["paths"]["cache_dir"]))
-        matched = _measure(prediction, path, section, config["qc"], what=f"run={folder}")
+        prediction.uns["prts"].setdefault("qc", config["qc"])
+        matched = measure_section(prediction, nuclei_path(path), section, what=f"run={folder}").matched
         result = Evaluation({}, per_gene, None)
         if len(paths) > 1:
             result = _evaluate(matched, prediction, section, evaluation)
@@ -123,17 +122,15 @@ def of_prediction(
     with open_slide(image, mpp=float(about["mpp"])) as slide:
         _same_size(f"image={image}", slide.width, slide.height, about)
         picture = slide.thumbnail(PICTURE_PX)
-    if analysis is not None:
-        _join(prediction, analysis)
+    beside = None if analysis is None else _join(prediction, analysis)
     if section_folder is None:
         return Source(path, Page(prediction, picture), None, _panel(prediction))
-    section = open_section_folder(section_folder)
-    if "qc" not in about or "species" not in about:
-        raise InputError(f"prediction={path}: lacks uns['prts']['qc']; predict again with this prts")
-    matched = _measure(prediction, path, section, about["qc"], what=f"section={section_folder}")
+    measured = measure(prediction, nuclei_path(path), section_folder)
+    section, matched = measured.section, measured.matched
     result = _evaluate(matched, prediction, section, evaluation)
     metrics = {f"test/{key}": value for key, value in result.summary.items()}
-    return _source(path, prediction, section, matched, result, metrics, {}, "", picture)
+    source = _source(path, prediction, section, matched, result, metrics, {}, "", picture)
+    return replace(source, page=replace(source.page, measured_obs=beside))
 
 
 def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: Mapping[str, Any]) -> Page:
@@ -160,7 +157,7 @@ def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: M
     prediction = ad.AnnData(scored.umi, **parts, obsm={"spatial": xy}, layers={"prob": scored.prob})
     picture = parts["uns"]["spatial"][scored.section.name]["images"]["hires"]
     measured = Measured(scored.nuclei.counts, np.arange(len(scored.nuclei)))
-    return Page(prediction, picture, measured, scored.result.per_gene, metrics, model)
+    return Page(prediction, picture, measured, per_gene=scored.result.per_gene, metrics=metrics, model=model)
 
 
 def _source(
@@ -183,7 +180,14 @@ def _source(
         if matched.by == "cell_id"
         else cKDTree(prediction.obsm["spatial"]).query(matched.xy_px)[1]
     )
-    page = Page(prediction, picture, Measured(matched.measured, rows), result.per_gene, metrics, model)
+    page = Page(
+        prediction,
+        picture,
+        Measured(matched.measured, rows),
+        per_gene=result.per_gene,
+        metrics=metrics,
+        model=model,
+    )
     nuclei = NucleusSet(
         section=section.name,
         cell_id=matched.cell_id,
@@ -195,17 +199,6 @@ def _source(
     )
     umi, prob = _array(matched.predicted), _array(matched.predicted if matched.prob is None else matched.prob)
     return Source(path, page, Scored(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
-
-
-def _measure(prediction: ad.AnnData, path: Path, section: Section, qc: Mapping[str, Any], *, what: str) -> Matched:
-    """The section's counts in the nuclei of the prediction that pass quality control."""
-    about = prediction.uns["prts"]
-    if section.bins is None:
-        raise InputError(f"{what}: has no binned_outputs/square_002um, so there is nothing to compare with")
-    _same_size(what, section.width, section.height, about)
-    require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])
-    counts = count_nuclei(section.bins, load_nuclei(nuclei_path(path)), species=str(about["species"]))
-    return match(prediction, quality_control(counts, mpp=section.mpp, **dict(qc)), mpp=section.mpp)
 
 
 def _evaluate(matched: Matched, prediction: ad.AnnData, section: Section, evaluation: Mapping[str, Any]) -> Evaluation:
@@ -229,24 +222,39 @@ def _same_size(what: str, width: int, height: int, about: Mapping[str, Any]) -> 
         )
 
 
-def _join(prediction: ad.AnnData, path: Path) -> None:
-    """Add the columns of an analysis to the prediction's nuclei; nuclei that it left out have none."""
+def _join(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
+    """Add the columns of an analysis to the prediction's nuclei, and return those of measured.h5ad beside it, where there is one.
+
+    Nuclei that the analysis left out have none.
+    """
+    obs = _obs(path)
+    shared = prediction.obs_names.isin(obs.index)
+    if not shared.any():
+        raise InputError(
+            f"analysis={path}: none of its nuclei is in the prediction; give the analysis of this prediction"
+        )
+    new = obs[[column for column in obs.columns if column not in prediction.obs]]
+    prediction.obs = prediction.obs.join(new)
+    logger.info("analysis: %d of %d nuclei, columns %s", shared.sum(), len(shared), ", ".join(map(str, new.columns)))
+    measured = path.with_name("measured.h5ad")
+    if not measured.is_file():
+        return None
+    beside = _obs(measured)
+    return beside[[column for column in new.columns if column in beside]].reindex(prediction.obs_names)
+
+
+def _obs(path: Path) -> pd.DataFrame:
     import h5py
     from anndata.io import read_elem
 
     if not path.is_file() or not h5py.is_hdf5(path):
         raise InputError(f"analysis={path}: no such .h5ad file; expected analysis.h5ad of `prts analyze`")
     with h5py.File(path) as file:
-        obs = read_elem(file["obs"]) if "obs" in file else pd.DataFrame()
-    shared = prediction.obs_names.isin(obs.index.astype(str))
-    if not shared.any():
-        raise InputError(
-            f"analysis={path}: none of its nuclei is in the prediction; give the analysis of this prediction"
-        )
+        if "obs" not in file:
+            raise InputError(f"analysis={path}: has no obs; expected analysis.h5ad of `prts analyze`")
+        obs: pd.DataFrame = read_elem(file["obs"])
     obs.index = obs.index.astype(str)
-    new = obs[[column for column in obs.columns if column not in prediction.obs]]
-    prediction.obs = prediction.obs.join(new)
-    logger.info("analysis: %d of %d nuclei, columns %s", shared.sum(), len(shared), ", ".join(map(str, new.columns)))
+    return obs
 
 
 def _panel(prediction: ad.AnnData) -> Panel:

@@ -97,6 +97,11 @@ def test_columns_of_nuclei_keep_codes_labels_and_missing():
     np.testing.assert_array_equal(unpack(kind["block"]), [1, 255, 0])
     assert ood["labels"] == ["False", "True"]
     np.testing.assert_array_equal(unpack(area["block"], np.float32), np.array([1, np.nan, 3], np.float32))
+    beside = pd.DataFrame({"kind": pd.Categorical(["a", "c", "b"])})
+    paired, *_ = nucleus_columns(obs, beside)
+    assert paired["labels"] == ["a", "b", "c"]  # one colour a name on both sides
+    np.testing.assert_array_equal(unpack(paired["block"]), [1, 255, 0])
+    np.testing.assert_array_equal(unpack(paired["measured_block"]), [0, 2, 1])
     names = pd.DataFrame({"name": [f"n{i}" for i in range(101)]})
     assert nucleus_columns(names) == []
 

@@ -43,9 +43,10 @@ const prts = (() => {
   async function prob(gene) {
     return Float32Array.from(await probCodes(gene), (code) => code / meta.prob_steps);
   }
-  async function column(index) {
-    if (meta.columns[index].kind === "number") return block("columns", index, Float32Array);
-    return Float32Array.from(await block("columns", index, Uint8Array), (code) => (code === 255 ? NaN : code));
+  async function column(index, what = "predicted") {
+    const name = what === "measured" && meta.columns[index].measured ? "measured_columns" : "columns";
+    if (meta.columns[index].kind === "number") return block(name, index, Float32Array);
+    return Float32Array.from(await block(name, index, Uint8Array), (code) => (code === 255 ? NaN : code));
   }
 
   const coordinates = () => Promise.all([block("x", null, Float32Array), block("y", null, Float32Array)]);

@@ -69,7 +69,7 @@ prts.legend = (() => {
     pen.font = "600 15px system-ui, sans-serif";
     shown.forEach((panel, i) => {
       const [across, down] = [full[`xaxis${i ? "2" : ""}`], full[`yaxis${i ? "2" : ""}`]];
-      const words = panel.what === "image" || state.colour.startsWith("column:") ? title(panel) : `${panel.label}, ${title(panel).toLowerCase()}`;
+      const words = panel.what === "image" || prts.map.single() ? title(panel) : `${panel.label}, ${title(panel).toLowerCase()}`;
       if (down._offset < 2) pen.fillText(words, across._offset + 8, 22, across._length - 16);
       else plate(pen, words, across._offset + 8, head + down._offset + 8);
     });
@@ -100,7 +100,7 @@ prts.legend = (() => {
     });
     const blob = await new Promise((resolve) => { canvas.toBlob(resolve, "image/png"); });
     const what = state.colour.startsWith("column:") ? meta.columns[Number(state.colour.slice(7))].name : meta.genes[state.gene].name;
-    const name = `${meta.section}_${what}_${state.view}.png`.replace(/[^\w.+-]+/g, "_");
+    const name = `${meta.section}_${what}_${state.view}.png`.replace(/[^A-Za-z0-9.+-]+/g, "_");
     const link = element("a", { href: URL.createObjectURL(blob), download: name });
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);

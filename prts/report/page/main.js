@@ -7,9 +7,8 @@
   const place = new Map(meta.genes.map((gene, i) => [gene.name, i]));
 
   async function render() {
-    const columned = state.colour.startsWith("column:");
     for (const input of $("views").querySelectorAll("input"))
-      input.disabled = columned && (input.value === "measured" || input.value === "both");
+      input.disabled = prts.map.single() && (input.value === "measured" || input.value === "both");
     $("own-label").hidden = !(state.colour === "expression" && state.view === "both");
     await prts.map.render();
   }

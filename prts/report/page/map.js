@@ -35,7 +35,7 @@ prts.map = (() => {
     if (state.colour.startsWith("column:")) {
       const index = Number(state.colour.slice(7));
       const column = meta.columns[index];
-      const shown = await prts.column(index);
+      const shown = await prts.column(index, what);
       if (column.kind === "number") return { what, values: shown, low: column.low, high: column.high, label: column.name };
       const visible = state.hidden.size ? shown.map((code) => (state.hidden.has(code) ? NaN : code)) : shown;
       return { what, values: visible, labels: column.labels, label: column.name };
@@ -49,8 +49,10 @@ prts.map = (() => {
     return { what, values: shown, low: 0, high: high || 1, label: gene.name };
   }
 
+  // A column of nuclei has one map, unless the measured side has the same column.
+  const single = () => state.colour.startsWith("column:") && !meta.columns[Number(state.colour.slice(7))].measured;
   const wanted = () => {
-    if (state.colour.startsWith("column:") && state.view !== "image") return ["predicted"];
+    if (single() && state.view !== "image") return ["predicted"];
     return { predicted: ["predicted"], measured: ["measured"], both: ["measured", "predicted"], image: ["image", "predicted"] }[state.view];
   };
 
@@ -175,7 +177,7 @@ prts.map = (() => {
       return box;
     }));
   }
-  const title = (panel) => (state.colour.startsWith("column:") && panel.what !== "image" ? panel.label : titles[panel.what]);
+  const title = (panel) => (single() && panel.what !== "image" ? panel.label : titles[panel.what]);
   function bar() {
     const exact = (100 / scale()) * meta.mpp; // um of about 100 px
     const step = 10 ** Math.floor(Math.log10(exact));
@@ -194,9 +196,12 @@ prts.map = (() => {
     const lines = [[`nucleus ${ids[i]}`, Number.isNaN(area[i]) ? "" : `${number(area[i], 0)} µm²`]];
     if (state.colour.startsWith("column:")) {
       const index = Number(state.colour.slice(7));
-      const value = (await prts.column(index))[i];
       const column = meta.columns[index];
-      lines.push([column.name, Number.isNaN(value) ? "none" : column.labels ? column.labels[value] : String(Number(value.toPrecision(4)))]);
+      for (const what of column.measured ? ["measured", "predicted"] : ["predicted"]) {
+        const value = (await prts.column(index, what))[i];
+        lines.push([column.measured ? `${column.name}, ${what}` : column.name,
+          Number.isNaN(value) ? "none" : column.labels ? column.labels[value] : String(Number(value.toPrecision(4)))]);
+      }
     } else {
       lines.push([gene.name, ""]);
       if (prts.has.measured) {
@@ -242,5 +247,5 @@ prts.map = (() => {
     await render();
     document.getElementById("loading").remove();
   }
-  return { state, start, render, select, selectView, zoom, reset, bar, title, div, viridis, kinds, panels: () => panels };
+  return { state, single, start, render, select, selectView, zoom, reset, bar, title, div, viridis, kinds, panels: () => panels };
 })();
