@@ -33,8 +33,8 @@ def packed_text(text: str) -> str:
     return packed(np.frombuffer(text.encode(), np.uint8))
 
 
-def predicted_blocks(umi: NDArray[np.float32]) -> tuple[list[str], NDArray[np.float64]]:
-    """Predicted genes as bytes.
+def predicted_codes(umi: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Predicted genes in one byte a nucleus.
 
     Parameters
     ----------
@@ -43,20 +43,37 @@ def predicted_blocks(umi: NDArray[np.float32]) -> tuple[list[str], NDArray[np.fl
 
     Returns
     -------
-    blocks
-        A block a gene: log1p(UMI) = code / 255 x highest, one byte a nucleus.
+    codes
+        (n_nuclei, n_genes): log1p(UMI) = code / 255 x highest.
     highest
         log1p(UMI) of the gene's highest nucleus, (n_genes,); 0 where a gene is predicted nowhere.
     """
     level = np.log1p(umi)
     highest = level.max(axis=0, initial=0).astype(np.float64)
-    codes = np.rint(level * (255 / np.where(highest > 0, highest, 1))).astype(np.uint8)
-    return [packed(column) for column in codes.T], highest
+    return np.rint(level * (255 / np.where(highest > 0, highest, 1))).astype(np.uint8), highest
 
 
-def prob_blocks(prob: NDArray[np.float32]) -> list[str]:
-    """P(expressed), (n_nuclei, n_genes), as a block a gene: one byte a nucleus, P = code / `PROB_STEPS`."""
-    return [packed(column) for column in np.rint(prob * PROB_STEPS).astype(np.uint8).T]
+def prob_blocks(prob: NDArray[np.float32], codes: NDArray[np.uint8]) -> list[str]:
+    """P(expressed) as a block a gene: how far it is from what nuclei of the same level have, which is little, and so packs well.
+
+    Parameters
+    ----------
+    prob
+        (n_nuclei, n_genes).
+    codes
+        Of `predicted_codes`.
+
+    Returns
+    -------
+    For each gene 256 bytes, the mean of each code, then a byte a nucleus: P = (mean of its code + byte) mod 256 / `PROB_STEPS`.
+    """
+    steps = np.rint(prob * PROB_STEPS).astype(np.uint8)
+    blocks = []
+    for code, step in zip(codes.T, steps.T, strict=True):
+        times = np.bincount(code, minlength=256)
+        mean = np.rint(np.bincount(code, step, minlength=256) / np.maximum(times, 1)).astype(np.uint8)
+        blocks.append(packed(np.concatenate([mean, step - mean[code]])))
+    return blocks
 
 
 def measured_blocks(counts: sp.csr_matrix, rows: NDArray[np.intp], n_nuclei: int) -> Iterator[tuple[str, int]]:

@@ -31,7 +31,7 @@ from prts.report.embed import (
     nucleus_columns,
     packed,
     packed_text,
-    predicted_blocks,
+    predicted_codes,
     prob_blocks,
 )
 
@@ -215,10 +215,10 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
     about = prediction.uns["prts"]
     n = prediction.n_obs
     umi = _dense(prediction.X, chosen)
-    predicted, highest = predicted_blocks(umi)
+    codes, highest = predicted_codes(umi)
     own = colour_top(np.log1p(umi))
     top, n_bytes = own, [1] * len(chosen)
-    blocks: dict[str, Any] = {"predicted": predicted}
+    blocks: dict[str, Any] = {"predicted": [packed(column) for column in codes.T]}
     if page.measured is not None:
         counts = page.measured.counts[:, chosen]
         measured = colour_top(np.log1p(counts.toarray()))
@@ -226,7 +226,7 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
         pairs = list(measured_blocks(counts, page.measured.rows, n))
         blocks["measured"], n_bytes = [block for block, _ in pairs], [size for _, size in pairs]
     if "prob" in prediction.layers:
-        blocks["prob"] = prob_blocks(_dense(prediction.layers["prob"], chosen))
+        blocks["prob"] = prob_blocks(_dense(prediction.layers["prob"], chosen), codes)
     columns = nucleus_columns(prediction.obs, page.measured_obs)
     blocks["columns"] = [column.pop("block") for column in columns]
     blocks["measured_columns"] = [column.pop("measured_block") for column in columns]

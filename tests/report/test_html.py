@@ -12,7 +12,15 @@ import scipy.sparse as sp
 from prts.cli.app import run
 from prts.errors import InputError
 from prts.report import facts
-from prts.report.embed import PROB_STEPS, colour_top, measured_blocks, nucleus_columns, packed, predicted_blocks
+from prts.report.embed import (
+    PROB_STEPS,
+    colour_top,
+    measured_blocks,
+    nucleus_columns,
+    packed,
+    predicted_codes,
+    prob_blocks,
+)
 from prts.report.html import Measured, Page, choose_genes, gene_table, write_page
 
 EVIL = ["<script>alert(1)</script>", "</script>", "A&amp;B", '" onload="x']
@@ -60,12 +68,28 @@ def embedded(text: str, name: str) -> dict:
 
 def test_predicted_values_come_back_within_half_a_step():
     umi = np.array([[0, 0.1, 0], [3, 0.4, 0], [50, 0.2, 0]], np.float32)
-    blocks, highest = predicted_blocks(umi)
+    codes, highest = predicted_codes(umi)
     np.testing.assert_allclose(highest, np.log1p([50, 0.4, 0]), rtol=1e-6)
-    for gene, block in enumerate(blocks):
-        np.testing.assert_allclose(
-            unpack(block) / 255 * highest[gene], np.log1p(umi[:, gene]), atol=highest[gene] / 510 + 1e-6
-        )
+    np.testing.assert_allclose(codes / 255 * highest, np.log1p(umi), atol=highest.max() / 510 + 1e-6)
+    assert (np.abs(codes / 255 * highest - np.log1p(umi)) <= highest / 510 + 1e-6).all()
+
+
+def probability(block: str, codes: np.ndarray) -> np.ndarray:
+    table = unpack(block)
+    return (table[codes] + table[256:]) / PROB_STEPS  # of bytes, so modulo 256
+
+
+def test_probabilities_come_back_and_those_that_follow_from_the_level_cost_nothing():
+    rng = np.random.default_rng(0)
+    umi = rng.gamma(1, 1, (5000, 1)).astype(np.float32)
+    codes, _ = predicted_codes(umi)
+    follows, free = 1 - np.exp(-umi), rng.uniform(size=umi.shape).astype(np.float32)
+    sizes = []
+    for prob in (follows, free):
+        (block,) = prob_blocks(prob, codes)
+        np.testing.assert_allclose(probability(block, codes[:, 0]), prob[:, 0], atol=0.5 / PROB_STEPS + 1e-6)
+        sizes.append(len(block))
+    assert sizes[0] < 0.5 * sizes[1]
 
 
 def test_measured_counts_are_exact_and_nuclei_without_any_say_so():
@@ -154,7 +178,9 @@ def test_the_page_holds_the_values_of_every_gene(tmp_path):
         level = unpack(blocks["predicted"][place]) / 255 * meta["genes"][place]["highest"]
         np.testing.assert_allclose(level, np.log1p(umi), atol=meta["genes"][place]["highest"] / 500)
         np.testing.assert_allclose(
-            unpack(blocks["prob"][place]) / PROB_STEPS, 1 - np.exp(-umi), atol=0.5 / PROB_STEPS + 1e-6
+            probability(blocks["prob"][place], unpack(blocks["predicted"][place])),
+            1 - np.exp(-umi),
+            atol=0.5 / PROB_STEPS + 1e-6,
         )
         np.testing.assert_array_equal(unpack(blocks["measured"][place])[rows], counts[:, [column]].toarray().ravel())
         top = np.percentile(np.log1p(counts[:, [column]].toarray()), 99)

@@ -41,7 +41,9 @@ const prts = (() => {
     return Float32Array.from(await measuredCodes(gene), (code) => (code === none ? NaN : Math.log1p(code)));
   }
   async function prob(gene) {
-    return Float32Array.from(await probCodes(gene), (code) => code / meta.prob_steps);
+    // the mean of each predicted code, then how far each nucleus is from it
+    const [codes, bytes] = await Promise.all([predictedCodes(gene), probCodes(gene)]);
+    return Float32Array.from(codes, (code, i) => ((bytes[code] + bytes[256 + i]) & 255) / meta.prob_steps);
   }
   async function column(index, what = "predicted") {
     const name = what === "measured" && meta.columns[index].measured ? "measured_columns" : "columns";

@@ -67,6 +67,7 @@
     if (first) { state.gene = first.place; $("gene").value = first.name; prts.table.mark(first.place); }
     await prts.map.start();
     await render();
+    $("loading").remove();
     prts.ready = performance.now();
   }
   start();

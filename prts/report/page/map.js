@@ -7,9 +7,9 @@ prts.map = (() => {
   const overlay = document.getElementById("overlay");
   const tooltip = document.getElementById("tooltip");
   const viridis = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
-  // Okabe and Ito (2008) first, then as many more as stay apart
-  const kinds = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#333333", "#8c564b", "#9467bd",
-    "#7f7f7f", "#17becf", "#bcbd22", "#aec7e8", "#ffbb78", "#98df8a", "#ff9896", "#c5b0d5", "#c49c94", "#f7b6d2"];
+  // Okabe and Ito (2008) in an order that puts what eosin and haematoxylin would hide last, then as many more as stay apart
+  const kinds = ["#0072b2", "#e69f00", "#009e73", "#f0e442", "#d55e00", "#56b4e9", "#222222", "#a6d854", "#8c564b", "#00d5c8",
+    "#cc79a7", "#7f7f7f", "#bcbd22", "#aec7e8", "#ffbb78", "#9467bd", "#98df8a", "#ff9896", "#c49c94", "#ffffff"];
   const titles = { measured: "Measured", predicted: "Predicted", image: "H&E" };
   const config = { scrollZoom: true, displayModeBar: false, responsive: false, doubleClick: false, showTips: false };
   const smallest = 2.6, largest = 60; // px across a nucleus
@@ -244,8 +244,6 @@ prts.map = (() => {
 
   async function start() {
     [[x, y], area, ids] = await Promise.all([prts.coordinates(), prts.area(), prts.ids()]);
-    await render();
-    document.getElementById("loading").remove();
   }
   return { state, single, start, render, select, selectView, zoom, reset, bar, title, div, viridis, kinds, panels: () => panels };
 })();

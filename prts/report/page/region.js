@@ -78,8 +78,9 @@ prts.region = (() => {
     const sources = prts.has.measured ? ["predicted", "measured"] : ["predicted"];
     const controls = [choice("Genes", [["down", "higher inside"], ["up", "lower inside"]], order.down ? "down" : "up", (value) => { order.down = value === "down"; list(); })];
     if (prts.has.measured) controls.push(choice("ranked by", sources.map((s) => [s, s]), order.by, (value) => { order.by = value; list(); }));
-    const top = element("tr", {}, element("th", { scope: "col" }, "Gene"),
-      ...sources.flatMap((s) => ["inside", "outside", "difference"].map((w) => element("th", { scope: "col", class: "n" }, `${s} ${w}`))));
+    const top = [
+      element("tr", {}, element("th", { scope: "col", rowspan: 2 }, "Gene"), ...sources.map((s) => element("th", { scope: "colgroup", colspan: 3, class: "of" }, s))),
+      element("tr", {}, ...sources.flatMap(() => ["inside", "outside", "difference"].map((w) => element("th", { scope: "col", class: "n" }, w))))];
     const lines = ranked().map((row) => element("tr", {},
       element("th", { scope: "row" }, element("button", { type: "button", onclick: () => prts.choose(row.gene) }, meta.genes[row.gene].name)),
       ...sources.flatMap((s) => [number(row[s].inside, 2), number(row[s].outside, 2), number(row[s].effect, 2)].map((text) => element("td", { class: "n" }, text)))));
@@ -88,7 +89,7 @@ prts.region = (() => {
       element("div", { class: "bar" }, ...controls),
       element("div", { class: "scroll" }, element("table", {},
         element("caption", { class: "hidden" }, "Genes that differ most between the selection and the rest"),
-        element("thead", {}, top), element("tbody", {}, ...lines))),
+        element("thead", {}, ...top), element("tbody", {}, ...lines))),
       element("p", { class: "quiet" }, `Inside, outside: mean UMI a nucleus. Difference: of mean log1p(UMI), in standard deviations over all nuclei. Of the ${meta.genes.length} genes on the map.`));
     box.hidden = false;
   }
