@@ -364,7 +364,7 @@ def test_a_nucleus_tells_its_id_area_and_values(opened, section):
     )
     opened.tab.mouse.move(place[0] - 30, place[1] - 30)
     opened.tab.mouse.move(*place, steps=3)
-    opened.tab.wait_for_selector("#tooltip:not([hidden])")
+    opened.wait("() => document.getElementById('tooltip').textContent.includes('n42')")
     text = opened.tab.inner_text("#tooltip")
     assert "nucleus n42" in text
     assert f"{section['page'].prediction.obs['area_um2'].iloc[42]:.0f} µm²" in text

@@ -20,7 +20,7 @@ prts.map = (() => {
   };
   let x = null, y = null, area = null, ids = null;
   let panels = []; // what is drawn: {what, values, low, high, colours, label}
-  let turn = 0, size = smallest, listening = false;
+  let turn = 0, size = smallest, listening = false, hovered = null;
 
   const wide = () => frame.clientWidth >= 700;
   const whole = () => {
@@ -187,6 +187,7 @@ prts.map = (() => {
 
   async function hover(i) {
     const { element, number } = prts;
+    hovered = i;
     overlay.querySelectorAll(".ring").forEach((ring) => ring.remove());
     const place = { left: axes().x.l2p(x[i]), top: axes().y.l2p(y[i]) };
     const across = Math.max(10, size + 4);
@@ -211,6 +212,7 @@ prts.map = (() => {
       lines.push(["predicted", `${number(Math.expm1((await prts.predicted(state.gene))[i]), 2)} UMI`]);
       if (prts.has.prob) lines.push(["P(expressed)", number((await prts.prob(state.gene))[i], 2)]);
     }
+    if (hovered !== i) return; // the mouse has gone on to another nucleus
     tooltip.replaceChildren(...lines.map(([name, value]) => element("div", {}, element("span", {}, name), element("b", {}, value))));
     tooltip.hidden = false;
     const first = overlay.querySelector(".panel");
@@ -219,6 +221,7 @@ prts.map = (() => {
     tooltip.style.top = `${top + tooltip.offsetHeight + 20 > frame.clientHeight ? top - tooltip.offsetHeight - 10 : top + 14}px`;
   }
   function hide() {
+    hovered = null;
     tooltip.hidden = true;
     overlay.querySelectorAll(".ring").forEach((ring) => ring.remove());
   }
