@@ -115,8 +115,8 @@ class Samples(torch.utils.data.Dataset):
     """Nuclei one by one from dense arrays, scaled as they are asked for."""
 
     def __init__(self, features: np.ndarray, counts: np.ndarray) -> None:
-        self.features, self.counts = features, counts
-        filled = np.where(counts > 0, counts, np.nan)
+        self.features, self.counts = features, counts.astype(np.float32)
+        filled = np.where(self.counts > 0, self.counts, np.float32(np.nan))
         with np.errstate(all="ignore"):
             self.low = np.nan_to_num(np.nanmin(filled, axis=0)).astype(np.float32)
             spread = np.nan_to_num(np.nanmax(filled, axis=0)).astype(np.float32) - self.low
@@ -126,7 +126,7 @@ class Samples(torch.utils.data.Dataset):
         return len(self.features)
 
     def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
-        counts = torch.tensor(self.counts[k], dtype=torch.float32)
+        counts = torch.tensor(self.counts[k])
         target = ((counts - torch.tensor(self.low)) / torch.tensor(self.spread)).clamp(min=0)
         return {"x": torch.tensor(self.features[k]), "target": target, "counts": counts}
 
@@ -149,10 +149,8 @@ def train_batches(
     return float(np.mean([parts["loss"] for parts in losses]))
 
 
-def validate(net: torch.nn.Module, loader: Any) -> dict[str, float]:
-    """Metrics of an epoch as scikit-learn has them, gene by gene over all nuclei."""
-    from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
-
+def outputs(net: torch.nn.Module, loader: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Level, P(expressed) and target of all validation nuclei, each dense."""
     net.eval()
     levels, chances, targets = [], [], []
     with torch.no_grad():
@@ -161,7 +159,13 @@ def validate(net: torch.nn.Module, loader: Any) -> dict[str, float]:
             levels.append(level.numpy())
             chances.append(logit.sigmoid().numpy())
             targets.append(batch["target"].numpy())
-    level, chance, target = (np.concatenate(part) for part in (levels, chances, targets))
+    return np.concatenate(levels), np.concatenate(chances), np.concatenate(targets)
+
+
+def metrics(level: np.ndarray, chance: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Metrics of an epoch as numpy and scikit-learn have them, gene by gene."""
+    from sklearn.metrics import accuracy_score, r2_score, roc_auc_score
+
     label = target > 0
     both = [g for g in range(label.shape[1]) if 0 < label[:, g].sum() < len(label)]
     return {
