@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prts.errors import InputError
 from prts.io.mpp import Source, require_agreement
-from prts.io.slide import Slide, open_slide
+from prts.io.slide import Recolour, Slide, open_slide
 from prts.io.spots import read_spots
 from prts.io.visium_hd import matrix_path, read_positions, read_scalefactors
 
@@ -52,6 +52,8 @@ class Section:
         Measured spots (.h5ad), if there are any.
     truth
         What the simulation knows (.h5ad), if the section is simulated.
+    recolour
+        What the image's colours are changed by, if they are.
     """
 
     name: str
@@ -64,10 +66,13 @@ class Section:
     nuclei: Path | None
     spots: Path | None
     truth: Path | None = None
+    recolour: Recolour | None = None
 
     def open_slide(self) -> Slide:
         """The image, at the section's um/px."""
-        return open_slide(self.image, mpp=self.mpp)
+        slide = open_slide(self.image, mpp=self.mpp)
+        slide.recolour = self.recolour
+        return slide
 
 
 def open_section(

@@ -1,13 +1,14 @@
 """Predict the expression of every nucleus in an H&E image from a trained bundle; needs no bins.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
-                    [encoder.weights=FILE]
+                    [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko]
 
 Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
 the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
 from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
-`encoder.device=` says. Writes FILE.h5ad (nuclei x genes, expected UMI in X, P(expressed) in layers["prob"], the counts that
-90 % of such nuclei have in layers["lower"] and layers["upper"], unless intervals=false) and FILE.nuclei.parquet (the polygons).
+`encoder.device=` says. `stain=` reads the slide in the colours of the training section. Writes FILE.h5ad (nuclei x genes, expected UMI
+in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in layers["lower"] and layers["upper"], unless
+intervals=false) and FILE.nuclei.parquet (the polygons).
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
 """
@@ -41,6 +42,7 @@ def main(cfg: DictConfig) -> None:
     from prts.io.prediction import check_out
     from prts.models.bundle import load_bundle
     from prts.models.predict import predict_store, write_prediction
+    from prts.preprocess.stain import matched
     from prts.section import open_section
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
@@ -51,6 +53,7 @@ def main(cfg: DictConfig) -> None:
     bundle = load_bundle(Path(cfg.bundle))
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
+    section = matched(section, str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
     encoder = encoder_from_settings(bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device)
     segmenter, prefer_given = _segmenter(cfg, bundle)
 
@@ -63,7 +66,16 @@ def main(cfg: DictConfig) -> None:
     with watch("predict"):
         bundle.to(device)
         chunks = predict_store(bundle, store, nuclei, section.mpp)
-        said = write_prediction(out, bundle, section, nuclei, chunks, store=store, intervals=cfg.intervals)
+        said = write_prediction(
+            out,
+            bundle,
+            section,
+            nuclei,
+            chunks,
+            store=store,
+            intervals=cfg.intervals,
+            provenance={"stain": str(cfg.stain)},
+        )
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("peak memory %.0f MB", peak_rss_mb())

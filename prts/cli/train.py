@@ -304,6 +304,7 @@ def _metadata(
         "train_sections": sorted({nuclei.section for nuclei in datamodule.train_sets}),
         "split": datamodule.split_report,
         "seed": cfg.seed,
+        "stain": _colours(datamodule),
         "panel": {"method": datamodule.panel.method, **datamodule.panel.steps},
         "validation": {
             "pcc": per_gene["pcc"].tolist(),
@@ -333,6 +334,18 @@ def _registration(cfg: DictConfig, datamodule: PRTSDataModule) -> dict[str, floa
             f"bins of {', '.join(off)} lie over {WARN_UM:g} um off the nuclei; preprocess.register=true moves them back"
         )
     return figures
+
+
+def _colours(datamodule: PRTSDataModule) -> dict[str, Any]:
+    """How the tissue of the training sections is stained, for every method that can match a new slide to it."""
+    from contextlib import ExitStack
+
+    from prts.preprocess.stain import sample_slides, statistics
+
+    names = sorted({nuclei.section for nuclei in datamodule.train_sets})
+    with ExitStack() as stack:
+        sections = (datamodule.tissue.sections[name].section for name in names)
+        return statistics(sample_slides(stack.enter_context(section.open_slide()) for section in sections))
 
 
 def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:

@@ -245,6 +245,7 @@ def prepare_nuclei(folder: Path, section: Section, segmenter: Segmenter | None, 
         "image": file_identity(section.image),
         "mpp": section.mpp,
         "segmenter": used.settings(),
+        **_colours(section),
     }
 
     def make(path: Path) -> None:
@@ -371,6 +372,7 @@ def prepare_features(
         "image": file_identity(section.image),
         "mpp": section.mpp,
         "encoder": encoder.settings(),
+        **_colours(section),
     }
     # `exact` is left out of the name: stores of before there was a choice keep theirs
     named = {key: value for key, value in encoder.settings().items() if (key, value) != ("sampling", "exact")}
@@ -382,6 +384,10 @@ def prepare_features(
                 with section.open_slide() as slide:
                     extract(slide, nuclei, encoder, path, provenance=settings)
     return path
+
+
+def _colours(section: Section) -> dict[str, Any]:
+    return {} if section.recolour is None else {"recolour": section.recolour.settings()}
 
 
 def _passing(nuclei: GeoDataFrame, counts: Path) -> GeoDataFrame:

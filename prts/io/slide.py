@@ -8,6 +8,7 @@ import threading
 from collections import OrderedDict
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 import openslide
@@ -31,6 +32,18 @@ _LEVEL_TOLERANCE = 1.01
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
+class Recolour(Protocol):
+    """What changes the colours of pixels as they are read, such as `prts.preprocess.stain.StainMatching`."""
+
+    def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The same pixels in other colours, (..., 3)."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides on the colours beside the slide."""
+        ...
+
+
 class Slide:
     """An H&E image, opened by `open_slide`; a context manager.
 
@@ -44,7 +57,11 @@ class Slide:
         um per full-resolution pixel.
     mpp_source
         Where `mpp` stands.
+    recolour
+        Changes the colours of what `read_region` returns, where there is one. The thumbnail shows the slide as it is.
     """
+
+    recolour: Recolour | None = None
 
     def __init__(self, path: Path, reader: Reader, mpp: float, mpp_source: str) -> None:
         self.path = path
@@ -108,6 +125,10 @@ class Slide:
         InputError
             If the file turns out to be truncated or corrupt there.
         """
+        pixels = self._read(x, y, width, height, mpp, outside)
+        return pixels if self.recolour is None else self.recolour(pixels)
+
+    def _read(self, x: int, y: int, width: int, height: int, mpp: float | None, outside: int) -> NDArray[np.uint8]:
         if width < 0 or height < 0:
             raise ValueError(f"a region of {width} x {height} pixels")
         scale = 1.0 if mpp is None else _checked(mpp) / self.mpp
@@ -121,7 +142,7 @@ class Slide:
         """The whole image, reduced (never enlarged) until no side is longer than `max_side` pixels."""
         mpp = self.mpp * max(1.0, max(self.width, self.height) / max_side)
         width, height = self.size_at(mpp)
-        return self.read_region(0, 0, width, height, mpp)
+        return self._read(0, 0, width, height, mpp, 255)
 
     def _resample(
         self, x: int, y: int, width: int, height: int, level: int, step: tuple[float, float], outside: int

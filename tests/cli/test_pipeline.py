@@ -117,6 +117,18 @@ def test_prediction_from_the_image_alone_equals_the_runs_own(trained, predicted)
     np.testing.assert_allclose(np.asarray(same.layers["prob"]), np.asarray(tested.layers["prob"]), atol=1e-5)
 
 
+def test_a_slide_can_be_read_in_the_colours_of_training(trained, predicted, test_section, cache, tmp_path):
+    folder, _ = trained
+    out = tmp_path / "matched.h5ad"
+    arguments = [f"bundle={folder / 'model'}", f"image={test_section / 'tissue_image.tif'}", f"out={out}"]
+    assert run("predict", [*arguments, f"paths.cache_dir={cache}", "stain=reinhard"]) == 0
+    matched, plain = ad.read_h5ad(out), ad.read_h5ad(predicted)
+    assert (matched.uns["prts"]["stain"], plain.uns["prts"]["stain"]) == ("reinhard", "none")
+    means = [np.asarray(data.X.mean(axis=0)).ravel() for data in (matched, plain)]
+    assert np.abs(means[0] - means[1]).max() > 1e-3
+    assert np.corrcoef(np.log1p(means))[0, 1] > 0.9
+
+
 def test_evaluate_agrees_with_the_runs_test(trained, predicted, test_section, tmp_path):
     _, result = trained
     arguments = [
