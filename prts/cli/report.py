@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain, require
 from prts.errors import InputError
@@ -53,6 +53,11 @@ def main(cfg: DictConfig) -> None:
     assert out is not None
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out}: is a file; name a folder for report.html and figures")
+    region = Region(
+        box_px=_box(cfg.region),
+        second=None if cfg.second is None else Path(cfg.second),
+        genes=genes if isinstance(genes, list) else (),
+    )
     evaluation = plain(cfg.evaluation)
     check_intervals(evaluation["block_um"], evaluation["bootstrap"])
     if run is not None:
@@ -61,11 +66,6 @@ def main(cfg: DictConfig) -> None:
         assert prediction is not None
         section, analysis = (None if cfg[key] is None else Path(cfg[key]) for key in ("section", "analysis"))
         sources = [of_prediction(prediction, Path(cfg.image), section, analysis, evaluation)]
-    region = Region(
-        box_px=None if cfg.region is None else tuple(float(edge) for edge in cfg.region),
-        second=None if cfg.second is None else Path(cfg.second),
-        genes=genes if isinstance(genes, list) else (),
-    )
     for source in sources:
         outlines = load_nuclei(nuclei_path(source.path)).set_index("cell_id").geometry
         if source.scored is None:
@@ -83,6 +83,17 @@ def main(cfg: DictConfig) -> None:
                 region=region,
             )
         write_page(out / f"report{source.suffix}.html", source.page, genes=genes)
+
+
+def _box(value: Any) -> tuple[float, ...] | None:
+    """`region` as x0, y0, x1, y1."""
+    if value is None:
+        return None
+    try:
+        x0, y0, x1, y1 = (float(edge) for edge in value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"region={value}: four numbers are needed, [x0,y0,x1,y1] in full-resolution px") from error
+    return x0, y0, x1, y1
 
 
 def _genes(value: object) -> int | list[str] | None:
