@@ -46,7 +46,7 @@ def main() -> None:
     for name in ("model", "image", "true rates", "ceiling"):
         total = known[name].sum()
         shares = (total / known[other].sum() for other in ("image", "ceiling"))
-        print(f"| {name} | {known[name].mean():.3f} | {' | '.join(f'{share:.2f}' for share in shares)} |")
+        print(f"| {name} | {known[name].mean():.3f} | {' | '.join(f'{share:.3f}' for share in shares)} |")
 
 
 def has(path: Path, prediction: ad.AnnData) -> bool:
