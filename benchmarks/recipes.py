@@ -1,7 +1,7 @@
 """One table of the settings of one or more multiruns, for each tissue: `python benchmarks/recipes.py multirun/a multirun/b ...`.
 
 Test figures are means over the seeds; in brackets the mean of the seeds' block-bootstrap 95 % intervals. The second table is the advantage
-of the best setting by validation over each baseline, at nuclei and, where the section has measured spots, at spots.
+of the default (else of the best setting by validation) over each baseline, at nuclei and, where there are measured spots, at spots.
 """
 
 import sys
@@ -42,7 +42,7 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("benchmarks/recipes.py: give the folder of one or more multiruns")
     tables = [read_jobs(Path(folder)) for folder in sys.argv[1:]]
-    jobs = pd.concat([table for table, _ in tables], ignore_index=True)
+    jobs = pd.concat([table.dropna(axis="columns", how="all") for table, _ in tables], ignore_index=True)
     keys = list(dict.fromkeys(key for _, own in tables for key in own))
     jobs["setting"] = jobs.apply(setting, axis=1, keys=keys)
     done = jobs[jobs["status"] == "done"]
@@ -54,7 +54,7 @@ def main() -> None:
         print(f"| setting | seeds | {' | '.join(shown.values())} |\n|{'---|' * (len(shown) + 2)}")
         for name, row in means.sort_values(OBJECTIVE, ascending=False).iterrows():
             print(f"| {name} | {int(row['seeds'])} | {' | '.join(interval(row, key) for key in shown)} |")
-        best = means.loc[means[OBJECTIVE].idxmax()]
+        best = means.loc["default" if "default" in means.index else means[OBJECTIVE].idxmax()]
         print(
             f"\n{best.name} minus each baseline:\n\n| baseline | its PCC | nuclei | its spot PCC | spots |\n|---|---|---|---|---|"
         )
