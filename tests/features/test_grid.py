@@ -122,9 +122,10 @@ def test_equals_one_nucleus_at_a_time(case, vit, tmp_path, stride, pooling, pair
     slide, nuclei = case
     encoder = vit(stride=stride, pooling=pooling, pair_channels=pair)
     extract(slide, nuclei, encoder, tmp_path / "f.h5")
-    got = read_features(tmp_path / "f.h5", nuclei["cell_id"].to_numpy())
-    expected = _by_nucleus(slide, nuclei, encoder, pooling=pooling, pair=pair)
-    assert got.shape == expected.shape == (60, encoder.local_width + encoder.global_width)
+    some = nuclei[::3].reset_index(drop=True)  # the slow version is slow
+    got = read_features(tmp_path / "f.h5", some["cell_id"].to_numpy())
+    expected = _by_nucleus(slide, some, encoder, pooling=pooling, pair=pair)
+    assert got.shape == expected.shape == (20, encoder.local_width + encoder.global_width)
     np.testing.assert_allclose(got, expected, atol=2e-5 * np.abs(expected).max())
 
 
