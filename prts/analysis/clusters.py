@@ -61,12 +61,14 @@ class ClusterSettings:
             raise InputError(f"clusters.resolution: {self.resolution} is not above 0; the paper's is 0.6")
         if not 0 <= self.min_share < 1:
             raise InputError(f"clusters.min_share: {self.min_share} is no share; the paper's is 0.02")
-        if self.min_cells is not None and self.min_cells < 1:
-            raise InputError(f"clusters.min_cells: {self.min_cells} is too few; give 1 or more, or null")
+        if self.min_cells is not None and self.min_cells < 2:
+            raise InputError(
+                f"clusters.min_cells: {self.min_cells} is too few to test for markers; give 2 or more, or null"
+            )
 
     def least(self, n_nuclei: int) -> int:
-        """Fewest nuclei of a cluster that is kept, of so many nuclei."""
-        return self.min_cells if self.min_cells is not None else int(np.ceil(self.min_share * n_nuclei))
+        """Fewest nuclei of a cluster that is kept, of so many nuclei; no test for markers can be made of one."""
+        return self.min_cells if self.min_cells is not None else max(2, int(np.ceil(self.min_share * n_nuclei)))
 
 
 def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "prediction") -> ad.AnnData:
@@ -345,7 +347,7 @@ def _kept(labels: NDArray[np.intp], settings: ClusterSettings) -> NDArray[np.int
     """Labels of the clusters that are large enough, by falling size."""
     sizes = np.bincount(labels)
     order = np.argsort(-sizes, kind="stable")
-    return order[sizes[order] >= max(1, settings.least(len(labels)))]
+    return order[sizes[order] >= settings.least(len(labels))]
 
 
 def _store(

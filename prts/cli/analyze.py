@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prts.analysis.measured import Measured
     from prts.analysis.spots import SpotComparison
     from prts.analysis.symbols import Orthologs
+    from prts.io.spots import Spots
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,12 @@ def analyse(cfg: DictConfig) -> Findings:
         None if cfg.section is None else measure(prediction, nuclei_path(Path(cfg.prediction)), Path(cfg.section))
     )
 
+    if cfg.train_section is not None and measured_counts is None:
+        raise InputError(
+            "train_section: names nuclei that were measured too; give the predicted section as section=DIR"
+        )
+    spots = _read_spots(cfg, measured_counts)
+
     def known(genes: list[str]) -> pd.DataFrame | None:
         from prts.analysis.annotate import read_markers
 
@@ -127,16 +134,13 @@ def analyse(cfg: DictConfig) -> Findings:
                 judge_by_truth(side, what, types, result)
         if cfg.train_section is not None:
             _classify(cfg, found, measured_counts, truth, settings, named, known)
-    elif cfg.train_section is not None:
-        raise InputError(
-            "train_section: names nuclei that were measured too; give the predicted section as section=DIR"
-        )
     for column in ("type", "broad"):
         if column in predicted.nuclei.obs:
             other = None if found.measured is None else found.measured.nuclei.obs[column]
             found.tables[f"shares_{column}"] = shares(predicted.nuclei.obs[column], other)
     _enrich(cfg, found, species, orthologs)
-    _spots(cfg, found, measured_counts)
+    if spots is not None:
+        _compare_spots(cfg, found, spots)
     found.tables |= {f"confusion_{name}": table.reset_index() for name, table in result.tables.items()}
     return found
 
@@ -313,11 +317,9 @@ def _enrich(cfg: DictConfig, found: Findings, species: str, orthologs: Orthologs
             )
 
 
-def _spots(cfg: DictConfig, found: Findings, measured: Measured | None) -> None:
-    from dataclasses import replace
-
-    from prts.analysis.clusters import ClusterSettings
-    from prts.analysis.spots import compare_spots, filter_spots, read_visium
+def _read_spots(cfg: DictConfig, measured: Measured | None) -> Spots | None:
+    """The spots to compare with: those of the Visium folder, else the section's own."""
+    from prts.analysis.spots import filter_spots, read_visium
     from prts.io.spots import read_spots
 
     if cfg.visium is not None:
@@ -325,13 +327,19 @@ def _spots(cfg: DictConfig, found: Findings, measured: Measured | None) -> None:
     elif measured is not None and measured.section.spots is not None:
         spots = read_spots(measured.section.spots)
     else:
-        return
-    limits = plain(cfg.spots)
-    steps = {key: limits.pop(key) for key in ("n_top_genes", "n_pcs", "resolution")}
-    settings = replace(ClusterSettings(**steps), seed=cfg.clusters.seed)
-    found.spots = compare_spots(
-        found.prediction, filter_spots(spots, **limits), found.predicted.nuclei.obs["cluster"], settings
+        return None
+    return filter_spots(
+        spots, **{key: cfg.spots[key] for key in ("min_counts", "max_counts", "min_genes", "max_genes")}
     )
+
+
+def _compare_spots(cfg: DictConfig, found: Findings, spots: Spots) -> None:
+    from prts.analysis.clusters import ClusterSettings
+    from prts.analysis.spots import compare_spots
+
+    steps = {key: cfg.spots[key] for key in ("n_top_genes", "n_pcs", "resolution")}
+    settings = ClusterSettings(**steps, seed=cfg.clusters.seed)
+    found.spots = compare_spots(found.prediction, spots, found.predicted.nuclei.obs["cluster"], settings)
     found.comparison.add("spots", found.spots.summary)
     found.tables["spots"] = found.spots.spots.rename_axis("spot").reset_index()
     found.tables["spots_per_gene"] = found.spots.per_gene

@@ -327,14 +327,19 @@ def spot_maps(out: Sequence[Path], spots: pd.DataFrame, clusters: ad.AnnData, ra
     width = PANEL_IN + 0.4
     size = (2 * radius_px * 72 * 0.8 * width / window.width) ** 2
     panels_of = {
-        "total_measured": "measured: UMI of the predicted genes", "total_predicted": "predicted: sum of the nuclei",
+        "total_measured": "measured: UMI", "total_predicted": "predicted: UMI expected",
         "features_measured": "measured: genes seen", "features_predicted": "predicted: genes expected",
     }  # fmt: skip
     with mpl.rc_context(STYLE):
         figure, panels = _grid(3, 2, width, aspect=window.height / window.width * 0.85)
         for axes, (column, title) in zip(panels.ravel()[:4], panels_of.items(), strict=True):
             _map_values(
-                axes, xy, spots[column].to_numpy(dtype=float), window, "a spot,\n0 to 99th percentile", size=size
+                axes,
+                xy,
+                spots[column].to_numpy(dtype=float),
+                window,
+                "the predicted genes in a spot,\n0 to 99th percentile",
+                size=size,
             )
             axes.set_title(title)
         domains, nuclei = panels[2]

@@ -123,7 +123,7 @@ def test_too_few_nuclei_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"resolution": 0}, {"min_share": 1.0}, {"min_cells": 0}, {"n_top_genes": 1}, {"n_neighbors": 0}]
+    "wrong", [{"resolution": 0}, {"min_share": 1.0}, {"min_cells": 1}, {"n_top_genes": 1}, {"n_neighbors": 0}]
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=rf"clusters\.{next(iter(wrong))}"):
