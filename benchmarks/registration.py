@@ -86,7 +86,7 @@ def table(train: Known, test: Known) -> None:
     """Print it."""
     panel = TopPanel(n_genes=N_GENES)([train.counts(train.grid)])
     truth = test.counts(test.grid)
-    measured = panel.align(truth).log1p()
+    measured = panel.align(truth)
     scaler = StandardScaler().fit(train.features)
 
     def pcc(grid: BinGrid) -> float:
@@ -95,7 +95,7 @@ def table(train: Known, test: Known) -> None:
         seen = scaler.transform(train.features.loc[counts.obs_names])
         model = Ridge(alpha=300.0).fit(seen, panel.align(counts).log1p().toarray())
         predicted = model.predict(scaler.transform(test.features.loc[truth.obs_names]))
-        return float(np.nanmean(pearson_per_gene(measured, predicted)))
+        return float(np.nanmean(pearson_per_gene(measured, np.expm1(np.maximum(predicted, 0.0)))))
 
     print(
         "| shift x, y (um) | turn (degrees) | measured x, y | turn | left after correction (um) | PCC as it is | PCC corrected |"

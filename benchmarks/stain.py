@@ -88,7 +88,9 @@ class Model:
         for method in ("none", *METHODS):
             features, counts = self.measured(matched(section, method, self.reference, "here"))
             predicted = self.ridge.predict(self.scaler.transform(features))
-            figures.append(float(np.nanmean(pearson_per_gene(self.panel.align(counts).log1p(), predicted))))
+            figures.append(
+                float(np.nanmean(pearson_per_gene(self.panel.align(counts), np.expm1(np.maximum(predicted, 0.0)))))
+            )
         print(f"| {name} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |", flush=True)
 
 
