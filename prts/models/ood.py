@@ -21,7 +21,7 @@ _CHUNK = 4096
 # A nucleus is called strange above this: so are one in twenty held-out nuclei.
 STRANGE = 0.95
 # Shares of strange nuclei from which a slide is partly, or altogether, unlike those of training.
-_PARTLY, _ALTOGETHER = 0.15, 0.5
+PARTLY, _ALTOGETHER = 0.15, 0.5
 
 
 class Unusual(nn.Module):
@@ -124,7 +124,7 @@ def verdict(ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None) -> 
         The bundle's flags, (g,); None where it has none.
     """
     strange = float((ood > STRANGE).mean()) if len(ood) else 0.0
-    if strange < _PARTLY:
+    if strange < PARTLY:
         text = "the slide looks like those the model learnt from"
     elif strange < _ALTOGETHER:
         text = "parts of the slide are unlike those the model learnt from; obs['ood'] says which nuclei, take them with care"

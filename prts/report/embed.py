@@ -53,26 +53,25 @@ def predicted_codes(umi: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArra
     return np.rint(level * (255 / np.where(highest > 0, highest, 1))).astype(np.uint8), highest
 
 
-def prob_blocks(prob: NDArray[np.float32], codes: NDArray[np.uint8]) -> list[str]:
-    """P(expressed) as a block a gene: how far it is from what nuclei of the same level have, which is little, and so packs well.
+def beside_blocks(values: NDArray[np.uint8], codes: NDArray[np.uint8]) -> list[str]:
+    """Whole numbers that go with the level, as a block a gene: how far each is from the mean of its level, which packs well.
 
     Parameters
     ----------
-    prob
-        (n_nuclei, n_genes).
+    values
+        P(expressed) in steps, or an end of an interval, (n_nuclei, n_genes).
     codes
         Of `predicted_codes`.
 
     Returns
     -------
-    For each gene 256 bytes, the mean of each code, then a byte a nucleus: P = (mean of its code + byte) mod 256 / `PROB_STEPS`.
+    For each gene 256 bytes, the mean of each code, then a byte a nucleus: value = (mean of its code + byte) mod 256.
     """
-    steps = np.rint(prob * PROB_STEPS).astype(np.uint8)
     blocks = []
-    for code, step in zip(codes.T, steps.T, strict=True):
+    for code, value in zip(codes.T, values.T, strict=True):
         times = np.bincount(code, minlength=256)
-        mean = np.rint(np.bincount(code, step, minlength=256) / np.maximum(times, 1)).astype(np.uint8)
-        blocks.append(packed(np.concatenate([mean, step - mean[code]])))
+        mean = np.rint(np.bincount(code, value, minlength=256) / np.maximum(times, 1)).astype(np.uint8)
+        blocks.append(packed(np.concatenate([mean, value - mean[code]])))
     return blocks
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from prts.models.ood import PARTLY, STRANGE
+
 # What each baseline of a run is, in a few words (`prts.models.comparison`).
 _BASELINES = {
     "ridge": "ridge regression on the same inputs",
@@ -144,6 +146,7 @@ def training(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[s
     found.append(("software", ", ".join(f"{name} {versions[name]}" for name in ("prts", "torch") if name in versions)))
     weights = str(of.get("weights_sha256", ""))
     found.append(("weights (SHA-256)", weights[:16] + "…" if weights else ""))
+    found.append(("this slide", str(about.get("verdict", ""))))
     return [(term, words) for term, words in found if words]
 
 
@@ -164,9 +167,14 @@ def warnings(
         metrics.json of the run, if it is one.
     """
     found = []
-    split = metrics.get("warning/split") or model.get("split", {}).get("warning")
-    if split:
-        found.append(f"Split: {split}")
+    told = {key.removeprefix("warning/"): text for key, text in metrics.items() if key.startswith("warning/")}
+    if model.get("split", {}).get("warning"):
+        told["split"] = model["split"]["warning"]
+    found += [f"{about_what.capitalize()}: {text}" for about_what, text in told.items()]
+    if "ood" in obs and not pd.api.types.is_bool_dtype(obs["ood"]) and "verdict" in about:
+        strange = float((obs["ood"] > STRANGE).mean())
+        if strange >= PARTLY:
+            found.append(f"Out of distribution: {about['verdict']}.")
     wanted = about.get("features", {}).get("encoder", {}).get("mpp")
     if wanted and about["mpp"] > _COARSER * wanted:
         found.append(

@@ -26,13 +26,13 @@ from prts.report import facts
 from prts.report.embed import (
     PERCENTILE,
     PROB_STEPS,
+    beside_blocks,
     colour_top,
     measured_blocks,
     nucleus_columns,
     packed,
     packed_text,
     predicted_codes,
-    prob_blocks,
 )
 
 if TYPE_CHECKING:
@@ -226,7 +226,11 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
         pairs = list(measured_blocks(counts, page.measured.rows, n))
         blocks["measured"], n_bytes = [block for block, _ in pairs], [size for _, size in pairs]
     if "prob" in prediction.layers:
-        blocks["prob"] = prob_blocks(_dense(prediction.layers["prob"], chosen), codes)
+        steps = np.rint(_dense(prediction.layers["prob"], chosen) * PROB_STEPS)
+        blocks["prob"] = beside_blocks(steps.astype(np.uint8), codes)
+    for end in ("lower", "upper") if "upper" in prediction.layers else ():
+        counted = np.minimum(_dense(prediction.layers[end], chosen), 255)
+        blocks[end] = beside_blocks(counted.astype(np.uint8), codes)
     columns = nucleus_columns(prediction.obs, page.measured_obs)
     blocks["columns"] = [column.pop("block") for column in columns]
     blocks["measured_columns"] = [column.pop("measured_block") for column in columns]
@@ -250,6 +254,7 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
         "bounds": [*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist()],
         "percentile": PERCENTILE,
         "prob_steps": PROB_STEPS,
+        "interval": float(about["interval_level"]) if "upper" in prediction.layers else None,
         "genes": [
             {"name": table["gene"].iloc[row], "top": t, "own": o, "highest": h, "bytes": b}
             for row, t, o, h, b in zip(chosen, top, own, highest, n_bytes, strict=True)

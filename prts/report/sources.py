@@ -154,7 +154,9 @@ def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: M
     with h5py.File(path) as file:
         parts = {key: read_elem(file[key]) for key in ("obs", "var", "uns")}
         xy = read_elem(file["obsm/spatial"])
-    prediction = ad.AnnData(scored.umi, **parts, obsm={"spatial": xy}, layers={"prob": scored.prob})
+        layers = {name: read_elem(file["layers"][name]) for name in ("lower", "upper") if name in file["layers"]}
+    layers["prob"] = scored.prob
+    prediction = ad.AnnData(scored.umi, **parts, obsm={"spatial": xy}, layers=layers)
     picture = parts["uns"]["spatial"][scored.section.name]["images"]["hires"]
     measured = Measured(scored.nuclei.counts, np.arange(len(scored.nuclei)))
     return Page(prediction, picture, measured, per_gene=scored.result.per_gene, metrics=metrics, model=model)

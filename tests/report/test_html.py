@@ -14,12 +14,12 @@ from prts.errors import InputError
 from prts.report import facts
 from prts.report.embed import (
     PROB_STEPS,
+    beside_blocks,
     colour_top,
     measured_blocks,
     nucleus_columns,
     packed,
     predicted_codes,
-    prob_blocks,
 )
 from prts.report.html import Measured, Page, choose_genes, gene_table, write_page
 
@@ -86,7 +86,7 @@ def test_probabilities_come_back_and_those_that_follow_from_the_level_cost_nothi
     follows, free = 1 - np.exp(-umi), rng.uniform(size=umi.shape).astype(np.float32)
     sizes = []
     for prob in (follows, free):
-        (block,) = prob_blocks(prob, codes)
+        (block,) = beside_blocks(np.rint(prob * PROB_STEPS).astype(np.uint8), codes)
         np.testing.assert_allclose(probability(block, codes[:, 0]), prob[:, 0], atol=0.5 / PROB_STEPS + 1e-6)
         sizes.append(len(block))
     assert sizes[0] < 0.5 * sizes[1]
@@ -190,6 +190,19 @@ def test_the_page_holds_the_values_of_every_gene(tmp_path):
     assert (meta["n"], meta["n_measured"]) == (60, 20)
 
 
+def test_intervals_of_counts_are_exact(tmp_path):
+    shown = prediction()
+    ends = np.random.default_rng(2).integers(0, 9, (2, 60, 3))
+    shown.layers["lower"], shown.layers["upper"] = (sp.csr_matrix(end) for end in (ends.min(axis=0), ends.sum(axis=0)))
+    shown.uns["prts"]["interval_level"] = 0.9
+    text = write_page(tmp_path / "report.html", page(prediction=shown)).read_text()
+    blocks = embedded(text, "blocks")
+    assert embedded(text, "meta")["interval"] == 0.9
+    for place, column in enumerate([1, 0, 2]):
+        table, codes = unpack(blocks["upper"][place]), unpack(blocks["predicted"][place])
+        np.testing.assert_array_equal(table[codes] + table[256:], ends.sum(axis=0)[:, column])
+
+
 def test_no_name_from_data_becomes_markup(tmp_path):
     shown = prediction(genes=tuple(EVIL))
     shown.uns["prts"]["section"] = EVIL[0]
@@ -262,6 +275,12 @@ def test_warnings_say_what_to_beware_of():
     assert [words.split()[0] for words in found] == ["Split:", "Resolution:", "6", "2"]
     assert "1 µm/px, the model reads 0.5: it was enlarged 2 times" in found[1]
     assert found[2].startswith("6 of 60 nuclei (10.0%)")
+    shown.obs["ood"] = np.where(np.arange(60) < 12, 0.99, 0.5)  # a fifth is strange
+    assert facts.warnings(about | {"verdict": "parts are unlike"}, shown.obs, shown.var, {}, {})[0] == (
+        "Out of distribution: parts are unlike."
+    )
+    shown.obs["ood"] = np.where(np.arange(60) < 3, 0.99, 0.5)  # as usual
+    assert len(facts.warnings(about | {"verdict": "as usual"}, shown.obs, shown.var, {}, {})) == 1
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,7 @@ def section() -> dict[str, Any]:
     counts = rng.poisson(umi).astype(np.int32)
     rows = np.flatnonzero(np.arange(N) % 10 != 3)
     about = {"section": "s <1>", "image": "a.tif", "width": SIDE, "height": SIDE, "mpp": 0.5, "species": "human"}
+    about["interval_level"] = 0.9
     about["features"] = {"encoder": {"name": "classical", "mpp": 0.5}}
     prediction = ad.AnnData(
         sp.csr_matrix(umi),
@@ -90,7 +91,7 @@ def section() -> dict[str, Any]:
         ),
         var=pd.DataFrame({"val_pcc": [0.2, 0.5, np.nan, 0.1], "predictable": [True, True, False, True]}, index=GENES),
         obsm={"spatial": xy},
-        layers={"prob": 1 - np.exp(-umi)},
+        layers={"prob": 1 - np.exp(-umi), "lower": np.floor(umi / 2), "upper": np.ceil(umi * 2)},
         uns={"prts": about},
     )
     per_gene = pd.DataFrame(
@@ -195,6 +196,10 @@ def test_probability_and_a_column_of_nuclei_can_be_shown(opened, section):
     np.testing.assert_allclose(opened.drawn(1), 1 - np.exp(-section["umi"][:, 1]), atol=0.011)
     measured = opened.drawn(0)[section["rows"]]
     np.testing.assert_array_equal(measured, section["counts"][section["rows"], 1] > 0)
+    opened.tab.select_option("#colour", "interval")
+    opened.settle()
+    umi = section["umi"][:, 1]
+    np.testing.assert_array_equal(opened.drawn(0), np.ceil(umi * 2) - np.floor(umi / 2))
     opened.tab.select_option("#colour", label="type")
     opened.settle()
     labels = opened.js("() => prts.map.panels()[0].labels")

@@ -23,11 +23,10 @@ const prts = (() => {
     return cache.get(key);
   }
 
-  const has = { measured: meta.n_measured > 0, prob: "prob" in blocks };
+  const has = { measured: meta.n_measured > 0, prob: "prob" in blocks, interval: "upper" in blocks };
 
   // Codes of a gene, and what each code stands for: log1p(UMI) by code, NaN where it says "not measured".
   const predictedCodes = (gene) => block("predicted", gene, Uint8Array);
-  const probCodes = (gene) => block("prob", gene, Uint8Array);
   const measuredCodes = (gene) => block("measured", gene, meta.genes[gene].bytes === 1 ? Uint8Array : Uint16Array);
   const predictedLevels = (gene) => Float32Array.from({ length: 256 }, (_, code) => (code / 255) * meta.genes[gene].highest);
   const missing = (gene) => (meta.genes[gene].bytes === 1 ? 255 : 65535);
@@ -40,11 +39,13 @@ const prts = (() => {
     const none = missing(gene);
     return Float32Array.from(await measuredCodes(gene), (code) => (code === none ? NaN : Math.log1p(code)));
   }
-  async function prob(gene) {
-    // the mean of each predicted code, then how far each nucleus is from it
-    const [codes, bytes] = await Promise.all([predictedCodes(gene), probCodes(gene)]);
-    return Float32Array.from(codes, (code, i) => ((bytes[code] + bytes[256 + i]) & 255) / meta.prob_steps);
+  // the mean of each predicted code, then how far each nucleus is from it
+  async function beside(name, gene) {
+    const [codes, bytes] = await Promise.all([predictedCodes(gene), block(name, gene, Uint8Array)]);
+    return Float32Array.from(codes, (code, i) => (bytes[code] + bytes[256 + i]) & 255);
   }
+  const prob = async (gene) => (await beside("prob", gene)).map((step) => step / meta.prob_steps);
+  const interval = (gene) => Promise.all([beside("lower", gene), beside("upper", gene)]);
   async function column(index, what = "predicted") {
     const name = what === "measured" && meta.columns[index].measured ? "measured_columns" : "columns";
     if (meta.columns[index].kind === "number") return block(name, index, Float32Array);
@@ -71,6 +72,6 @@ const prts = (() => {
   };
   const say = (text) => { document.getElementById("status").textContent = text; };
 
-  return { meta, has, predicted, measured, prob, column, predictedCodes, measuredCodes, predictedLevels, missing,
+  return { meta, has, predicted, measured, prob, interval, column, predictedCodes, measuredCodes, predictedLevels, missing,
     coordinates, area, ids, number, element, say };
 })();

@@ -6,6 +6,7 @@ prts.legend = (() => {
 
   function words(panel, state) {
     if (state.colour === "prob") return `${panel.label}: P(expressed)` + (state.view === "both" || state.view === "measured" ? "; measured: expressed or not" : "");
+    if (state.colour === "interval") return `${panel.label}: width in UMI of the interval that holds ${Math.round(100 * meta.interval)} % of counts`;
     if (state.colour.startsWith("column:")) return panel.label;
     const of = panel.what === "predicted" && (state.own || !prts.has.measured) ? "predicted" : "measured";
     return `${panel.label}: log1p(UMI), 0 to ${meta.percentile}th percentile of ${of} nuclei`;
@@ -13,7 +14,7 @@ prts.legend = (() => {
   const ends = (panel, state) => {
     const ramp = state.colour === "expression";
     const digits = panel.high - panel.low >= 20 ? 0 : 2;
-    return [number(panel.low, ramp ? 0 : digits), (state.colour === "prob" ? "" : "≥ ") + number(panel.high, digits)];
+    return [number(panel.low, ramp ? 0 : digits), (state.colour === "prob" || state.colour === "interval" ? "" : "≥ ") + number(panel.high, digits)];
   };
 
   // The scales to show: one for panels that share their colours.

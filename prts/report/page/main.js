@@ -38,7 +38,7 @@
     $("gene").addEventListener("change", find);
     $("gene").addEventListener("input", () => { if (place.has($("gene").value)) find(); });
     $("gene").addEventListener("keydown", (event) => { if (event.key === "Enter") find(); });
-    const colours = [["expression", "expression"], ...(has.prob ? [["prob", "P(expressed)"]] : [])];
+    const colours = [["expression", "expression"], ...(has.prob ? [["prob", "P(expressed)"]] : []), ...(has.interval ? [["interval", "uncertainty"]] : [])];
     $("colour").append(element("optgroup", { label: "the gene" }, ...colours.map(([value, text]) => element("option", { value }, text))));
     if (meta.columns.length) $("colour").append(element("optgroup", { label: "nuclei" },
       ...meta.columns.map(({ name }, i) => element("option", { value: `column:${i}` }, name.replaceAll("_", " ")))));

@@ -40,6 +40,11 @@ prts.map = (() => {
       const visible = state.hidden.size ? shown.map((code) => (state.hidden.has(code) ? NaN : code)) : shown;
       return { what, values: visible, labels: column.labels, label: column.name };
     }
+    if (state.colour === "interval") {
+      const [lower, upper] = await prts.interval(state.gene);
+      const width = upper.map((count, k) => count - lower[k]);
+      return { what, values: width, low: 0, high: width.reduce((a, b) => Math.max(a, b), 1), label: gene.name };
+    }
     if (state.colour === "prob") {
       const shown = what === "measured" ? (await prts.measured(state.gene)).map((v) => (v > 0 ? 1 : v)) : await prts.prob(state.gene);
       return { what, values: shown, low: 0, high: 1, label: gene.name };
@@ -50,7 +55,7 @@ prts.map = (() => {
   }
 
   // A column of nuclei has one map, unless the measured side has the same column.
-  const single = () => state.colour.startsWith("column:") && !meta.columns[Number(state.colour.slice(7))].measured;
+  const single = () => state.colour === "interval" || state.colour.startsWith("column:") && !meta.columns[Number(state.colour.slice(7))].measured;
   const wanted = () => {
     if (single() && state.view !== "image") return ["predicted"];
     return { predicted: ["predicted"], measured: ["measured"], both: ["measured", "predicted"], image: ["image", "predicted"] }[state.view];
@@ -177,7 +182,7 @@ prts.map = (() => {
       return box;
     }));
   }
-  const title = (panel) => (single() && panel.what !== "image" ? panel.label : titles[panel.what]);
+  const title = (panel) => (single() && state.colour !== "interval" && panel.what !== "image" ? panel.label : titles[panel.what]);
   function bar() {
     const exact = (100 / scale()) * meta.mpp; // um of about 100 px
     const step = 10 ** Math.floor(Math.log10(exact));
@@ -210,6 +215,10 @@ prts.map = (() => {
         lines.push(["measured", Number.isNaN(value) ? "not measured" : `${number(Math.expm1(value), 0)} UMI`]);
       }
       lines.push(["predicted", `${number(Math.expm1((await prts.predicted(state.gene))[i]), 2)} UMI`]);
+      if (prts.has.interval) {
+        const [lower, upper] = await prts.interval(state.gene);
+        lines.push([`${Math.round(100 * meta.interval)} % of counts`, `${lower[i]} to ${upper[i]} UMI`]);
+      }
       if (prts.has.prob) lines.push(["P(expressed)", number((await prts.prob(state.gene))[i], 2)]);
     }
     if (hovered !== i) return; // the mouse has gone on to another nucleus
