@@ -14,7 +14,7 @@ prts.legend = (() => {
   const ends = (panel, state) => {
     const ramp = state.colour === "expression";
     const digits = panel.high - panel.low >= 20 ? 0 : 2;
-    return [number(panel.low, ramp ? 0 : digits), (state.colour === "prob" || state.colour === "interval" ? "" : "≥ ") + number(panel.high, digits)];
+    return [number(panel.low, ramp ? 0 : digits), (state.colour === "prob" ? "" : "≥ ") + number(panel.high, digits)];
   };
 
   // The scales to show: one for panels that share their colours.

@@ -29,6 +29,11 @@ prts.map = (() => {
     return { x: [x0 - margin, x1 + margin], y: [y1 + margin, y0 - margin] };
   };
 
+  const atHome = () => {
+    const home = whole(), near = (a, b) => Math.abs(a[0] - b[0]) + Math.abs(a[1] - b[1]) < 0.01 * Math.abs(b[1] - b[0]);
+    return state.range !== null && (near(state.range.x, home.x) || near(state.range.y, home.y));
+  };
+
   async function values(what) {
     const gene = meta.genes[state.gene];
     if (what === "image") return { what, values: null };
@@ -43,7 +48,8 @@ prts.map = (() => {
     if (state.colour === "interval") {
       const [lower, upper] = await prts.interval(state.gene);
       const width = upper.map((count, k) => count - lower[k]);
-      return { what, values: width, low: 0, high: width.reduce((a, b) => Math.max(a, b), 1), label: gene.name };
+      const high = width.slice().sort()[Math.floor((meta.percentile / 100) * (width.length - 1))] || 1;
+      return { what, values: width, low: 0, high, label: gene.name };
     }
     if (state.colour === "prob") {
       const shown = what === "measured" ? (await prts.measured(state.gene)).map((v) => (v > 0 ? 1 : v)) : await prts.prob(state.gene);
@@ -109,6 +115,8 @@ prts.map = (() => {
     const mine = ++turn;
     const next = await Promise.all(wanted().map(values));
     if (mine !== turn) return; // a later choice overtook this one
+    // one panel has another shape than two: a whole section is fitted anew
+    if (next.length !== panels.length && atHome()) state.range = null;
     panels = next;
     await Plotly.react(div, panels.map(trace), layout(), config);
     if (!listening) listen();
