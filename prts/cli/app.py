@@ -30,7 +30,7 @@ COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "analyze", "r
 
 # Keys whose value is a path: taken letter for letter, so that spaces, commas, = and brackets need no quoting for Hydra.
 _PATH_KEYS = frozenset(
-    "image out nuclei bundle prediction section train_section train_nuclei run second analysis markers orthologs visium "
+    "image out nuclei roi bundle prediction section train_section train_nuclei run second analysis markers orthologs visium "
     "enrich.obo enrich.annotations encoder.weights segmentation.model segmentation.path panel.path paths.data_dir paths.cache_dir "
     "hydra.run.dir hydra.sweep.dir".split()
 )

@@ -14,9 +14,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prts.errors import InputError
+from prts.io.cache import fingerprint
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -106,6 +107,57 @@ def _bundle(cfg: DictConfig) -> Iterator[Check]:
     trained = f"{len(bundle.genes)} genes, trained on {about['tissue']} {', '.join(about['train_sections'])}"
     yield "PASS", "bundle", f"{cfg.bundle}: {trained}"
     yield weights_of(about["encoder"], about["encoder_weights"])
+    yield from _provenance(about)
+
+
+def _provenance(about: dict[str, Any]) -> Iterator[Check]:
+    """What made the bundle, against what is here."""
+    known = {"flags of predictable genes": about["validation"].get("predictable"), "intervals": about.get("intervals")}
+    known |= {"obs['ood']": about.get("ood"), "a check of um/px": about.get("nuclei")}
+    missing = [name for name, value in known.items() if value is None]
+    if missing:
+        text = f"format version {about['format_version']}: without {', '.join(missing)}; train again for them"
+        yield "WARN", "bundle trust", text
+    else:
+        yield "PASS", "bundle trust", f"format version {about['format_version']}: with {', '.join(known)}"
+
+    here = {name: importlib.metadata.version(name) for name in about["versions"] if _has_package(name)}
+    other = [
+        f"{name} {then} ({here.get(name, 'none')} here)"
+        for name, then in about["versions"].items()
+        if here.get(name) != then
+    ]
+    yield (
+        ("WARN", "bundle packages", f"made with {', '.join(other)}")
+        if other
+        else ("PASS", "bundle packages", "as here")
+    )
+
+    made = about.get("provenance")
+    if made is None:
+        yield "WARN", "bundle origin", "code, config and data are not recorded: an older prts trained it"
+        return
+    code = made["code"]
+    commit = f", commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if "changed" in code else ""
+    data = "; ".join(f"{name}: {', '.join(files)}" for name, files in made["data"].items())
+    changed = fingerprint(made["config"]) != made["config_fingerprint"]
+    yield (
+        ("FAIL", "bundle origin", "its config is not the one it was trained with: model.json was edited")
+        if changed
+        else (
+            "PASS",
+            "bundle origin",
+            f"prts {code['version']}{commit}, config {made['config_fingerprint']}, data {data}",
+        )
+    )
+
+
+def _has_package(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def main(cfg: DictConfig) -> None:

@@ -1,14 +1,16 @@
 """Predict the expression of every nucleus in an H&E image from a trained bundle; needs no bins.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
-                    [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko]
+                    [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [roi=[x0,y0,x1,y1]|FILE.geojson]
 
 Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
 the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
 from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
-`encoder.device=` says. `stain=` reads the slide in the colours of the training section. Writes FILE.h5ad (nuclei x genes, expected UMI
-in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in layers["lower"] and layers["upper"], unless
-intervals=false) and FILE.nuclei.parquet (the polygons).
+`encoder.device=` says. `stain=` reads the slide in the colours of the training section.
+Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right; check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values.
+
+Writes FILE.h5ad (nuclei x genes: expected UMI in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in
+layers["lower"] and layers["upper"] unless intervals=false) and FILE.nuclei.parquet (the polygons).
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
 """
@@ -38,10 +40,13 @@ def main(cfg: DictConfig) -> None:
     from prts.data.prepare import prepare_features, prepare_nuclei
     from prts.features.encoders import encoder_from_settings
     from prts.features.tokens import torch_device
+    from prts.io.cache import fingerprint, sha256_file
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import check_out
+    from prts.io.region import inside, read_region
     from prts.models.bundle import load_bundle
     from prts.models.predict import predict_store, write_prediction
+    from prts.models.scale import check_scale
     from prts.preprocess.stain import matched
     from prts.section import open_section
     from prts.stopwatch import Stopwatch, peak_rss_mb
@@ -54,6 +59,7 @@ def main(cfg: DictConfig) -> None:
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
     section = matched(section, str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
+    region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
     encoder = encoder_from_settings(bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device)
     segmenter, prefer_given = _segmenter(cfg, bundle)
 
@@ -61,20 +67,36 @@ def main(cfg: DictConfig) -> None:
     with watch("segment"):
         nuclei_path = prepare_nuclei(cache, section, segmenter, prefer_given)
     nuclei = load_nuclei(nuclei_path)
+    about = bundle.metadata
+    scaling = check_scale(nuclei, section, about["mpp"], about.get("nuclei"), refuse=cfg.check_scale)
+    everywhere, source = nuclei, nuclei_path.stem
+    if region is not None:
+        nuclei = everywhere[inside(region, everywhere)].reset_index(drop=True)
+        if len(nuclei) == 0:
+            raise InputError(
+                f"roi={cfg.roi}: none of the slide's {len(everywhere)} nuclei lies there; give a larger region"
+            )
+        source += f"-{fingerprint({'roi': region.wkt})}"
     with watch("features"):
-        store = prepare_features(cache, section, nuclei, encoder, nuclei_path.stem)
+        store = prepare_features(cache, section, nuclei, encoder, source)
     with watch("predict"):
         bundle.to(device)
-        chunks = predict_store(bundle, store, nuclei, section.mpp)
+        chunks = predict_store(bundle, store, nuclei, section.mpp, among=everywhere)
+        made = about.get("provenance", {})
+        provenance = {
+            "stain": str(cfg.stain),
+            "scaling": scaling,
+            "roi": None if region is None else region.wkt,
+            "bundle": {
+                "sha256": sha256_file(Path(cfg.bundle) / "model.json"),
+                "format_version": about["format_version"],
+                "code": made.get("code"),
+                "config_fingerprint": made.get("config_fingerprint"),
+                "data": made.get("data"),
+            },
+        }
         said = write_prediction(
-            out,
-            bundle,
-            section,
-            nuclei,
-            chunks,
-            store=store,
-            intervals=cfg.intervals,
-            provenance={"stain": str(cfg.stain)},
+            out, bundle, section, nuclei, chunks, store=store, intervals=cfg.intervals, provenance=provenance
         )
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)

@@ -313,6 +313,8 @@ def _metadata(
             "beyond": {name: np.flatnonzero(flags).tolist() for name, flags in beyond.items()},
         },
         "intervals": intervals.settings(),
+        "nuclei": _nuclei(datamodule),
+        "provenance": _provenance(cfg, datamodule),
     }
 
 
@@ -346,6 +348,32 @@ def _colours(datamodule: PRTSDataModule) -> dict[str, Any]:
     with ExitStack() as stack:
         sections = (datamodule.tissue.sections[name].section for name in names)
         return statistics(sample_slides(stack.enter_context(section.open_slide()) for section in sections))
+
+
+def _provenance(cfg: DictConfig, datamodule: PRTSDataModule) -> dict[str, Any]:
+    """Code, config and data that made the model; places on this machine are left out."""
+    from prts import provenance
+    from prts.io.cache import fingerprint
+
+    config = {key: value for key, value in plain(cfg).items() if key not in ("paths", "logger")}
+    prepared = datamodule.tissue.sections
+    return {
+        "code": provenance.code(),
+        "config": config,
+        "config_fingerprint": fingerprint(config),
+        "data": {name: provenance.section_files(part.section) for name, part in prepared.items()},
+    }
+
+
+def _nuclei(datamodule: PRTSDataModule) -> dict[str, Any]:
+    """Size and density of all nuclei of the training and validation sections, with those that fail quality control, as in `predict`."""
+    from prts.io.nuclei import load_nuclei
+    from prts.models.scale import describe_nuclei
+
+    names = {part.section for part in (*datamodule.train_sets, *datamodule.val_sets)}
+    prepared = {name: datamodule.tissue.sections[name] for name in sorted(names)}
+    mpp = {name: part.section.mpp for name, part in prepared.items()}
+    return describe_nuclei({name: load_nuclei(part.nuclei) for name, part in prepared.items()}, mpp)
 
 
 def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
 from prts.models.ood import verdict
 from prts.models.predictor import CHUNK
 from prts.progress import track
+from prts.provenance import code, identity
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -42,7 +43,15 @@ class Chunk(NamedTuple):
     ood: NDArray[np.float32] | None = None
 
 
-def predict_store(bundle: Bundle, store: Path, nuclei: GeoDataFrame, mpp: float, chunk: int = CHUNK) -> Iterator[Chunk]:
+def predict_store(
+    bundle: Bundle,
+    store: Path,
+    nuclei: GeoDataFrame,
+    mpp: float,
+    chunk: int = CHUNK,
+    *,
+    among: GeoDataFrame | None = None,
+) -> Iterator[Chunk]:
     """Predict nuclei from a feature store, holding at most half a gigabyte of features: 230,000 nuclei of 576 columns.
 
     Parameters
@@ -52,13 +61,15 @@ def predict_store(bundle: Bundle, store: Path, nuclei: GeoDataFrame, mpp: float,
     store
         Features of these nuclei and maybe others.
     nuclei
-        (n,) all nuclei of the section, in the order wanted.
+        (n,) the nuclei, in the order wanted.
     mpp
         um a full-resolution pixel.
     chunk
         Nuclei at a time.
+    among
+        All nuclei of the section, where `nuclei` are only some: the others are neighbours.
     """
-    read = InputReader(store, bundle.input_use, lambda: nuclei, mpp)
+    read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp)
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
 
@@ -134,6 +145,8 @@ def write_prediction(
         "prts": {
             "scale": SCALE,
             "version": __version__,
+            "code": code(),
+            "image_identity": identity(section.image),
             "section": section.name,
             "image": section.image.name,
             "width": section.width,

@@ -1,0 +1,49 @@
+"""Which code, which files: what a bundle and a prediction say of their own making."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prts import __version__
+from prts.io.cache import file_identity
+
+if TYPE_CHECKING:
+    from prts.section import Section
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """Version of this prts and, in a git checkout, its commit and whether files of it were changed since."""
+    checkout = Path(__file__).resolve().parents[1]
+    found: dict[str, Any] = {"version": __version__}
+    if not (checkout / ".git").exists():
+        return found
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(checkout), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        found["commit"] = git("rev-parse", "HEAD")
+        found["changed"] = bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        pass  # no git on this machine, or a checkout that belongs to another user: the version stands
+    return found
+
+
+def identity(path: Path) -> dict[str, Any]:
+    """A file as it can be known again on another machine: its name, size, and the SHA-256 of its first and last MiB."""
+    found = file_identity(path)
+    return {"name": path.name, "size": found["size"], "sha256_of_ends": found["sha256"]}
+
+
+def section_files(section: Section) -> dict[str, Any]:
+    """Identities of the files that a section was learnt from."""
+    files = {"image": section.image, "nuclei": section.nuclei}
+    if section.bins is not None:
+        files["matrix"] = section.bins / "filtered_feature_bc_matrix.h5"
+        files["positions"] = section.bins / "spatial" / "tissue_positions.parquet"
+    return {key: identity(path) for key, path in files.items() if path is not None and path.is_file()}

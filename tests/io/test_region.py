@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import shapely
+
+from prts.errors import InputError
+from prts.io.region import inside, read_region
+
+
+def nuclei() -> gpd.GeoDataFrame:
+    xy = np.stack(np.meshgrid(np.arange(10) * 10 + 5, np.arange(10) * 10 + 5), axis=-1).reshape(-1, 2)
+    return gpd.GeoDataFrame({"geometry": shapely.box(*(xy - 4).T, *(xy + 4).T)})
+
+
+def feature(geometry: shapely.Geometry) -> dict:
+    return {"type": "Feature", "properties": {}, "geometry": json.loads(shapely.to_geojson(geometry))}
+
+
+def test_a_box_takes_the_nuclei_whose_centre_it_holds() -> None:
+    taken = inside(read_region("[0, 20, 30.5, 49]", 100, 100), nuclei())
+    x, y = np.arange(100) % 10 * 10 + 5, np.arange(100) // 10 * 10 + 5
+    np.testing.assert_array_equal(taken, (x < 30.5) & (y > 20) & (y < 49))
+
+
+def test_polygons_of_a_file_are_taken_together(tmp_path: Path) -> None:
+    triangle, square = shapely.Polygon([(0, 0), (60, 0), (0, 60)]), shapely.box(80, 80, 100, 100)
+    path = tmp_path / "two regions, = é.geojson"
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature(triangle), feature(square)]}))
+    taken = inside(read_region(str(path), 100, 100), nuclei())
+    x, y = np.arange(100) % 10 * 10 + 5, np.arange(100) // 10 * 10 + 5
+    np.testing.assert_array_equal(taken, (x + y < 60) | ((x > 80) & (y > 80)))
+    path.write_text(json.dumps(feature(shapely.MultiPolygon([triangle, square]))))
+    np.testing.assert_array_equal(inside(read_region(str(path), 100, 100), nuclei()), taken)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[0,0,10]", "four numbers"),
+        ("[0,0,ten,10]", "four numbers"),
+        ("[10,0,0,10]", "x0 < x1"),
+        ("[200,0,300,10]", "covers nothing of the image"),
+        ("missing.geojson", "no such file"),
+    ],
+)
+def test_what_is_no_region_is_refused_in_one_line(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_region(text, 100, 100)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is no GeoJSON"), (json.dumps(feature(shapely.Point(1, 1))), "no polygon"), ("\x00", "is no GeoJSON")],
+)
+def test_a_file_without_polygons_is_refused_in_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "roi.geojson"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_region(str(path), 100, 100)
+    assert "\n" not in str(caught.value)
