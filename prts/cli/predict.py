@@ -7,7 +7,8 @@ Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label 
 the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
 from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
 `encoder.device=` says. `stain=` reads the slide in the colours of the training section.
-Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right; check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values.
+Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right;
+check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values.
 
 Writes FILE.h5ad (nuclei x genes: expected UMI in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in
 layers["lower"] and layers["upper"] unless intervals=false) and FILE.nuclei.parquet (the polygons).
