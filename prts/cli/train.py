@@ -140,6 +140,8 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
         path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     loggers.results(metrics)
     _log_summary(metrics)
+    if cfg.report:
+        _report(bundle, test, metrics, folder)
     return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule}
 
 

@@ -72,6 +72,7 @@ def predicted(trained, test_section, cache, tmp_path_factory):
 def test_a_run_folder_holds_what_it_promises(trained):
     folder, result = trained
     metrics = json.loads((folder / "metrics.json").read_text())
+    assert f"{metrics['test/pcc_mean']:.3f}" in (folder / "report.html").read_text()
     for part in ("val", "test"):
         for name in ("pcc_mean", "spearman_mean", "rmse_mean", "skill_mean", "ceiling_mean", "auroc", "mcc", "n_cells"):
             assert np.isfinite(metrics[f"{part}/{name}"]), name
