@@ -6,6 +6,7 @@ Exit status: 0 done; 2 the input or the config is wrong (one line on stderr); 1 
 from __future__ import annotations
 
 import difflib
+import errno
 import functools
 import importlib
 import inspect
@@ -217,10 +218,31 @@ def verdict(error: Exception) -> tuple[int, str]:
     known = _input_error(error)
     if known is not None:
         return 2, str(known)
+    if (place := _refused_by_the_system(error)) is not None:
+        return 2, place
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is None:
         return 2, _plugin_hint(lines[0]) or type(error).__name__
     return 1, f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+
+
+def _refused_by_the_system(error: BaseException | None) -> str | None:
+    """What the operating system would not let prts do: no room, no permission, no memory. Libraries tell it in ways of their own."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        name = getattr(error, "filename", None)
+        where = f"{name}: " if isinstance(name, str) else ""
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "Disk quota exceeded" in text:
+            return (
+                f"{where}the disk is full ({text}); free some space or choose another folder, what is finished is kept"
+            )
+        if code == errno.EROFS or "Read-only file system" in text or isinstance(error, PermissionError):
+            return f"{where}may not be read or written ({text}); change the permissions or choose another place"
+        if isinstance(error, MemoryError):
+            return f"there is not enough memory ({text or 'none left'}); give the machine more, or a smaller image or batch"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _plugin_hint(text: str) -> str:

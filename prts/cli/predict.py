@@ -66,7 +66,7 @@ def main(cfg: DictConfig) -> None:
 
     cache = Path(cfg.paths.cache_dir) / "predict" / section.name
     with watch("segment"):
-        nuclei_path = prepare_nuclei(cache, section, segmenter, prefer_given)
+        nuclei_path = prepare_nuclei(cache, section, segmenter, prefer_given, check_image=cfg.check_image)
     nuclei = load_nuclei(nuclei_path)
     about = bundle.metadata
     scaling = check_scale(nuclei, section, about["mpp"], about.get("nuclei"), refuse=cfg.check_scale)

@@ -56,6 +56,7 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
         panel=instantiate(cfg.panel),
         encoder=instantiate(cfg.encoder),
         cache_dir=Path(cfg.paths.cache_dir),
+        check_image=cfg.check_image,
         stopwatch=stopwatch,
     )
 

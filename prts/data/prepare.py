@@ -24,6 +24,7 @@ from prts.io.cache import atomic, file_identity, fingerprint, lock
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.visium_hd import read_positions
 from prts.preprocess.counts import count_nuclei, quality_control
+from prts.preprocess.plausible import require_h_and_e
 from prts.preprocess.polygons import Polygons
 from prts.preprocess.register import WARN_UM, Registration, corrected, measure_section
 from prts.preprocess.segment import segment
@@ -130,6 +131,7 @@ def prepare_tissue(
     panel: PanelBuilder,
     encoder: Encoder,
     cache_dir: Path,
+    check_image: bool = True,
     stopwatch: Stopwatch | None = None,
 ) -> PreparedTissue:
     """Nuclei, counts, panel and features for every section that has a role.
@@ -154,6 +156,8 @@ def prepare_tissue(
         Reads features from the image.
     cache_dir
         Holds `<tissue>/<section>/...`.
+    check_image
+        Refuse images that cannot be H&E.
     stopwatch
         Adds up the seconds of each stage.
 
@@ -178,7 +182,7 @@ def prepare_tissue(
     registration: dict[str, Registration] = {}
     for name, section in sections.items():
         with watch("segment"):
-            nuclei[name] = prepare_nuclei(root / name, section, segmenter, prefer_given)
+            nuclei[name] = prepare_nuclei(root / name, section, segmenter, prefer_given, check_image=check_image)
         with watch("counts"):
             settings = _passing_settings(section, nuclei[name], qc, tissue.species, register)
             passing[name] = f"counts-{fingerprint(settings)}"
@@ -220,7 +224,9 @@ def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
     return path
 
 
-def prepare_nuclei(folder: Path, section: Section, segmenter: Segmenter | None, prefer_given: bool) -> Path:
+def prepare_nuclei(
+    folder: Path, section: Section, segmenter: Segmenter | None, prefer_given: bool, *, check_image: bool = True
+) -> Path:
     """The cache file with a section's nuclei, made if it is not there.
 
     Parameters
@@ -233,11 +239,13 @@ def prepare_nuclei(folder: Path, section: Section, segmenter: Segmenter | None, 
         Finds nuclei in an image; None where given nuclei are the only source.
     prefer_given
         Take the section's own nuclei file, where it has one.
+    check_image
+        Refuse an image that cannot be H&E.
 
     Raises
     ------
     InputError
-        If no nucleus is found or the nuclei file does not fit the image.
+        If the image is no H&E, no nucleus is found, or the nuclei file does not fit the image.
     """
     used = Polygons(section.nuclei) if segmenter is None or (prefer_given and section.nuclei is not None) else segmenter
     settings = {
@@ -250,6 +258,8 @@ def prepare_nuclei(folder: Path, section: Section, segmenter: Segmenter | None, 
 
     def make(path: Path) -> None:
         with section.open_slide() as slide:
+            if check_image:
+                require_h_and_e(slide)
             write_nuclei(segment(slide, used), path)
 
     name = used.settings()["name"]

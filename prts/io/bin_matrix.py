@@ -156,7 +156,10 @@ class BinMatrix:
         self._indices = self._get(matrix, "indices", h5py.Dataset)
         if self._data.dtype.kind not in "iuf" or self._indices.dtype.kind not in "iu":
             raise InputError(f"{self.path}: matrix/data and matrix/indices must be numbers; the file is not 10x's")
-        self._indptr = self._get(matrix, "indptr", h5py.Dataset)[:].astype(np.int64)
+        indptr = self._get(matrix, "indptr", h5py.Dataset)
+        if indptr.dtype.kind not in "iu":
+            raise InputError(f"{self.path}: matrix/indptr must hold whole numbers; the file is not 10x's")
+        self._indptr = indptr[:].astype(np.int64)
         self.array_row, self.array_col = self._bins(self._get(matrix, "barcodes", h5py.Dataset))
         self.n_bins, self.n_genes, self.nnz = len(self.array_row), len(self.gene_ids), self._data.shape[0]
         shape = tuple(int(n) for n in self._get(matrix, "shape", h5py.Dataset)[:])
