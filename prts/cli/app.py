@@ -214,12 +214,15 @@ def verdict(error: Exception) -> tuple[int, str]:
     """Exit status of an error, and what it says in one line: 2 where input or config are wrong, 1 for a bug."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
     known = _input_error(error)
     if known is not None:
         return 2, str(known)
     if (place := _refused_by_the_system(error)) is not None:
         return 2, place
+    if isinstance(error, MarkedYAMLError):
+        return 2, f"{str(error.problem_mark).strip()}: is not YAML as prts reads it ({error.problem}); mend that line"
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is None:
         return 2, _plugin_hint(lines[0]) or type(error).__name__

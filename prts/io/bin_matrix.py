@@ -244,5 +244,5 @@ class BinMatrix:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
             raise InputError(f"{self.path}: damaged ({error}); get a complete copy") from error

@@ -176,6 +176,13 @@ def _from_geoparquet(path: Path, _size: tuple[int, int]) -> Shapes:
 
 
 def _from_shapefile(path: Path, _size: tuple[int, int]) -> Shapes:
+    with path.open("rb") as handle:
+        handle.seek(24)
+        n_bytes = 2 * int.from_bytes(handle.read(4), "big")  # the header counts words
+    if n_bytes != path.stat().st_size:  # GDAL would read what is there without a word
+        raise InputError(
+            f"{path}: has {path.stat().st_size} bytes where its header says {n_bytes}: cut off; get a complete copy"
+        )
     frame = read_table(gpd.read_file, path)
     return (frame.geometry.to_numpy(), *_columns(frame, path))
 

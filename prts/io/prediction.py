@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from prts.errors import InputError
 from prts.io.cache import atomic
 from prts.io.nuclei import write_nuclei
+from prts.io.own_data import require_own_data
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -252,6 +253,7 @@ def read_prediction(path: Path) -> ad.AnnData:
         raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
+    require_own_data(path)
     try:
         prediction = ad.read_h5ad(path)
     except Exception as error:  # anndata raises whatever a foreign HDF5 file leads it to

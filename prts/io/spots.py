@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
+from prts.io.own_data import require_own_data
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def read_spots(path: Path | str) -> Spots:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; an .h5ad of measured spots is needed")
+    require_own_data(path)
     try:
         counts = ad.read_h5ad(path)
     except Exception as error:

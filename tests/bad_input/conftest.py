@@ -157,7 +157,7 @@ def predict(ask: Ask, world: World, tmp_path: Path) -> Ask:
         out = Path(given["out"])
         if status == 0:
             assert ad.read_h5ad(out).n_obs > 0
-        elif out.parent.exists():
+        elif out.parent.is_dir():
             assert not [path for path in out.parent.iterdir() if "slide" in path.name]
         return status, line
 
