@@ -228,7 +228,9 @@ def test_the_mode_is_recorded_and_made_again(case, vit, tmp_path):
 
 def test_stores_of_each_mode_have_names_of_their_own_and_old_ones_keep_theirs(case, vit, tmp_path):
     slide, nuclei = case
-    section = SimpleNamespace(image=slide.path, mpp=slide.mpp, open_slide=lambda: contextlib.nullcontext(slide))
+    section = SimpleNamespace(
+        image=slide.path, mpp=slide.mpp, recolour=None, open_slide=lambda: contextlib.nullcontext(slide)
+    )
 
     def name(encoder):
         return prepare_features(tmp_path / "cache", section, nuclei, encoder, "counts-1").name
