@@ -6,7 +6,10 @@ Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.c
 ones in predictions-<section>.h5ad), figures/, report.html (`report=false` leaves it out), the model bundle model/, config.yaml and
 train.log. `tissue=demo`, the default, simulates its sections: no download.
 
+A run that was killed goes on with resume=true and its folder, and ends with the weights it would have had.
+
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth
+example: prts train tissue=lung encoder.weights=vit256_small_dino.pth hydra.run.dir=outputs/lung/2026-11-22_09-30-00 resume=true
 example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2,3
 """
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from prts.data.datamodule import PRTSDataModule
     from prts.data.sets import NucleusSet
     from prts.models.bundle import Bundle
+    from prts.models.checkpoint import EpochCheckpoint
     from prts.models.comparison import Predict
     from prts.models.mlp import PRTSNet
     from prts.models.predictor import Predictor
@@ -72,10 +76,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]:
+    from functools import partial
+
     from omegaconf import OmegaConf
 
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
+    from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
     from prts.models.module import seed_everything
     from prts.models.ood import Unusual
     from prts.models.output import choose_output
@@ -89,7 +96,12 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     cfg = _settled(cfg)
     watch = Stopwatch()
     datamodule = _data(cfg, watch)
+    inputs = _inputs(datamodule)
+    checkpoint = EpochCheckpoint(folder / NAME, inputs)
+    goes_on_from = find_checkpoint(folder, plain(cfg), inputs) if cfg.resume else None
     folder.mkdir(parents=True, exist_ok=True)
+    if goes_on_from is None:
+        checkpoint.remove()
     for stale in (
         folder / "metrics.json",
         folder / "per_gene.csv",
@@ -102,7 +114,8 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
 
     with watch("train"):
-        fitted = _fit_linear(cfg, datamodule, loggers) if cfg.model.baseline else _fit(cfg, datamodule, loggers)
+        fit = _fit_linear if cfg.model.baseline else partial(_fit, checkpoint=checkpoint, goes_on_from=goes_on_from)
+        fitted = fit(cfg, datamodule, loggers)
     if not fitted.is_global_zero:
         return {"metrics": {}}  # the other processes of a DDP job end here: one tests and writes
     net, scaler = fitted.net, datamodule.scaler
@@ -138,6 +151,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     metrics["peak_rss_mb"] = peak_rss_mb()
     with atomic(folder / "metrics.json") as path:
         path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    checkpoint.remove()
     loggers.results(metrics)
     _log_summary(metrics)
     if cfg.report:
@@ -220,7 +234,24 @@ def _fit_linear(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers
     return Fitted(net, ("none",), None, True)
 
 
-def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> Fitted:
+def _inputs(datamodule: PRTSDataModule) -> dict[str, str]:
+    """The cache files that are learnt from: their names change with what they hold."""
+    tissue = datamodule.tissue
+    parts = {
+        f"{name}'s {kind}": getattr(section, kind)
+        for name, section in tissue.sections.items()
+        for kind in ("counts", "features")
+    }
+    return {kind: path.name for kind, path in {**parts, "the gene panel": tissue.panel}.items()}
+
+
+def _fit(
+    cfg: DictConfig,
+    datamodule: PRTSDataModule,
+    loggers: RunLoggers,
+    checkpoint: EpochCheckpoint,
+    goes_on_from: Path | None,
+) -> Fitted:
     from hydra.utils import instantiate
 
     from prts.models.module import KeepBest, PRTSModule
@@ -237,8 +268,11 @@ def _fit(cfg: DictConfig, datamodule: PRTSDataModule, loggers: RunLoggers) -> Fi
         instantiate(cfg.model.optimizer),
         None if cfg.model.scheduler is None else instantiate(cfg.model.scheduler),
     )
-    callbacks = [instantiate(node) for node in cfg.callbacks.values()]
-    instantiate(cfg.trainer, callbacks=callbacks, logger=loggers.start() or False).fit(module, datamodule=datamodule)
+    callbacks = [checkpoint, *(instantiate(node) for node in cfg.callbacks.values())]
+    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=loggers.start() or False)
+    if goes_on_from is not None:
+        logger.info("going on from %s", goes_on_from)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=goes_on_from, weights_only=True)
     best_epoch = next((callback.best_epoch for callback in callbacks if isinstance(callback, KeepBest)), None)
     return Fitted(net, module.loss.gates, best_epoch, module.trainer.is_global_zero)
 
@@ -476,7 +510,12 @@ def main(cfg: DictConfig) -> float:
     """Train in Hydra's run folder; the validation PCC is what a sweep maximises."""
     from hydra.core.hydra_config import HydraConfig
 
-    metrics = train(cfg, Path(HydraConfig.get().runtime.output_dir))["metrics"]
+    hydra = HydraConfig.get()
+    if cfg.resume and not any(
+        given.startswith(("hydra.run.dir=", "hydra.sweep.dir=")) for given in hydra.overrides.hydra
+    ):
+        raise InputError("resume=true: which run is to go on? Name its folder with hydra.run.dir=DIR")
+    metrics = train(cfg, Path(hydra.runtime.output_dir))["metrics"]
     return float(metrics.get("val/pcc_mean", float("nan")))
 
 

@@ -116,11 +116,15 @@ class ShuffledBatches(Sampler[NDArray[np.int64]]):
     A last batch of one nucleus is dropped: batch normalisation has no variance to offer it.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0) -> None:
         self._n = n
         self._batch_size = batch_size
         self._seed = seed
-        self._epoch = 0
+        self._epoch = epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say the number of the coming epoch, as Lightning does before each."""
+        self._epoch = epoch
 
     def __len__(self) -> int:
         full, rest = divmod(self._n, self._batch_size)
@@ -211,6 +215,8 @@ class PRTSDataModule(pl.LightningDataModule):
         self._prepared: PreparedTissue | None = None
         self._split = split
         self._is_set_up = False
+        # more where training goes on: workers of the loader draw the order before Lightning says the epoch
+        self.first_epoch = 0
 
     @property
     def in_features(self) -> int:
@@ -275,7 +281,7 @@ class PRTSDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of all training sections together."""
         sets = _permuted(self.train_sets, self.seed) if self.permute else self.train_sets
-        return self._loader(sets, ShuffledBatches(sum(map(len, sets)), self.batch_size, self.seed))
+        return self._loader(sets, ShuffledBatches(sum(map(len, sets)), self.batch_size, self.seed, self.first_epoch))
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation section: figures are computed per section, never pooled."""

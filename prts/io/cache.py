@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,24 +70,45 @@ def sha256_file(path: Path) -> str:
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` (same suffix) that takes its place when the block ends well, and vanishes when it does not.
 
-    The block may write a file or make a folder at the name it gets. A folder is swapped in whole.
+    The block may write a file or make a folder at the name it gets. A folder is swapped in whole. What a process that was killed left
+    of an earlier attempt is removed first.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be made a folder ({error.strerror}): choose another place") from error
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    host = re.sub(r"\W", "-", platform.node())
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.{host}-*.tmp{glob.escape(path.suffix)}"):
+        if not _is_alive(left.name[len(path.stem) + len(host) + 3 :].partition(".")[0]):
+            _remove(left)
+    temporary = path.with_name(f".{path.stem}.{host}-{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         temporary.replace(path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _is_alive(pid: str) -> bool:
+    """Whether a process of this machine still runs; also where it cannot be told."""
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextmanager

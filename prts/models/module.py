@@ -143,7 +143,7 @@ class PRTSModule(pl.LightningModule):
 
 
 class KeepBest(pl.Callback):
-    """Keeps the network's weights of the best epoch in memory and puts them back when training ends. Nothing is written.
+    """Keeps the network's weights of the best epoch in memory and puts them back when training ends; a checkpoint holds them too.
 
     Parameters
     ----------
@@ -177,6 +177,15 @@ class KeepBest(pl.Callback):
         if value < self.best_value if self.mode == "min" else value > self.best_value:
             self.best_epoch, self.best_value = trainer.current_epoch, value
             self._weights = {name: tensor.detach().clone() for name, tensor in _net(pl_module).state_dict().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {"best_epoch": self.best_epoch, "best_value": self.best_value, "weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.best_epoch, self.best_value = state_dict["best_epoch"], state_dict["best_value"]
+        self._weights = state_dict["weights"]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the best weights back.

@@ -230,7 +230,9 @@ def test_linked_views_zoom_and_move_together(opened):
         opened.tab.mouse.wheel(0, -100)
     opened.wait(f"b => {SPAN}[1] - {SPAN}[0] < 0.9 * (b[1] - b[0])", before["xaxis2"])
     opened.settle()
-    opened.tab.wait_for_timeout(500)  # Plotly draws anew when the wheel has been still for a while, which would end a drag
+    opened.tab.wait_for_timeout(
+        500
+    )  # Plotly draws anew when the wheel has been still for a while, which would end a drag
     zoomed = ranges(opened)
     opened.tab.mouse.down()
     opened.tab.mouse.move(right[0] + 60, right[1] + 40, steps=4)

@@ -1,0 +1,111 @@
+"""A training run that is killed and goes on ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+
+from prts.data.datamodule import NucleusBatches, ShuffledBatches
+from prts.data.sets import NucleusSet
+from prts.data.targets import make_scaler
+from prts.errors import InputError
+from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
+from prts.models.losses import PaperLoss
+from prts.models.mlp import PRTSNet
+from prts.models.module import KeepBest, PRTSModule
+
+EPOCHS = 7
+INPUTS = {"the gene panel": "panel-01234567.json"}
+Draw = Callable[..., NucleusSet]
+
+
+class KilledError(Exception):
+    """What stands for SIGKILL here."""
+
+
+class Kill(pl.Callback):
+    """Stops at a batch of an epoch."""
+
+    def __init__(self, epoch: int, batch: int) -> None:
+        self._at = epoch, batch
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+        if (trainer.current_epoch, args[-1]) == self._at:
+            raise KilledError
+
+
+def fit(
+    draw: Draw, folder: Path, *, kill: tuple[int, int] | None = None, resume: bool = False
+) -> tuple[PRTSModule, KeepBest]:
+    """Dropout, a scheduler that watches a plateau, and early stopping: everything that has a state."""
+    train, val = draw(200, 1), draw(100, 2)
+    pl.seed_everything(3, verbose=False)
+    module = PRTSModule(
+        PRTSNet(8, 20, hidden=(16, 16), dropout=0.2),
+        PaperLoss(),
+        make_scaler("log1p", 20).fit([train.counts]),
+        partial(torch.optim.AdamW, lr=0.05),
+        partial(ReduceLROnPlateau, patience=0, factor=0.3, threshold=0.2),
+    )
+    best = KeepBest()
+    callbacks = [EpochCheckpoint(folder / NAME, INPUTS), pl.callbacks.EarlyStopping("val/loss", patience=3), best]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=EPOCHS,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=callbacks if kill is None else [*callbacks, Kill(*kill)],
+    )
+    sets = NucleusBatches([train]), NucleusBatches([val])
+    order = ShuffledBatches(200, 32, 3)
+    loaders = (
+        DataLoader(sets[0], batch_size=None, sampler=order),
+        DataLoader(sets[1], batch_size=None, sampler=ShuffledBatches(100, 50, 0)),
+    )
+    path = find_checkpoint(folder, {}, INPUTS) if resume else None
+    trainer.fit(module, *loaders, ckpt_path=path, weights_only=True)
+    return module, best
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", [(1, 0), (3, 4), (5, 6)])
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, poisson_nuclei: Draw, at: tuple[int, int]) -> None:
+    whole, best = fit(poisson_nuclei, tmp_path / "whole")
+    with pytest.raises(KilledError):
+        fit(poisson_nuclei, tmp_path / "killed", kill=at)
+    after, again = fit(poisson_nuclei, tmp_path / "killed", resume=True)
+    assert after.trainer.current_epoch == whole.trainer.current_epoch
+    assert after.trainer.global_step == whole.trainer.global_step
+    assert again.best_epoch == best.best_epoch
+    assert again.best_value == best.best_value
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    rates = [module.optimizers().param_groups[0]["lr"] for module in (whole, after)]
+    assert rates[0] == rates[1] < 0.05  # the schedule had something to remember
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_only_the_same_run_goes_on(tmp_path: Path, poisson_nuclei: Draw) -> None:
+    assert find_checkpoint(tmp_path, {}, INPUTS) is None
+    with pytest.raises(KilledError):
+        fit(poisson_nuclei, tmp_path, kill=(2, 0))
+    config = {"seed": 0, "data": {"batch_size": 256}, "resume": True}
+    (tmp_path / "config.yaml").write_text("seed: 0\ndata: {batch_size: 256}\nresume: false\n")
+    assert find_checkpoint(tmp_path, config, INPUTS) == tmp_path / NAME
+    with pytest.raises(InputError, match=r"was begun with data\.batch_size=256, now it is 64"):
+        find_checkpoint(tmp_path, {**config, "data": {"batch_size": 64}}, INPUTS)
+    with pytest.raises(InputError, match="the gene panel is no longer what"):
+        find_checkpoint(tmp_path, config, {"the gene panel": "panel-76543210.json"})
+    (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-1000])
+    with pytest.raises(InputError, match=r"is damaged .*delete it and train anew"):
+        find_checkpoint(tmp_path, config, INPUTS)
