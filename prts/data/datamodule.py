@@ -26,6 +26,7 @@ from prts.data.targets import Scaler, make_scaler
 from prts.errors import InputError
 from prts.features.inputs import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
+from prts.preprocess.artefacts import is_artefact
 
 if TYPE_CHECKING:
     from prts.data.prepare import PreparedSection, PreparedTissue
@@ -316,6 +317,7 @@ class _Loaded(NamedTuple):
     row: NDArray[np.intp]
     xy_um: NDArray[np.float64]
     widths: dict[str, int]
+    artefact: NDArray[np.bool_]
 
 
 def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -> _Loaded:
@@ -345,7 +347,7 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         total_counts=counts.obs["total_counts"].to_numpy(dtype=np.int64)[row],
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
     )
-    return _Loaded(nuclei, row, xy_um, read.widths)
+    return _Loaded(nuclei, row, xy_um, read.widths, is_artefact(counts.obs)[row])
 
 
 def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:
@@ -358,7 +360,9 @@ def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:
 
 def _rows(loaded: _Loaded, parts: NDArray[np.int8], part: int) -> NDArray[np.intp]:
     """Rows of the loaded nuclei that belong to a part."""
-    return np.flatnonzero(parts[loaded.row] == part)
+    wanted = parts[loaded.row] == part
+    # a flagged nucleus teaches nothing; validation and test take tissue as it comes
+    return np.flatnonzero(wanted & ~loaded.artefact if part == TRAIN else wanted)
 
 
 def _common_widths(widths: Mapping[str, dict[str, int]]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import h5py
 import numpy as np
+import pandas as pd
 
 from prts.data.splits import TRAIN, Roles
 from prts.data.tissue import SectionSpec, Tissue
@@ -23,6 +24,7 @@ from prts.features.extract import extract
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.visium_hd import read_positions
+from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
 from prts.preprocess.counts import count_nuclei, quality_control
 from prts.preprocess.plausible import require_h_and_e
 from prts.preprocess.polygons import Polygons
@@ -43,7 +45,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Raised when a stage's code changes what it writes for the same inputs.
-STAGE_VERSION = {"section": 1, "nuclei": 1, "counts": 1, "registration": 1, "panel": 1, "features": 1}
+STAGE_VERSION = {"section": 2, "nuclei": 1, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
 
 
 class PanelBuilder(Protocol):
@@ -127,6 +129,7 @@ def prepare_tissue(
     prefer_given: bool,
     qc: Mapping[str, Any],
     register: bool,
+    artefacts: bool,
     splitter: Splitter,
     panel: PanelBuilder,
     encoder: Encoder,
@@ -148,6 +151,8 @@ def prepare_tissue(
         Arguments of `prts.preprocess.counts.quality_control`.
     register
         Move the bins to where their UMIs say that the nuclei are. The shift is measured either way.
+    artefacts
+        Find artefacts among the nuclei, and choose genes and train without them.
     splitter
         Says which nuclei train: the panel sees no others.
     panel
@@ -186,7 +191,9 @@ def prepare_tissue(
         with watch("counts"):
             settings = _passing_settings(section, nuclei[name], qc, tissue.species, register)
             passing[name] = f"counts-{fingerprint(settings)}"
-            counts[name] = _counts(root / name, section, nuclei[name], qc, tissue.species, register, settings)
+            counts[name] = _counts(
+                root / name, section, nuclei[name], qc, tissue.species, register, artefacts, settings
+            )
             registration[name] = _registration(counts[name], name, register)
     with watch("panel"):
         panel_path = _panel(root, tissue, sections, counts, splitter, panel)
@@ -291,6 +298,7 @@ def _counts(
     qc: Mapping[str, Any],
     species: str,
     register: bool,
+    artefacts: bool,
     settings: Mapping[str, Any],
 ) -> Path:
     def make(path: Path) -> None:
@@ -302,9 +310,16 @@ def _counts(
         kept = quality_control(measured, mpp=section.mpp, **qc)
         kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
         kept.uns["prts"]["registration"] = {**found.report(), "corrected": register and found.measured}
+        if artefacts:
+            with section.open_slide() as slide:
+                kind = pd.Series(find_artefacts(slide, polygons), index=polygons["cell_id"])
+            kept.obs["artefact"] = pd.Categorical(kind.loc[kept.obs_names], categories=list(KINDS))
+            kept.uns["prts"]["artefacts"] = log_artefacts(section.name, kept.obs["artefact"])
         kept.write_h5ad(path, compression="gzip")
 
     settings = {**settings, "registration": STAGE_VERSION["registration"]}
+    if artefacts:
+        settings["artefacts"] = STAGE_VERSION["artefacts"]
     return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
 
 
@@ -346,7 +361,8 @@ def _panel(
         measured = {name: ad.read_h5ad(file) for name, file in counts.items()}
         xy_um = {name: data.obsm["spatial"] * sections[name].mpp for name, data in measured.items()}
         parts = splitter(xy_um, Roles(tissue.train, tissue.val, tissue.test))
-        panel([measured[name][parts[name] == TRAIN].copy() for name in tissue.train]).to_json(path)
+        trains = {name: (parts[name] == TRAIN) & ~is_artefact(measured[name].obs) for name in tissue.train}
+        panel([measured[name][rows].copy() for name, rows in trains.items()]).to_json(path)
 
     return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training nuclei")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import tifffile
 from PIL import Image
 
@@ -17,11 +18,13 @@ from prts.errors import InputError
 from prts.io.cache import atomic
 from prts.io.nuclei import make_nuclei, write_nuclei
 from prts.progress import track
+from prts.simulate.artefacts import KINDS as PLANTED
+from prts.simulate.artefacts import plant
 from prts.simulate.bins import make_lattice, write_bins
 from prts.simulate.nuclei import Nuclei, place_nuclei
 from prts.simulate.programme import DENSE_ENTRIES, Programme, make_programme, make_truth, true_rates
-from prts.simulate.stain import BAND, Stain, render, shifted_stain
-from prts.simulate.tissue import Layout, build_layout
+from prts.simulate.stain import BAND, render, shifted_stain
+from prts.simulate.tissue import build_layout
 from prts.simulate.umis import BinCounts, draw_counts
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ def simulate_section(
     diffusion_um: float = 1.0,
     species: str = "human",
     program_seed: int = 0,
+    artefacts: int = 0,
 ) -> Path:
     """Simulate a section of a tissue; the same arguments give the same bytes.
 
@@ -82,6 +86,8 @@ def simulate_section(
         `human` or `mouse`: spelling of the mitochondrial genes.
     program_seed
         Of the genes and what drives them: sections that are to be one tissue share it.
+    artefacts
+        Number of folds, blurred patches, bubbles and pen strokes each, 0 to 100; the nuclei in them are marked in `truth.obs["artefact"]`.
 
     Returns
     -------
@@ -106,6 +112,10 @@ def simulate_section(
         "species": species,
         "name": folder.name if name is None else str(name),
     }
+    if _whole("artefacts", artefacts, 0, 100):
+        parameters["artefacts"] = (
+            artefacts  # left out of a section without, whose bytes stay what they were before there were any
+        )
     if species not in ("human", "mouse"):
         raise InputError(f"species: {species!r} is neither human nor mouse")
     _refuse_foreign(folder)
@@ -128,7 +138,14 @@ def simulate_section(
     with atomic(folder) as temporary:
         lowres = min(1.0, _LOWRES_PX / max(shape))
         write_bins(temporary / BINS, lattice, counts, truth, mpp, shape, lowres)
-        _write_image(temporary, layout, nuclei, shape, mpp, shifted_stain(stain), lowres, image_rng)
+        bands = render(layout, nuclei, shape, mpp, shifted_stain(stain), image_rng)
+        if artefacts:
+            whole = np.concatenate(list(bands))
+            kind = plant(whole, mpp, artefacts, np.random.default_rng([seed, 5]))
+            col, row = (truth.obsm["spatial"].astype(int) - (truth.obsm["spatial"] == shape[::-1])).T
+            truth.obs["artefact"] = pd.Categorical(np.array(PLANTED)[kind[row, col]], categories=list(PLANTED))
+            bands = (whole[top : top + BAND] for top in range(0, shape[0], BAND))
+        _write_image(temporary, bands, shape, mpp, lowres)
         write_nuclei(outlines, temporary / "truth_nuclei.parquet")
         truth.write_h5ad(temporary / "truth.h5ad")
     logger.info(
@@ -195,21 +212,13 @@ def _annotate(
 
 
 def _write_image(
-    folder: Path,
-    layout: Layout,
-    nuclei: Nuclei,
-    shape: tuple[int, int],
-    mpp: float,
-    stain: Stain,
-    lowres: float,
-    rng: np.random.Generator,
+    folder: Path, bands: Iterable[NDArray[np.uint8]], shape: tuple[int, int], mpp: float, lowres: float
 ) -> None:
     """The full-resolution TIFF, tile by tile as it is rendered, and the small PNG."""
     small = np.zeros((*(math.ceil(side * lowres) for side in shape), 3))
     weight = np.zeros((*small.shape[:2], 1))
 
     def tiles() -> Iterator[NDArray[np.uint8]]:
-        bands = render(layout, nuclei, shape, mpp, stain, rng)
         for number, band in enumerate(track(bands, "image", total=math.ceil(shape[0] / BAND))):
             _add_small(small, weight, band, number * BAND, lowres)
             whole = np.pad(band, ((0, BAND - band.shape[0]), (0, -band.shape[1] % BAND), (0, 0)), mode="edge")
