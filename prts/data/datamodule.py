@@ -296,6 +296,8 @@ class PRTSDataModule(pl.LightningDataModule):
             DeviceBatches(sets, device) if on_device else NucleusBatches(sets),
             batch_size=None,  # the sampler's items are batches already
             sampler=sampler,
+            # its own: drawing the workers' seeds from torch's generator would shift the dropout that follows, by the number of workers
+            generator=torch.Generator().manual_seed(self.seed),
             num_workers=n_workers,
             persistent_workers=n_workers > 0,
             pin_memory=device.type == "cuda" and not on_device,
