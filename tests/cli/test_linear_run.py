@@ -30,3 +30,4 @@ def test_ridge_as_a_model_scores_as_ridge_beside_a_model(tmp_path):
     assert metrics["test/auroc"] > 0.55
     model = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
     assert (model["baseline"], model["loss"], model["target"]["name"]) == ("ridge", None, "log1p")
+    assert "linear model" in (tmp_path / "run" / "report.html").read_text()
