@@ -175,7 +175,7 @@ def test_huge_labels_need_no_huge_table(tmp_path):
         (b'{"type": "FeatureCollection", "features": []}', "holds no nucleus"),
         (b"x,y\n1,2\n", "no column with WKT"),
         (b"PAR1 and then nothing", "cannot be read"),
-        (b"\x00\x00\x27\x0a and then nothing", "cannot be read"),
+        (b"\x00\x00\x27\x0a and then nothing", "cut off"),
         (b"\x89PNG and then nothing", "cannot be read"),
         (b"II*\x00 and then nothing", "not a label image"),
     ],

@@ -84,7 +84,7 @@ def test_wrong_spots_are_refused(tmp_path: Path, damage: Callable[[ad.AnnData], 
 
 def test_what_is_no_h5ad(tmp_path: Path) -> None:
     (tmp_path / "spots.h5ad").write_text("barcode,x,y")
-    with pytest.raises(InputError, match=r"spots\.h5ad: no \.h5ad"):
+    with pytest.raises(InputError, match=r"spots\.h5ad: not HDF5, or damaged"):
         read_spots(tmp_path / "spots.h5ad")
     with pytest.raises(InputError, match="no such file"):
         read_spots(tmp_path / "none.h5ad")
