@@ -50,7 +50,8 @@ class EpochCheckpoint(pl.Callback):
             self._random = None
         elif trainer.current_epoch > 0:
             temporary = self._path.with_name(f".{self._path.name}.tmp")
-            trainer.save_checkpoint(temporary, weights_only=False)  # all of it; every process of a DDP job takes part
+            # this writes: optimiser and schedules too, not only weights. Every process of a DDP job takes part
+            trainer.save_checkpoint(temporary, weights_only=False)
             if trainer.is_global_zero:
                 temporary.replace(self._path)
 
