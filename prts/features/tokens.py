@@ -188,6 +188,10 @@ class TokenEncoder:
         tokens = _Tokens(network.eval().requires_grad_(False), self.mean, self.std, input_size)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         tokens = tokens.to(device=self.device, dtype=dtype)
+        if _plain_attention_is_faster(self.precision, self.device):
+            for module in tokens.modules():
+                if hasattr(module, "fused_attn"):  # timm's switch
+                    module.fused_attn = False
         with torch.inference_mode():
             pooled, patches = tokens(
                 torch.zeros((1, self.tile_px, self.tile_px, 3), dtype=torch.uint8, device=self.device)
@@ -325,6 +329,14 @@ def torch_device(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"encoder.device: {device} is asked for, but torch sees no CUDA device; auto or cpu")
     return chosen
+
+
+def _plain_attention_is_faster(precision: str, device: torch.device) -> bool:
+    """Whether attention as two matrix products beats torch's fused one.
+
+    The fused one computes bf16 fast on AMX and on GPUs only: with AVX-512 alone it takes twice as long as the products (docs/speed.md).
+    """
+    return precision == "bf16" and device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
 def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
