@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.features.classical import Classical
-from prts.features.tokens import Floats, Precision, Sampling, TokenEncoder
+from prts.features.tokens import Compile, Floats, Precision, Sampling, TokenEncoder
 from prts.features.weights import (
     cached_hub_weights,
     dino_position_embedding,
@@ -98,6 +98,8 @@ class ViT256(TokenEncoder):
         `auto` (CUDA if there is one), or what torch calls it.
     batch_size
         Tiles at a time; None: 16 on a CPU, 128 elsewhere.
+    compile
+        Whether torch compiles the network first; `auto`: on a CPU, where there are tiles enough to pay for it.
 
     Raises
     ------
@@ -121,6 +123,7 @@ class ViT256(TokenEncoder):
         precision: Precision = "auto",
         device: str = "auto",
         batch_size: int | None = None,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(
             weights=weights,
@@ -134,6 +137,7 @@ class ViT256(TokenEncoder):
             precision=precision,
             device=device,
             batch_size=batch_size,
+            compile=compile,
         )
 
     @property
@@ -188,7 +192,7 @@ class Timm(TokenEncoder):
         As for `ViT256`.
     pair_channels
         Average adjacent channels of the local vector; else all are kept.
-    sampling, stride, precision, device, batch_size
+    sampling, stride, precision, device, batch_size, compile
         As for `ViT256`.
 
     Raises
@@ -219,6 +223,7 @@ class Timm(TokenEncoder):
         precision: Precision = "auto",
         device: str = "auto",
         batch_size: int | None = None,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(
             weights=weights,
@@ -232,6 +237,7 @@ class Timm(TokenEncoder):
             precision=precision,
             device=device,
             batch_size=batch_size,
+            compile=compile,
         )
         self.model_name = model_name
 
@@ -307,7 +313,7 @@ class DinoViTS16(Timm):
         Normalisation; those of ImageNet.
     checkpoint_key
         Entry of the weights file that holds the network, if it has several.
-    pooling, local_width, sampling, stride, precision, device, batch_size
+    pooling, local_width, sampling, stride, precision, device, batch_size, compile
         As for `ViT256`.
     """
 
@@ -327,6 +333,7 @@ class DinoViTS16(Timm):
         precision: Precision = "auto",
         device: str = "auto",
         batch_size: int | None = None,
+        compile: Compile = "auto",
     ) -> None:
         super().__init__(
             "vit_small_patch16_224.dino",
@@ -341,6 +348,7 @@ class DinoViTS16(Timm):
             precision=precision,
             device=device,
             batch_size=batch_size,
+            compile=compile,
         )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import shapely
+import torch
 from numpy.typing import NDArray
 
 from prts import __version__
@@ -77,8 +78,10 @@ def extract(
     cell_ids = nuclei["cell_id"].to_numpy(dtype=object)[plan.order]
     _check_reach(plan, cell_ids)
     encoder.load()  # before anything is written: the weights may be wrong
+    if isinstance(encoder, TokenEncoder):
+        encoder.compile_for(len(plan.origin))
     chunks = _Chunks(plan, encoder)
-    identity = _identity(slide, nuclei, settings, encoder.batch_size)
+    identity = _identity(slide, nuclei, encoder)
     parts = Parts(out.with_name(f"{out.name}.parts"), chunks.sizes, identity)
     todo = parts.missing()
     if todo:
@@ -124,7 +127,7 @@ def _check_reach(plan: TilePlan, cell_ids: NDArray[np.object_]) -> None:
         )
 
 
-def _identity(slide: Slide, nuclei: GeoDataFrame, settings: dict[str, Any], batch_size: int) -> str:
+def _identity(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> str:
     """Fingerprint of everything that the numbers, their order and their rounding follow from."""
     digest = hashlib.sha256(json.dumps(nuclei["cell_id"].tolist()).encode())
     _, coordinates, offsets = shapely.to_ragged_array(np.asarray(nuclei.geometry.array, dtype=object))
@@ -134,10 +137,11 @@ def _identity(slide: Slide, nuclei: GeoDataFrame, settings: dict[str, Any], batc
     return fingerprint(
         {
             "nuclei": digest.hexdigest(),
-            "encoder": settings,
+            "encoder": encoder.settings(),
             "slide": image,
             "chunk": CHUNK,
-            "batch_size": batch_size,
+            "batch_size": encoder.batch_size,
+            "compiled": isinstance(encoder, TokenEncoder) and encoder.compiled,
             "version": __version__,
         }
     )
@@ -201,7 +205,8 @@ def _encode(
     ]
     pooled: list[NDArray[np.float32]] = []
     local: list[NDArray[np.float32]] = []
-    cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches])
+    device = encoder.device if isinstance(encoder, TokenEncoder) else None
+    cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches], device)
     with contextlib.closing(_ahead(cut, _BATCHES_AHEAD)) as groups:
         pairs = zip(batches, groups, strict=True)
         for (k, batch), tiles in track(pairs, description, total=len(batches)):
@@ -213,11 +218,13 @@ def _encode(
 
 
 def _vectors(
-    encoder: Encoder, plan: TilePlan, tiles: NDArray[np.uint8], batch: slice
+    encoder: Encoder, plan: TilePlan, tiles: torch.Tensor, batch: slice
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Global vectors of a batch of tiles and local vectors of the nuclei in them."""
     nuclei = plan.nuclei(batch)
-    if isinstance(encoder, TokenEncoder) and encoder.sampling == "grid":
+    if not isinstance(encoder, TokenEncoder):
+        return encoder.encode(tiles.numpy(), plan.polygons[nuclei])
+    if encoder.sampling == "grid":
         return encoder.encode_shared(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
     return encoder.encode(tiles, plan.polygons[nuclei])
 

@@ -4,15 +4,19 @@ The nuclei are visited in row bands of 512 px of the encoder's grid. A band's ti
 of 768 rows is all that is ever held: moving down a band keeps its lower 256 rows and reads 512 new ones. Requests to the slide lie on a
 fixed grid (512 rows x 4096 columns), which makes a tile's pixels independent of where an interrupted extraction went on. Blocks that no
 tile needs are not read.
+
+For an encoder on a GPU the buffer lies in its memory and tiles are cut there: each pixel crosses the bus once, not once for each of the
+tiles that share it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import shapely
+import torch
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
@@ -110,7 +114,9 @@ def _band(y: Ints) -> Ints:
     return np.floor_divide(y + TILE, BAND)
 
 
-def cut_tiles(slide: Slide, mpp: float, plan: TilePlan, groups: Sequence[slice]) -> Iterator[NDArray[np.uint8]]:
+def cut_tiles(
+    slide: Slide, mpp: float, plan: TilePlan, groups: Sequence[slice], device: torch.device | None = None
+) -> Iterator[torch.Tensor]:
     """Cut the tiles of each group, in order.
 
     Parameters
@@ -123,47 +129,49 @@ def cut_tiles(slide: Slide, mpp: float, plan: TilePlan, groups: Sequence[slice])
         All tiles of the slide. Requests follow from the whole plan, not from the groups asked for.
     groups
         Rising slices of the plan, such as the batches that are still to be encoded.
+    device
+        Where the tiles are wanted; main memory if not given.
 
     Yields
     ------
-    (b, 256, 256, 3) uint8, one array for each group.
+    (b, 256, 256, 3) uint8, one tensor for each group.
     """
-    buffer = _BandBuffer(slide, mpp, plan.origin)
+    if device is None or device.type == "cpu":
+        buffer = _BandBuffer(slide, mpp, plan.origin)
+    else:
+        buffer = _DeviceBandBuffer(slide, mpp, plan.origin, device)
     band = _band(plan.origin[:, 1])
     for group in groups:
         rows = np.arange(len(band))[group]
-        tiles = np.empty((len(rows), TILE, TILE, 3), dtype=np.uint8)
         # A group seldom spans more than two bands; the rows are sorted by band.
         cuts = np.flatnonzero(np.diff(band[rows])) + 1
-        for part in np.split(np.arange(len(rows)), cuts):
-            tiles[part] = buffer.tiles(int(band[rows[part[0]]]), plan.origin[rows[part]])
-        yield tiles
+        parts = [buffer.tiles(int(band[part[0]]), plan.origin[part]) for part in np.split(rows, cuts)]
+        yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _BandBuffer:
     """768 rows of the slide: band k and the 256 rows above it, in column blocks that are read when first needed."""
 
+    pixels: Any
+
     def __init__(self, slide: Slide, mpp: float, origin: Ints) -> None:
         self.slide, self.mpp = slide, mpp
         self.left = int(origin[:, 0].min())
         self.right = int(origin[:, 0].max()) + TILE
-        self.pixels = np.empty((BAND + TILE, self.right - self.left, 3), dtype=np.uint8)
+        self.pixels = self._empty((BAND + TILE, self.right - self.left, 3))
         self.band: int | None = None
         n_blocks = -(-(self.right - self.left) // BLOCK)
         self.filled = np.zeros(n_blocks, dtype=bool)
         self.overlap_kept = np.zeros(n_blocks, dtype=bool)
 
-    def tiles(self, band: int, origin: Ints) -> NDArray[np.uint8]:
+    def tiles(self, band: int, origin: Ints) -> torch.Tensor:
         """Copy out the tiles at `origin` (n, 2), which lie in `band`, after reading the blocks under them."""
         if band != self.band:
             self._advance(band)
         x, y = origin[:, 0] - self.left, origin[:, 1] - (band * BAND - TILE)
         for block in np.union1d(x // BLOCK, (x + TILE - 1) // BLOCK):
             self._fill(int(block))
-        # As bytes, so that the gather copies runs of 768 and not pixels one by one.
-        lines = self.pixels.reshape(len(self.pixels), -1)
-        windows = np.lib.stride_tricks.sliding_window_view(lines, (TILE, 3 * TILE))
-        return windows[y, 3 * x].reshape(len(origin), TILE, TILE, 3)
+        return self._windows(x, y)
 
     def _advance(self, band: int) -> None:
         self.overlap_kept[:] = self.filled if self.band is not None and band == self.band + 1 else False
@@ -178,11 +186,49 @@ class _BandBuffer:
         assert self.band is not None
         columns = slice(block * BLOCK, min((block + 1) * BLOCK, self.right - self.left))
         if not self.overlap_kept[block]:
-            self.pixels[:TILE, columns] = self._read(self.band - 1, columns)[BAND - TILE :]
-        self.pixels[TILE:, columns] = self._read(self.band, columns)
+            self.pixels[:TILE, columns] = self._moved(self._read(self.band - 1, columns)[BAND - TILE :])
+        self.pixels[TILE:, columns] = self._moved(self._read(self.band, columns))
         self.filled[block] = True
 
     def _read(self, stripe: int, columns: slice) -> NDArray[np.uint8]:
         return self.slide.read_region(
             self.left + columns.start, stripe * BAND, columns.stop - columns.start, BAND, mpp=self.mpp
         )
+
+    # numpy, not torch, in main memory: this runs in a thread of its own, and torch would start further ones beside the encoder's
+
+    def _empty(self, shape: tuple[int, ...]) -> Any:
+        return np.empty(shape, dtype=np.uint8)
+
+    def _moved(self, pixels: NDArray[np.uint8]) -> Any:
+        return pixels
+
+    def _windows(self, x: Ints, y: Ints) -> torch.Tensor:
+        # As bytes, so that the gather copies runs of 768 and not pixels one by one.
+        lines = self.pixels.reshape(len(self.pixels), -1)
+        windows = np.lib.stride_tricks.sliding_window_view(lines, (TILE, 3 * TILE))
+        return torch.from_numpy(windows[y, 3 * x].reshape(len(x), TILE, TILE, 3))
+
+
+class _DeviceBandBuffer(_BandBuffer):
+    """The same in the memory of an accelerator."""
+
+    def __init__(self, slide: Slide, mpp: float, origin: Ints, device: torch.device) -> None:
+        self.device = device
+        super().__init__(slide, mpp, origin)
+
+    def _empty(self, shape: tuple[int, ...]) -> Any:
+        return torch.empty(shape, dtype=torch.uint8, device=self.device)
+
+    def _moved(self, pixels: NDArray[np.uint8]) -> Any:
+        block = torch.from_numpy(np.ascontiguousarray(pixels))
+        if self.device.type == "cuda":
+            block = block.pin_memory()  # the copy then makes nobody wait
+        return block.to(self.device, non_blocking=True)
+
+    def _windows(self, x: Ints, y: Ints) -> torch.Tensor:
+        # a view, (rows, columns, channels, 256, 256): no copy of the buffer for each window
+        windows = self.pixels.unfold(0, TILE, 1).unfold(1, TILE, 1)
+        at = torch.from_numpy(np.stack([y, x])).to(self.device)
+        cut: torch.Tensor = windows[at[0], at[1]]
+        return cut.permute(0, 2, 3, 1)

@@ -7,6 +7,8 @@ nucleus overlaps.
 from __future__ import annotations
 
 import logging
+import subprocess
+import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +28,11 @@ logger = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 Precision = Literal["auto", "bf16", "fp32"]
 Sampling = Literal["exact", "grid"]
+Tiles = NDArray[np.uint8] | torch.Tensor
+Compile = bool | Literal["auto"]
 
+# Tiles from which compiling pays on a CPU: it takes as long as encoding about 1,000 and then saves a tenth (docs/speed.md).
+_COMPILE_FROM = 20_000
 
 # Smallest stride of the grid, px: denser tiles than patches tell nothing new.
 _PATCH = 16
@@ -90,6 +96,7 @@ class TokenEncoder:
         precision: Precision,
         device: str,
         batch_size: int | None,
+        compile: Compile,
     ) -> None:
         if pooling not in ("nucleus", "center2x2"):
             raise InputError(f"encoder.pooling: {pooling!r} is unknown; it is nucleus (paper) or center2x2 (released)")
@@ -111,6 +118,8 @@ class TokenEncoder:
             )
         if batch_size is not None and batch_size < 1:
             raise InputError(f"encoder.batch_size: {batch_size} is not at least 1")
+        if compile not in ("auto", True, False):
+            raise InputError(f"encoder.compile: {compile!r} is unknown; auto, true or false")
         self.weights = None if weights is None else Path(weights)
         self._mean, self._std = mean, std
         self.checkpoint_key, self.pooling, self.pair_channels = checkpoint_key, pooling, pair_channels
@@ -118,7 +127,10 @@ class TokenEncoder:
         self.device = torch_device(device)
         self.precision = _precision(precision, self.device)
         self.batch_size = batch_size or (16 if self.device.type == "cpu" else 128)
+        self.compile = compile
+        self.compiled = False
         self._network: _Tokens | None = None
+        self._compiled: _Tokens | None = None
         self._widths = (0, 0)
 
     @property
@@ -189,9 +201,7 @@ class TokenEncoder:
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         tokens = tokens.to(device=self.device, dtype=dtype)
         if _plain_attention_is_faster(self.precision, self.device):
-            for module in tokens.modules():
-                if hasattr(module, "fused_attn"):  # timm's switch
-                    module.fused_attn = False
+            attend_plainly(tokens)
         with torch.inference_mode():
             pooled, patches = tokens(
                 torch.zeros((1, self.tile_px, self.tile_px, 3), dtype=torch.uint8, device=self.device)
@@ -209,13 +219,53 @@ class TokenEncoder:
         self._network = tokens
         logger.info("encoder %s: %s on %s, batches of %d", self.name, self.precision, self.device, self.batch_size)
 
-    def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
+    def compile_for(self, n_tiles: int) -> None:
+        """Settle whether the network runs compiled: `compiled`, which rounds otherwise than the plain network.
+
+        Parameters
+        ----------
+        n_tiles
+            How many tiles are to be encoded in all; with `compile="auto"` it depends on nothing else that a run could differ in.
+
+        Raises
+        ------
+        InputError
+            If compiling is asked for and fails.
+        """
+        self.load()
+        if self.compile == "auto":
+            # On a GPU an hour of compiled work would be needed to tell: there only where it is asked for.
+            self.compiled = self.device.type == "cpu" and n_tiles >= _COMPILE_FROM
+        else:
+            self.compiled = self.compile
+        if not self.compiled or self._compiled is not None:
+            return
+        started = time.perf_counter()
+        logger.info("encoder %s: compiling the network (half a minute, once)", self.name)
+        compiled: Any = torch.compile(self._network, dynamic=False)
+        shape = (self.batch_size, self.tile_px, self.tile_px, 3)
+        try:
+            with torch.inference_mode():
+                compiled(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            if self.compile != "auto":
+                raise InputError(
+                    f"encoder.compile: torch cannot compile here ({reason}); it needs a C++ compiler; leave encoder.compile=false"
+                ) from error
+            logger.warning("encoder %s: goes on without compiling, which fails here (%s)", self.name, reason)
+            self.compile, self.compiled = False, False
+            return
+        self._compiled = compiled
+        logger.info("encoder %s: compiled in %.0f s", self.name, time.perf_counter() - started)
+
+    def encode(self, tiles: Tiles, polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
         """Global and local vectors of some nuclei, whatever their number and order.
 
         Parameters
         ----------
         tiles
-            (b, 256, 256, 3), RGB.
+            (b, 256, 256, 3), RGB; an array, or a tensor on any device.
         polygons
             Shapely polygons in pixels of their tile, (b,).
 
@@ -231,14 +281,14 @@ class TokenEncoder:
         return self._joined(parts)
 
     def encode_shared(
-        self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_], tile: NDArray[np.int64]
+        self, tiles: Tiles, polygons: NDArray[np.object_], tile: NDArray[np.int64]
     ) -> tuple[Floats, Floats]:
         """Global vectors of tiles, and local vectors of nuclei that lie anywhere in them.
 
         Parameters
         ----------
         tiles
-            (t, 256, 256, 3), RGB.
+            (t, 256, 256, 3), RGB; as for `encode`.
         polygons
             Shapely polygons in pixels of their tile, (b,).
         tile
@@ -264,17 +314,17 @@ class TokenEncoder:
 
     @torch.inference_mode()
     def _encode_batch(
-        self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_], tile: NDArray[np.int64] | None
+        self, tiles: Tiles, polygons: NDArray[np.object_], tile: NDArray[np.int64] | None
     ) -> tuple[Floats, Floats]:
         """Vectors of a batch of tiles; `tile` says which the polygons lie in, None: one in the middle of each."""
-        assert self._network is not None
+        network = self._compiled if self.compiled else self._network
+        assert network is not None
         n = len(tiles)
-        # Always a full batch: kernels are chosen by shape, and another kernel rounds otherwise.
-        batch = torch.zeros(
-            (self.batch_size, *tiles.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda"
-        )
-        batch[:n] = torch.from_numpy(np.ascontiguousarray(tiles))
-        pooled, patches = self._network(batch.to(self.device, non_blocking=True))
+        batch = torch.as_tensor(tiles, device=self.device)
+        if n < self.batch_size:
+            # Always a full batch: kernels are chosen by shape, and another kernel rounds otherwise.
+            batch = torch.cat([batch, batch.new_zeros((self.batch_size - n, *batch.shape[1:]))])
+        pooled, patches = network(batch)
         local = self._local(patches[:n], polygons, tile)
         if self.pair_channels:
             local = channel_pairs(local)
@@ -331,12 +381,25 @@ def torch_device(device: str) -> torch.device:
     return chosen
 
 
-def _plain_attention_is_faster(precision: str, device: torch.device) -> bool:
-    """Whether attention as two matrix products beats torch's fused one.
+def attend_plainly(network: torch.nn.Module) -> None:
+    """Let timm's attention be two matrix products and a softmax, instead of torch's fused kernel."""
+    module: Any
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):  # timm's switch
+            module.fused_attn = False
 
-    The fused one computes bf16 fast on AMX and on GPUs only: with AVX-512 alone it takes twice as long as the products (docs/speed.md).
+
+def _plain_attention_is_faster(precision: str, device: torch.device) -> bool:
+    """Whether attention as plain products beats the fused kernel.
+
+    In bf16 that one is fast on AMX and on GPUs only: with AVX-512 alone it takes twice as long as the products (docs/speed.md).
     """
-    return precision == "bf16" and device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    return precision == "bf16" and device.type == "cpu" and not _cpu_has("_is_amx_tile_supported")
+
+
+def _cpu_has(probe: str) -> bool:
+    """What a probe of torch says; no where this torch has no such probe."""
+    return bool(getattr(torch.cpu, probe, bool)())
 
 
 def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -348,5 +411,5 @@ def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "f
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    native = device.type == "cpu" and any(_cpu_has(probe) for probe in probes)
     return "bf16" if native else "fp32"

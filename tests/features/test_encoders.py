@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import shutil
 import urllib.request
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 
 import prts.features  # noqa: F401  (before timm)
 from prts.errors import InputError
+from prts.features import tokens as tokens_module
 from prts.features.encoders import Classical, DinoViTS16, Timm, ViT256, encoder_from_settings, weights_of
 from prts.features.pooling import patch_overlap
 from prts.features.tokens import _Tokens
@@ -103,6 +105,67 @@ def test_same_vector_wherever_in_a_batch(kind, request, nuclei, tmp_path):
         np.testing.assert_array_equal(got, whole[3:4])
     none = encoder.encode(tiles[:0], polygons[:0])
     assert [part.shape for part in none] == [(0, encoder.global_width), (0, encoder.local_width)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_plain_attention_is_fused_attention(checkpoint, nuclei, precision, monkeypatch):
+    results = []
+    for plain in (True, False):
+        monkeypatch.setattr(tokens_module, "_plain_attention_is_faster", lambda *_, plain=plain: plain)
+        encoder = ViT256(checkpoint, precision=precision, batch_size=5)
+        encoder.load()
+        assert [block.attn.fused_attn for block in encoder._network.network.blocks] == [not plain] * 12
+        results.append(encoder.encode(*nuclei))
+    for a, b in zip(*results, strict=True):
+        assert np.linalg.norm(a - b) < {"fp32": 1e-5, "bf16": 0.02}[precision] * np.linalg.norm(a)
+
+
+@pytest.fixture
+def small_weights(tmp_path):
+    return _timm_weights("test_vit.r160_in1k", tmp_path / "vit.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_compiled_is_the_same_network(small_weights, nuclei):
+    plain, compiled = (
+        Timm("test_vit.r160_in1k", small_weights, precision="fp32", batch_size=4, compile=compile)
+        for compile in (False, True)
+    )
+    for encoder in (plain, compiled):
+        encoder.compile_for(5)
+    assert (plain.compiled, compiled.compiled) == (False, True)
+    for a, b in zip(plain.encode(*nuclei), compiled.encode(*nuclei), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    # the same wherever in a batch, as without
+    np.testing.assert_array_equal(compiled.encode(nuclei[0][3:4], nuclei[1][3:4])[0], compiled.encode(*nuclei)[0][3:4])
+
+
+def test_compiling_is_decided_by_the_number_of_tiles(small_weights, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)
+    encoder = Timm("test_vit.r160_in1k", small_weights, batch_size=4, device="cpu")
+    for n_tiles, expected in (
+        (tokens_module._COMPILE_FROM - 1, False),
+        (tokens_module._COMPILE_FROM, True),
+        (5, False),
+    ):
+        encoder.compile_for(n_tiles)
+        assert encoder.compiled is expected
+
+
+def test_where_nothing_can_be_compiled(small_weights, nuclei, monkeypatch, caplog):
+    def no_compiler(*_, **__):
+        raise RuntimeError("no g++\nsecond line")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: no_compiler)
+    asked = Timm("test_vit.r160_in1k", small_weights, batch_size=4, device="cpu", compile=True)
+    with pytest.raises(InputError, match=r"^encoder.compile: torch cannot compile here \(no g\+\+\)"):
+        asked.compile_for(5)
+    auto = Timm("test_vit.r160_in1k", small_weights, batch_size=4, device="cpu")
+    auto.compile_for(tokens_module._COMPILE_FROM)
+    assert "goes on without compiling" in caplog.text and not auto.compiled
+    auto.encode(*nuclei)
 
 
 @pytest.mark.slow
@@ -221,6 +284,7 @@ def test_no_weights_says_where_they_are(tmp_path):
         ({"mean": [0.5]}, "encoder.mean"),
         ({"std": [0.5, 0.0, 0.5]}, "encoder.std"),
         ({"batch_size": 0}, "encoder.batch_size"),
+        ({"compile": "yes"}, "encoder.compile: 'yes'"),
     ],
 )
 def test_wrong_options_are_refused(checkpoint, options, why):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import shapely
+import torch
 
 from prts.features import tiles as tiles_module
 from prts.features.tiles import cut_tiles, plan_tiles
@@ -10,9 +11,22 @@ from prts.features.tiles import cut_tiles, plan_tiles
 
 def _all(slide, plan, size=7):
     n = len(plan.order)
-    return np.concatenate(list(cut_tiles(slide, 0.5, plan, [slice(k, min(k + size, n)) for k in range(0, n, size)])))
+    groups = [slice(k, min(k + size, n)) for k in range(0, n, size)]
+    return np.concatenate([tiles.cpu().numpy() for tiles in cut_tiles(slide, 0.5, plan, groups)])
 
 
+_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.fixture(params=[None, "cpu", pytest.param("cuda", marks=_CUDA)])
+def buffer(request, monkeypatch):
+    """Runs a test with both buffers, that of accelerators in main memory too."""
+    if request.param is not None:
+        device, on_device = torch.device(request.param), tiles_module._DeviceBandBuffer
+        monkeypatch.setattr(tiles_module, "_BandBuffer", lambda *given: on_device(*given, device))
+
+
+@pytest.mark.usefixtures("buffer")
 @pytest.mark.parametrize("mpp", [0.25, 0.6889])
 def test_tiles_are_windows_of_the_rescaled_slide(fake_slide, nuclei_at, mpp):
     slide = fake_slide(mpp=mpp)
@@ -27,6 +41,7 @@ def test_tiles_are_windows_of_the_rescaled_slide(fake_slide, nuclei_at, mpp):
         np.testing.assert_array_equal(tile, padded[top : top + 256, left : left + 256])
 
 
+@pytest.mark.usefixtures("buffer")
 def test_every_pixel_is_read_once_and_glass_never(fake_slide, nuclei_at, monkeypatch):
     monkeypatch.setattr(tiles_module, "BLOCK", 384)
     slide = fake_slide(height=4000, width=1500)
@@ -42,6 +57,7 @@ def test_every_pixel_is_read_once_and_glass_never(fake_slide, nuclei_at, monkeyp
     assert all(height == 512 and y % 512 == 0 for _, y, _, height in slide.requests)
 
 
+@pytest.mark.usefixtures("buffer")
 def test_a_later_start_asks_for_the_same_regions(fake_slide, nuclei_at):
     slide = fake_slide(height=3000)
     xy = np.random.default_rng(3).uniform(0, [slide.width, slide.height], (90, 2))
@@ -49,7 +65,7 @@ def test_a_later_start_asks_for_the_same_regions(fake_slide, nuclei_at):
     whole = _all(slide, plan)
     requests = set(slide.requests)
     slide.requests.clear()
-    rest = list(cut_tiles(slide, 0.5, plan, [slice(50, 66), slice(70, 90)]))
+    rest = [tiles.cpu() for tiles in cut_tiles(slide, 0.5, plan, [slice(50, 66), slice(70, 90)])]
     np.testing.assert_array_equal(np.concatenate(rest), np.concatenate([whole[50:66], whole[70:]]))
     assert set(slide.requests) <= requests
 
