@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -45,6 +46,18 @@ def run(quick: bool) -> Part:
         f"{limit['square'] / 1e9:.0f} GFLOP/s (in the network's own shapes {limit['network'] / 1e9:.0f})",
         ["extract/share_of_limit"],
     )
+    variants = child(compare_networks, data=data, batches=1 if quick else 12, rounds=1 if quick else 5).result
+    fused, plain, compiled = (variants["rates"][name] for name in ("fused", "plain", "compiled"))
+    pays = variants["compile_seconds"] / (1 / plain - 1 / compiled) if compiled > plain else math.inf
+    part.row(
+        f"the encoder alone, ways interleaved: attention as plain products (what is used here: {variants['used']})",
+        f"{plain:.1f} tiles/s",
+        f"{fused:.1f} tiles/s: torch's fused attention",
+    )
+    part.row(
+        f"the same compiled by torch, in {variants['compile_seconds']:.0f} s: pays from {pays:,.0f} tiles on (`encoder.compile`)",
+        f"{compiled:.1f} tiles/s",
+    )
     sizes = (8, 16) if quick else (100, 200, 400)
     part.row("growth over nuclei (exact extraction)", growth({m: child(once, data=data, n=m).result for m in sizes}))
     return part
@@ -77,6 +90,45 @@ def compare(data: str, n: int, slow_n: int, rounds: int) -> dict[str, Any]:
     done = {"extract": n, "encoder": -(-n // encoder.batch_size) * encoder.batch_size, "straightforward": slow_n}
     rates = {name: done[name] / seconds[name] for name in ways}
     return {"rates": rates, "precision": encoder.precision, "batch": encoder.batch_size}
+
+
+def compare_networks(data: str, batches: int, rounds: int) -> dict[str, Any]:
+    """Tiles a second of the encoder's variants on tiles in memory, interleaved, and the seconds that compiling takes from nothing."""
+    import os
+
+    import torch
+
+    from prts.features.tokens import attend_plainly
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # else what an earlier process compiled is taken over
+        encoders = {name: make_encoder(data, compile=name == "compiled") for name in ("fused", "plain", "compiled")}
+        for encoder in encoders.values():
+            encoder.load()
+        used = "plain" if not encoders["plain"]._network.network.blocks[0].attn.fused_attn else "fused"
+        for block in encoders["fused"]._network.network.blocks:
+            block.attn.fused_attn = True
+        attend_plainly(encoders["plain"]._network)
+        start = time.perf_counter()
+        encoders["compiled"].compile_for(1)
+        compile_seconds = time.perf_counter() - start
+        n = encoders["plain"].batch_size
+        tiles = torch.randint(0, 256, (n, 256, 256, 3), dtype=torch.uint8)
+        networks = {name: e._compiled if e.compiled else e._network for name, e in encoders.items()}
+
+        def run_of(network: Any) -> Any:
+            @torch.inference_mode()
+            def passes() -> None:
+                for _ in range(batches):
+                    network(tiles)
+
+            return passes
+
+        ways = {name: run_of(network) for name, network in networks.items()}
+        interleave(ways, 1)
+        seconds = interleave(ways, rounds)
+    rates = {name: n * batches / value for name, value in seconds.items()}
+    return {"rates": rates, "used": used, "compile_seconds": compile_seconds}
 
 
 def once(data: str, n: int) -> float:
