@@ -13,12 +13,8 @@ from skimage.measure import label as connected_parts
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Steps along the four directions of a pixel's sides, (row, column): east along its top, south, west, north.
-_STEP = np.array([[0, 1], [1, 0], [0, -1], [-1, 0]])
-# The corner of the pixel where the side in that direction starts.
+# A pixel's sides have four directions: east along its top, south, west, north. The corner (row, column) where each starts.
 _CORNER = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
-# The neighbour across the side in that direction.
-_ACROSS = np.array([[-1, 0], [0, 1], [1, 0], [0, -1]])
 
 
 def labels_to_polygons(labels: NDArray[Any], *, band: int = 512) -> tuple[NDArray[np.int64], NDArray[Any], int]:
@@ -85,11 +81,10 @@ def _bands_of_labels(labels: NDArray[Any], band: int) -> tuple[NDArray[np.int32]
 
 def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int]:
     """Outlines of one array; see `labels_to_polygons`."""
-    padded = np.pad(labels, 1)
-    padded, dropped = _largest_parts(padded)
-    label, rows, columns, direction = _sides(padded)
-    order = _ring_order(label, rows, columns, direction, width=padded.shape[1] + 1)
-    label, rows, columns, direction, ring = (values[order[0]] for values in (label, rows, columns, direction, order[1]))
+    padded, dropped = _largest_parts(np.pad(labels, 1))
+    pixel, direction = _sides(padded)
+    order, ring = _ring_order(_following(padded, pixel, direction))
+    pixel, direction, ring = pixel[order], direction[order], ring[order]
 
     # Only corners make vertices: a side that goes on in the direction of the one before adds none.
     ring_start = np.flatnonzero(np.r_[True, ring[1:] != ring[:-1]])
@@ -97,7 +92,10 @@ def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int
     before = np.arange(len(ring)) - 1
     before[ring_start] = ring_stop - 1
     corner = direction != direction[before]
-    label, ring, xy = label[corner], ring[corner], np.column_stack([columns, rows])[corner].astype(float) - 1.0
+    pixel, direction, ring = pixel[corner], direction[corner], ring[corner]
+    label = padded.ravel()[pixel]
+    row, column = np.divmod(pixel, padded.shape[1])
+    xy = np.column_stack([column + _CORNER[direction, 1], row + _CORNER[direction, 0]]).astype(float) - 1.0
 
     ring_start = np.flatnonzero(np.r_[True, ring[1:] != ring[:-1]])
     length = np.diff(np.r_[ring_start, len(ring)])
@@ -122,9 +120,11 @@ def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int
 def _largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
     """The label image with only the largest 4-connected part of every label, and how many parts went."""
     part, n_parts = connected_parts(labels, background=0, connectivity=1, return_num=True)  # type: ignore[no-untyped-call]
-    size = np.bincount(part.ravel(), minlength=n_parts + 1)
+    inside = np.flatnonzero(part)
+    part_inside = part.ravel()[inside]
+    size = np.bincount(part_inside, minlength=n_parts + 1)
     of_label = np.zeros(n_parts + 1, np.int64)
-    of_label[part.ravel()] = labels.ravel()
+    of_label[part_inside] = labels.ravel()[inside]
     # Sorted so that each label's largest part comes first (the earliest of equals).
     order = np.lexsort((np.arange(n_parts + 1), -size, of_label))
     largest = np.zeros(n_parts + 1, bool)
@@ -135,50 +135,47 @@ def _largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
     return labels, dropped
 
 
-def _sides(padded: NDArray[Any]) -> tuple[NDArray[Any], ...]:
-    """Sides between a label and anything else, the label on the right: label, start row, start column, direction."""
-    inner = padded[1:-1, 1:-1]
-    found = []
-    for direction, ((up, left), (row, column)) in enumerate(zip(_ACROSS, _CORNER, strict=True)):
-        height, width = padded.shape
-        across = padded[1 + up : height - 1 + up, 1 + left : width - 1 + left]
-        r, c = np.nonzero((inner != 0) & (inner != across))
-        found.append((inner[r, c], r + 1 + row, c + 1 + column, np.full(len(r), direction, np.int8)))
-    return tuple(np.concatenate(values) for values in zip(*found, strict=True))
+def _sides(padded: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.int8]]:
+    """Sides between a label and anything else, the label on the right: its pixel (number in `padded`), direction."""
+    flat, width = padded.ravel(), padded.shape[1]
+    above = np.flatnonzero(flat[:-width] != flat[width:])
+    left = np.flatnonzero(flat[:-1] != flat[1:])
+    found = (above + width, left, above, left + 1)
+    found = tuple(pixel[flat[pixel] != 0] for pixel in found)
+    return np.concatenate(found), np.repeat(np.arange(4, dtype=np.int8), [len(pixel) for pixel in found])
 
 
-def _ring_order(
-    label: NDArray[Any], rows: NDArray[Any], columns: NDArray[Any], direction: NDArray[Any], *, width: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _following(padded: NDArray[Any], pixel: NDArray[np.intp], direction: NDArray[np.int8]) -> NDArray[np.int32]:
+    """The side that goes on where each side ends, around the same label.
+
+    A right turn stays with the pixel, so that pixels touching by a corner only are not joined (4-connectivity). But a
+    ring that meets itself at a corner is split there into two that touch, which is what a valid polygon may do.
+    """
+    flat, width = padded.ravel(), padded.shape[1]
+    number = np.empty(4 * len(flat), np.int32)
+    number[4 * pixel + direction] = np.arange(len(pixel), dtype=np.int32)
+    label = flat[pixel]
+    ahead = pixel + np.array([1, width, -1, -width])[direction]
+    # Beyond the corner, to the left.
+    across = ahead + np.array([-width, 1, width, -1])[direction]
+    turns = flat[ahead] != label
+    meets = flat[across] == label
+    # Pixel and direction of the next side: the same pixel's after a right turn, the next one's, the one's across.
+    on = np.where(turns, pixel, np.where(meets, across, ahead))
+    heading = np.where(turns, direction + 1, np.where(meets, direction - 1, direction)) % 4
+    following: NDArray[np.int32] = number[4 * on + heading]
+    ring = _cycles(following)
+    pinched = np.flatnonzero(turns & meets)
+    left = number[4 * across[pinched] + (direction[pinched] - 1) % 4]
+    same = ring[following[pinched]] == ring[left]
+    following[pinched[same]] = left[same]
+    return following
+
+
+def _ring_order(following: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The order that walks ring after ring, and the ring of each side in the given order (not the walked one)."""
-    n = len(label)
-    start = rows * width + columns
-    end = (rows + _STEP[direction, 0]) * width + columns + _STEP[direction, 1]
-
-    def key(vertex: NDArray[Any], heading: NDArray[Any]) -> NDArray[np.int64]:
-        # Start and heading name a side: only one pixel has it on its right.
-        return np.asarray(vertex, dtype=np.int64) * 4 + np.asarray(heading, dtype=np.int64)
-
-    own = key(start, direction)
-    by_key = np.argsort(own)
-    sorted_keys = own[by_key]
-
-    def side_at(vertex: NDArray[Any], heading: NDArray[Any]) -> NDArray[np.int64]:
-        wanted = key(vertex, heading % 4)
-        place = np.minimum(np.searchsorted(sorted_keys, wanted), n - 1)
-        side = by_key[place]
-        return np.where((sorted_keys[place] == wanted) & (label[side] == label), side, -1)
-
-    right, straight, left = (side_at(end, direction + turn) for turn in (1, 0, 3))
-    # The right turn stays with the pixel, so that pixels touching by a corner only are not joined (4-connectivity).
-    following = np.where(right >= 0, right, np.where(straight >= 0, straight, left))
+    n = len(following)
     ring = _cycles(following)
-    # A ring that meets itself at a corner is split there into two that touch, which is what a valid polygon may do.
-    pinched = (right >= 0) & (left >= 0)
-    pinched[pinched] = ring[right[pinched]] == ring[left[pinched]]
-    following = np.where(pinched, left, following)
-    ring = _cycles(following)
-
     # Steps from each side to the first of its ring, by doubling.
     first = np.full(ring.max(initial=-1) + 1, n)
     np.minimum.at(first, ring, np.arange(n))
@@ -194,7 +191,7 @@ def _ring_order(
     return np.lexsort((rank, ring)), ring
 
 
-def _cycles(following: NDArray[np.int64]) -> NDArray[np.int64]:
+def _cycles(following: NDArray[np.int32]) -> NDArray[np.int64]:
     """The number of the cycle that each element of a permutation belongs to."""
     n = len(following)
     graph = coo_array((np.ones(n, bool), (np.arange(n), following)), shape=(n, n))
