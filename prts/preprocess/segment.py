@@ -98,6 +98,8 @@ def without_doubles(polygons: NDArray[Any], block_of: NDArray[np.intp]) -> NDArr
         (n,) the block that each comes from.
     """
     keep = np.ones(len(polygons), bool)
+    if not len(block_of) or (block_of == block_of[0]).all():
+        return keep
     first, second = shapely.STRtree(polygons).query(polygons, predicate="intersects")
     pair = (first < second) & (block_of[first] != block_of[second])
     first, second = first[pair], second[pair]

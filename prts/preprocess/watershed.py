@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import shapely
 from scipy import ndimage
-from skimage.color import rgb2hed
+from skimage.color import hed_from_rgb
 from skimage.filters import threshold_otsu
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Mean optical density (base 10) below which a pixel is glass: grey levels above 227.
 _GLASS_OD = 0.05
+# Rows of an image whose colours are looked up at once: few enough for a processor's cache.
+_ROWS = 32
 # Gaussians are cut off at this many sigmas, which bounds how far a block sees.
 _TRUNCATE = 3.0
 
@@ -116,39 +118,38 @@ class Watershed:
         """The least haematoxylin of a nucleus, from the slide's tissue; None where it has none."""
         tissue = []
         for window in sample(slide, self.mpp):
-            haematoxylin = self._haematoxylin(window)
-            tissue.append(haematoxylin[_optical_density(window) > _GLASS_OD])
+            tissue.append(self._haematoxylin(window)[_optical_density(window) > _GLASS_OD])
         values = np.concatenate(tissue)
         if len(values) * self.mpp**2 < self.min_area_um2:
             return None
         return self.floor * float(threshold_otsu(values))  # type: ignore[no-untyped-call]
 
     def _haematoxylin(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-        concentration = rgb2hed(rgb)[..., 0].astype(np.float32)
-        return np.asarray(ndimage.gaussian_filter(concentration, self.smooth_um / self.mpp, truncate=_TRUNCATE))
+        return _gaussian(haematoxylin(rgb), self.smooth_um / self.mpp)
 
     def _labels(self, rgb: NDArray[np.uint8], threshold: float) -> NDArray[np.int32]:
         """Labels of one block with its surroundings."""
-        haematoxylin = self._haematoxylin(rgb)
-        around = ndimage.gaussian_filter(haematoxylin, self.local_um / self.mpp, truncate=_TRUNCATE)
-        mask = (haematoxylin > threshold) & (haematoxylin > around) & (_optical_density(rgb) > _GLASS_OD)
-        mask = ndimage.binary_opening(mask)
+        stain = self._haematoxylin(rgb)
+        mask = (stain > threshold) & (_optical_density(rgb) > _GLASS_OD)
+        if mask.any():
+            mask &= stain > _gaussian(stain, self.local_um / self.mpp)
+            mask = ndimage.binary_opening(mask)
+        if not mask.any():
+            return np.zeros(mask.shape, np.int32)
         # Pale centres of vesicular nuclei are filled; the lumen of a ring of nuclei is not.
         hole, _ = ndimage.label(~mask)
         pale_centre = np.bincount(hole.ravel()) * self.mpp**2 <= 0.1 * self.max_area_um2
         pale_centre[0] = False
         mask |= pale_centre[hole]
-        if not mask.any():
-            return np.zeros(mask.shape, np.int32)
         smooth = 0.75 / self.mpp
-        depth = ndimage.gaussian_filter(ndimage.distance_transform_edt(mask), smooth, truncate=_TRUNCATE)
-        stain = ndimage.gaussian_filter(haematoxylin, smooth, truncate=_TRUNCATE)
+        depth = _gaussian(ndimage.distance_transform_edt(mask), smooth)[mask]
+        stain = _gaussian(stain, smooth)[mask]
         # In logarithms a ratio between peak and saddle is a height.
-        relief = np.where(mask, np.log(np.maximum(depth, 0.5)) + np.log(np.maximum(stain / threshold, 0.1)), -10.0)
+        relief = np.full(mask.shape, -10.0)
+        relief[mask] = np.log(np.maximum(depth, 0.5)) + np.log(np.maximum(stain / threshold, 0.1))
         height = -np.log(self.split)
         lowered = reconstruction(relief - height, relief)  # type: ignore[no-untyped-call]
-        standing_out = relief - lowered >= height - 1e-9
-        seeds, _ = ndimage.label(standing_out & mask, np.ones((3, 3)))
+        seeds, _ = ndimage.label((relief - lowered >= height - 1e-9) & mask, np.ones((3, 3)))
         labels = watershed(-relief, seeds, mask=mask)  # type: ignore[no-untyped-call]
         area_um2 = np.bincount(labels.ravel()) * self.mpp**2
         fits = (area_um2 >= self.min_area_um2) & (area_um2 <= self.max_area_um2)
@@ -156,7 +157,29 @@ class Watershed:
         return np.where(fits[labels], labels, 0).astype(np.int32)
 
 
+def _gaussian(image: NDArray[Any], sigma: float) -> NDArray[Any]:
+    return np.asarray(ndimage.gaussian_filter(image, sigma, truncate=_TRUNCATE))
+
+
+def haematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The first channel of `skimage.color.rgb2hed`, (height, width)."""
+    absorbed = np.log(np.maximum(np.arange(256) / 255, 1e-6)) / np.log(1e-6)
+    return np.maximum(_sum_over_channels(rgb, hed_from_rgb[:, :1] * absorbed), np.float32(0))
+
+
 def _optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Mean over the channels, base 10."""
     table = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
-    return np.asarray(table[rgb].mean(axis=-1))
+    return _sum_over_channels(rgb, np.stack([table] * 3)) / np.float32(3)
+
+
+def _sum_over_channels(rgb: NDArray[np.uint8], tables: NDArray[Any]) -> NDArray[np.float32]:
+    """The sum of what three tables, (3, 256), say of a pixel's grey levels, a few rows at a time."""
+    out = np.empty(rgb.shape[:2], np.float32)
+    for start in range(0, len(rgb), _ROWS):
+        window = rgb[start : start + _ROWS]
+        total = tables[0][window[..., 0]]
+        total += tables[1][window[..., 1]]
+        total += tables[2][window[..., 2]]
+        out[start : start + _ROWS] = total
+    return out

@@ -3,11 +3,12 @@ import pytest
 import shapely
 from PIL import Image
 from shapely import STRtree
+from skimage.color import rgb2hed
 
 from prts.errors import InputError
 from prts.io.slide import open_slide
 from prts.metrics.segmentation import match_nuclei
-from prts.preprocess.watershed import Watershed
+from prts.preprocess.watershed import Watershed, haematoxylin
 
 PINK, BLUE, GLASS = (225, 160, 195), (90, 60, 140), (243, 242, 244)
 
@@ -33,6 +34,12 @@ def picture(tmp_path, *, size=400, n=90, tissue=True, mpp=0.5, seed=0, name="sli
     picture.save(tmp_path / name)
     discs = np.array([shapely.Point(x, y).buffer(r) for x, y, r in truth], dtype=object)
     return open_slide(tmp_path / name, mpp=mpp), discs
+
+
+def test_haematoxylin_is_that_of_scikit_image():
+    rgb = np.random.default_rng(0).integers(0, 256, (100, 90, 3)).astype(np.uint8)
+    rgb[0, :3] = [[0, 0, 0], [255, 255, 255], [0, 0, 255]]
+    np.testing.assert_allclose(haematoxylin(rgb), rgb2hed(rgb)[..., 0], rtol=1e-6)
 
 
 def test_finds_discs_where_they_are(tmp_path):
