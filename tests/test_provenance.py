@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from hydra import compose, initialize_config_dir
 
 from prts import __version__, provenance
-from prts.cli.app import config_dir
-from prts.cli.train import _provenance
+from prts.cli.app import config_dir, plain
 from prts.io.cache import fingerprint
+from prts.models.metadata import run_provenance
 
 
 def test_the_commit_is_that_of_the_checkout_or_is_left_out() -> None:
@@ -50,10 +50,10 @@ def test_the_config_of_a_run_is_kept_without_places_and_known_again_from_json(tm
     tissue = SimpleNamespace(sections={"train": SimpleNamespace(section=section)})
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", ["tissue=demo", "seed=3"])
-    made = _provenance(cfg, SimpleNamespace(tissue=tissue))
+    made = run_provenance(plain(cfg), tissue)
     again = json.loads(json.dumps(made))
     assert fingerprint(again["config"]) == made["config_fingerprint"]
     assert again["config"]["seed"] == 3 and not {"paths", "logger"} & set(again["config"])
     assert again["data"]["train"]["image"]["size"] == 6
     cfg.seed = 4
-    assert _provenance(cfg, SimpleNamespace(tissue=tissue))["config_fingerprint"] != made["config_fingerprint"]
+    assert run_provenance(plain(cfg), tissue)["config_fingerprint"] != made["config_fingerprint"]
