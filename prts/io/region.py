@@ -1,4 +1,4 @@
-"""A region of interest on a slide: a box, or polygons from a GeoJSON file."""
+"""A region of interest on a slide: a box, a polygon, or polygons from a GeoJSON file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def read_region(text: str, width: int, height: int) -> BaseGeometry:
     Parameters
     ----------
     text
-        `[x0,y0,x1,y1]` in full-resolution pixels, or the path of a GeoJSON file with polygons in the same pixels (QuPath's annotations).
+        `[x0,y0,x1,y1]` or the corners of a polygon, `[[x,y],[x,y],[x,y],...]`, in full-resolution pixels; or the path of a GeoJSON file
+        with polygons in the same pixels (QuPath's annotations).
     width, height
         Size of the image in full-resolution pixels.
 
@@ -37,7 +38,7 @@ def read_region(text: str, width: int, height: int) -> BaseGeometry:
         If it is neither, empty, or does not touch the image.
     """
     text = str(text).strip()
-    region = _box(text) if text.startswith("[") else _polygons(Path(text))
+    region = _drawn(text) if text.startswith("[") and not Path(text).is_file() else _polygons(Path(text))
     if region.area == 0 or region.intersection(shapely.box(0, 0, width, height)).area == 0:
         bounds = "empty" if region.is_empty else ", ".join(f"{value:g}" for value in region.bounds)
         raise InputError(
@@ -54,19 +55,31 @@ def inside(region: BaseGeometry, nuclei: GeoDataFrame) -> NDArray[np.bool_]:
     return within
 
 
-def _box(text: str) -> BaseGeometry:
+def _drawn(text: str) -> BaseGeometry:
+    """The region that numbers give: a box, or one polygon."""
     try:
-        x0, y0, x1, y1 = (float(value) for value in json.loads(text))
+        numbers = np.array(json.loads(text), dtype=np.float64)
     except (ValueError, TypeError):
-        raise InputError(f"roi={text}: is no box; four numbers in pixels are needed, roi=[x0,y0,x1,y1]") from None
-    if not (np.isfinite([x0, y0, x1, y1]).all() and x0 < x1 and y0 < y1):
+        numbers = np.empty(0)
+    is_box, is_polygon = numbers.shape == (4,), numbers.ndim == 2 and numbers.shape[1] == 2 and len(numbers) >= 3
+    if not (is_box or is_polygon) or not np.isfinite(numbers).all():
+        raise InputError(
+            f"roi={text}: is no region; a box of four numbers in pixels is needed, roi=[x0,y0,x1,y1], a polygon of three corners or more, "
+            "roi=[[x,y],[x,y],[x,y]], or a GeoJSON file"
+        )
+    if is_polygon:
+        return shapely.make_valid(shapely.Polygon(numbers))
+    x0, y0, x1, y1 = numbers.tolist()
+    if not (x0 < x1 and y0 < y1):
         raise InputError(f"roi={text}: is no box; x0 < x1 and y0 < y1 are needed, in pixels")
     return shapely.box(x0, y0, x1, y1)
 
 
 def _polygons(path: Path) -> BaseGeometry:
     if not path.is_file():
-        raise InputError(f"roi={path}: no such file; a GeoJSON file with polygons is needed, or a box [x0,y0,x1,y1]")
+        raise InputError(
+            f"roi={path}: no such file; a GeoJSON file with polygons is needed, a box [x0,y0,x1,y1] or a polygon [[x,y],[x,y],[x,y]]"
+        )
     try:
         found = shapely.from_geojson(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, shapely.errors.ShapelyError) as error:

@@ -27,6 +27,21 @@ def test_a_box_takes_the_nuclei_whose_centre_it_holds() -> None:
     np.testing.assert_array_equal(taken, (x < 30.5) & (y > 20) & (y < 49))
 
 
+def test_a_polygon_takes_the_nuclei_whose_centre_it_holds() -> None:
+    x, y = np.arange(100) % 10 * 10 + 5, np.arange(100) // 10 * 10 + 5
+    taken = inside(read_region("[[0,0],[60, 0],[0,60]]", 100, 100), nuclei())
+    np.testing.assert_array_equal(taken, x + y < 60)
+    hourglass = inside(read_region("[[0,0],[101,101],[101,0],[0,101]]", 100, 100), nuclei())
+    off_diagonal = (x != y) & (x + y != 101)
+    np.testing.assert_array_equal(hourglass[off_diagonal], (abs(y - 50.5) < abs(x - 50.5))[off_diagonal])
+
+
+def test_a_file_whose_name_begins_with_a_bracket_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("[roi].geojson").write_text(json.dumps(feature(shapely.box(0, 0, 20, 20))))
+    assert inside(read_region("[roi].geojson", 100, 100), nuclei()).sum() == 4
+
+
 def test_polygons_of_a_file_are_taken_together(tmp_path: Path) -> None:
     triangle, square = shapely.Polygon([(0, 0), (60, 0), (0, 60)]), shapely.box(80, 80, 100, 100)
     path = tmp_path / "two regions, = é.geojson"
@@ -43,6 +58,9 @@ def test_polygons_of_a_file_are_taken_together(tmp_path: Path) -> None:
     [
         ("[0,0,10]", "four numbers"),
         ("[0,0,ten,10]", "four numbers"),
+        ("[[0,0],[9,9]]", "three corners"),
+        ("[[0,0],[9,9],[9]]", "three corners"),
+        ("[[0,0],[5,5],[9,9]]", "covers nothing of the image"),
         ("[10,0,0,10]", "x0 < x1"),
         ("[200,0,300,10]", "covers nothing of the image"),
         ("missing.geojson", "no such file"),
