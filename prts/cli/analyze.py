@@ -77,8 +77,10 @@ def analyse(cfg: DictConfig) -> Findings:
     )
     from prts.analysis.measured import measure
     from prts.analysis.symbols import read_orthologs
+    from prts.io.limits import allow_pixels
     from prts.io.prediction import nuclei_path, read_prediction
 
+    allow_pixels(cfg.max_pixels)
     prediction = read_prediction(Path(cfg.prediction))
     species = str(prediction.uns["prts"].get("species", ""))
     if species not in ("human", "mouse"):

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
     from prts.io.cache import atomic
+    from prts.io.limits import allow_pixels
     from prts.io.mpp import require_agreement
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path, read_prediction
@@ -43,6 +44,7 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out}: is a file; name a folder for metrics.json and per_gene.csv")
+    allow_pixels(cfg.max_pixels)
     prediction = read_prediction(Path(cfg.prediction))
     section = open_section_folder(Path(cfg.section))
     if section.bins is None:

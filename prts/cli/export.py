@@ -42,6 +42,7 @@ def main(cfg: DictConfig) -> None:
     from prts.export.source import open_prediction
     from prts.export.spatial import find_image, write_spatialdata
     from prts.export.tables import write_csv, write_parquet
+    from prts.io.limits import allow_pixels
 
     require(cfg, "prediction", "format", "out")
     if cfg.format not in FORMATS:
@@ -49,6 +50,7 @@ def main(cfg: DictConfig) -> None:
             f"format={cfg.format}: no such format{nearest(str(cfg.format), FORMATS)} (there are: {', '.join(FORMATS)})"
         )
     out = _check_out(Path(cfg.out), folder=cfg.format == "spatialdata", overwrite=cfg.overwrite)
+    allow_pixels(cfg.max_pixels)
     prediction = open_prediction(Path(cfg.prediction))
     columns = _genes(prediction, cfg)
     if cfg.format == "spatialdata":

@@ -42,7 +42,9 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
 
     from prts.data.prepare import prepare_tissue
     from prts.data.tissue import parse_tissue
+    from prts.io.limits import allow_pixels
 
+    allow_pixels(cfg.max_pixels)
     segmentation = plain(cfg.segmentation)
     prefer_given = bool(segmentation.pop("prefer_given"))
     return partial(

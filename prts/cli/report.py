@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Read, draw, write."""
+    from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path
     from prts.metrics.evaluate import check_intervals
@@ -48,6 +49,7 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"{given[0]}: goes with prediction=; a run knows its own")
     if run is None:
         require(cfg, "image", "out")
+    allow_pixels(cfg.max_pixels)
     genes = _genes(cfg.genes)
     out = Path(cfg.out) if cfg.out is not None else run
     assert out is not None

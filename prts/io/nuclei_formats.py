@@ -207,16 +207,11 @@ def _from_wkt_table(path: Path, _size: tuple[int, int]) -> Shapes:
 
 
 def _from_label_image(path: Path, size: tuple[int, int]) -> Shapes:
-    labels = _read_image(path)
+    labels = _read_image(path, size)
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
         raise InputError(
             f"{path}: an image of shape {labels.shape} and type {labels.dtype}, not a label image; "
             "expected one channel of whole numbers, 0 outside nuclei"
-        )
-    if labels.shape != size:
-        raise InputError(
-            f"{path}: a label image of {labels.shape[1]} x {labels.shape[0]} px beside an image of "
-            f"{size[1]} x {size[0]} px; they must be of one size"
         )
     # Sparse ids (hashes, for instance) would make tables as long as the largest.
     names: NDArray[Any] | None = None
@@ -231,16 +226,36 @@ def _from_label_image(path: Path, size: tuple[int, int]) -> Shapes:
     return polygons, label if names is None else names[label], None
 
 
-def _read_image(path: Path) -> NDArray[Any]:
+def _read_image(path: Path, size: tuple[int, int]) -> NDArray[Any]:
+    """All pixels of an image of the wanted height and width, which is asked of its header before anything is decoded."""
     import tifffile
-    from PIL import Image
+
+    from prts.io.limits import require_decodable
+    from prts.io.slide_readers import open_pillow
+
+    def require(height: int, width: int) -> None:
+        if (height, width) != size:
+            raise InputError(
+                f"a label image of {width} x {height} px beside an image of {size[1]} x {size[0]} px; they must be of one size"
+            )
+        require_decodable(width, height, "a label image", "give polygons")
 
     try:
         with path.open("rb") as handle:
             is_png = handle.read(4) == b"\x89PNG"
         if is_png:
-            with Image.open(path) as image:
+            with open_pillow(path) as image:
+                require(image.height, image.width)
                 return np.asarray(image)
-        return np.squeeze(tifffile.imread(path))
+        with tifffile.TiffFile(path) as tif:
+            if not tif.series:
+                raise InputError("holds no image, so it is not a label image")
+            series = tif.series[0]
+            require(series.keyframe.imagelength, series.keyframe.imagewidth)
+            if len([n for n in series.shape if n > 1]) > 2:
+                raise InputError(f"an image of shape {series.shape}, not a label image; one channel is needed")
+            return np.squeeze(series.asarray())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # decoders raise whatever they like for a broken file
         raise InputError(f"{path}: an image that cannot be read ({error})") from error

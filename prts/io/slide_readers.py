@@ -5,7 +5,8 @@ TIFF has a module of its own, `slide_tiff`.
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prts.errors import InputError
+from prts.io.limits import require_decodable
 from prts.io.mpp import UM_PER_INCH, Source, from_axes
-
-# Images that can only be decoded whole (PNG, JPEG). Pillow's own limit of 89 Mpx is meant for web uploads; at 537 Mpx
-# the decoded pixels take 1.6 GB, and a bigger image belongs into a tiled TIFF.
-MAX_WHOLE_PIXELS = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -142,23 +140,24 @@ def read_pillow(path: Path) -> ArrayReader:
     InputError
         If the image is too big to be decoded whole, or holds no photograph. Pillow's own errors pass through.
     """
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MAX_WHOLE_PIXELS
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                dpi = image.info.get("dpi")
-                pixels = _pillow_rgb(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(
-            f"{path}: more than {MAX_WHOLE_PIXELS / 1e6:.0f} million pixels in a format that must be decoded whole; "
-            "convert it to a tiled TIFF"
-        ) from error
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with open_pillow(path) as image:
+        require_decodable(*image.size, f"a {image.format}")
+        dpi = image.info.get("dpi")
+        pixels = _pillow_rgb(image)
     x, y = (UM_PER_INCH / float(v) if v else None for v in dpi) if dpi else (None, None)
     return ArrayReader(pixels, from_axes("the image's dpi", x, y))
+
+
+@contextmanager
+def open_pillow(path: Path) -> Iterator[Image.Image]:
+    """An image that Pillow knows, its header read; decoding it is for the block, after `require_decodable`: Pillow's own limit is off."""
+    limit = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(path) as image:
+            yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _pillow_rgb(image: Image.Image) -> NDArray[np.uint8]:

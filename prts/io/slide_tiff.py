@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prts.errors import InputError
+from prts.io.limits import require_decodable
 from prts.io.mpp import Source, tiff_sources
-from prts.io.slide_readers import MAX_WHOLE_PIXELS, ArrayReader, Level, Reader, composite, to_uint8
+from prts.io.slide_readers import ArrayReader, Level, Reader, composite, to_uint8
 
 # Rows of an uncompressed image are read in strips of about this many bytes, however long the file's own strips are.
 _STRIP_BYTES = 1 << 21
@@ -52,6 +53,8 @@ class TiffReader:
         for level, grid, in_rows in zip(self._planes, self.levels, self._in_rows, strict=True):
             if not all(_is_complete(plane, grid, in_rows, size) for plane in level):
                 raise InputError("is truncated: not all of its pixels lie within the file; get a complete copy")
+            if not in_rows:
+                require_decodable(grid.tile_width, grid.tile_height, "one compressed piece")
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """See `Reader`."""
@@ -197,8 +200,8 @@ def _to_rgb(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8]:
 def _read_whole(path: Path) -> ArrayReader:
     with tifffile.TiffFile(path, _multifile=False) as tif:
         series = max(tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
-        if series.size > 3 * MAX_WHOLE_PIXELS:
-            raise InputError("is too big for its layout, which must be decoded whole; convert it to a tiled RGB TIFF")
+        page = series.keyframe
+        require_decodable(page.imagewidth, page.imagelength, "a rare layout")
         pixels = series.asarray()
         order = [axis for axis in series.axes if axis in "YXCS"]
         pixels = pixels.reshape([n for axis, n in zip(series.axes, series.shape, strict=True) if axis in order])

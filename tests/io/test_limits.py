@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import resource
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from prts.errors import InputError
+from prts.io.limits import MAX_PIXELS, allow_pixels
+from prts.io.nuclei import read_nuclei
+from prts.io.slide import open_slide
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def _the_usual_limit() -> Iterator[None]:
+    yield
+    allow_pixels(None)
+
+
+def png_header(path: Path, width: int, height: int) -> Path:
+    """A PNG that claims to be large, of a hundred bytes."""
+    parts = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    ]
+    chunks = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    return path
+
+
+def write_whole(folder: Path) -> dict[str, Path]:
+    """60 x 50 px in every format that is decoded in one go."""
+    for name in ("a.png", "a.jpg"):
+        Image.fromarray(IMAGE).save(folder / name)
+    strip = {"photometric": "rgb", "compression": "zlib", "rowsperstrip": 60}
+    tifffile.imwrite(folder / "strip.tif", IMAGE, **strip)
+    tifffile.imwrite(folder / "one tile.tif", IMAGE, photometric="rgb", tile=(64, 64), compression="zlib")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_what_is_decoded_whole_is_limited_and_the_message_names_the_key(tmp_path: Path) -> None:
+    files = write_whole(tmp_path)
+    before = Image.MAX_IMAGE_PIXELS
+    for name, path in files.items():
+        n = 64 * 64 if name == "one tile.tif" else 3000
+        allow_pixels(n - 1)
+        with pytest.raises(InputError, match=rf"^{path}: has .* px in .*decoded whole.*tiled TIFF.*max_pixels={n}$"):
+            open_slide(path, mpp=0.5)
+        allow_pixels(n)
+        with open_slide(path, mpp=0.5) as slide:
+            assert slide.read_region(0, 0, 50, 60).shape == IMAGE.shape
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_what_is_read_in_parts_is_not_limited(tmp_path: Path) -> None:
+    allow_pixels(16 * 16)
+    tifffile.imwrite(tmp_path / "tiled.tif", IMAGE, photometric="rgb", tile=(16, 16), compression="zlib")
+    tifffile.imwrite(tmp_path / "plain.tif", IMAGE, photometric="rgb", rowsperstrip=60)
+    for name in ("tiled.tif", "plain.tif"):
+        with open_slide(tmp_path / name, mpp=0.5) as slide:
+            np.testing.assert_array_equal(slide.read_region(0, 0, 50, 60), IMAGE)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    bomb = png_header(tmp_path / "bomb.png", 40_000, 40_000)
+    with pytest.raises(InputError, match=r"40,000 x 40,000 px in a PNG.*4\.8 GB.*max_pixels=1600000000"):
+        open_slide(bomb, mpp=0.5)
+
+
+def test_a_slide_of_ten_gigapixels_needs_no_override(tmp_path: Path) -> None:
+    """100,000 x 100,000 px in a pyramid of tiles, all of them empty glass but one."""
+    path, side = tmp_path / "large.tif", 100_000
+    assert side**2 > 10 * MAX_PIXELS
+
+    def tiles(side: int) -> Iterator[bytes]:
+        yield zlib.compress(bytes([7]) * (1024 * 1024 * 3))
+        yield from (b"" for _ in range((-(-side // 1024)) ** 2 - 1))
+
+    with tifffile.TiffWriter(path, bigtiff=True) as tif:
+        options = {"dtype": "uint8", "tile": (1024, 1024), "photometric": "rgb", "compression": "zlib"}
+        for n, level in enumerate((side, side // 4, side // 16)):
+            how = {"subfiletype": 1} if n else {"subifds": 2}
+            tif.write(tiles(level), shape=(level, level, 3), **options, **how)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open_slide(path, mpp=0.25) as slide:
+        assert (slide.width, slide.height) == (side, side)
+        assert slide.read_region(500, 500, 3, 3).max() == 7
+        assert slide.read_region(99_000, 99_000, 900, 900, 0.5).min() == 255
+        assert slide.thumbnail(1000).shape == (1000, 1000, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+@pytest.mark.parametrize("max_pixels", [0, -1, 2.5, "many", True])
+def test_what_is_no_number_of_pixels_is_refused(max_pixels: object) -> None:
+    with pytest.raises(InputError, match=r"max_pixels=.*whole number of pixels"):
+        allow_pixels(max_pixels)  # type: ignore[arg-type]
+
+
+def test_a_label_image_is_asked_for_its_size_first(tmp_path: Path) -> None:
+    bomb = png_header(tmp_path / "bomb.png", 40_000, 40_000)
+    with pytest.raises(InputError, match=r"bomb\.png: .*40000 x 40000 px beside an image of 50 x 60 px"):
+        read_nuclei(bomb, mpp=0.5, width=50, height=60)
+    with pytest.raises(InputError, match=r"bomb\.png: has 40,000 x 40,000 px in a label.*max_pixels=1600000000"):
+        read_nuclei(bomb, mpp=0.5, width=40_000, height=40_000)
+    labels = np.zeros((60, 50), np.uint16)
+    labels[10:20, 10:20], labels[30:40, 5:15] = 1, 2
+    tifffile.imwrite(tmp_path / "labels.tif", labels)
+    allow_pixels(2999)
+    with pytest.raises(
+        InputError, match=r"labels\.tif: has 50 x 60 px in a label image.*give polygons.*max_pixels=3000"
+    ):
+        read_nuclei(tmp_path / "labels.tif", mpp=0.5, width=50, height=60)
+    allow_pixels(3000)
+    assert len(read_nuclei(tmp_path / "labels.tif", mpp=0.5, width=50, height=60)) == 2
