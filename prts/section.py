@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from prts.errors import InputError
 from prts.io.mpp import Source, require_agreement
+from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide import Recolour, Slide, open_slide
 from prts.io.spots import read_spots
 from prts.io.visium_hd import matrix_path, read_positions, read_scalefactors
@@ -43,7 +45,7 @@ class Section:
     mpp, mpp_source
         um per full-resolution pixel, and where that stands.
     width, height
-        Full-resolution pixels.
+        Full-resolution pixels, as the image is read.
     bins
         Folder `square_002um`, if there are bins.
     nuclei
@@ -54,6 +56,8 @@ class Section:
         What the simulation knows (.h5ad), if the section is simulated.
     recolour
         What the image's colours are changed by, if they are.
+    orientation
+        How the image is read, if not as it lies in its file.
     """
 
     name: str
@@ -67,12 +71,32 @@ class Section:
     spots: Path | None
     truth: Path | None = None
     recolour: Recolour | None = None
+    orientation: Orientation = UPRIGHT
 
     def open_slide(self) -> Slide:
         """The image, at the section's um/px."""
-        slide = open_slide(self.image, mpp=self.mpp)
+        slide = open_slide(self.image, mpp=self.mpp, orientation=self.orientation)
         slide.recolour = self.recolour
         return slide
+
+    def turned(self, orientation: Orientation) -> Section:
+        """The same section, whose image is read turned. Its files still hold pixels of the image as it lies in its file."""
+        width, height = orientation.size(*self.file_size)
+        return replace(self, orientation=orientation, width=width, height=height)
+
+    @property
+    def file_size(self) -> tuple[int, int]:
+        """Width and height of the image as it lies in its file, px."""
+        return self.orientation.size(self.width, self.height)
+
+    def reading(self) -> dict[str, Any]:
+        """What else than the file decides on the pixels that are read, JSON-like: part of the fingerprint of all that is made from them."""
+        found: dict[str, Any] = {}
+        if self.recolour is not None:
+            found["recolour"] = self.recolour.settings()
+        if self.orientation != UPRIGHT:
+            found["orientation"] = self.orientation.settings()
+        return found
 
 
 def open_section(

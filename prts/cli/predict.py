@@ -1,17 +1,20 @@
 """Predict the expression of every nucleus in an H&E image from a trained bundle; needs no bins.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
-                    [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [roi=[x0,y0,x1,y1]|FILE.geojson]
+                    [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [rotate=0|90|180|270]
+                    [flip=none|horizontal|vertical] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
 
 Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
 the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
 from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
-`encoder.device=` says. `stain=` reads the slide in the colours of the training section.
+`encoder.device=` says. `stain=` reads the slide in the colours of the training section. `rotate=` (degrees counter-clockwise), then
+`flip=`, read it as the tissue of training lay; coordinates, given and written, stay pixels of the image as it lies in its file.
 Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right;
 check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values.
 
 Writes FILE.h5ad (nuclei x genes: expected UMI in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in
-layers["lower"] and layers["upper"] unless intervals=false) and FILE.nuclei.parquet (the polygons).
+layers["lower"] and layers["upper"] unless intervals=false; obs["artefact"] says which nuclei lie on glass, in a fold, under a bubble or
+pen, out of focus or merged, unless artefacts=false: none is left out) and FILE.nuclei.parquet (the polygons).
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
 """
@@ -38,16 +41,19 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Segment, extract features, predict, write."""
-    from prts.data.prepare import prepare_features, prepare_nuclei
+    from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
     from prts.features.encoders import encoder_from_settings
     from prts.features.tokens import torch_device
     from prts.io.cache import fingerprint, sha256_file
+    from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei
+    from prts.io.orientation import Orientation
     from prts.io.prediction import check_out
     from prts.io.region import inside, read_region
     from prts.models.bundle import load_bundle
     from prts.models.predict import predict_store, write_prediction
     from prts.models.scale import check_scale
+    from prts.preprocess.artefacts import log_artefacts
     from prts.preprocess.stain import matched
     from prts.section import open_section
     from prts.stopwatch import Stopwatch, peak_rss_mb
@@ -55,37 +61,48 @@ def main(cfg: DictConfig) -> None:
     require(cfg, "bundle", "image", "out")
     watch = Stopwatch()
     out = check_out(Path(cfg.out))
+    allow_pixels(cfg.max_pixels)
+    orientation = Orientation(cfg.rotate, cfg.flip)
     device = torch_device(cfg.encoder.device)
     bundle = load_bundle(Path(cfg.bundle))
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
-    section = matched(section, str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
     region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
+    turned = section.turned(orientation)
+    seen = matched(turned, str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
     encoder = encoder_from_settings(bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device)
     segmenter, prefer_given = _segmenter(cfg, bundle)
 
     cache = Path(cfg.paths.cache_dir) / "predict" / section.name
     with watch("segment"):
-        nuclei_path = prepare_nuclei(cache, section, segmenter, prefer_given, check_image=cfg.check_image)
-    nuclei = load_nuclei(nuclei_path)
+        nuclei_path = prepare_nuclei(cache, seen, segmenter, prefer_given, check_image=cfg.check_image)
+    everywhere = load_nuclei(nuclei_path)  # in pixels of the slide as it is read
     about = bundle.metadata
-    scaling = check_scale(nuclei, section, about["mpp"], about.get("nuclei"), refuse=cfg.check_scale)
-    everywhere, source = nuclei, nuclei_path.stem
+    scaling = check_scale(everywhere, section, about["mpp"], about.get("nuclei"), refuse=cfg.check_scale)
+    in_file = orientation.nuclei_in_file(everywhere, section.file_size)
+    if cfg.artefacts:
+        with watch("artefacts"):
+            in_file = in_file.assign(artefact=prepare_artefacts(cache, turned, nuclei_path))
+    nuclei, source = everywhere, nuclei_path.stem
     if region is not None:
-        nuclei = everywhere[inside(region, everywhere)].reset_index(drop=True)
+        chosen = inside(region, in_file)
+        nuclei, in_file = (table[chosen].reset_index(drop=True) for table in (everywhere, in_file))
         if len(nuclei) == 0:
             raise InputError(
                 f"roi={cfg.roi}: none of the slide's {len(everywhere)} nuclei lies there; give a larger region"
             )
         source += f"-{fingerprint({'roi': region.wkt})}"
+    if cfg.artefacts:
+        log_artefacts(section.name, in_file["artefact"])
     with watch("features"):
-        store = prepare_features(cache, section, nuclei, encoder, source)
+        store = prepare_features(cache, seen, nuclei, encoder, source)
     with watch("predict"):
         bundle.to(device)
         chunks = predict_store(bundle, store, nuclei, section.mpp, among=everywhere)
         made = about.get("provenance", {})
         provenance = {
             "stain": str(cfg.stain),
+            "orientation": orientation.settings(),
             "scaling": scaling,
             "roi": None if region is None else region.wkt,
             "bundle": {
@@ -97,7 +114,7 @@ def main(cfg: DictConfig) -> None:
             },
         }
         said = write_prediction(
-            out, bundle, section, nuclei, chunks, store=store, intervals=cfg.intervals, provenance=provenance
+            out, bundle, section, in_file, chunks, store=store, intervals=cfg.intervals, provenance=provenance
         )
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)

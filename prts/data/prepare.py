@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -260,7 +260,7 @@ def prepare_nuclei(
         "image": file_identity(section.image),
         "mpp": section.mpp,
         "segmenter": used.settings(),
-        **_colours(section),
+        **section.reading(),
     }
 
     def make(path: Path) -> None:
@@ -398,7 +398,7 @@ def prepare_features(
         "image": file_identity(section.image),
         "mpp": section.mpp,
         "encoder": encoder.settings(),
-        **_colours(section),
+        **section.reading(),
     }
     # `exact` is left out of the name: stores of before there was a choice keep theirs
     named = {key: value for key, value in encoder.settings().items() if (key, value) != ("sampling", "exact")}
@@ -412,8 +412,40 @@ def prepare_features(
     return path
 
 
-def _colours(section: Section) -> dict[str, Any]:
-    return {} if section.recolour is None else {"recolour": section.recolour.settings()}
+def prepare_artefacts(folder: Path, section: Section, nuclei: Path) -> pd.Categorical:
+    """The kind of artefact of each of a section's nuclei, in their order, from the cache; found if it is not there.
+
+    The slide is looked at in its own colours, as it is in training: the rules compare a nucleus with the others of its slide, so matched
+    colours would add nothing, and they bring pen and folds, which are no colours of tissue, nearer to it.
+
+    Parameters
+    ----------
+    folder
+        Where the section's cache files lie.
+    section
+        The section.
+    nuclei
+        The cache file with its nuclei.
+    """
+    own = replace(section, recolour=None)
+    settings = {
+        "version": STAGE_VERSION["artefacts"],
+        "nuclei": nuclei.stem,
+        "image": file_identity(own.image),
+        "mpp": own.mpp,
+        **own.reading(),
+    }
+
+    def make(path: Path) -> None:
+        polygons = load_nuclei(nuclei)
+        with own.open_slide() as slide:
+            kinds = find_artefacts(slide, polygons)
+        pd.DataFrame({"cell_id": polygons["cell_id"], "artefact": kinds}).to_parquet(path, index=False)
+
+    path = folder / f"artefacts-{fingerprint(settings)}.parquet"
+    found = pd.read_parquet(_build(path, make, what=f"{section.name}: artefacts"))
+    kinds: pd.Categorical = pd.Categorical(found["artefact"].astype(str).to_numpy(object), categories=list(KINDS))
+    return kinds
 
 
 def _passing(nuclei: GeoDataFrame, counts: Path) -> GeoDataFrame:

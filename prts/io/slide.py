@@ -17,6 +17,7 @@ from PIL import Image
 
 from prts.errors import InputError
 from prts.io.mpp import MPP_RANGE, Source, is_plausible, resolve_mpp
+from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
 from prts.io.slide_tiff import open_tiff
 
@@ -52,7 +53,11 @@ class Slide:
     path
         The file.
     width, height
-        Full-resolution pixels.
+        Full-resolution pixels, as the slide is read.
+    file_size
+        Width and height as the image lies in its file.
+    orientation
+        How it is turned and mirrored from there; all regions are of the turned slide.
     mpp
         um per full-resolution pixel.
     mpp_source
@@ -63,14 +68,22 @@ class Slide:
 
     recolour: Recolour | None = None
 
-    def __init__(self, path: Path, reader: Reader, mpp: float, mpp_source: str) -> None:
+    def __init__(
+        self, path: Path, reader: Reader, mpp: float, mpp_source: str, orientation: Orientation = UPRIGHT
+    ) -> None:
         self.path = path
         self.mpp = mpp
         self.mpp_source = mpp_source
+        self.orientation = orientation
         self._reader = reader
-        self.width = reader.levels[0].width
-        self.height = reader.levels[0].height
-        self._factors = [_level_factors(reader.levels[0], level) for level in reader.levels]
+        full = reader.levels[0]
+        self.file_size = full.width, full.height
+        self.width, self.height = orientation.size(*self.file_size)
+        factors = [_level_factors(full, level) for level in reader.levels]
+        self._factors = [orientation.size(*factor) for factor in factors]
+        self._starts = [
+            _level_start(full, level, factor, orientation) for level, factor in zip(reader.levels, factors, strict=True)
+        ]
         self._tiles: OrderedDict[tuple[int, int, int], NDArray[np.uint8]] = OrderedDict()
         self._tiles_bytes = 0
         self._lock = threading.Lock()
@@ -134,7 +147,7 @@ class Slide:
         scale = 1.0 if mpp is None else _checked(mpp) / self.mpp
         level = max(i for i, factors in enumerate(self._factors) if i == 0 or max(factors) <= scale * _LEVEL_TOLERANCE)
         step = (scale / self._factors[level][0], scale / self._factors[level][1])
-        if step == (1.0, 1.0):
+        if step == (1.0, 1.0) and self._starts[level] == (0.0, 0.0):
             return self._window(level, x, y, width, height, outside)
         return self._resample(x, y, width, height, level, step, outside)
 
@@ -166,16 +179,24 @@ class Slide:
     def _block(
         self, x: int, y: int, size: int, level: int, step: tuple[float, float], outside: int
     ) -> NDArray[np.uint8]:
-        left, right = _with_margin(x, size, step[0])
-        top, bottom = _with_margin(y, size, step[1])
+        start = self._starts[level]
+        left, right = _with_margin(x, size, step[0], start[0])
+        top, bottom = _with_margin(y, size, step[1], start[1])
         window = self._window(level, left, top, right - left, bottom - top, outside)
         # One axis after the other: given both at once, Pillow takes them in the order that is cheaper for the window's shape
-        across = (x * step[0] - left, 0, (x + size) * step[0] - left, bottom - top)
-        down = (0, y * step[1] - top, size, (y + size) * step[1] - top)
+        from_left, from_top = start[0] + left, start[1] + top
+        across = (x * step[0] - from_left, 0, (x + size) * step[0] - from_left, bottom - top)
+        down = (0, y * step[1] - from_top, size, (y + size) * step[1] - from_top)
         narrow = Image.fromarray(window).resize((size, bottom - top), Image.Resampling.BICUBIC, across)
         return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC, down))
 
     def _window(self, level: int, x: int, y: int, width: int, height: int, outside: int) -> NDArray[np.uint8]:
+        """Pixels of a level as they are read, turned from where they lie in the file: the same to the last bit."""
+        grid = self._reader.levels[level]
+        place = self.orientation.window(x, y, width, height, (grid.width, grid.height))
+        return self.orientation.pixels(self._window_in_file(level, *place, outside))
+
+    def _window_in_file(self, level: int, x: int, y: int, width: int, height: int, outside: int) -> NDArray[np.uint8]:
         """Pixels of a level, put together from its tiles."""
         grid = self._reader.levels[level]
         window = np.full((height, width, 3), outside, np.uint8)
@@ -215,7 +236,13 @@ class Slide:
             return tile
 
 
-def open_slide(path: Path | str, *, mpp: float | None = None, scalefactors_mpp: float | None = None) -> Slide:
+def open_slide(
+    path: Path | str,
+    *,
+    mpp: float | None = None,
+    scalefactors_mpp: float | None = None,
+    orientation: Orientation = UPRIGHT,
+) -> Slide:
     """Open an H&E image: TIFF, BigTIFF, OME-TIFF, what OpenSlide reads (SVS, NDPI, MRXS, ...), PNG or JPEG.
 
     Only what a region touches is decoded, except from PNG, JPEG and TIFFs in a single compressed strip.
@@ -228,6 +255,8 @@ def open_slide(path: Path | str, *, mpp: float | None = None, scalefactors_mpp: 
         um per full-resolution pixel, where the user says it.
     scalefactors_mpp
         `microns_per_pixel` of the section's scalefactors_json.json.
+    orientation
+        How the slide is to be read.
 
     Returns
     -------
@@ -257,7 +286,7 @@ def open_slide(path: Path | str, *, mpp: float | None = None, scalefactors_mpp: 
         reader.close()
         raise
     logger.debug("%s: %.4g um/px from %s", path, value, source)
-    return Slide(path, reader, value, source)
+    return Slide(path, reader, value, source, orientation)
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -313,10 +342,10 @@ def _shift(place: slice, origin: int) -> slice:
     return slice(place.start - origin, place.stop - origin)
 
 
-def _with_margin(start: int, length: int, step: float) -> tuple[int, int]:
+def _with_margin(first: int, length: int, step: float, start: float) -> tuple[int, int]:
     """The pixels that `length` pixels of `step` draw on: the cubic kernel reaches two (output) pixels to either side."""
     margin = 2 * max(1.0, step) + 1
-    return math.floor(start * step - margin), math.ceil((start + length) * step + margin)
+    return math.floor(first * step - start - margin), math.ceil((first + length) * step - start + margin)
 
 
 def _level_factors(full: Level, level: Level) -> tuple[float, float]:
@@ -329,3 +358,12 @@ def _level_factors(full: Level, level: Level) -> tuple[float, float]:
     if abs(whole * level.width - full.width) <= whole and abs(whole * level.height - full.height) <= whole:
         return float(whole), float(whole)
     return full.width / level.width, full.height / level.height
+
+
+def _level_start(
+    full: Level, level: Level, factor: tuple[float, float], orientation: Orientation
+) -> tuple[float, float]:
+    """Where the first pixel of a level begins as it is read, in its pixels: off 0 where rounding its size fell on a mirrored side."""
+    rest = orientation.size(full.width / factor[0] - level.width, full.height / factor[1] - level.height)
+    across, down = orientation.mirrors
+    return rest[0] if across else 0.0, rest[1] if down else 0.0

@@ -22,6 +22,8 @@ _CHUNK = 4096
 STRANGE = 0.95
 # Shares of strange nuclei from which a slide is partly, or altogether, unlike those of training.
 PARTLY, _ALTOGETHER = 0.15, 0.5
+# Share of nuclei on artefacts that is worth a word: clean slides have 1 to 4 %.
+SPOILT = 0.1
 
 
 class Unusual(nn.Module):
@@ -113,7 +115,9 @@ class Unusual(nn.Module):
         return shares.astype(np.float32)
 
 
-def verdict(ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None) -> str:
+def verdict(
+    ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None, artefact: NDArray[np.bool_] | None = None
+) -> str:
     """What to think of a prediction, in a sentence or two.
 
     Parameters
@@ -122,6 +126,8 @@ def verdict(ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None) -> 
         Of `Unusual.share`, (n,).
     predictable
         The bundle's flags, (g,); None where it has none.
+    artefact
+        Which nuclei lie on an artefact (`prts.preprocess.artefacts`), (n,); None where nobody looked.
     """
     strange = float((ood > STRANGE).mean()) if len(ood) else 0.0
     if strange < PARTLY:
@@ -131,6 +137,8 @@ def verdict(ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None) -> 
     else:
         text = "the slide is unlike those the model learnt from, and its prediction should not be believed"
     text += f": {strange:.0%} of nuclei are stranger than 95% of held-out ones (5% would be usual)"
+    if artefact is not None and len(artefact) and (spoilt := float(artefact.mean())) >= SPOILT:
+        text += f". {spoilt:.0%} of nuclei lie on what looks like an artefact; obs['artefact'] says which"
     if predictable is not None:
         text += f". Of {len(predictable)} genes, {int(predictable.sum())} were predictable on validation"
     return text

@@ -18,6 +18,7 @@ from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
 from prts.models.ood import verdict
 from prts.models.predictor import CHUNK
+from prts.preprocess.artefacts import is_artefact
 from prts.progress import track
 from prts.provenance import code, identity
 
@@ -105,7 +106,7 @@ def write_prediction(
     section
         Whose image was read.
     nuclei
-        (n,) the predicted nuclei.
+        (n,) the predicted nuclei, in pixels of the image as it lies in its file; columns such as `artefact` go into `obs`.
     chunks
         Their predictions in order, as `predict_store` yields them.
     store
@@ -173,7 +174,7 @@ def write_prediction(
                 strangeness.append(ood)
         if strangeness:
             shares = np.concatenate(strangeness)
-            said = verdict(shares, bundle.predictable)
+            said = verdict(shares, bundle.predictable, is_artefact(nuclei))
             writer.add(obs={"ood": shares}, prts={"verdict": said})
     logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))
     return said

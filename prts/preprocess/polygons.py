@@ -23,7 +23,7 @@ class Polygons:
     Parameters
     ----------
     path
-        A file of any format that `prts.io.nuclei.read_nuclei` reads, in full-resolution pixels of the slide.
+        A file of any format that `prts.io.nuclei.read_nuclei` reads, in full-resolution pixels of the image as it lies in its file.
     """
 
     path: Path | str | None = None
@@ -31,7 +31,9 @@ class Polygons:
 
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
         """Nuclei of the file, checked against the slide."""
-        return read_nuclei(self._path(), mpp=slide.mpp, width=slide.width, height=slide.height)
+        width, height = slide.file_size
+        nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height)
+        return slide.orientation.nuclei(nuclei, slide.file_size)
 
     def settings(self) -> dict[str, Any]:
         """The identity of the file."""

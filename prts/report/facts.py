@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from prts.models.ood import PARTLY, STRANGE
+from prts.models.ood import PARTLY, SPOILT, STRANGE
+from prts.preprocess.artefacts import is_artefact
 
 # What each baseline of a run is, in a few words (`prts.models.comparison`).
 _BASELINES = {
@@ -182,13 +184,18 @@ def warnings(
             f"Resolution: the image has {about['mpp']:.3g} µm/px, the model reads {wanted:g}: it was enlarged "
             f"{about['mpp'] / wanted:.2g} times, and detail that the model knows from training may be missing."
         )
-    for column, words in (
-        ("ood", "look unlike anything in training (out of distribution): their predictions are extrapolations"),
-        ("artefact", "lie on what looks like an artefact (fold, bubble, pen, blur)"),
-    ):
-        if column in obs and pd.api.types.is_bool_dtype(obs[column]) and obs[column].any():
-            share = float(obs[column].mean())
-            found.append(f"{int(obs[column].sum()):,} of {len(obs):,} nuclei ({share:.1%}) {words}.")
+    if "ood" in obs and pd.api.types.is_bool_dtype(obs["ood"]) and obs["ood"].any():
+        found.append(
+            f"{_of_nuclei(obs['ood'].to_numpy())} look unlike anything in training (out of distribution): "
+            "their predictions are extrapolations."
+        )
+    spoilt = is_artefact(obs)
+    if spoilt.any() and spoilt.mean() >= SPOILT:
+        kinds = obs["artefact"][spoilt].value_counts()
+        found.append(
+            f"{_of_nuclei(spoilt)} lie on what looks like an artefact "
+            f"({', '.join(f'{n:,} {kind}' for kind, n in kinds.items() if n)})."
+        )
     if "predictable" in var:
         grey = ~var["predictable"].fillna(False).to_numpy(dtype=bool)
         if grey.any():
@@ -196,6 +203,10 @@ def warnings(
                 f"{int(grey.sum()):,} of {len(var):,} genes were not predictable on validation; they are grey in the table."
             )
     return found
+
+
+def _of_nuclei(which: NDArray[np.bool_]) -> str:
+    return f"{int(which.sum()):,} of {len(which):,} nuclei ({which.mean():.1%})"
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -11,6 +11,7 @@ import scipy.sparse as sp
 
 from prts.cli.app import run
 from prts.errors import InputError
+from prts.preprocess.artefacts import KINDS
 from prts.report import facts
 from prts.report.embed import (
     PROB_STEPS,
@@ -269,7 +270,7 @@ def test_warnings_say_what_to_beware_of():
     about = shown.uns["prts"]
     assert facts.warnings(about, shown.obs, shown.var, {}, {}) == []
     shown.obs["ood"] = np.arange(60) < 6
-    shown.obs["artefact"] = False
+    shown.obs["artefact"] = pd.Categorical(["fold"] * 5 + ["none"] * 55, categories=list(KINDS))  # as many as usual
     shown.var["predictable"] = [True, False, False]
     found = facts.warnings(about | {"mpp": 1.0}, shown.obs, shown.var, {}, {"warning/split": "cells at random"})
     assert [words.split()[0] for words in found] == ["Split:", "Resolution:", "6", "2"]
@@ -281,6 +282,10 @@ def test_warnings_say_what_to_beware_of():
     )
     shown.obs["ood"] = np.where(np.arange(60) < 3, 0.99, 0.5)  # as usual
     assert len(facts.warnings(about | {"verdict": "as usual"}, shown.obs, shown.var, {}, {})) == 1
+    shown.obs["artefact"] = pd.Categorical(["pen"] * 9 + ["fold"] * 12 + ["none"] * 39, categories=list(KINDS))
+    assert facts.warnings(about, shown.obs, shown.var, {}, {})[0] == (
+        "21 of 60 nuclei (35.0%) lie on what looks like an artefact (12 fold, 9 pen)."
+    )
 
 
 @pytest.mark.parametrize(
