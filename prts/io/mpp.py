@@ -77,7 +77,9 @@ def resolve_mpp(name: object, sources: Sequence[Source]) -> Source:
             logger.info("%s: %s says %.4g um/px, which is no microscope's: not used", name, where, value)
     used = [source for source in sources if is_plausible(source[1])]
     if not used:
-        raise InputError(f"{name}: nothing says how many um a pixel is; give it as mpp=, such as mpp=0.5")
+        raise InputError(
+            f"{name}: nothing says how many um a pixel is; give what the scanner says as mpp= (about 0.25 for a scan at 40x, 0.5 at 20x)"
+        )
     require_agreement(name, used)
     return used[0]
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import openslide
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prts.errors import InputError
 from prts.io.mpp import MPP_RANGE, Source, is_plausible, resolve_mpp
@@ -320,6 +320,10 @@ def _open_reader(path: Path) -> Reader:
         return open_tiff(path) if magic in _TIFF_MAGIC else read_pillow(path)
     except InputError as error:
         raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{path}: is no image, whatever its name says, or a damaged one; TIFF, SVS, NDPI, MRXS, SCN, BIF, PNG and JPEG are read"
+        ) from error
     except OSError as error:
         if isinstance(error, PermissionError):
             raise InputError(f"{path}: may not be read ({error.strerror})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from prts.io.slide import Slide
+
+logger = logging.getLogger(__name__)
 
 # Grey levels. Of the images that the limits were chosen on (three her2st sections, CMU-1, histo.jpg, 78 of nuclei_dsb2018, three simulated
 # sections) the darkest has a median of 132; fluorescence lies below 30.
@@ -35,7 +38,7 @@ def require_h_and_e(slide: Slide) -> None:
     """Refuse an image that is dark, has no tissue, or is not coloured like haematoxylin and eosin.
 
     Looks at 64 windows spread over the slide (all of a small one), and at a reduced picture where these show glass only. A grey image
-    is taken: its stain cannot be told.
+    is taken, with a warning: its stain cannot be told.
 
     Parameters
     ----------
@@ -51,7 +54,8 @@ def require_h_and_e(slide: Slide) -> None:
     median = float(np.median(rgb.mean(axis=1)))
     if median < _DARK:
         raise InputError(
-            f"{slide.path}: is dark (a median of {median:.0f} of 255), like fluorescence; H&E on a bright background is needed ({_ANYWAY})"
+            f"{slide.path}: is dark (median grey level {median:.0f} of 255), like fluorescence; H&E on a bright background is needed "
+            f"({_ANYWAY})"
         )
     tissue = _without_glass(rgb)
     if not len(tissue):
@@ -60,12 +64,16 @@ def require_h_and_e(slide: Slide) -> None:
         raise InputError(f"{slide.path}: shows no tissue, only white; an image of an H&E section is needed ({_ANYWAY})")
     coloured = tissue[np.ptp(tissue, axis=1) > _COLOURED].astype(np.int16)
     if len(coloured) < _GREY * len(tissue):
+        logger.warning(
+            "%s: is grey, so that it cannot be told whether it is H&E; a model that learnt from coloured H&E is hardly right about it",
+            slide.path,
+        )
         return
     share = float((coloured[:, 1] <= coloured.min(axis=1) + _TIE).mean())
     if share < _GREEN_LOWEST:
         raise InputError(
-            f"{slide.path}: is not coloured like H&E: haematoxylin and eosin absorb green most, which holds for {share:.0%} of its "
-            f"coloured pixels (in H&E for over {_GREEN_LOWEST:.0%}); an H&E image is needed ({_ANYWAY})"
+            f"{slide.path}: is not coloured like H&E: {share:.0%} of its coloured pixels are violet to pink, as haematoxylin and eosin are "
+            f"(in H&E over {_GREEN_LOWEST:.0%}); is it a photograph, or another stain? An H&E image is needed ({_ANYWAY})"
         )
 
 

@@ -193,11 +193,27 @@ def test_a_polygon_that_crosses_itself_is_mended(predict: Ask, world: Any, tmp_p
     assert predict(nuclei=tmp_path / "nuclei.parquet") == (0, "")
 
 
-def test_a_photograph_is_refused(predict: Ask, tmp_path: Path, refused: Refused) -> None:
-    from skimage.data import astronaut
+@pytest.mark.parametrize("picture", ["astronaut", "coffee", "chelsea", "retina", "immunohistochemistry"])
+def test_a_photograph_or_another_stain_is_refused(predict: Ask, tmp_path: Path, refused: Refused, picture: str) -> None:
+    import skimage.data
 
-    path = save(tmp_path / "holiday.jpg", astronaut())
+    path = save(tmp_path / "holiday.jpg", getattr(skimage.data, picture)())
     refused(predict("segmentation=watershed", image=path), "holiday.jpg: is not coloured like H&E", "check_image=false")
+
+
+def test_a_grey_image_is_predicted_with_a_warning(
+    predict: Ask, pixels: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert predict("segmentation=watershed", image=save(tmp_path / "colour.png", pixels)) == (0, "")
+    assert "is grey" not in caplog.text
+    grey = save(tmp_path / "grey.png", pixels.mean(axis=2).astype(np.uint8))
+    assert predict("segmentation=watershed", image=grey) == (0, "")
+    assert "grey.png: is grey" in caplog.text
+
+
+def test_a_text_that_calls_itself_a_slide_is_refused(predict: Ask, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "slide.svs").write_text("to be sent with the next post\n" * 9)
+    refused(predict(image=tmp_path / "slide.svs"), "slide.svs: is no image, whatever its name says", "SVS, NDPI")
 
 
 def test_fluorescence_is_refused(predict: Ask, pixels: np.ndarray, tmp_path: Path, refused: Refused) -> None:
