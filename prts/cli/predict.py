@@ -68,8 +68,7 @@ def main(cfg: DictConfig) -> None:
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
     region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
-    turned = section.turned(orientation)
-    seen = matched(turned, str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
+    seen = matched(section.turned(orientation), str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
     encoder = encoder_from_settings(bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device)
     segmenter, prefer_given = _segmenter(cfg, bundle)
 
@@ -82,7 +81,7 @@ def main(cfg: DictConfig) -> None:
     in_file = orientation.nuclei_in_file(everywhere, section.file_size)
     if cfg.artefacts:
         with watch("artefacts"):
-            in_file = in_file.assign(artefact=prepare_artefacts(cache, turned, nuclei_path))
+            in_file = in_file.assign(artefact=prepare_artefacts(cache, seen, nuclei_path))
     nuclei, source = everywhere, nuclei_path.stem
     if region is not None:
         chosen = inside(region, in_file)
