@@ -150,6 +150,7 @@ def training(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[s
     weights = str(of.get("weights_sha256", ""))
     found.append(("weights (SHA-256)", weights[:16] + "…" if weights else ""))
     found.append(("this slide", str(about.get("verdict", ""))))
+    found.append(("slide was read", _turned(about.get("orientation", {}))))
     return [(term, words) for term, words in found if words]
 
 
@@ -203,6 +204,14 @@ def warnings(
                 f"{int(grey.sum()):,} of {len(var):,} genes were not predictable on validation; they are grey in the table."
             )
     return found
+
+
+def _turned(orientation: Mapping[str, Any]) -> str:
+    """How a prediction says that its slide was read, in words; nothing where it lay upright."""
+    angle, flip = int(orientation.get("rotate", 0)), str(orientation.get("flip", "none"))
+    words = [f"turned by {angle}° counter-clockwise"] if angle else []
+    words += {"horizontal": ["mirrored left to right"], "vertical": ["mirrored top to bottom"]}.get(flip, [])
+    return ", then ".join(words)
 
 
 def _of_nuclei(which: NDArray[np.bool_]) -> str:

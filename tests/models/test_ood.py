@@ -70,6 +70,12 @@ def test_the_verdict_follows_the_share_of_strange_nuclei() -> None:
     assert "genes" not in verdict(np.zeros(3, np.float32), None)
 
 
+def test_the_verdict_names_artefacts_where_they_are_many() -> None:
+    ood = np.zeros(100, np.float32)
+    assert "12% of nuclei lie on what looks like an artefact" in verdict(ood, None, np.arange(100) < 12)
+    assert "artefact" not in verdict(ood, None, np.arange(100) < 4) + verdict(ood, None)
+
+
 def test_a_bundle_of_format_version_1_predicts_as_when_it_was_made() -> None:
     bundle = load_bundle(V1)
     assert json.loads((V1 / "model.json").read_text())["format_version"] == 1

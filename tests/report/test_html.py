@@ -288,6 +288,14 @@ def test_warnings_say_what_to_beware_of():
     )
 
 
+def test_the_page_says_how_the_slide_was_read():
+    about = prediction().uns["prts"]
+    assert "slide was read" not in dict(facts.training(about, {}))
+    assert "slide was read" not in dict(facts.training(about | {"orientation": {"rotate": 0, "flip": "none"}}, {}))
+    turned = facts.training(about | {"orientation": {"rotate": 90, "flip": "horizontal"}}, {})
+    assert dict(turned)["slide was read"] == "turned by 90° counter-clockwise, then mirrored left to right"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
