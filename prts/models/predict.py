@@ -74,12 +74,15 @@ def predict_store(
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
 
+    def helping(features: NDArray[np.float32]) -> Iterator[Chunk]:
+        for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
+            part = features[i * chunk : (i + 1) * chunk]
+            yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
+
     def chunks() -> Iterator[Chunk]:
         for start in range(0, len(cell_ids), held):
-            features = read(cell_ids[start : start + held])
-            for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
-                part = features[i * chunk : (i + 1) * chunk]
-                yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
+            # no name here: it would keep one helping while the next is read
+            yield from helping(read(cell_ids[start : start + held]))
 
     yield from track(chunks(), f"predict {store.stem}", total=-(-len(cell_ids) // chunk))
 

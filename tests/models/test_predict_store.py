@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from prts.features.inputs import InputReader
 from prts.features.store import Rows, write_store
 from prts.models.predict import predict_store
 
@@ -58,6 +60,31 @@ def test_the_store_is_read_once_for_nuclei_in_any_order(
     assert rows_read["/cell_id"] == n
     for block in ("/local", "/global"):
         assert n * 0.9 <= rows_read[block] <= passes * n
+
+
+def test_one_helping_of_features_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    n, helpings = 4000, []
+    monkeypatch.setattr("prts.models.predict._HELD_BYTES", 4 * 2 * 1024)
+    ids = [f"c{i}" for i in range(n)]
+    write_store(tmp_path / "s.h5", ids, np.zeros((n, 2)), (1, 1), [Rows(*np.zeros((2, n, 1)))], {})
+    read = InputReader.__call__
+
+    def watched(self: InputReader, wanted: np.ndarray) -> np.ndarray:
+        assert [helping() for helping in helpings] == [None] * len(helpings)
+        features = read(self, wanted)
+        helpings.append(weakref.ref(features))
+        return features
+
+    class Fresh(Copy):
+        """Its predictions are its own memory, as a network's are."""
+
+        def predict_chunks(self, features: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for umi, prob in super().predict_chunks(features, chunk):
+                yield umi.copy(), prob.copy()
+
+    monkeypatch.setattr(InputReader, "__call__", watched)
+    assert sum(1 for _ in predict_store(Fresh(), tmp_path / "s.h5", pd.DataFrame({"cell_id": ids}), 0.5, 512)) == 8
+    assert len(helpings) == 4
 
 
 def test_few_nuclei_read_few_rows(tmp_path: Path, rows_read: Counter[str]) -> None:
