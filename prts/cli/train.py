@@ -152,13 +152,14 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
 
 
 def _settled(cfg: DictConfig) -> DictConfig:
-    """The config with `data.target: auto` replaced, after refusing what makes no sense together, before any work."""
+    """The config with each `auto` of target and precision replaced, after refusing what makes no sense together, before any work."""
     from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
 
     from prts.metrics.evaluate import check_intervals
     from prts.models.linear import TARGET, check_linear
     from prts.models.losses import check_recipe
+    from prts.precision import training_precision
 
     for group in ("loss", "encoder"):
         kind = get_class(cfg[group]._target_)
@@ -170,16 +171,19 @@ def _settled(cfg: DictConfig) -> DictConfig:
                     f"apply to this {group}"
                 )
     check_intervals(cfg.evaluation.block_um, cfg.evaluation.bootstrap)
+    cfg, precision = cfg.copy(), cfg.trainer.precision
+    if precision == "auto":
+        cfg.trainer.precision = "32-true"  # until Lightning has found the device
     try:
         for node in (cfg.model.optimizer, cfg.model.scheduler, *cfg.callbacks.values()):
             instantiate(node)
-        instantiate(cfg.trainer, logger=False)
+        trainer = instantiate(cfg.trainer, logger=False)
     except InstantiationException as error:
         raise InputError(f"{error.__cause__ or error}; `prts train --cfg job` shows the settings") from error
     for name, node in cfg.callbacks.items():
         if "monitor" in node and node.monitor not in MONITORED:
             raise InputError(f"callbacks.{name}.monitor: {node.monitor} is not logged ({', '.join(MONITORED)} are)")
-    cfg = cfg.copy()
+    cfg.trainer.precision = training_precision(precision, trainer.strategy.root_device)
     if cfg.model.baseline:
         check_linear(cfg.model.baseline)
         cfg.data.target, cfg.model.output.gate = TARGET, "none"

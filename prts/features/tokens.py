@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from prts.errors import InputError
 from prts.features.pooling import center2x2, channel_pairs, patch_overlap, patches_around, pool_local, pool_shared
 from prts.io.cache import sha256_file
+from prts.precision import computes_bf16, cpu_has
 
 logger = logging.getLogger(__name__)
 
@@ -394,12 +395,7 @@ def _plain_attention_is_faster(precision: str, device: torch.device) -> bool:
 
     In bf16 that one is fast on AMX and on GPUs only: with AVX-512 alone it takes twice as long as the products (docs/speed.md).
     """
-    return precision == "bf16" and device.type == "cpu" and not _cpu_has("_is_amx_tile_supported")
-
-
-def _cpu_has(probe: str) -> bool:
-    """What a probe of torch says; no where this torch has no such probe."""
-    return bool(getattr(torch.cpu, probe, bool)())
+    return precision == "bf16" and device.type == "cpu" and not cpu_has("_is_amx_tile_supported")
 
 
 def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
@@ -408,8 +404,4 @@ def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "f
         raise InputError(f"encoder.precision: {precision!r} is unknown; auto, bf16 or fp32")
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    native = device.type == "cpu" and any(_cpu_has(probe) for probe in probes)
-    return "bf16" if native else "fp32"
+    return "bf16" if computes_bf16(device) else "fp32"

@@ -82,6 +82,7 @@ def _fit_network(
     )
     callbacks = [checkpoint, *(instantiate(node) for node in cfg.callbacks.values())]
     trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=start_loggers() or False)
+    logger.info("network: %s on %s", trainer.precision, trainer.strategy.root_device)
     if goes_on_from is not None:
         logger.info("going on from %s", goes_on_from)
     trainer.fit(module, datamodule=datamodule, ckpt_path=goes_on_from, weights_only=True)

@@ -119,10 +119,19 @@ class PRTSNet(nn.Module):
         """
         if self.standardize:
             features = (features - self.input_mean) / self.input_scale
-        hidden = self.body(features)
+        hidden = features
+        for number, block in enumerate(self.body):
+            hidden = block(hidden) if number or self.standardize else _in_float32(block, hidden)
         level = self.level(hidden)
         logit = self.logit(hidden) if self.heads == "dual" else self.logit_slope * level + self.logit_offset
         return level, logit
+
+
+def _in_float32(block: nn.Module, features: Tensor) -> Tensor:
+    """A block on raw features, whatever autocast says: bfloat16 has too few digits for a small spread on a large mean."""
+    with torch.autocast(features.device.type, enabled=False):
+        hidden: Tensor = block(features)
+    return hidden
 
 
 def _paper_block(width_in: int, width_out: int, dropout: float) -> nn.Module:

@@ -42,7 +42,12 @@ class Kill(pl.Callback):
 
 
 def fit(
-    draw: Draw, folder: Path, *, kill: tuple[int, int] | None = None, resume: bool = False
+    draw: Draw,
+    folder: Path,
+    *,
+    kill: tuple[int, int] | None = None,
+    resume: bool = False,
+    precision: str = "32-true",
 ) -> tuple[PRTSModule, KeepBest]:
     """Dropout, a scheduler that watches a plateau, and early stopping: everything that has a state."""
     train, val = draw(200, 1), draw(100, 2)
@@ -58,6 +63,7 @@ def fit(
     callbacks = [EpochCheckpoint(folder / NAME, INPUTS), pl.callbacks.EarlyStopping("val/loss", patience=3), best]
     trainer = pl.Trainer(
         accelerator="cpu",
+        precision=precision,
         max_epochs=EPOCHS,
         logger=False,
         enable_checkpointing=False,
@@ -78,12 +84,16 @@ def fit(
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("at", [(1, 0), (3, 4), (5, 6)])
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, poisson_nuclei: Draw, at: tuple[int, int]) -> None:
-    whole, best = fit(poisson_nuclei, tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("at", "precision"), [((1, 0), "32-true"), ((3, 4), "32-true"), ((5, 6), "32-true"), ((3, 4), "bf16-mixed")]
+)
+def test_a_killed_run_goes_on_to_the_same_weights(
+    tmp_path: Path, poisson_nuclei: Draw, at: tuple[int, int], precision: str
+) -> None:
+    whole, best = fit(poisson_nuclei, tmp_path / "whole", precision=precision)
     with pytest.raises(KilledError):
-        fit(poisson_nuclei, tmp_path / "killed", kill=at)
-    after, again = fit(poisson_nuclei, tmp_path / "killed", resume=True)
+        fit(poisson_nuclei, tmp_path / "killed", kill=at, precision=precision)
+    after, again = fit(poisson_nuclei, tmp_path / "killed", resume=True, precision=precision)
     assert after.trainer.current_epoch == whole.trainer.current_epoch
     assert after.trainer.global_step == whole.trainer.global_step
     assert again.best_epoch == best.best_epoch

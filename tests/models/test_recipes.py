@@ -65,6 +65,21 @@ def test_an_experiment_is_the_methods_setting(column: int) -> None:
     }
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_follows_the_processor_where_it_is_auto(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr("prts.precision.computes_bf16", lambda device: native)
+    auto = "bf16-mixed" if native else "32-true"
+    for experiment, precision in (("best", auto), ("paper", "32-true"), ("released", "32-true")):
+        settled = _settled(config("tissue=demo", "trainer=cpu", f"experiment={experiment}"))
+        assert settled.trainer.precision == precision, experiment
+    for asked in ("32-true", "bf16-mixed"):
+        given = config("tissue=demo", "trainer=cpu", f"trainer.precision={asked}")
+        assert _settled(given).trainer.precision == asked
+    wide = config("tissue=demo", "trainer=cpu", "experiment=paper", "trainer.precision=auto")
+    assert _settled(wide).trainer.precision == auto
+    assert wide.trainer.precision == "auto"  # the composed config itself stays as it is
+
+
 def test_the_released_pooling_is_left_away_where_an_encoder_has_none() -> None:
     assert config("tissue=demo", "experiment=released").encoder.pooling == "nucleus"
 
