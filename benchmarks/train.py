@@ -1,4 +1,7 @@
-"""An epoch of training in the paper's setting: against its bare matrix products, and against a plain loop over dense samples."""
+"""An epoch of training in the paper's setting: against its bare matrix products, and against a plain fp32 loop over dense samples.
+
+In float32, which is this setting's default, and in what `trainer.precision=auto` comes to on this machine.
+"""
 
 from __future__ import annotations
 
@@ -12,64 +15,83 @@ from benchmarks.harness import QUICK_SIZES, SIZES, Part, child, growth, interlea
 NEEDS_DATA = False
 NUCLEI, FEATURES, GENES, VALIDATION = 56_761, 576, 1_820, 10_000
 BATCH = 256
+FP32 = "32-true"
 
 
 def run(quick: bool) -> Part:
     part = Part()
     size = {"n": 600, "genes": 50, "n_val": 100} if quick else {"n": NUCLEI, "genes": GENES, "n_val": VALIDATION}
     timed = child(compare, **size, rounds=1 if quick else 3).result
-    seconds = timed["seconds"]
+    seconds, precision = timed["seconds"], timed["precision"]
+    chosen = seconds[f"{precision} with validation"]
     slow = child(straightforward_epoch, **size, n_batches=2 if quick else 20).result
     peak, slow_peak = (child(way, **size).peak_gb for way in (fit, hold_dense))
     part.figures = {
-        "train/over_matmul": seconds["epoch"] / seconds["matmul"],
-        "train/speedup": slow["seconds"] / seconds["epoch with validation"],
+        "train/over_matmul": seconds[FP32] / seconds[f"{FP32} products"],
+        "train/speedup": slow["seconds"] / chosen,
         "train/peak_gb": peak,
     }
     part.row(
-        f"an epoch, {size['n']:,} x {FEATURES} -> {size['genes']:,}, the paper's network, fp32, through Lightning",
-        f"{seconds['epoch']:.1f} s",
+        f"an epoch, {size['n']:,} x {FEATURES} -> {size['genes']:,}, the paper's network, in fp32, through Lightning",
+        f"{seconds[FP32]:.1f} s",
         "",
-        f"{seconds['matmul']:.1f} s: its bare matrix products, forward and backward "
-        f"({timed['flop'] / seconds['matmul'] / 1e9:.0f} GFLOP/s; 4096²: {timed['rate'] / 1e9:.0f})",
+        _limit(timed, FP32),
         ["train/over_matmul"],
     )
+    if precision != FP32:
+        part.row(
+            f"the same with `trainer.precision=auto` (not the default of this setting), {precision} here",
+            f"{seconds[precision]:.1f} s",
+            limit=_limit(timed, precision),
+        )
     part.row(
-        f"the same with validation of {size['n_val']:,} nuclei (straightforward: {slow['batches']} of {slow['of']} batches timed and "
-        f"metrics of {slow['timed']:,} genes, scaled)",
-        f"{seconds['epoch with validation']:.1f} s, {peak:.1f} GB",
+        f"the same with validation of {size['n_val']:,} nuclei, `trainer.precision=auto` (straightforward: fp32, {slow['batches']} of "
+        f"{slow['of']} batches timed and metrics of {slow['timed']:,} genes, scaled)",
+        f"{chosen:.1f} s, {peak:.1f} GB"
+        + (f"; in fp32 {seconds[f'{FP32} with validation']:.1f} s" if precision != FP32 else ""),
         f"{slow['seconds']:.0f} s, of which metrics {slow['metrics']:.0f}; {slow_peak:.1f} GB",
         keys=["train/speedup", "train/peak_gb"],
     )
     sizes = QUICK_SIZES if quick else (*SIZES[:-1], NUCLEI)
     by_size = {n: child(fit, **{**size, "n": n}).result for n in sizes}
-    part.row("growth over nuclei (an epoch without validation)", growth(by_size))
+    part.row(f"growth over nuclei (an epoch without validation, in {precision})", growth(by_size))
     return part
 
 
+def _limit(timed: dict[str, Any], precision: str) -> str:
+    seconds = timed["seconds"][f"{precision} products"]
+    return (
+        f"{seconds:.1f} s: its bare matrix products, forward and backward "
+        f"({timed['flop'] / seconds / 1e9:.0f} GFLOP/s; 4096²: {timed['rates'][precision] / 1e9:.0f})"
+    )
+
+
 def compare(n: int, genes: int, n_val: int, rounds: int) -> dict[str, Any]:
-    """Seconds of an epoch with and without validation and of its matrix products, interleaved."""
-    import torch
+    """Seconds of an epoch with and without validation and of its matrix products in each precision, interleaved."""
+    from functools import partial
 
     from benchmarks.machine import matmul_rate
 
     data, trained = _data(n, genes, n_val), _module(genes)
-    products, flop = _products(n, genes)
     loaders = data.train_dataloader(), data.val_dataloader()
-    ways: dict[str, Callable[[], float | None]] = {
-        "epoch": lambda: _epoch(trained, loaders[0], None),
-        "matmul": products,
-        "epoch with validation": lambda: _epoch(trained, *loaders),
-    }
+    chosen = _precision()
+    ways: dict[str, Callable[[], float | None]] = {}
+    rates = {}
+    for precision in dict.fromkeys((FP32, chosen)):
+        dtype = "float32" if precision == FP32 else "bfloat16"
+        products, flop = _products(n, genes, dtype)
+        ways[precision] = partial(_epoch, trained, loaders[0], None, precision)
+        ways[f"{precision} products"] = products
+        ways[f"{precision} with validation"] = partial(_epoch, trained, *loaders, precision)
+        rates[precision] = matmul_rate(dtype)
     interleave(ways, 1)  # the first products of a process are slower
-    seconds = interleave(ways, rounds)
-    return {"seconds": seconds, "flop": flop, "rate": matmul_rate("float32"), "threads": torch.get_num_threads()}
+    return {"seconds": interleave(ways, rounds), "flop": flop, "rates": rates, "precision": chosen}
 
 
 def fit(n: int, genes: int, n_val: int) -> float:
     """Seconds of one epoch without validation; training needs the memory of both sets."""
     data, trained = _data(n, genes, n_val), _module(genes)
-    return _epoch(trained, data.train_dataloader(), None)
+    return _epoch(trained, data.train_dataloader(), None, _precision())
 
 
 def straightforward_epoch(n: int, genes: int, n_val: int, n_batches: int) -> dict[str, Any]:
@@ -117,7 +139,16 @@ def hold_dense(n: int, genes: int, n_val: int) -> float:
     return straightforward.train_batches(net, loss, optimizer, loader, 2) + len(val)
 
 
-def _epoch(trained: Any, train: Any, val: Any) -> float:
+def _precision() -> str:
+    """What `trainer.precision=auto` comes to on this machine."""
+    import torch
+
+    from prts.precision import training_precision
+
+    return str(training_precision("auto", torch.device("cpu")))
+
+
+def _epoch(trained: Any, train: Any, val: Any, precision: str) -> float:
     """Seconds of an epoch of Lightning's, from its start to its end, validation included where there is any."""
     import pytorch_lightning as pl
 
@@ -132,7 +163,7 @@ def _epoch(trained: Any, train: Any, val: Any) -> float:
 
     clock = Clock()
     config = _config().trainer
-    config.max_epochs = 1
+    config.max_epochs, config.precision = 1, precision
     trainer = _instantiate(config, callbacks=[clock], logger=False)
     trainer.fit(trained, train, val)
     return clock.stop - clock.start
@@ -227,16 +258,18 @@ def _dense(n: int, genes: int, seed: int) -> tuple[Any, Any]:
     return _features(n, seed), _counts(n, genes, seed).toarray()
 
 
-def _products(n: int, genes: int) -> tuple[Callable[[], None], float]:
+def _products(n: int, genes: int, dtype: str) -> tuple[Callable[[], None], float]:
     """The epoch's matrix products, each layer's forward, and backward for weights and (but for the first layer) inputs; and their FLOP."""
     import torch
 
     widths = (FEATURES, 512, 512, 1024, 1024)
     layers = [*pairwise(widths), (widths[-1], genes), (widths[-1], genes)]
+    kind = getattr(torch, dtype)
     triples = [
-        (torch.randn(BATCH, a), torch.randn(b, a), torch.randn(BATCH, b), first) for first, (a, b) in enumerate(layers)
+        (*(torch.randn(shape, dtype=kind) for shape in ((BATCH, a), (b, a), (BATCH, b))), number)
+        for number, (a, b) in enumerate(layers)
     ]
-    outs = [(torch.empty(BATCH, b), torch.empty(b, a), torch.empty(BATCH, a)) for a, b in layers]
+    outs = [[torch.empty(shape, dtype=kind) for shape in ((BATCH, b), (b, a), (BATCH, a))] for a, b in layers]
     batches = n / BATCH
 
     def products() -> None:
