@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.io.nuclei import load_nuclei
-from prts.io.prediction import SCALE, nuclei_path
+from prts.io.own_data import DAMAGED, require_own_data
+from prts.io.prediction import nuclei_path, require_scale
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -71,7 +72,11 @@ class PredictionFile:
             starts = range(0, len(self.obs), size)
             for start in track(starts, f"export {self.path.stem}", total=len(starts)):
                 rows = slice(start, min(start + size, len(self.obs)))
-                yield rows, _rows(x, rows, len(self.var))[:, columns]
+                try:
+                    values = _rows(x, rows, len(self.var))
+                except DAMAGED as error:
+                    raise InputError(f"{self.path}: X is damaged ({error}); predict again") from error
+                yield rows, values[:, columns]
 
     def nuclei(self) -> gpd.GeoDataFrame:
         """The polygons of `<name>.nuclei.parquet`, in the order of the nuclei.
@@ -105,19 +110,19 @@ def open_prediction(path: Path) -> PredictionFile:
         raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
+    require_own_data(path)
     try:
         with h5py.File(path) as file:
             obs, var, uns, xy_px = (read_elem(file[key]) for key in ("obs", "var", "uns", "obsm/spatial"))
             shape = _shape(file["X"])
-    except (KeyError, OSError) as error:
+        obs.index, var.index = obs.index.astype(str), var.index.astype(str)
+        xy_px = np.asarray(xy_px, dtype=np.float64).reshape(len(obs), 2)
+    except Exception as error:  # anndata raises whatever a foreign HDF5 file leads it to
         raise InputError(f"{path}: is not a prediction of `prts predict` ({error})") from error
-    scale = uns.get("prts", {}).get("scale")
-    if scale != SCALE:
-        raise InputError(f"{path}: uns['prts']['scale'] is {scale!r}; a prediction has UMI counts, {SCALE!r}")
+    require_scale(path, uns)
     if shape != (len(obs), len(var)):
         raise InputError(f"{path}: X is of {shape}, not of {len(obs)} nuclei x {len(var)} genes; predict again")
-    obs.index, var.index = obs.index.astype(str), var.index.astype(str)
-    return PredictionFile(path, obs.rename_axis("cell_id"), var, uns, np.asarray(xy_px, dtype=np.float64))
+    return PredictionFile(path, obs.rename_axis("cell_id"), var, uns, xy_px)
 
 
 def _shape(x: h5py.Group | h5py.Dataset) -> tuple[int, int]:
@@ -132,4 +137,5 @@ def _rows(x: h5py.Group | h5py.Dataset, rows: slice, width: int) -> NDArray[np.f
     pointers = x["indptr"][rows.start : rows.stop + 1]
     part = slice(int(pointers[0]), int(pointers[-1]))
     block = sp.csr_matrix((x["data"][part], x["indices"][part], pointers - pointers[0]), (len(pointers) - 1, width))
+    block.check_format(full_check=True)
     return np.asarray(block.toarray(), dtype=np.float32)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.io.own_data import DAMAGED, require_own_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,9 +101,18 @@ class StoreReader:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
+        require_own_data(_existing(self.path))
         with _opened(self.path) as store:
             self.known = pd.Index(store["cell_id"].asstr()[:])
-            self._widths = {name: int(store[name].shape[1]) for name in ("global", "local")}
+            shapes = {name: store[name].shape for name in ("global", "local")}
+            numbers = all(store[name].dtype.kind in "fiu" for name in shapes)
+        n = len(self.known)
+        if not self.known.is_unique or not numbers or not all(len(s) == 2 and s[0] == n for s in shapes.values()):
+            raise InputError(
+                f"{self.path}: is no feature store: {n} cell_id, which must be unique, beside global {shapes['global']} and "
+                f"local {shapes['local']}; extract the features again"
+            )
+        self._widths = {name: int(shape[1]) for name, shape in shapes.items()}
 
     def width(self, block: str) -> int:
         """Columns of `global` or `local`."""
@@ -193,7 +203,7 @@ def read_store_attrs(path: Path) -> dict[str, Any]:
     """
     with _opened(path) as store:
         attrs = {key: value.item() if isinstance(value, np.generic) else value for key, value in store.attrs.items()}
-    return {key: _decoded(value) for key, value in attrs.items()}
+        return {key: _decoded(value) for key, value in attrs.items()}
 
 
 def _decoded(value: Any) -> Any:
@@ -204,9 +214,7 @@ def _decoded(value: Any) -> Any:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[h5py.File]:
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a feature store (features-*.h5) is wanted")
+    path = _existing(Path(path))
     try:
         store = h5py.File(path, "r")
     except OSError as error:
@@ -214,9 +222,15 @@ def _opened(path: Path) -> Iterator[h5py.File]:
             f"{path}: cannot be read as HDF5 ({error}); a feature store is wanted, extract it again"
         ) from error
     with store:
-        if missing := [name for name in _DATASETS if name not in store]:
-            raise InputError(f"{path}: is no feature store, it has no /{missing[0]}; extract the features again")
         try:
+            if missing := [name for name in _DATASETS if not isinstance(store.get(name), h5py.Dataset)]:
+                raise InputError(f"{path}: is no feature store, it has no /{missing[0]}; extract the features again")
             yield store
-        except OSError as error:
+        except DAMAGED as error:
             raise InputError(f"{path}: is damaged ({error}); extract the features again") from error
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a feature store (features-*.h5) is wanted")
+    return path

@@ -1,39 +1,118 @@
-"""HDF5 files that hold their own data: a link could make a file that is handed around read another one of its reader's machine."""
+"""HDF5 files that hold their own data, and nothing that contradicts itself.
+
+A link could make a file that is handed around read another one of its reader's machine; sizes that are not true ask for all memory there
+is, and indices out of range are written to where they point by the loops of scipy.
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
 import h5py
+from scipy.sparse import issparse
 
 from prts.errors import InputError
 
+# What h5py raises of a damaged file, as deep as the damage lies; SystemError where it loses an error of its own.
+DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, SystemError, MemoryError)
+
+_HEAP = b"GCOL\1\0\0\0"
+# Deflate, the densest of HDF5's own ways to compress, makes one byte of at most 1,032; a few megabytes are made of nothing.
+_DENSEST = 1100
+_FREE_BYTES = 16 << 20
+
+
+def holds_its_values(dataset: h5py.Dataset) -> bool:
+    """Whether all values of a dataset can lie in its file: for those that were never written, HDF5 makes up any number of zeros."""
+    n_bytes = math.prod(dataset.shape or ()) * dataset.dtype.itemsize
+    return bool(n_bytes <= _FREE_BYTES + _DENSEST * dataset.id.get_storage_size())
+
+
+def endless_strings(path: Path) -> bool:
+    """Whether HDF5 would never return from a heap of strings of this file: it goes on by the length of each part, and some are 0.
+
+    A block of zeros, as an interrupted copy leaves it, is enough.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = data.find(_HEAP)
+            while at >= 0:
+                end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
+                part = at + 16
+                while part + 16 <= end:
+                    index, length = int.from_bytes(data[part : part + 2], "little"), data[part + 8 : part + 16]
+                    n_bytes = int.from_bytes(length, "little")
+                    step = (n_bytes if index == 0 else 16 + n_bytes + -n_bytes % 8) % (1 << 64)
+                    if step == 0:
+                        return True
+                    part += step
+                at = data.find(_HEAP, at + 1)
+    except (OSError, ValueError):  # an empty file, or none: for HDF5 to say
+        pass
+    return False
+
 
 def require_own_data(path: Path) -> None:
-    """Refuse an HDF5 file with soft or external links, or datasets that lie in other files.
+    """Refuse an HDF5 file with soft or external links, or datasets that lie in other files or, as to their size, nowhere.
 
     Raises
     ------
     InputError
         If it has any, or cannot be read.
     """
+    if endless_strings(path):
+        raise InputError(f"{path}: damaged (zeros in a heap of strings); get a complete copy")
     links: list[str] = []
+    hollow: list[str] = []
 
     def look(name: str, link: Any) -> None:
         if not isinstance(link, h5py.HardLink):
             links.append(name)
 
     def lies_elsewhere(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and (item.is_virtual or item.external):
+        if not isinstance(item, h5py.Dataset):
+            return
+        if item.is_virtual or item.external:
             links.append(name)
+        elif not holds_its_values(item):
+            hollow.append(name)
 
     try:
         with h5py.File(path, "r") as file:
             file.visititems_links(look)
             if not links:
                 file.visititems(lies_elsewhere)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+    except DAMAGED as error:
         raise InputError(f"{path}: not HDF5, or damaged ({error}); get a complete copy") from error
     if links:
         raise InputError(f"{path}: {links[0]} is a link to elsewhere; a file that holds its own data is needed")
+    if hollow:
+        raise InputError(f"{path}: {hollow[0]} has more values than the file can hold; get a complete copy")
+
+
+def require_sound_matrix(path: Path, name: str, matrix: Any) -> None:
+    """Refuse what is no matrix of real numbers, or a sparse one whose pointers or indices point out of it: scipy would follow them.
+
+    Parameters
+    ----------
+    path, name
+        The file, and what the matrix is called in it.
+    matrix
+        As anndata read it, sparse or dense.
+
+    Raises
+    ------
+    InputError
+        If it is so.
+    """
+    try:
+        if issparse(matrix):
+            matrix.check_format(full_check=True)
+        kind = matrix.dtype.kind
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: {name} contradicts itself ({error}); get a complete copy") from error
+    if kind not in "iufb":
+        raise InputError(f"{path}: {name} holds {matrix.dtype}; numbers are needed")

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 from prts.errors import InputError
 from prts.io.cache import atomic
 from prts.io.nuclei import write_nuclei
-from prts.io.own_data import require_own_data
+from prts.io.own_data import require_own_data, require_sound_matrix
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -258,17 +258,31 @@ def read_prediction(path: Path) -> ad.AnnData:
         prediction = ad.read_h5ad(path)
     except Exception as error:  # anndata raises whatever a foreign HDF5 file leads it to
         raise InputError(f"{path}: cannot be read as .h5ad ({type(error).__name__}: {error})") from error
-    scale = prediction.uns.get("prts", {}).get("scale")
-    if scale is None:
-        raise InputError(f"{path}: has no uns['prts']['scale']; expected a prediction of `prts predict`")
-    if scale != SCALE:
-        raise InputError(f"{path}: is on the scale {scale!r}; UMI counts, {SCALE!r}, would be right")
+    require_scale(path, prediction.uns)
     if prediction.X is None or "spatial" not in prediction.obsm:
         raise InputError(f"{path}: has no X or no obsm['spatial']; expected a prediction of `prts predict`")
+    for name, matrix in {"X": prediction.X, **prediction.layers}.items():
+        require_sound_matrix(path, name, matrix)
     values = prediction.X.data if hasattr(prediction.X, "indptr") else prediction.X
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise InputError(f"{path}: X holds negative or non-finite values; expected UMI counts")
     return prediction
+
+
+def require_scale(path: Path, uns: Any) -> None:
+    """Refuse a file whose `uns["prts"]["scale"]` does not say UMI.
+
+    Raises
+    ------
+    InputError
+        If it says another scale or nothing.
+    """
+    prts = uns.get("prts") if isinstance(uns, Mapping) else None
+    scale = prts.get("scale") if isinstance(prts, Mapping) else None
+    if scale is None:
+        raise InputError(f"{path}: has no uns['prts']['scale']; expected a prediction of `prts predict`")
+    if not isinstance(scale, str) or scale != SCALE:
+        raise InputError(f"{path}: uns['prts']['scale'] is {scale!r}; UMI counts, {SCALE!r}, would be right")
 
 
 def _at_most(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.io.own_data import require_own_data
+from prts.io.own_data import require_own_data, require_sound_matrix
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ def read_spots(path: Path | str) -> Spots:
         raise InputError(f"{path}: holds no counts; spots x genes in X are needed")
     if not (counts.obs_names.is_unique and counts.var_names.is_unique):
         raise InputError(f"{path}: names of spots or genes are there twice; they must be unique")
+    require_sound_matrix(path, "X", counts.X)
     counts.X = _integers(path, counts.X)
     xy = np.asarray(counts.obsm.get("spatial", np.empty(0)))
     if xy.shape != (counts.n_obs, 2) or xy.dtype.kind not in "iuf" or not np.isfinite(xy).all():

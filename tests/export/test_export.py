@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import anndata as ad
 import geopandas as gpd
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +14,7 @@ import shapely
 import tifffile
 
 from prts.cli.app import run
+from prts.errors import InputError
 from prts.export.source import open_prediction
 from prts.export.tables import write_csv
 from prts.io.nuclei import read_nuclei
@@ -245,3 +247,33 @@ def test_a_gene_named_like_another_column_is_refused(tmp_path, capsys):
     assert export(prediction, "csv", tmp_path / "t.csv") == 2
     assert "'x' is also the name of another column" in capsys.readouterr().err
     assert export(prediction, "csv", tmp_path / "t.csv", "genes=B") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "why"),
+    [
+        ("X/indices", 1_000_000, "X is damaged"),
+        ("X/indptr", 1_000_000, "X is damaged"),
+        ("uns/prts/scale", "log1p", "log1p"),
+        ("obsm/spatial", "a", "is not a prediction"),
+        ("obs", h5py.ExternalLink("other.h5ad", "obs"), "is a link to elsewhere"),
+    ],
+)
+def test_a_file_that_is_no_sound_prediction_is_refused(tmp_path, name, value, why):
+    write_prediction(tmp_path / "p.h5ad")
+    with h5py.File(tmp_path / "p.h5ad", "r+") as file:
+        if name.startswith("X/"):
+            file[name][5] = value
+        else:
+            del file[name]
+            file[name] = value
+    with pytest.raises(InputError, match=why):
+        list(open_prediction(tmp_path / "p.h5ad").chunks(np.array([0])))
+
+
+def test_polygons_of_one_id_twice_are_refused(tmp_path):
+    write_prediction(tmp_path / "p.h5ad")
+    polygons = gpd.read_parquet(nuclei_path(tmp_path / "p.h5ad"))
+    polygons.assign(cell_id="a").to_parquet(nuclei_path(tmp_path / "p.h5ad"))
+    with pytest.raises(InputError, match="does not hold unique ids"):
+        open_prediction(tmp_path / "p.h5ad").nuclei()

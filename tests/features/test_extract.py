@@ -251,3 +251,31 @@ def test_wrong_stores_are_refused_in_one_line(tmp_path):
         with pytest.raises(InputError, match=why) as caught:
             read_features(wrong)
         assert "\n" not in str(caught.value) and wrong.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "why"),
+    [
+        ("global", np.zeros((9, 2), np.float32), "is no feature store: 10 cell_id"),
+        ("global", np.zeros(10, np.float32), "is no feature store"),
+        ("local", np.full((10, 1), "a", object), "is no feature store"),
+        ("cell_id", np.full(10, "twice", object), "must be unique"),
+        ("cell_id", np.arange(10), "damaged"),
+        ("cell_id", h5py.SoftLink("/spatial"), "is a link to elsewhere"),
+    ],
+)
+def test_stores_that_contradict_themselves_are_refused(tmp_path, name, values, why):
+    path = _store(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        del file[name]
+        file[name] = values
+    with pytest.raises(InputError, match=why):
+        read_features(path)
+
+
+def test_attributes_that_are_no_json_are_refused(tmp_path):
+    path = _store(tmp_path / "s.h5")
+    with h5py.File(path, "r+") as file:
+        file.attrs["encoder"] = "{"
+    with pytest.raises(InputError, match=r"s\.h5: is damaged"):
+        read_store_attrs(path)

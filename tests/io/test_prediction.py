@@ -240,6 +240,14 @@ def test_reading_what_is_no_prediction(tmp_path, values):
     ad.AnnData(np.ones((2, 2)), uns={"prts": {"scale": "log1p"}}).write_h5ad(tmp_path / "log.h5ad")
     with pytest.raises(InputError, match="log1p"):
         read_prediction(tmp_path / "log.h5ad")
+    ad.AnnData(np.ones((2, 2)), uns={"prts": np.ones(2)}).write_h5ad(tmp_path / "odd.h5ad")
+    with pytest.raises(InputError, match=r"uns\['prts'\]"):
+        read_prediction(tmp_path / "odd.h5ad")
+    write(tmp_path / "p.h5ad", *values)
+    with h5py.File(tmp_path / "p.h5ad", "a") as file:
+        file["X/indices"][3] = 1_000_000
+    with pytest.raises(InputError, match="X contradicts itself"):
+        read_prediction(tmp_path / "p.h5ad")
     write(tmp_path / "p.h5ad", *values)
     with h5py.File(tmp_path / "p.h5ad", "a") as file:
         file["X/data"][3] = np.nan

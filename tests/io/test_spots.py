@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -80,6 +81,40 @@ def test_wrong_spots_are_refused(tmp_path: Path, damage: Callable[[ad.AnnData], 
     data.write_h5ad(tmp_path / "spots.h5ad")
     with pytest.raises(InputError, match=rf"spots\.h5ad.*{message}"):
         read_spots(tmp_path / "spots.h5ad")
+
+
+def edit(path: Path, name: str, values: object, **options: object) -> None:
+    with h5py.File(path, "r+") as file:
+        attributes = dict(file[name].attrs)
+        del file[name]
+        file.create_dataset(name, data=values, **options).attrs.update(attributes)
+
+
+def test_a_sparse_matrix_that_points_out_of_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spots.h5ad"
+    spots().write_h5ad(path)
+    edit(path, "X/indices", np.full(np.count_nonzero(COUNTS), 3_000_000, np.int32))
+    with pytest.raises(InputError, match=r"spots\.h5ad: X contradicts itself"):
+        read_spots(path)
+
+
+def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "spots.h5ad"
+    spots().write_h5ad(path)
+    edit(path, "obsm/spatial", None, shape=(2, 1 << 40), dtype="f8", chunks=(1, 1024))
+    with pytest.raises(InputError, match="obsm/spatial has more values than the file can hold"):
+        read_spots(path)
+
+
+def test_zeros_among_strings_do_not_hang_hdf5(tmp_path: Path) -> None:
+    path = tmp_path / "spots.h5ad"
+    spots().write_h5ad(path)
+    data = bytearray(path.read_bytes())
+    heap = data.index(b"GCOL") + 16
+    data[heap : heap + 64] = bytes(64)
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="zeros in a heap of strings"):
+        read_spots(path)
 
 
 def test_what_is_no_h5ad(tmp_path: Path) -> None:
