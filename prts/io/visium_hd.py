@@ -119,12 +119,12 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     path = _file(Path(bins), _SCALEFACTORS)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no JSON ({error}); Space Ranger's own file is needed") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}; a JSON object of scale factors is needed")
     factors = {
-        key: float(value)
+        key: _float(value)
         for key, value in content.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
@@ -186,21 +186,36 @@ def _file(bins: Path, name: str) -> Path:
     raise InputError(f"{path}: no such file; Space Ranger's binned_outputs/{_FOLDER} holds it")
 
 
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        return math.inf
+
+
 def _numbers(path: Path, name: str, *, integer: bool) -> NDArray[Any]:
     """One numeric column without gaps."""
     try:
         with pq.ParquetFile(path) as file:  # not read_table, which takes a folder called "a=b" for a column
-            column = file.read(columns=[name])
-    except (pa.ArrowException, OSError) as error:
+            n_rows = file.metadata.num_rows
+            column = file.read(columns=[name]) if n_rows <= _MAX_GRID else None
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: no parquet file that can be read ({error})") from error
-    if name not in column.column_names:
-        raise InputError(f"{path}: has no column {name}; Space Ranger's own file is needed")
+    if column is None:
+        raise InputError(f"{path}: lists {n_rows} bins, more than any array has; Space Ranger's own file is needed")
+    if column.column_names.count(name) != 1:
+        what = "two columns" if name in column.column_names else "no column"
+        raise InputError(f"{path}: has {what} {name}; Space Ranger's own file is needed")
     values = column.column(name)
+    if len(values) != n_rows:
+        raise InputError(f"{path}: column {name} has {len(values)} of {n_rows} values; get a complete copy")
     is_number = pa.types.is_integer(values.type) or (not integer and pa.types.is_floating(values.type))
     if not is_number or values.null_count:
         what = "whole numbers" if integer else "numbers"
         raise InputError(f"{path}: column {name} must hold {what}, one for each bin")
     numbers: NDArray[Any] = values.to_numpy()
+    if numbers.dtype == np.uint64:  # which would make floats with any other type
+        numbers = np.minimum(numbers, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
     if not integer and not np.isfinite(numbers).all():
         raise InputError(f"{path}: column {name} has values that are not finite; every bin needs a position")
     return numbers

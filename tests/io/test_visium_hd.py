@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -233,6 +234,29 @@ def test_contradictions_are_found(matrix_file: Path, damage: Callable[[Path], No
         list(matrix.chunks())
 
 
+def test_sizes_beyond_what_the_file_holds_are_refused(matrix_file: Path) -> None:
+    with h5py.File(matrix_file, "r+") as h5:
+        del h5["matrix/barcodes"]
+        h5["matrix"].create_dataset("barcodes", (1 << 40,), "S21", chunks=(1024,))
+    with pytest.raises(InputError, match="matrix/barcodes has more values than the file can hold"):
+        BinMatrix(matrix_file)
+
+
+def test_zeros_among_strings_do_not_hang_hdf5(matrix_file: Path) -> None:
+    with h5py.File(matrix_file, "r+") as h5:
+        names = h5["matrix/features/name"][:].astype(object)
+        del h5["matrix/features/name"]
+        h5["matrix/features"].create_dataset("name", data=names, dtype=h5py.string_dtype())
+    with BinMatrix(matrix_file) as matrix:
+        assert matrix.gene_names.tolist() == ["Actb", "Dup", "Dup", "", "Ttr"]
+    data = bytearray(matrix_file.read_bytes())
+    heap = data.index(b"GCOL") + 16
+    data[heap : heap + 64] = bytes(64)
+    matrix_file.write_bytes(data)
+    with pytest.raises(InputError, match="zeros in a heap of strings"):
+        BinMatrix(matrix_file)
+
+
 def test_data_kept_in_other_files_is_refused(matrix_file: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_bytes(b"\1\0\0\0" * 200)
@@ -334,11 +358,41 @@ def test_share_of_bins_outside_the_image(tmp_path: Path) -> None:
         ({"pxl_row_in_fullres": np.nan}, "position|numbers"),
         ({"pxl_row_in_fullres": np.inf}, "finite"),
         ({"pxl_row_in_fullres": "a"}, "numbers"),
+        ({"array_row": np.uint64(2**64 - 1)}, "no array of bins"),
     ],
 )
 def test_wrong_positions_are_refused(tmp_path: Path, columns: dict, message: str) -> None:
     write_positions(tmp_path, **columns)
     with pytest.raises(InputError, match=rf"tissue_positions\.parquet.*({message})"):
+        read_positions(tmp_path)
+
+
+def test_positions_of_other_integers_are_read(tmp_path: Path) -> None:
+    frame = write_positions(tmp_path)
+    expected = read_positions(tmp_path)
+    write_positions(
+        tmp_path, array_row=frame["array_row"].astype("uint64"), array_col=frame["array_col"].astype("int8")
+    )
+    assert np.array_equal(read_positions(tmp_path).positions, expected.positions)
+
+
+def test_a_column_there_twice_and_a_name_that_is_no_text(tmp_path: Path) -> None:
+    write_positions(tmp_path)
+    path = tmp_path / "spatial/tissue_positions.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("array_col", table["array_col"]), path)
+    with pytest.raises(InputError, match="two columns array_col"):
+        read_positions(tmp_path)
+    pq.write_table(table, path)
+    path.write_bytes(path.read_bytes().replace(b"barcode", b"barc\xffde"))
+    with pytest.raises(InputError, match="no parquet file that can be read"):
+        read_positions(tmp_path)
+
+
+def test_more_rows_than_bins_there_are_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_positions(tmp_path)
+    monkeypatch.setattr("prts.io.visium_hd._MAX_GRID", 53)
+    with pytest.raises(InputError, match="lists 54 bins"):
         read_positions(tmp_path)
 
 
@@ -380,6 +434,9 @@ def test_scalefactors(tmp_path: Path) -> None:
         ({"bin_size_um": 2, "microns_per_pixel": -1}, "positive"),
         ('{"bin_size_um": 2, "microns_per_pixel": NaN}', "positive"),
         ({"bin_size_um": True}, "positive"),
+        ({"bin_size_um": 2, "microns_per_pixel": 10**400}, "positive"),
+        ("[" * 100_000, "no JSON"),
+        ("9" * 5000, "no JSON"),
     ],
 )
 def test_wrong_scalefactors_are_refused(tmp_path: Path, content: object, message: str) -> None:
