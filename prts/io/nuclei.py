@@ -144,6 +144,10 @@ def load_nuclei(path: Path) -> gpd.GeoDataFrame:
     frame = read_table(gpd.read_parquet, Path(path))
     if list(frame.columns) != list(COLUMNS):
         raise InputError(f"{path}: has the columns {list(frame.columns)}, not {list(COLUMNS)} as prts writes them")
+    kinds = [pd.api.types.is_float_dtype(frame[name]) for name in ("area_um2", "score")]
+    polygons = shapely.get_type_id(frame.geometry.to_numpy()) == shapely.GeometryType.POLYGON
+    if not all(kinds) or not polygons.all() or not frame["cell_id"].is_unique:
+        raise InputError(f"{path}: does not hold unique ids, polygons, areas and scores, as prts writes nuclei")
     return frame
 
 

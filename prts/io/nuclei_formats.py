@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import zlib
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def reader_of(path: Path) -> Callable[[Path, tuple[int, int]], Shapes]:
         if head.startswith(b"\x1f\x8b"):
             with gzip.open(path) as handle:
                 head = handle.read(4096)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected {FORMATS}") from error
     if head.startswith(b"PAR1"):
         return _from_geoparquet
@@ -60,13 +61,18 @@ def _text(path: Path) -> str:
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text ({error}); expected {FORMATS}") from error
 
 
 def _choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
     """The first kind of id that any nucleus has; it must then be there for all."""
     for name, values in candidates.items():
+        if (
+            values.dtype == object
+            and not values.map(lambda value: value is None or isinstance(value, str | int | float)).all()
+        ):
+            raise InputError(f"{path}: {name} holds values of other kinds than text and numbers; they cannot be ids")
         absent = values.isna() | (values.astype(str) == "")
         if absent.all():
             continue
@@ -121,13 +127,13 @@ def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
     try:
         shapes[is_polygon] = _plain_polygons([geometries[index]["coordinates"] for index in np.flatnonzero(is_polygon)])
         rest = np.flatnonzero(~is_polygon)
-    except (ValueError, TypeError, KeyError, shapely.errors.ShapelyError):
+    except (ValueError, TypeError, KeyError, OverflowError, shapely.errors.ShapelyError):
         rest = np.arange(len(geometries))  # one of them is odd: an open ring, a missing number
     for index in rest:
         try:
             with np.errstate(invalid="ignore"):
                 shapes[index] = shapely.geometry.shape(geometries[index])
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, shapely.errors.ShapelyError):
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, shapely.errors.ShapelyError):
             shapes[index] = None
     return shapes
 
@@ -207,12 +213,7 @@ def _from_wkt_table(path: Path, _size: tuple[int, int]) -> Shapes:
 
 
 def _from_label_image(path: Path, size: tuple[int, int]) -> Shapes:
-    labels = _read_image(path, size)
-    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
-        raise InputError(
-            f"{path}: an image of shape {labels.shape} and type {labels.dtype}, not a label image; "
-            "expected one channel of whole numbers, 0 outside nuclei"
-        )
+    labels = _read_labels(path, size)
     # Sparse ids (hashes, for instance) would make tables as long as the largest.
     names: NDArray[Any] | None = None
     if int(labels.max(initial=0)) > max(labels.size, 1 << 24):
@@ -226,35 +227,43 @@ def _from_label_image(path: Path, size: tuple[int, int]) -> Shapes:
     return polygons, label if names is None else names[label], None
 
 
-def _read_image(path: Path, size: tuple[int, int]) -> NDArray[Any]:
-    """All pixels of an image of the wanted height and width, which is asked of its header before anything is decoded."""
+def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
+    """Pixels of a label image, decoded only where its header says that it is one and of the image's size."""
     import tifffile
 
     from prts.io.limits import require_decodable
     from prts.io.slide_readers import open_pillow
 
-    def require(height: int, width: int) -> None:
-        if (height, width) != size:
+    def require(shape: tuple[int, ...], dtype: np.dtype[Any], low: int = 0) -> None:
+        if len(shape) != 2 or not np.issubdtype(dtype, np.integer) or low < 0:
             raise InputError(
-                f"a label image of {width} x {height} px beside an image of {size[1]} x {size[0]} px; they must be of one size"
+                f"an image of shape {shape} and type {dtype}, not a label image; "
+                "expected one channel of whole numbers, 0 outside nuclei"
             )
-        require_decodable(width, height, "a label image", "give polygons")
+        if shape != size:
+            raise InputError(
+                f"a label image of {shape[1]} x {shape[0]} px beside an image of {size[1]} x {size[0]} px; they must be of one size"
+            )
+        require_decodable(shape[1], shape[0], "a label image", "give polygons")
 
     try:
         with path.open("rb") as handle:
             is_png = handle.read(4) == b"\x89PNG"
         if is_png:
             with open_pillow(path) as image:
-                require(image.height, image.width)
-                return np.asarray(image)
-        with tifffile.TiffFile(path) as tif:
-            if not tif.series:
-                raise InputError("holds no image, so it is not a label image")
-            series = tif.series[0]
-            require(series.keyframe.imagelength, series.keyframe.imagewidth)
-            if len([n for n in series.shape if n > 1]) > 2:
-                raise InputError(f"an image of shape {series.shape}, not a label image; one channel is needed")
-            return np.squeeze(series.asarray())
+                require((image.height, image.width), np.dtype(int))
+                labels = np.asarray(image)
+        else:
+            with tifffile.TiffFile(path) as tif:
+                if not tif.series:
+                    raise InputError("holds no image, so it is not a label image")
+                series = tif.series[0]
+                require(tuple(n for n in series.shape if n != 1), series.dtype)
+                page = series.keyframe
+                require_decodable(page.tilewidth, page.tilelength, "a tile of a label image", "give polygons")
+                labels = np.squeeze(series.asarray())
+        require(labels.shape, labels.dtype, labels.min(initial=0))
+        return labels
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # decoders raise whatever they like for a broken file

@@ -169,7 +169,9 @@ def test_huge_labels_need_no_huge_table(tmp_path):
         (b"", "not a known format"),
         (b"\x00\x01\x02", "not a known format"),
         (b"\x1f\x8bnot gzip at all", "cannot be read"),
+        (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff", "cannot be read"),
         (b"{", "cannot be parsed"),
+        (b'{"features":' + b"[" * 100_000, "cannot be parsed"),
         (b'{"a": 1}', "not GeoJSON"),
         (b"[1, 2]", "not GeoJSON"),
         (b'{"type": "FeatureCollection", "features": []}', "holds no nucleus"),
@@ -177,7 +179,7 @@ def test_huge_labels_need_no_huge_table(tmp_path):
         (b"PAR1 and then nothing", "cannot be read"),
         (b"\x00\x00\x27\x0a and then nothing", "cut off"),
         (b"\x89PNG and then nothing", "cannot be read"),
-        (b"II*\x00 and then nothing", "not a label image"),
+        (b"II*\x00 and then nothing", "holds no image"),
     ],
 )
 def test_broken_files_are_input_errors_of_one_line(tmp_path, content, message):
@@ -185,6 +187,51 @@ def test_broken_files_are_input_errors_of_one_line(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as caught:
         read_nuclei(tmp_path / "nuclei", **SIZE)
     assert str(tmp_path / "nuclei") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_coordinate_too_long_for_a_float_is_none(tmp_path):
+    ring = [[10, 10], [30, 10], [30, 30], [10, 10]]
+    odd = [[10**400, 10], *ring[1:3], [10**400, 10]]
+    path = tmp_path / "n.geojson"
+    geometries = [{"type": "Polygon", "coordinates": [one]} for one in (ring, odd)]
+    path.write_text(json.dumps([{"type": "Feature", "properties": {}, "geometry": one} for one in geometries]))
+    assert read_nuclei(path, **SIZE)["cell_id"].tolist() == ["0"]
+
+
+def test_ids_that_are_no_text_or_number_are_refused(tmp_path):
+    frame = gpd.GeoDataFrame({"cell_id": [b"\xff", b"a"], "geometry": [box(5, 5, 20, 20), box(40, 40, 60, 60)]})
+    frame.to_parquet(tmp_path / "n.parquet")
+    with pytest.raises(InputError, match="cell_id holds values of other kinds"):
+        read_nuclei(tmp_path / "n.parquet", **SIZE)
+
+
+def test_a_label_image_of_another_size_is_refused_before_it_is_decoded(tmp_path):
+    path = tmp_path / "labels.tif"
+    tifffile.imwrite(path, np.zeros((16, 16), np.uint16), tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for name in ("ImageWidth", "ImageLength"):
+            tif.pages[0].tags[name].overwrite(2**20 - 1, dtype="I")
+    with pytest.raises(InputError, match="label image of 1048575 x 1048575 px beside an image of"):
+        read_nuclei(path, **SIZE)
+
+
+def test_a_label_image_with_endless_tiles_is_refused(tmp_path):
+    path = tmp_path / "labels.tif"
+    labels = np.zeros((SIZE["height"], SIZE["width"]), np.uint16)
+    tifffile.imwrite(path, labels, tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages[0].tags["TileWidth"].overwrite(2**31, dtype="I")
+    with pytest.raises(InputError, match="tiles of 2147483648 x 16 px"):
+        read_nuclei(path, **SIZE)
+
+
+@pytest.mark.parametrize("column", ["cell_id", "geometry", "score"])
+def test_what_looks_like_nuclei_of_prts_and_is_none(tmp_path, column):
+    nuclei = make_nuclei([box(5, 5, 20, 20), box(40, 40, 60, 60)], 0.5)
+    nuclei[column] = {"cell_id": "a", "geometry": gpd.points_from_xy([1, 2], [1, 2]), "score": "high"}[column]
+    nuclei.to_parquet(tmp_path / "n.parquet")
+    with pytest.raises(InputError, match="does not hold unique ids, polygons"):
+        load_nuclei(tmp_path / "n.parquet")
 
 
 def test_missing_file_and_parquet_without_geometry(tmp_path):
