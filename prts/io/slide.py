@@ -281,12 +281,27 @@ def open_slide(
             sources.append(("mpp=", mpp))
         if scalefactors_mpp is not None:
             sources.append(("scalefactors_json.json", scalefactors_mpp))
-        source, value = resolve_mpp(path, sources + reader.mpp_sources())
+        source, value = resolve_mpp(path, sources + _own_sources(path, reader))
     except BaseException:
         reader.close()
         raise
     logger.debug("%s: %.4g um/px from %s", path, value, source)
     return Slide(path, reader, value, source, orientation)
+
+
+def _own_sources(path: Path, reader: Reader) -> list[Source]:
+    """What the image itself says of its um/px."""
+    try:
+        return reader.mpp_sources()
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        ArithmeticError,
+    ) as error:  # a tag may hold values of any kind and number
+        raise InputError(
+            f"{path}: its tags of um/px cannot be read ({_reason(error)}); get a complete copy, or save it anew"
+        ) from error
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -49,6 +49,11 @@ class TiffReader:
         self._planes = [level for level in planes if level is not None]
         self._in_rows = [all(p.page.is_final and not p.page.is_tiled for p in level) for level in self._planes]
         self.levels = [_level(level[0].page, rows) for level, rows in zip(self._planes, self._in_rows, strict=True)]
+        for grid in self.levels:
+            if grid.tile_width * grid.tile_height > MAX_WHOLE_PIXELS:
+                raise InputError(
+                    f"has tiles of {grid.tile_width} x {grid.tile_height} px, which must be decoded whole; convert it to smaller tiles"
+                )
         size = self._tif.filehandle.size
         for level, grid, in_rows in zip(self._planes, self.levels, self._in_rows, strict=True):
             if not all(_is_complete(plane, grid, in_rows, size) for plane in level):
@@ -67,7 +72,10 @@ class TiffReader:
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
             return np.full((*shape, 3), 255, np.uint8)  # a sparse file leaves empty glass out
-        return _to_rgb(planes[0].page, found[0] if len(found) == 1 else np.concatenate(found, axis=2))
+        rgb = _to_rgb(planes[0].page, found[0] if len(found) == 1 else np.concatenate(found, axis=2))
+        if rgb.shape != (*shape, 3):
+            raise ValueError("a tile holds other samples than its page says")
+        return rgb
 
     def _rows(self, plane: _Plane, top: int, shape: tuple[int, int]) -> NDArray[Any]:
         dtype = np.dtype(plane.page.parent.byteorder + plane.page.dtype.char)
@@ -82,6 +90,8 @@ class TiffReader:
             return None
         data = self._read(page.dataoffsets[index], n_bytes)
         if page.compression in (6, 7):
+            if _jpeg_pixels(data) > MAX_WHOLE_PIXELS:  # its decoder would ask for memory for all of them
+                raise ValueError("a tile says that it is larger than any")
             pixels = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)[0]
         else:
             pixels = page.decode(data, index)[0]
@@ -151,6 +161,17 @@ def _planes(level: tifffile.TiffPageSeries) -> list[_Plane] | None:
     segments = len(page.dataoffsets) // samples
     plane_bytes = page.imagelength * page.imagewidth * page.dtype.itemsize
     return [_Plane(page, s * segments, s * plane_bytes, 1) for s in range(samples)]
+
+
+def _jpeg_pixels(data: bytes) -> int:
+    """Pixels that the header of a JPEG stream says there are; 0 where it says nothing."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 1 if marker == 0xFF else 2 + length
+    return 0
 
 
 def _level(page: Any, in_rows: bool) -> Level:

@@ -397,6 +397,50 @@ def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
         open_slide(path, mpp=0.5)
 
 
+def test_tags_of_other_kinds_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    resolution(path, 20_000, "CENTIMETER")
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"\x1a\x01\x05\x00\x01\x00\x00\x00")  # XResolution: one ratio
+    data[entry + 4] = 3
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.tif: its tags of um/px cannot be read"):
+        open_slide(path)
+
+
+def test_tiles_too_big_to_be_decoded_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages[0].tags["TileWidth"].overwrite(2**31, dtype="I")
+    with pytest.raises(InputError, match=r"a\.tif: has tiles of 2147483648 x 64 px"):
+        open_slide(path, mpp=0.5)
+
+
+def test_a_jpeg_tile_that_says_it_is_huge_is_not_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="jpeg")
+    with open_slide(path, mpp=0.5) as slide:
+        slide.read_region(0, 0, 20, 20)
+    data = bytearray(path.read_bytes())
+    size = data.index(b"\xff\xc0\x00\x11\x08") + 5
+    data[size : size + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    with open_slide(path, mpp=0.5) as slide, pytest.raises(InputError, match="a tile says that it is larger than any"):
+        slide.read_region(0, 0, 20, 20)
+
+
+def test_a_tile_with_other_samples_than_its_page_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="jpeg")
+    data = bytearray(path.read_bytes())
+    data[data.index(b"\x02\x01\x03\x00") + 2] = 0  # BitsPerSample is of no type, so that it is not read
+    data[data.index(b"\x15\x01\x03\x00") + 8] = 0  # no SamplesPerPixel
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.tif"), open_slide(path, mpp=0.5) as slide:
+        slide.read_region(0, 0, 20, 20)
+
+
 def test_folder_and_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="folder"):
         open_slide(tmp_path, mpp=0.5)
