@@ -36,7 +36,12 @@ def read_gene_list(path: Path) -> list[str]:
         return list(names)
     lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
     delimiter = next((sign for sign in "\t,;" if lines and sign in lines[0]), ",")
-    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+    except csv.Error as error:
+        raise InputError(
+            f"{path}: cannot be read as a table ({error}); one symbol or gene id a line would be right"
+        ) from error
     header = [cell.lower() for cell in rows[0]] if rows else []
     column = next((header.index(name) for name in (*_ID_COLUMNS, *_NAME_COLUMNS) if name in header), None)
     genes = [row[0] for row in rows] if column is None else [row[column] for row in rows[1:] if len(row) > column]
@@ -73,5 +78,5 @@ def _read_text(path: Path) -> str:
 def _parse_json(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or lists within lists
         raise InputError(f"{path}: is not JSON ({error})") from error

@@ -219,6 +219,9 @@ def test_file_panel_warns_of_unknown_genes(tmp_path, shared, caplog):
         ("", "lists no gene"),
         ("[1, 2]", "JSON list"),
         ('["A"', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[" + "9" * 5000 + "]", "not JSON"),
+        ("x" * 200_000, "cannot be read as a table"),
     ],
 )
 def test_file_panel_refuses(tmp_path, shared, text, message):
