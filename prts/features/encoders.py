@@ -380,8 +380,17 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
     Raises
     ------
     InputError
-        If the encoder is unknown or of another version, or the weights file is missing or not the recorded one.
+        If the encoder is unknown or of another version, its settings lack something, or the weights file is missing or another one.
     """
+    try:
+        return _from_settings(settings, weights, runtime)
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"encoder: the model's settings of it are not as prts writes them ({type(error).__name__}: {error}); train again"
+        ) from error
+
+
+def _from_settings(settings: dict[str, Any], weights: Path | None, runtime: dict[str, Any]) -> Encoder:
     name = settings.get("name")
     if name == Classical.name:
         if settings.get("version") != Classical.version:

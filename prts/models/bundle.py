@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from prts.data.targets import SCALERS, Scaler
 from prts.errors import InputError
+from prts.features.inputs import BLOCKS
 from prts.io.cache import atomic, sha256_file
+from prts.io.mpp import is_plausible
 from prts.models.mlp import PRTSNet
 from prts.models.ood import Unusual
 from prts.models.output import OutputRule
@@ -55,6 +57,24 @@ GIVEN_KEYS = (
     "validation",
 )
 OWN_KEYS = ("format_version", "genes", "architecture", "target", "output", "weights_sha256", "versions")
+
+# What prediction goes on with, checked here so that it cannot fail hours later.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "genes": list,
+    "encoder": dict,
+    "encoder_weights": (str, type(None)),
+    "segmentation": dict,
+    "qc": dict,
+    "tissue": str,
+    "species": str,
+    "train_sections": list,
+    "validation": dict,
+    "weights_sha256": str,
+    "versions": dict,
+    "stain": (dict, type(None)),
+    "nuclei": (dict, type(None)),
+    "provenance": dict,
+}
 
 _PACKAGES = ("prts", "torch", "timm", "pytorch-lightning", "numpy", "scipy", "anndata", "scanpy", "stardist")
 
@@ -119,8 +139,15 @@ class Bundle(Predictor):
         return None if settings is None else CountIntervals.from_settings(settings)
 
     def _per_gene(self, name: str) -> NDArray[np.float64]:
-        values = self.metadata["validation"].get(name) or [None] * len(self.metadata["genes"])
-        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        values = _numbers(self.metadata["validation"].get(name))
+        return np.full(len(self.metadata["genes"]), np.nan) if values is None else values
+
+
+def _numbers(values: Sequence[float | None] | None) -> NDArray[np.float64] | None:
+    """Numbers of JSON, whose null is NaN."""
+    if values is None:
+        return None
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def save_bundle(
@@ -215,7 +242,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a bundle holds model.json and model.safetensors") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no readable JSON ({error})") from error
     if not isinstance(metadata, dict) or "format_version" not in metadata:
         raise InputError(f"{path}: has no format_version, so it describes no prts model")
@@ -227,6 +254,13 @@ def _read_description(path: Path) -> dict[str, Any]:
     missing = [key for key in (*OWN_KEYS, *GIVEN_KEYS) if key not in metadata]
     if missing:
         raise InputError(f"{path}: lacks {', '.join(missing)}; the file was edited or cut short")
+    wrong = [key for key, kind in _KINDS.items() if key in metadata and not isinstance(metadata[key], kind)]
+    if not isinstance(metadata["mpp"], int | float) or not is_plausible(metadata["mpp"]):
+        wrong.append("mpp")
+    if wrong:
+        raise InputError(
+            f"{path}: is not laid out as prts writes it ({wrong[0]} is {str(metadata[wrong[0]])[:40]!r}); the file was edited"
+        )
     return metadata
 
 
@@ -236,8 +270,9 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
         settings = dict(metadata["architecture"])
         kind, scaling = settings.pop("name"), metadata["target"]["name"]
         genes = [(str(gene["name"]), str(gene["id"])) for gene in metadata["genes"]]
-        widths = {str(block): int(metadata["input"]["widths"][block]) for block in metadata["input"]["use"]}
-        per_gene = [metadata["validation"].get(name) for name in ("pcc", "ceiling", "predictable")]
+        use, widths = metadata["input"]["use"], metadata["input"]["widths"]
+        width = sum(int(widths[block]) for block in use)
+        per_gene = [_numbers(metadata["validation"].get(name)) for name in ("pcc", "ceiling", "predictable")]
         if (intervals := metadata.get("intervals")) is not None:
             found = CountIntervals.from_settings(intervals)
             per_gene += [found.scale, found.dispersion, found.mass]
@@ -247,18 +282,20 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
                 net = ARCHITECTURES[kind](**settings)
                 scaler = SCALERS[scaling](len(genes))
                 usual = metadata.get("ood")
-                ood = None if usual is None else Unusual(sum(widths.values()), int(usual["components"]))
+                ood = None if usual is None else Unusual(width, int(usual["components"]))
             rule = OutputRule(**metadata["output"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, InputError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: is not laid out as prts writes it ({type(error).__name__}: {error})") from error
     for what, name, known in (("architecture", kind, ARCHITECTURES), ("target", scaling, SCALERS)):
         if name not in known:
             raise InputError(f"{path}: {what} {name!r} is not one of {', '.join(known)}; use a newer prts")
     if lengths != {net.n_genes}:
         raise InputError(f"{path}: lists {len(genes)} genes beside a network of {net.n_genes}; the file was edited")
-    if sum(widths.values()) != net.in_features:
+    if len({name for name, _ in genes}) < len(genes):
+        raise InputError(f"{path}: lists a gene twice; names must be unique")
+    if not set(use) <= set(BLOCKS) or len(set(use)) < len(use) or width != net.in_features:
         raise InputError(
-            f"{path}: feature blocks {widths} do not add up to the network's {net.in_features} inputs; the file was edited"
+            f"{path}: feature blocks {use} of {widths} do not add up to the network's {net.in_features} inputs; the file was edited"
         )
     return net, scaler, rule, ood
 

@@ -391,6 +391,13 @@ def test_an_encoder_is_made_again_from_its_settings(checkpoint, tmp_path):
         encoder_from_settings(settings)
     with pytest.raises(InputError, match="'resnet9000' is unknown"):
         encoder_from_settings({"name": "resnet9000"})
+    for odd in (
+        {key: value for key, value in Classical().settings().items() if key != "pooling"},
+        {**settings, "mean": 3},
+        {**settings, "std": "0.5"},
+    ):
+        with pytest.raises(InputError, match="encoder"):
+            encoder_from_settings(odd, checkpoint)
     assert weights_of(Classical().settings(), None)[0] == "PASS"
     assert settings["weights_sha256"] in weights_of(settings, None)[2]
 
