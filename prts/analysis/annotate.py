@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -216,10 +217,9 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         first = path.open(encoding="utf-8-sig").readline()
         return pd.read_csv(path, sep="\t" if "\t" in first else ",", encoding="utf-8-sig", dtype=str)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(
-            f"{path}: cannot be read as a table ({reason}); a marker table (.csv or .tsv) is needed"
+            f"{path}: cannot be read as a table ({error}); a marker table (.csv or .tsv) is needed"
         ) from error
 
 

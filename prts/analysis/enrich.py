@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -228,16 +229,15 @@ def read_annotations(path: Path) -> tuple[dict[str, set[str]], dict[str, str]]:
     """
     path = Path(path)
     is_gaf = path.name.removesuffix(".gz").endswith(".gaf")
-    options: dict[str, Any] = {"sep": "\t", "header": None, "comment": "!", "names": range(17)} if is_gaf else {}
+    # of a table, lines as they are: GO ids are found in whatever form they follow the gene
+    options: dict[str, Any] = (
+        {"sep": "\t", "comment": "!", "names": range(17)} if is_gaf else {"sep": "\0", "names": [0]}
+    )
     try:
-        if not is_gaf:
-            options = {"sep": None, "engine": "python", "header": None, "names": range(2)}
-        raw = pd.read_csv(path, dtype=str, encoding="utf-8", quoting=3, **options)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); a GAF or a table of genes and GO ids is needed"
-        ) from error
-    terms = _gaf_terms(raw) if is_gaf else _table_terms(raw)
+        raw = pd.read_csv(path, header=None, dtype=str, encoding="utf-8", quoting=3, index_col=False, **options)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); a GAF or a table of genes and GO ids is needed") from error
+    terms = _gaf_terms(raw) if is_gaf else _table_terms(raw[0])
     if not terms:
         raise InputError(
             f"{path}: holds no annotation; a GAF (.gaf) or a table with a gene and GO ids in a row is needed"
@@ -256,9 +256,18 @@ def _gaf_terms(raw: pd.DataFrame) -> dict[str, set[str]]:
     return {str(name): set(gos) for name, gos in raw[holds].groupby(1)[4]}
 
 
-def _table_terms(raw: pd.DataFrame) -> dict[str, set[str]]:
-    pairs = raw.dropna().assign(go=lambda t: t[1].str.findall(_GO_ID.pattern)).explode("go").dropna(subset="go")
-    return {str(name).strip(): set(gos) for name, gos in pairs.groupby(0)["go"]}
+def _table_terms(lines: pd.Series) -> dict[str, set[str]]:
+    """GO ids of lines by what stands before the first tab, comma, semicolon or space."""
+    pairs = (
+        lines.dropna()
+        .astype(str)
+        .str.strip()
+        .str.split(r"[\t,; ]+", n=1, regex=True, expand=True)
+        .reindex(columns=[0, 1])
+        .dropna()
+    )
+    pairs = pairs.assign(go=pairs[1].astype(str).str.findall(_GO_ID.pattern)).explode("go").dropna(subset="go")
+    return {str(name): set(gos) for name, gos in pairs.groupby(0)["go"]}
 
 
 def _read_gmt(path: Path) -> dict[str, set[str]]:

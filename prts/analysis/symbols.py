@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,14 @@ def read_orthologs(path: Path) -> Orthologs:
     if not path.is_file():
         raise InputError(f"{path}: no such file; a table of human and mouse symbols is needed")
     try:
-        table = pd.read_csv(path, header=None, dtype=str, sep=None, engine="python", encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from error
+        # cut below, not by pandas' search for the separator, which takes minutes for some files that are no table
+        lines = pd.read_csv(
+            path, header=None, names=[0], index_col=False, sep="\0", quoting=3, dtype=str, encoding="utf-8-sig"
+        )
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a table ({error})") from error
+    cells = lines[0].dropna().astype(str).str.strip().str.split(r"\s*[\t,;]\s*|\s+", regex=True, expand=True)
+    table = cells.apply(lambda column: column.str.strip('"')).replace("", None)
     if table.shape[1] != 2:
         raise InputError(f"{path}: has {table.shape[1]} columns; two are needed, the human and the mouse symbol")
     pairs = table.dropna().drop_duplicates()

@@ -126,6 +126,23 @@ def test_broad_classes_take_the_first_pattern_that_fits() -> None:
     assert broad.iloc[5:].isna().all()
 
 
+@pytest.mark.parametrize("text", ["CAMK2A\tCamk2a\n", "CAMK2A;Camk2a\n", "CAMK2A Camk2a\n", '"CAMK2A","Camk2a"\n'])
+def test_orthologs_with_any_separator(tmp_path: Path, text: str) -> None:
+    assert read_orthologs(table(tmp_path, text, "o.csv")).to_mouse == {"CAMK2A": ["Camk2a"]}
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 50_000, "x" * 300_000, "\0" * 100, '"\n'])
+def test_what_is_no_table_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    # pandas' search for the separator of the first took minutes
+    path = table(tmp_path, text, "o.csv")
+    for read in (read_orthologs, lambda path: read_markers(path, species="human", genes=HUMAN)):
+        with pytest.raises(InputError, match=r"o\.csv: (cannot|has)"):
+            read(path)
+    (tmp_path / "o.csv.gz").write_bytes(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03\xff\xff\xff\xff")
+    with pytest.raises(InputError, match="cannot be read as a table"):
+        read_orthologs(tmp_path / "o.csv.gz")
+
+
 @pytest.mark.real
 def test_the_real_tables_are_read(prts_data: Path) -> None:
     genes = ["Gad1", "Gfap", "Mbp", "Plp1", "Aqp4", "Snap25"]

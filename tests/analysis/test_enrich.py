@@ -193,6 +193,15 @@ def test_symbols_go_before_synonyms_in_a_gaf(go: tuple[Path, Path]) -> None:
     assert "P00151" not in terms
 
 
+@pytest.mark.parametrize("separator", ["\t", ",", "; ", " "])
+def test_a_table_of_genes_and_go_ids(tmp_path: Path, separator: str) -> None:
+    rows = [("A", "GO:0000002; GO:0000004"), ("B", "GO:0000003"), ("A", "GO:0000003"), ("C", "none")]
+    (tmp_path / "t.tsv").write_text("".join(f"{separator.join(row)}\n" for row in rows))
+    terms, id_of = read_annotations(tmp_path / "t.tsv")
+    assert terms == {"A": {"GO:0000002", "GO:0000003", "GO:0000004"}, "B": {"GO:0000003"}}
+    assert id_of == {"A": "A", "B": "B"}
+
+
 def test_nothing_is_found_in_shuffled_lists(gmt: Path, go: tuple[Path, Path]) -> None:
     rng = np.random.default_rng(1)
     lists = {f"{k}": list(rng.choice(GENES, 20, replace=False)) for k in range(30)}
