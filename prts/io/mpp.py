@@ -6,7 +6,6 @@ Nothing is ever guessed: a wrong magnification raises no error downstream, it on
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Sequence
 from itertools import combinations
@@ -45,7 +44,7 @@ _UM_PER_RESOLUTION_UNIT = {2: UM_PER_INCH, 3: 1e4, 4: 1e3, 5: 1.0}
 
 def is_plausible(mpp: float) -> bool:
     """Whether a value can be the um/px of a microscope image at all."""
-    return math.isfinite(mpp) and MPP_RANGE[0] <= mpp <= MPP_RANGE[1]
+    return MPP_RANGE[0] <= mpp <= MPP_RANGE[1]
 
 
 def agree(one: float, other: float) -> bool:

@@ -276,6 +276,8 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
         if (intervals := metadata.get("intervals")) is not None:
             found = CountIntervals.from_settings(intervals)
             per_gene += [found.scale, found.dispersion, found.mass]
+        if any(values.ndim != 1 for values in per_gene if values is not None):
+            raise ValueError("one number per gene is needed")
         lengths = {len(genes), *(len(values) for values in per_gene if values is not None)}
         if kind in ARCHITECTURES and scaling in SCALERS:
             with torch.device("meta"):

@@ -162,6 +162,13 @@ DAMAGE = {
         "not laid out as prts writes it",
     ),
     "um/px a word": (edit_json(lambda j: j.update(mpp="0.5")), r"not laid out as prts writes it \(mpp is '0.5'\)"),
+    "um/px too long for a float": (edit_json(lambda j: j.update(mpp=10**400)), r"prts writes it \(mpp"),
+    "intervals in lists": (
+        edit_json(
+            lambda j: j.update(intervals={"level": 0.9, **dict.fromkeys(("scale", "dispersion", "mass"), [[1.0]] * 3)})
+        ),
+        "one number per gene is needed",
+    ),
     "encoder a list": (edit_json(lambda j: j.update(encoder=["a"])), r"not laid out as prts writes it \(encoder"),
     "a gene twice": (edit_json(lambda j: j["genes"][0].update(name="Ttr")), "lists a gene twice"),
     "a block twice": (edit_json(lambda j: j["input"].update(use=["global", "local", "local"])), "do not add up"),
