@@ -33,6 +33,11 @@ def allow_pixels(max_pixels: int | None) -> None:
     _allowed = int(max_pixels)
 
 
+def allowed_pixels() -> int:
+    """The limit, px."""
+    return _allowed
+
+
 def require_decodable(width: int, height: int, what: str, cure: str = "convert it to a tiled TIFF") -> None:
     """Refuse what is too large to be decoded at once.
 

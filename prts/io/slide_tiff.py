@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prts.errors import InputError
-from prts.io.limits import require_decodable
+from prts.io.limits import allowed_pixels, require_decodable
 from prts.io.mpp import Source, tiff_sources
 from prts.io.slide_readers import ArrayReader, Level, Reader, composite, to_uint8
 
@@ -49,17 +49,13 @@ class TiffReader:
         self._planes = [level for level in planes if level is not None]
         self._in_rows = [all(p.page.is_final and not p.page.is_tiled for p in level) for level in self._planes]
         self.levels = [_level(level[0].page, rows) for level, rows in zip(self._planes, self._in_rows, strict=True)]
-        for grid in self.levels:
-            if grid.tile_width * grid.tile_height > MAX_WHOLE_PIXELS:
-                raise InputError(
-                    f"has tiles of {grid.tile_width} x {grid.tile_height} px, which must be decoded whole; convert it to smaller tiles"
-                )
+        for grid, in_rows in zip(self.levels, self._in_rows, strict=True):
+            if not in_rows:
+                require_decodable(grid.tile_width, grid.tile_height, "one compressed piece")
         size = self._tif.filehandle.size
         for level, grid, in_rows in zip(self._planes, self.levels, self._in_rows, strict=True):
             if not all(_is_complete(plane, grid, in_rows, size) for plane in level):
                 raise InputError("is truncated: not all of its pixels lie within the file; get a complete copy")
-            if not in_rows:
-                require_decodable(grid.tile_width, grid.tile_height, "one compressed piece")
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """See `Reader`."""
@@ -90,7 +86,7 @@ class TiffReader:
             return None
         data = self._read(page.dataoffsets[index], n_bytes)
         if page.compression in (6, 7):
-            if _jpeg_pixels(data) > MAX_WHOLE_PIXELS:  # its decoder would ask for memory for all of them
+            if _jpeg_pixels(data) > allowed_pixels():  # its decoder would ask for memory for all of them
                 raise ValueError("a tile says that it is larger than any")
             pixels = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)[0]
         else:
