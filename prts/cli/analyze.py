@@ -150,12 +150,13 @@ def analyse(cfg: DictConfig) -> Findings:
 def write(found: Findings, out: Path, formats: list[str]) -> None:
     """Write what was found: data, figures of merit, tables, figures."""
     from prts.io.cache import atomic
+    from prts.io.hdf5 import write_h5ad
     from prts.models.scoring import json_ready
 
     for name, side in {"analysis": found.predicted, "measured": found.measured}.items():
         if side is not None:
             with atomic(out / f"{name}.h5ad") as path:
-                side.nuclei.write_h5ad(path, compression="lzf")
+                write_h5ad(side.nuclei, path, compression="lzf")
     with atomic(out / "analysis.json") as path:
         figures = json_ready(found.comparison.summary)
         path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.io.hdf5 import NewFile
 from prts.io.own_data import DAMAGED, require_own_data
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def write_store(
         Attributes of the file: str, numbers; anything else is stored as JSON; None is left out.
     """
     n = len(cell_ids)
-    with atomic(path) as temporary, h5py.File(temporary, "w") as store:
+    with atomic(path) as temporary, NewFile(temporary) as store:
         store.create_dataset("cell_id", data=np.asarray(cell_ids, dtype=object), dtype=h5py.string_dtype())
         store.create_dataset("spatial", data=spatial, dtype=np.float64)
         sets = [
@@ -73,6 +74,7 @@ def write_store(
             stop = start + len(rows.global_)
             sets[0][start:stop], sets[1][start:stop] = rows
             start = stop
+            store.check()
         if start != n:
             raise ValueError(f"{start} rows of features for {n} nuclei")
         for key, value in attrs.items():

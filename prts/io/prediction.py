@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.io.hdf5 import NewFile
 from prts.io.nuclei import write_nuclei
 from prts.io.own_data import require_own_data, require_sound_matrix
 
@@ -133,7 +134,7 @@ class PredictionWriter:
             try:
                 write_nuclei(self._nuclei, stack.enter_context(atomic(nuclei_path(self.out))))
                 path = stack.enter_context(atomic(self.out))
-                self._file = stack.enter_context(h5py.File(path, "w", rdcc_nbytes=_CACHE_BYTES))
+                self._file = stack.enter_context(NewFile(path, rdcc_nbytes=_CACHE_BYTES))
             except OSError as error:
                 raise InputError(f"out={self.out}: cannot be written ({error}); choose another place") from error
             self._make_datasets()
@@ -180,6 +181,7 @@ class PredictionWriter:
         for name, matrix in zip(self._sparse, matrices, strict=True):
             self._append(name, start, matrix)
         self._file["layers/prob"][start:stop] = chance
+        self._file.check()
         self._rows = stop
 
     def add(self, *, obs: Mapping[str, NDArray[Any]], prts: Mapping[str, Any]) -> None:

@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 import prts
+from prts.io.hdf5 import NewFile
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -152,7 +152,7 @@ def _write_matrix(path: Path, counts: sparse.csr_matrix, barcodes: NDArray[np.by
         "matrix/features/name": truth.var_names.to_numpy().astype("S"),
         "matrix/features/target_sets/Simulated Probe Set": np.arange(n).astype("S"),
     }
-    with h5py.File(path, "w") as out:
+    with NewFile(path) as out:
         out.attrs.update({"chemistry_desc": "simulated Visium HD", "filetype": "matrix", "version": 2})
         out.attrs["software_version"] = f"prts-{prts.__version__}"
         for name, values in columns.items():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import make_nuclei, write_nuclei
 from prts.progress import track
 from prts.simulate.artefacts import KINDS as PLANTED
@@ -147,7 +148,7 @@ def simulate_section(
             bands = (whole[top : top + BAND] for top in range(0, shape[0], BAND))
         _write_image(temporary, bands, shape, mpp, lowres)
         write_nuclei(outlines, temporary / "truth_nuclei.parquet")
-        truth.write_h5ad(temporary / "truth.h5ad")
+        write_h5ad(truth, temporary / "truth.h5ad")
     logger.info(
         "%s: %s nuclei, %s genes, %s UMIs in %s bins, image %d x %d px of %g um",
         *(out, f"{cells:,}", f"{genes:,}", f"{counts.umi_drawn - counts.umi_lost:,}", f"{counts.counts.shape[0]:,}"),

@@ -1,0 +1,157 @@
+"""HDF5 files that are being written, on a disk that may be full.
+
+Where a write fails, HDF5 (1.14) is left with a file that it can neither finish nor close: the process ends in a segmentation fault, and
+nobody is told why. So it never sees a write fail. From the first refusal on, what it writes is kept in memory, and the caller is told at
+the next moment that suits: `NewFile.check`, or when the file is closed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+
+if TYPE_CHECKING:
+    import anndata as ad
+
+
+class NewFile(h5py.File):  # type: ignore[misc]
+    """A new HDF5 file to be written; raises the OSError of a full disk from `check` and `close`, when HDF5 is done with it.
+
+    Parameters
+    ----------
+    path
+        The file; an older one is overwritten.
+    **options
+        Of `h5py.File`.
+    """
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self._sink = _Sink(path)
+        try:
+            super().__init__(self._sink, "w", **options)
+        except BaseException:
+            self._sink.close()
+            raise
+
+    def check(self) -> None:
+        """Raise what went wrong so far; to be called now and then while much is written.
+
+        Raises
+        ------
+        OSError
+            As the operating system refused a write.
+        """
+        if self._sink.error is not None:
+            raise self._sink.error
+
+    def close(self) -> None:
+        """Write what is left.
+
+        Raises
+        ------
+        OSError
+            As the operating system refused a write, now or before: the file is not whole.
+        """
+        if self._sink.closed:
+            return
+        try:
+            super().close()
+        finally:
+            self._sink.close()
+        self.check()
+
+
+def write_h5ad(data: ad.AnnData, path: Path, compression: str | None = None) -> None:
+    """`AnnData.write_h5ad` for a disk that may be full.
+
+    Parameters
+    ----------
+    data
+        What to write; text columns become categories, as there.
+    path
+        The file.
+    compression
+        Of all arrays: gzip, lzf or None.
+    """
+    from anndata.io import write_elem
+
+    data.strings_to_categoricals()
+    options = {} if compression is None else {"compression": compression}
+    with NewFile(path) as file:
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for name in ("X", "raw", "obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+            part = getattr(data, name)
+            if part is not None:  # which older versions of anndata could not read
+                write_elem(file, name, dict(part) if isinstance(part, Mapping) else part, dataset_kwargs=options)
+
+
+class _Sink(io.RawIOBase):
+    """A file that takes everything: what the disk refuses, it remembers."""
+
+    def __init__(self, path: Path) -> None:
+        self.error: OSError | None = None
+        self._at = self._end = 0
+        self._refused: list[tuple[int, bytes]] = []
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._at = offset + (0, self._at, self._end)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def write(self, data: Any, /) -> int:
+        view = memoryview(data).cast("B")
+        if self.error is None:
+            try:
+                done = 0
+                while done < len(view):
+                    done += os.pwrite(self._file, view[done:], self._at + done)
+            except OSError as error:
+                self.error = error
+        if self.error is not None:  # also what would find room again: the order of overlapping writes counts
+            self._refused.append((self._at, bytes(view)))
+        self._at += len(view)
+        self._end = max(self._end, self._at)
+        return len(view)
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), max(0, self._end - self._at))
+        stored = os.pread(self._file, size, self._at)
+        view[:size] = stored + bytes(size - len(stored))
+        for at, data in self._refused:
+            start, stop = max(at, self._at), min(at + len(data), self._at + size)
+            if start < stop:
+                view[start - self._at : stop - self._at] = data[start - at : stop - at]
+        self._at += size
+        return size
+
+    def truncate(self, size: int | None = None, /) -> int:
+        self._end = self._at if size is None else size
+        if self.error is None:
+            try:
+                os.ftruncate(self._file, self._end)
+            except OSError as error:
+                self.error = error
+        return self._end
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._file)
+        super().close()
