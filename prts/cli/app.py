@@ -6,7 +6,6 @@ Exit status: 0 done; 2 the input or the config is wrong (one line on stderr); 1 
 from __future__ import annotations
 
 import difflib
-import errno
 import functools
 import importlib
 import inspect
@@ -20,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prts.errors import InputError
+from prts.errors import InputError, full_disk, refusal
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -219,7 +218,7 @@ def verdict(error: Exception) -> tuple[int, str]:
     known = _input_error(error)
     if known is not None:
         return 2, str(known)
-    if (place := _refused_by_the_system(error)) is not None:
+    if (place := refusal(error)) is not None:
         return 2, place
     if isinstance(error, MarkedYAMLError):
         return 2, f"{str(error.problem_mark).strip()}: is not YAML as prts reads it ({error.problem}); mend that line"
@@ -227,25 +226,6 @@ def verdict(error: Exception) -> tuple[int, str]:
     if isinstance(error, HydraException | OmegaConfBaseException) and error.__cause__ is None:
         return 2, _plugin_hint(lines[0]) or type(error).__name__
     return 1, f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
-
-
-def _refused_by_the_system(error: BaseException | None) -> str | None:
-    """What the operating system would not let prts do: no room, no permission, no memory. Libraries tell it in ways of their own."""
-    while error is not None:
-        text = " ".join(str(error).split())
-        name = getattr(error, "filename", None)
-        where = f"{name}: " if isinstance(name, str) else ""
-        code = getattr(error, "errno", None)
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "Disk quota exceeded" in text:
-            return (
-                f"{where}the disk is full ({text}); free some space or choose another folder, what is finished is kept"
-            )
-        if code == errno.EROFS or "Read-only file system" in text or isinstance(error, PermissionError):
-            return f"{where}may not be read or written ({text}); change the permissions or choose another place"
-        if isinstance(error, MemoryError):
-            return f"there is not enough memory ({text or 'none left'}); give the machine more, or a smaller image or batch"
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _plugin_hint(text: str) -> str:
@@ -348,6 +328,7 @@ def _launch(command: str, arguments: list[str]) -> int:
                 start()
                 break
             except Exception as error:
+                _name_run_folder(RememberSweep.run, error)
                 if RememberSweep.folder is None or not chances or not _lost_worker(error):
                     raise
                 # the launcher gave up all jobs because one worker was killed: those that are done are kept, the others start again
@@ -359,6 +340,31 @@ def _launch(command: str, arguments: list[str]) -> int:
     if refused:
         raise refused[0]
     return summary
+
+
+def _name_run_folder(folder: Path | None, error: Exception) -> None:
+    """Raise an InputError where Hydra found the disk full when it made the run folder; whatever lies there then is of no use."""
+    full = full_disk(error)
+    if folder is not None and full is not None and _input_error(error) is None:
+        _remove_if_bare(folder)
+        raise InputError(f"{folder}: {full}") from error
+
+
+class RunLog(logging.FileHandler):
+    """The log file of a run. On a full disk its lines get lost, and the run ends with what it cannot write that matters."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Say nothing of a full disk here."""
+        if full_disk(sys.exc_info()[1]) is None:
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Give up the lines that found no room."""
+        try:
+            super().close()
+        except OSError as error:
+            if full_disk(error) is None:
+                raise
 
 
 def _lost_worker(error: BaseException) -> bool:
@@ -385,10 +391,8 @@ def _summarise(folder: Path | None) -> int:
 
 def _remove_if_bare(folder: Path) -> None:
     """Remove what Hydra made for a run that ended before it had anything to keep; nothing that it did not make."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} == {".hydra", "train.log"}:
-        shutil.rmtree(folder / ".hydra")
-        (folder / "train.log").unlink()
-        folder.rmdir()
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
+        shutil.rmtree(folder)
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

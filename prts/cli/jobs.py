@@ -33,14 +33,19 @@ logger = logging.getLogger(__name__)
 
 
 class RememberSweep(Callback):
-    """Hydra callback that tells the command line the folder of its multirun."""
+    """Hydra callback that tells the command line the folder of its multirun, or of its run."""
 
     folder: ClassVar[Path | None] = None
+    run: ClassVar[Path | None] = None
 
     @classmethod
     def forget(cls) -> None:
         """Before a new command."""
-        cls.folder = None
+        cls.folder = cls.run = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Keep the folder, for what goes wrong while Hydra makes it."""
+        type(self).run = Path(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep the folder; it holds the time of the start, so nobody else could compute it."""

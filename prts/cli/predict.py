@@ -41,6 +41,14 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Segment, extract features, predict, write."""
+    from prts.io.cache import reading
+
+    require(cfg, "bundle", "image", "out")
+    with reading(Path(cfg.paths.cache_dir)):
+        _predict(cfg)
+
+
+def _predict(cfg: DictConfig) -> None:
     from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
     from prts.features.encoders import encoder_from_settings
     from prts.features.tokens import torch_device
@@ -58,7 +66,6 @@ def main(cfg: DictConfig) -> None:
     from prts.section import open_section
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
-    require(cfg, "bundle", "image", "out")
     watch = Stopwatch()
     out = check_out(Path(cfg.out))
     allow_pixels(cfg.max_pixels)

@@ -65,10 +65,14 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
 
 def main(cfg: DictConfig) -> None:
     """Prepare every section of a tissue."""
+    from pathlib import Path
+
+    from prts.io.cache import reading
     from prts.stopwatch import Stopwatch
 
     stopwatch = Stopwatch()
-    prepared = preparation(cfg, stopwatch)()
+    with reading(Path(cfg.paths.cache_dir)):
+        prepared = preparation(cfg, stopwatch)()
     for stage, seconds in stopwatch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("%s is prepared: %s", prepared.name, prepared.panel.parent)

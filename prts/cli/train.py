@@ -57,9 +57,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     InputError
         If data or config are wrong.
     """
+    from prts.io.cache import filling, reading
     from prts.report.loggers import RunLoggers
 
-    with RunLoggers(cfg, folder) as loggers:
+    with reading(Path(cfg.paths.cache_dir)), filling(folder), RunLoggers(cfg, folder) as loggers:
         return _train(cfg, folder, loggers)
 
 
@@ -100,7 +101,8 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
         stale.unlink(
             missing_ok=True
         )  # of an earlier run into the same folder: they would stand beside this run's config
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    with atomic(folder / "config.yaml") as path:
+        OmegaConf.save(cfg, path, resolve=True)
 
     with watch("train"):
         fitted = fit(cfg, datamodule, loggers.start, checkpoint, goes_on_from)
@@ -134,7 +136,8 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     metrics |= registration_figures(datamodule.tissue, moved_back=cfg.preprocess.register)
     if datamodule.split_report["warning"] is not None:
         metrics["warning/split"] = datamodule.split_report["warning"]
-    mean_per_gene([scored.result.per_gene for scored in test]).to_csv(folder / "per_gene.csv", index=False)
+    with atomic(folder / "per_gene.csv") as path:
+        mean_per_gene([scored.result.per_gene for scored in test]).to_csv(path, index=False)
     with watch("write"):
         from prts.report.results import write_pages, write_predictions  # plotting takes seconds to import
 

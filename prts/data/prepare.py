@@ -7,7 +7,8 @@ find it built; a killed build leaves nothing but, for features, the chunks that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import h5py
 import numpy as np
 import pandas as pd
+import torch
 
 from prts.data.splits import TRAIN, Roles
 from prts.data.tissue import SectionSpec, Tissue
@@ -22,6 +24,7 @@ from prts.errors import InputError
 from prts.features.colour import ColourStats
 from prts.features.extract import extract
 from prts.io.cache import atomic, file_identity, fingerprint, lock
+from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.visium_hd import read_positions
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
@@ -102,13 +105,14 @@ def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
         settings = dict(spec.simulate)
         fp = fingerprint({"version": STAGE_VERSION["section"], **settings})
         folder = cache_dir / tissue / spec.name / f"section-{fp}"
-        with lock(folder):
-            if not folder.is_dir():
-                logger.info("%s/%s: simulating the section", tissue, spec.name)
-                try:
-                    simulate_section(folder, name=spec.name, **settings)
-                except TypeError as error:
-                    raise InputError(f"tissue.sections.{spec.name}.simulate: {error}") from error
+        if not folder.is_dir():
+            with lock(folder):
+                if not folder.is_dir():
+                    logger.info("%s/%s: simulating the section", tissue, spec.name)
+                    try:
+                        simulate_section(folder, name=spec.name, **settings)
+                    except TypeError as error:
+                        raise InputError(f"tissue.sections.{spec.name}.simulate: {error}") from error
         return open_section_folder(folder, name=spec.name)
     assert spec.image is not None
     missing = [path for path in (spec.image, spec.bins) if path is not None and not path.exists()]
@@ -226,9 +230,22 @@ def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
     with lock(path):
         if not path.exists():
             logger.info("%s", what)
-            with atomic(path) as temporary:
+            with _own_threads(), atomic(path) as temporary:
                 make(temporary)
     return path
+
+
+@contextmanager
+def _own_threads() -> Iterator[None]:
+    """Leave torch as many threads as it has: features and weights depend on them, and shall not depend on what was in the cache.
+
+    numba, by which scanpy chooses genes, sets its own number in the OpenMP that both share.
+    """
+    n_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def prepare_nuclei(
@@ -315,7 +332,7 @@ def _counts(
                 kind = pd.Series(find_artefacts(slide, polygons), index=polygons["cell_id"])
             kept.obs["artefact"] = pd.Categorical(kind.loc[kept.obs_names], categories=list(KINDS))
             kept.uns["prts"]["artefacts"] = log_artefacts(section.name, kept.obs["artefact"])
-        kept.write_h5ad(path, compression="gzip")
+        write_h5ad(kept, path, compression="gzip")
 
     settings = {**settings, "registration": STAGE_VERSION["registration"]}
     if artefacts:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +20,12 @@ from typing import Any
 
 import filelock
 
-from prts.errors import InputError
+from prts.errors import InputError, chain, full_disk
+
+logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
+_PATIENCE_S, _REMINDER_S = 5.0, 600.0  # until a process that waits says so, and says so again
 
 
 def file_identity(path: Path) -> dict[str, Any]:
@@ -72,6 +78,11 @@ def atomic(path: Path) -> Iterator[Path]:
 
     The block may write a file or make a folder at the name it gets. A folder is swapped in whole. What a process that was killed left
     of an earlier attempt is removed first.
+
+    Raises
+    ------
+    InputError
+        If `path` cannot be written: the disk is full, its folder cannot be made or is deleted meanwhile.
     """
     path = Path(path)
     try:
@@ -79,22 +90,55 @@ def atomic(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise InputError(f"{path.parent}: cannot be made a folder ({error.strerror}): choose another place") from error
     host = re.sub(r"\W", "-", platform.node())
-    for left in path.parent.glob(f".{glob.escape(path.stem)}.{host}-*.tmp{glob.escape(path.suffix)}"):
-        if not _is_alive(left.name[len(path.stem) + len(host) + 3 :].partition(".")[0]):
-            _remove(left)
-    temporary = path.with_name(f".{path.stem}.{host}-{os.getpid()}.tmp{path.suffix}")
+    temporary, old = (
+        path.with_name(f".{path.stem}.{host}-{os.getpid()}{mark}.tmp{path.suffix}") for mark in ("", ".old")
+    )
+    stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
+    # the second: what a block left that itself wrote to a temporary name beside ours
+    for pattern in (f".{stem}.{host}-*.tmp{suffix}", f"..{stem}.{host}-*.tmp.{host}-*.tmp{suffix}"):
+        for left in path.parent.glob(pattern):
+            if not _is_alive(left.name.partition(f"{path.stem}.{host}-")[2].partition(".")[0]):
+                _remove(left)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
-            shutil.rmtree(path)
+            # a folder cannot take another's place in one step; between the two there is none, but never a part of one
+            path.replace(old)
         temporary.replace(path)
+    except Exception as error:
+        if (why := _unwritable(error, path, temporary)) is not None:
+            raise UnwritableError(path, why) from error
+        raise
     finally:
         _remove(temporary)
+        _remove(old)
+
+
+class UnwritableError(InputError):
+    """A file that was begun could not be finished, through no fault of its content."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(f"{path}: {why}")
+        self.why = why
+
+
+def _unwritable(error: Exception, path: Path, temporary: Path) -> str | None:
+    """Why writing failed, where that is the disk's doing. Of nested names, the outermost is the one that the user knows."""
+    if isinstance(error, UnwritableError):
+        return error.why
+    if isinstance(error, InputError):
+        return None
+    if (full := full_disk(error)) is not None:
+        return full
+    gone = any(isinstance(each, FileNotFoundError) and str(temporary) in str(each) for each in chain(error))
+    return f"{path.parent} was deleted while it was written; run the same command again" if gone else None
 
 
 def _is_alive(pid: str) -> bool:
-    """Whether a process of this machine still runs; also where it cannot be told."""
+    """Whether another process of this machine still runs; also where it cannot be told."""
     try:
+        if int(pid) == os.getpid():
+            return False  # in a container, whose processes have the same few ids each time
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
@@ -113,11 +157,91 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a cache file while building it; other processes wait here and then find it built.
+    """Hold the lock of a cache file while building it; other processes wait here, say for whom, and then find it built.
 
-    The lock is the operating system's, so a killed process leaves none behind.
+    The lock is the operating system's: it ends with its process, however that ends, and a lock file that is left behind locks nothing.
+
+    Raises
+    ------
+    InputError
+        If the lock file cannot be made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):
+    file = path.with_name(f".{path.name}.lock")
+    held = filelock.FileLock(file)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _wait(held, path, file)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise InputError(
+                f"{path}: is not there yet and may not be written ({error.strerror}); change the permissions of {path.parent} or "
+                "choose another place (paths.cache_dir for the cache)"
+            ) from error
+        if (full := full_disk(error)) is not None:
+            raise UnwritableError(path, full) from error
+        raise
+    try:
+        with contextlib.suppress(OSError):  # on a full disk: a courtesy to those who wait
+            file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
+    finally:
+        held.release()
+
+
+def _wait(held: filelock.FileLock, path: Path, file: Path) -> None:
+    """Take a lock; where another process holds it, say so after some seconds and then now and again."""
+    began = time.monotonic()
+    patience = _PATIENCE_S
+    while True:
+        try:
+            held.acquire(timeout=patience)
+        except filelock.Timeout:
+            holder = ""
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                holder = file.read_text(encoding="utf-8")
+            logger.warning(
+                "waiting for %s, which makes %s, for %.0f s now (lock file %s; it is free once that process ends)",
+                *(holder or "another process", path.name, time.monotonic() - began, file),
+            )
+            patience = _REMINDER_S
+        else:
+            return
+
+
+@contextmanager
+def reading(cache: Path) -> Iterator[None]:
+    """Where a file of the cache is missed that was there before, say that somebody deleted it.
+
+    Raises
+    ------
+    InputError
+        Instead of a FileNotFoundError about a file of the cache.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        text = str(error)
+        if str(cache) not in text and str(Path(cache).resolve()) not in text:
+            raise
+        raise InputError(
+            f"{cache}: was deleted, or a part of it, while it was read ({text}); run the same command again, it makes what is missing"
+        ) from error
+
+
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """Where the disk is full and nobody said which file that concerns, as loggers and their like do, name their folder.
+
+    Raises
+    ------
+    InputError
+        Instead of an error that says that there is no room.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = full_disk(error)
+        if full is None or any(isinstance(each, InputError) for each in chain(error)):
+            raise
+        raise UnwritableError(Path(folder), full) from error

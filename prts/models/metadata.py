@@ -87,7 +87,7 @@ def bundle_metadata(
 
 def run_provenance(config: Mapping[str, Any], tissue: PreparedTissue) -> dict[str, Any]:
     """Code, config and data that made the model; places on this machine are left out."""
-    kept = {key: value for key, value in config.items() if key not in ("paths", "logger")}
+    kept = {key: value for key, value in config.items() if key not in ("paths", "logger", "resume")}
     return {
         "code": provenance.code(),
         "config": kept,

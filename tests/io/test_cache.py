@@ -1,0 +1,242 @@
+"""Files that appear whole or not at all, and locks between processes that may be killed."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prts.errors import InputError
+from prts.io import cache
+from prts.io.cache import atomic, lock, reading
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+# A process that builds a file under its lock, in steps that others can watch: says what it does, and waits for a line on stdin at each.
+BUILDER = """
+    import logging, sys, time
+    from pathlib import Path
+    from prts.io import cache
+
+    logging.basicConfig(format="%(message)s")
+    cache._PATIENCE_S = float(sys.argv[3])
+    path, slow = Path(sys.argv[1]), sys.argv[2] == "slow"
+    if not path.exists():
+        with cache.lock(path):
+            if not path.exists():
+                print("builds", flush=True)
+                if slow:
+                    sys.stdin.readline()
+                with cache.atomic(path) as temporary:
+                    temporary.write_text("half")
+                    if slow:
+                        print("half", flush=True)
+                        sys.stdin.readline()
+                    temporary.write_text("whole")
+    print("has", path.read_text(), flush=True)
+"""
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start a builder; those that still run at the end are killed."""
+    running = []
+
+    def go(path: Path, how: str = "quick", patience_s: float = 5.0) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", textwrap.dedent(BUILDER), str(path), how, str(patience_s)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        running.append(process)
+        return process
+
+    yield go
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def test_one_builds_and_the_others_wait_and_use_it(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "cache" / "f.txt"
+    first = start(path, "slow")
+    assert said(first) == "builds"
+    others = [start(path, patience_s=0.2) for _ in range(3)]
+    for other in others:  # all three are there, and wait
+        assert other.stderr is not None
+        line = other.stderr.readline()
+        assert f"waiting for process {first.pid} on {platform.node()}, which makes f.txt" in line
+        assert str(path.with_name(".f.txt.lock")) in line
+    assert not path.exists()
+    go_on(first)
+    assert said(first) == "half"
+    assert not path.exists()
+    go_on(first)
+    assert said(first) == "has whole"
+    assert [said(other) for other in others] == ["has whole"] * 3
+
+
+def test_another_builds_when_the_builder_is_killed(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "f.txt"
+    first = start(path, "slow")
+    assert said(first) == "builds"
+    others = [start(path, patience_s=0.2) for _ in range(2)]
+    for other in others:
+        assert other.stderr is not None and "waiting for" in other.stderr.readline()
+    go_on(first)
+    assert said(first) == "half"
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    lines = sorted(other.communicate()[0] for other in others)
+    assert lines == ["builds\nhas whole\n", "has whole\n"]
+    # nor does anything of the killed one stay
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".f.txt.lock", "f.txt"]
+
+
+def test_a_lock_file_of_a_dead_process_locks_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "f.txt"
+    path.with_name(".f.txt.lock").write_text("process 1 on another-host-that-is-gone")
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING), lock(path):
+        assert path.with_name(".f.txt.lock").read_text() == f"process {os.getpid()} on {platform.node()}"
+    assert time.monotonic() - began < 1
+    assert not caplog.records
+
+
+def test_who_waits_says_so_again(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "f.txt"
+    first = start(path, "slow")
+    assert said(first) == "builds"
+    monkeypatch.setattr(cache, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(cache, "_REMINDER_S", 0.2)
+
+    class Ends(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if len(caplog.records) == 3:
+                first.kill()
+
+    caplog.handler.addFilter(lambda record: record.levelno == logging.WARNING)
+    handler = Ends()
+    logging.getLogger("prts.io.cache").addHandler(handler)
+    try:
+        with caplog.at_level(logging.WARNING), lock(path):
+            pass
+    finally:
+        logging.getLogger("prts.io.cache").removeHandler(handler)
+    assert 3 <= len(caplog.records) <= 4
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_fails_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model.x"
+    make = Path.mkdir if kind == "folder" else Path.touch
+    make(path)
+    before = path.stat().st_ino
+    with pytest.raises(RuntimeError), atomic(path) as temporary:
+        make(temporary)
+        raise RuntimeError
+    assert [file.name for file in tmp_path.iterdir()] == ["model.x"] and path.stat().st_ino == before
+    with atomic(path) as temporary:
+        make(temporary)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.x"] and path.stat().st_ino != before
+
+
+def test_a_folder_is_never_seen_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any step of the swap, there is the old folder, none, or the new one."""
+    path = tmp_path / "model"
+    path.mkdir()
+    for name in ("a", "b"):
+        (path / name).write_text("old")
+    seen = []
+
+    def watched(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            seen.append({file.name: file.read_text() for file in path.iterdir()} if path.is_dir() else None)
+            return function(*args, **kwargs)
+
+        return call
+
+    with atomic(path) as temporary:
+        temporary.mkdir()
+        for name in ("a", "b"):
+            (temporary / name).write_text("new")
+        for owner, name in ((os, "unlink"), (os, "rmdir"), (os, "rename"), (os, "replace")):
+            monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    monkeypatch.undo()
+    assert len(seen) > 4
+    assert all(state in (None, dict.fromkeys("ab", "old"), dict.fromkeys("ab", "new")) for state in seen)
+    assert {file.name: file.read_text() for file in path.iterdir()} == dict.fromkeys("ab", "new")
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    host = re.sub(r"\W", "-", platform.node())
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "a.b.h5"
+    left = [f".a.b.{host}-{pid}.tmp.h5" for pid in (dead.pid, os.getpid())]
+    left += [f"..a.b.{host}-{dead.pid}.tmp.{host}-{dead.pid}.tmp.h5", f".a.b.{host}-{dead.pid}.old.tmp.h5"]
+    others = [f".a.b.{host}-{os.getppid()}.tmp.h5", f".a.b.elsewhere-{dead.pid}.tmp.h5", f".x.{host}-{dead.pid}.tmp.h5"]
+    for name in (*left, *others):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").touch()
+    with atomic(path) as temporary:
+        assert not temporary.exists()  # of an earlier process with this one's id
+        temporary.write_text("x")
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "a.b.h5"])
+
+
+def test_a_full_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+    with (
+        pytest.raises(InputError, match=r"/folder: the disk is full; free some space") as caught,
+        atomic(tmp_path / "folder") as outer,
+        atomic(outer / "file") as inner,
+    ):
+        inner.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "tmp" not in str(caught.value).removeprefix(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_folder_that_is_deleted_while_it_is_written_to_is_named(tmp_path: Path, when: str) -> None:
+    folder = tmp_path / "cache"
+    with (
+        pytest.raises(InputError, match=r"cache was deleted while it was written; run the same command again"),
+        atomic(folder / "f") as temporary,
+    ):
+        if when == "after":
+            temporary.write_text("x")
+        cache._remove(folder)
+        if when == "before":
+            temporary.write_text("x")
+    assert not folder.exists()
+
+
+def test_what_is_missing_elsewhere_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="was deleted, or a part of it, while it was read"), reading(tmp_path / "c"):
+        (tmp_path / "c" / "x").read_text()
+    with pytest.raises(FileNotFoundError), reading(tmp_path / "c"):
+        (tmp_path / "d" / "x").read_text()
