@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import pickle
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from prts.data.datamodule import PRTSDataModule
 from prts.errors import InputError
+from prts.io.cache import atomic
 
 NAME = "resume.ckpt"
 # Of no consequence for the weights: where things lie, who is told, and the wish to go on itself.
@@ -39,6 +42,10 @@ class EpochCheckpoint(pl.Callback):
         self._inputs = dict(inputs)
         self._random: dict[str, Any] | None = None
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write in the run folder alone."""
+        trainer.strategy.checkpoint_io = _InPlace()
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -49,17 +56,19 @@ class EpochCheckpoint(pl.Callback):
             _set_random_state(self._random)
             self._random = None
         elif trainer.current_epoch > 0:
-            temporary = self._path.with_name(f".{self._path.name}.tmp")
-            # this writes: optimiser and schedules too, not only weights. Every process of a DDP job takes part
-            trainer.save_checkpoint(temporary, weights_only=False)
-            if trainer.is_global_zero:
-                temporary.replace(self._path)
+            # this writes: optimiser and schedules too, not only weights. Every process of a DDP job takes part, one writes
+            with atomic(self._path) if trainer.is_global_zero else nullcontext(self._path) as path:
+                trainer.save_checkpoint(path, weights_only=False)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add inputs and random state, and count the epoch that has begun as not begun."""
-        checkpoint["prts"] = {"inputs": self._inputs, "random": _random_state()}
+        """Add inputs and random states, and count the epoch that has begun as not begun."""
+        # of every process of a DDP job: batches of unequal size, and so dropout, draw unequally
+        random: list[Any] = [_random_state()] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(random, random[0])
+        checkpoint["prts"] = {"inputs": self._inputs, "random": random}
         loop = checkpoint["loops"]["fit_loop"]
         for progress in (loop["epoch_progress"], loop["epoch_loop.batch_progress"]):
             for count in (progress["total"], progress["current"]):
@@ -69,13 +78,28 @@ class EpochCheckpoint(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Remember the random state: what Lightning does before the first batch draws from it."""
-        self._random = checkpoint["prts"]["random"]
+        random = checkpoint["prts"]["random"]
+        if len(random) != trainer.world_size:
+            raise InputError(
+                f"resume=true: {self._path.parent} was begun with {len(random)} processes, now there are {trainer.world_size}; give it as "
+                "many devices, or another hydra.run.dir"
+            )
+        self._random = random[trainer.global_rank]
         if isinstance(datamodule := getattr(trainer, "datamodule", None), PRTSDataModule):
             datamodule.first_epoch = checkpoint["epoch"]
 
     def remove(self) -> None:
         """The run is finished."""
         self._path.unlink(missing_ok=True)
+
+
+class _InPlace(TorchCheckpointIO):
+    """Lightning's own way leads through a file in the system's temporary folder, which stays there where the process is killed."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        # a file of ours, since torch's own writer does not say that the disk is full
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
 
 
 def find_checkpoint(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Path | None:
