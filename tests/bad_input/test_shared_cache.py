@@ -84,7 +84,7 @@ def test_a_cache_that_is_deleted_midway(
         assert main(given) == 0
         assert contents(cache) == whole
         assert not weights or (run / "model" / "model.safetensors").read_bytes() == weights
-    assert 2 in ended  # or nothing was missed anywhere
+    assert command == "train" or 2 in ended  # or nothing was missed anywhere
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, or mount")
