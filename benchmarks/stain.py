@@ -66,7 +66,9 @@ class Model:
         features, counts = self.measured(section)
         self.panel = TopPanel(n_genes=N_GENES)([counts])
         self.scaler = StandardScaler().fit(features)
-        self.ridge = Ridge(alpha=ALPHA).fit(self.scaler.transform(features), self.panel.align(counts).log1p().toarray())
+        target = self.panel.align(counts).log1p().toarray()
+        self.largest = target.max()
+        self.ridge = Ridge(alpha=ALPHA).fit(self.scaler.transform(features), target)
 
     def measured(self, section: Section):
         """Features and counts of the nuclei that pass quality control."""
@@ -87,10 +89,9 @@ class Model:
         figures = []
         for method in ("none", *METHODS):
             features, counts = self.measured(matched(section, method, self.reference, "here"))
-            predicted = self.ridge.predict(self.scaler.transform(features))
-            figures.append(
-                float(np.nanmean(pearson_per_gene(self.panel.align(counts), np.expm1(np.maximum(predicted, 0.0)))))
-            )
+            # features far from those of training take a line beyond anything that was counted
+            predicted = np.clip(self.ridge.predict(self.scaler.transform(features)), 0, self.largest)
+            figures.append(float(np.nanmean(pearson_per_gene(self.panel.align(counts), np.expm1(predicted)))))
         print(f"| {name} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |", flush=True)
 
 
