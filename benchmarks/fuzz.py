@@ -38,22 +38,9 @@ if TYPE_CHECKING:
     from benchmarks.fuzzing.readers import Reader
 
 ENGINES = ("atheris", "hypothesis")
-READERS = (
-    *(
-        "h5",
-        "parquet",
-        "scalefactors",
-        "geojson",
-        "geoparquet",
-        "wkt",
-        "shapefile",
-        "labels",
-        "region",
-        "tiff",
-        "svs",
-        "picture",
-    ),
-    *("bundle", "bundle-weights", "panel", "genes", "tables", "store", "spots", "prediction", "pth", "safetensors"),
+READERS = tuple(
+    "h5 parquet scalefactors geojson geoparquet wkt shapefile labels region tiff svs picture "
+    "bundle bundle-weights panel genes tables store spots prediction pth safetensors".split()
 )
 _SECONDS = 20.0
 _BYTES = 8 << 30  # of addresses
