@@ -31,6 +31,14 @@ def holds_its_values(dataset: h5py.Dataset) -> bool:
     return bool(n_bytes <= _FREE_BYTES + _DENSEST * dataset.id.get_storage_size())
 
 
+def _has_its_rows(group: h5py.Group) -> bool:
+    """Whether a sparse matrix of anndata has a pointer for each of the rows (columns) that it claims, for which anndata makes room."""
+    axis = {"csr_matrix": 0, "csc_matrix": 1}.get(str(group.attrs.get("encoding-type")))
+    if axis is None or "indptr" not in group:
+        return True
+    return int(group.attrs["shape"][axis]) + 1 == len(group["indptr"])
+
+
 def endless_strings(path: Path) -> bool:
     """Whether HDF5 would never return from a heap of strings of this file: it goes on by the length of each part, and some are 0.
 
@@ -56,7 +64,7 @@ def endless_strings(path: Path) -> bool:
 
 
 def require_own_data(path: Path) -> None:
-    """Refuse an HDF5 file with soft or external links, or datasets that lie in other files or, as to their size, nowhere.
+    """Refuse an HDF5 file with soft or external links, or what lies in other files or is larger than the file can hold.
 
     Raises
     ------
@@ -74,6 +82,8 @@ def require_own_data(path: Path) -> None:
 
     def lies_elsewhere(name: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset):
+            if not _has_its_rows(item):
+                hollow.append(name)
             return
         if item.is_virtual or item.external:
             links.append(name)

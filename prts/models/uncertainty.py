@@ -35,6 +35,9 @@ _GRID = 2.0 ** (np.arange(_OCTAVES[0] * _PER_OCTAVE, _OCTAVES[1] * _PER_OCTAVE +
 # Shares of the mass left out that lie below the interval; the narrowest interval is taken.
 _BELOW = (0.0, 0.25, 0.5)
 _MAX_MASS = 0.9999
+# A model whose sums are further from the counts than this knows nothing of the gene, and no count is larger than int32 holds.
+_SCALES = (1e-4, 1e4)
+_MAX_DISPERSION = 100.0
 _HALVINGS = 8
 # Calibration needs no more nuclei than these of a section, evenly chosen.
 _MAX_NUCLEI = 20_000
@@ -68,9 +71,19 @@ class CountIntervals:
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> CountIntervals:
-        """From what `settings` gave."""
-        arrays = (np.array(settings[name], dtype=np.float64) for name in ("scale", "dispersion", "mass"))
-        return cls(float(settings["level"]), *arrays)
+        """From what `settings` gave.
+
+        Raises
+        ------
+        ValueError
+            If a number is one that `calibrate_intervals` cannot have found.
+        """
+        limits = {"scale": _SCALES, "dispersion": (0.0, _MAX_DISPERSION), "mass": (0.0, 1.0)}
+        arrays = {name: np.array(settings[name], dtype=np.float64) for name in limits}
+        for name, (least, most) in limits.items():
+            if not ((arrays[name] >= least) & (arrays[name] <= most)).all():
+                raise ValueError(f"{name} of intervals must lie between {least:g} and {most:g}")
+        return cls(float(settings["level"]), **arrays)
 
     def table(self) -> tuple[Ints, Ints]:
         """Lower and upper bounds of every gene at each expected UMI of the grid, each (g, grid)."""
@@ -121,14 +134,14 @@ def calibrate_intervals(
 
     total = pooled(counts.sum(axis=0, dtype=np.float64))
     predicted = pooled(expected.sum(axis=0, dtype=np.float64))
-    scale = np.divide(total, predicted, out=np.ones_like(total), where=(predicted > 0) & (total > 0))
+    scale = np.divide(total, predicted, out=np.ones_like(total), where=(predicted > 0) & (total > 0)).clip(*_SCALES)
     excess, power = np.zeros(len(total)), np.zeros(len(total))
     for genes in gene_slices(*counts.shape):
         mean = expected[:, genes] * scale[genes]
         excess[genes] = (np.square(counts[:, genes] - mean) - mean).sum(axis=0)
         power[genes] = np.square(mean).sum(axis=0)
     power = pooled(power)
-    dispersion = np.divide(pooled(excess), power, out=np.zeros_like(power), where=power > 0).clip(0.0, 100.0)
+    dispersion = np.divide(pooled(excess), power, out=np.zeros_like(power), where=power > 0).clip(0.0, _MAX_DISPERSION)
 
     n = len(counts) * pooled(np.ones(len(total)))
     # of n counts that calibrate, this share must be inside, so that the next one is with probability `level`
@@ -243,4 +256,5 @@ def _bounds(scale: Floats, dispersion: Floats, mass: Floats) -> tuple[Ints, Ints
         stop = counts.ppf(np.minimum(counts.cdf(start - 1) + wanted, _MAX_MASS))
         narrower = stop - start < upper - lower
         lower, upper = np.where(narrower, start, lower), np.where(narrower, stop, upper)
-    return lower.astype(np.int32), upper.astype(np.int32)
+    most = np.iinfo(np.int32).max
+    return lower.clip(max=most).astype(np.int32), upper.clip(max=most).astype(np.int32)

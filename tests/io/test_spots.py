@@ -104,6 +104,11 @@ def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
     edit(path, "obsm/spatial", None, shape=(2, 1 << 40), dtype="f8", chunks=(1, 1024))
     with pytest.raises(InputError, match="obsm/spatial has more values than the file can hold"):
         read_spots(path)
+    spots().write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["X"].attrs["shape"] = [1 << 56, COUNTS.shape[1]]
+    with pytest.raises(InputError, match="X has more values than the file can hold"):
+        read_spots(path)
 
 
 def test_zeros_among_strings_do_not_hang_hdf5(tmp_path: Path) -> None:

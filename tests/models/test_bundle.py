@@ -169,6 +169,14 @@ DAMAGE = {
         ),
         "one number per gene is needed",
     ),
+    "an interval's scale": (
+        edit_json(
+            lambda j: j.update(
+                intervals={"level": 0.9, "scale": [1.0, 1e308, 1.0], "dispersion": [0.1] * 3, "mass": [0.9] * 3}
+            )
+        ),
+        "scale of intervals must lie between 0.0001 and 10000",
+    ),
     "encoder a list": (edit_json(lambda j: j.update(encoder=["a"])), r"not laid out as prts writes it \(encoder"),
     "a gene twice": (edit_json(lambda j: j["genes"][0].update(name="Ttr")), "lists a gene twice"),
     "a block twice": (edit_json(lambda j: j["input"].update(use=["global", "local", "local"])), "do not add up"),
