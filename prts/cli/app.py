@@ -316,7 +316,7 @@ def _launch(command: str, arguments: list[str]) -> int:
                 raise
             refused.append(known)  # Hydra would print a line of its own before ours
             if command == "train":
-                _remove_if_bare(Path(HydraConfig.get().runtime.output_dir))
+                _remove_bare_run()
 
     start = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)
     RememberSweep.forget()
@@ -346,7 +346,7 @@ def _name_run_folder(folder: Path | None, error: Exception) -> None:
     """Raise an InputError where Hydra found the disk full when it made the run folder; whatever lies there then is of no use."""
     full = full_disk(error)
     if folder is not None and full is not None and _input_error(error) is None:
-        _remove_if_bare(folder)
+        _remove_bare_run()
         raise InputError(f"{folder}: {full}") from error
 
 
@@ -389,10 +389,18 @@ def _summarise(folder: Path | None) -> int:
     return 2 if (failed["status"] == "wrong input").all() else 1
 
 
-def _remove_if_bare(folder: Path) -> None:
-    """Remove what Hydra made for a run that ended before it had anything to keep; nothing that it did not make."""
-    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
-        shutil.rmtree(folder)
+def _remove_bare_run() -> None:
+    """Remove what Hydra made for a run that ended before it had anything to keep; nothing that was there before."""
+    from prts.cli.jobs import RememberSweep
+
+    folder, before = RememberSweep.run, RememberSweep.before
+    if folder is None or not folder.is_dir() or before:
+        return
+    if {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
+        shutil.rmtree(folder / ".hydra", ignore_errors=True)
+        (folder / "train.log").unlink(missing_ok=True)
+        if before is None:
+            folder.rmdir()
 
 
 def require(cfg: DictConfig, *keys: str) -> None:

@@ -37,15 +37,20 @@ class RememberSweep(Callback):
 
     folder: ClassVar[Path | None] = None
     run: ClassVar[Path | None] = None
+    before: ClassVar[frozenset[str] | None] = (
+        None  # what the run's folder held before it, or None where there was no folder
+    )
 
     @classmethod
     def forget(cls) -> None:
         """Before a new command."""
-        cls.folder = cls.run = None
+        cls.folder = cls.run = cls.before = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Keep the folder, for what goes wrong while Hydra makes it."""
-        type(self).run = Path(config.hydra.run.dir)
+        """Keep the folder, for what goes wrong before the run has anything to keep."""
+        run = Path(config.hydra.run.dir).absolute()
+        type(self).run = run
+        type(self).before = frozenset(path.name for path in run.iterdir()) if run.is_dir() else None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Keep the folder; it holds the time of the start, so nobody else could compute it."""

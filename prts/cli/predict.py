@@ -10,7 +10,7 @@ from `encoder.weights=`, else from where training read them; encoder and network
 `encoder.device=` says. `stain=` reads the slide in the colours of the training section. `rotate=` (degrees counter-clockwise), then
 `flip=`, read it as the tissue of training lay; coordinates, given and written, stay pixels of the image as it lies in its file.
 Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right;
-check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values.
+check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values (but for rounding).
 
 Writes FILE.h5ad (nuclei x genes: expected UMI in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in
 layers["lower"] and layers["upper"] unless intervals=false; obs["artefact"] says which nuclei lie on glass, in a fold, under a bubble or
@@ -76,7 +76,9 @@ def _predict(cfg: DictConfig) -> None:
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
     region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
     seen = matched(section.turned(orientation), str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
-    encoder = encoder_from_settings(bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device)
+    encoder = encoder_from_settings(
+        bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device, compile=cfg.encoder.compile
+    )
     segmenter, prefer_given = _segmenter(cfg, bundle)
 
     cache = Path(cfg.paths.cache_dir) / "predict" / section.name

@@ -370,7 +370,7 @@ def encoder_from_settings(settings: dict[str, Any], weights: Path | None = None,
     weights
         The weights file, for the encoders that need one.
     runtime
-        `device` and `batch_size`, which do not belong to the settings.
+        `device`, `batch_size` and `compile`, which do not belong to the settings.
 
     Returns
     -------

@@ -252,7 +252,7 @@ class TokenEncoder:
             reason = str(error).strip().partition("\n")[0]
             if self.compile != "auto":
                 raise InputError(
-                    f"encoder.compile: torch cannot compile here ({reason}); it needs a C++ compiler; leave encoder.compile=false"
+                    f"encoder.compile: torch cannot compile here ({reason}); it needs a C++ compiler; or set encoder.compile=false"
                 ) from error
             logger.warning("encoder %s: goes on without compiling, which fails here (%s)", self.name, reason)
             self.compile, self.compiled = False, False

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.io.own_data import DAMAGED, endless_strings, holds_its_values
+from prts.io.own_data import DAMAGED, ENDLESS, endless_strings, holds_its_values
 
 _BARCODE = b"s_002um_00000_00000-1"
 _ROW, _COLUMN = slice(8, 13), slice(14, 19)
@@ -230,7 +230,7 @@ class BinMatrix:
     def _require_strings_that_end(self) -> None:
         """Of strings of any length; 10x's own are of one, and have no heap."""
         if endless_strings(self.path):
-            raise InputError(f"{self.path}: damaged (zeros in a heap of strings); get a complete copy")
+            raise InputError(f"{self.path}: damaged ({ENDLESS}); get a complete copy")
 
     def _get(self, group: h5py.Group, name: str, kind: type) -> Any:
         """A member of a group that lies in this very file: links could make a shared file read another one."""

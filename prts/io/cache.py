@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -97,8 +96,9 @@ def atomic(path: Path) -> Iterator[Path]:
     # the second: what a block left that itself wrote to a temporary name beside ours
     for pattern in (f".{stem}.{host}-*.tmp{suffix}", f"..{stem}.{host}-*.tmp.{host}-*.tmp{suffix}"):
         for left in path.parent.glob(pattern):
-            if not _is_alive(left.name.partition(f"{path.stem}.{host}-")[2].partition(".")[0]):
-                _remove(left)
+            pid, _, mark = left.name.partition(f"{path.stem}.{host}-")[2].partition(".")
+            if not _is_alive(pid):
+                _put_back(left, path) if mark.startswith("old.tmp") else _remove(left)
     try:
         yield temporary
         if temporary.is_dir() and path.is_dir():
@@ -111,7 +111,7 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         _remove(temporary)
-        _remove(old)
+        _put_back(old, path)
 
 
 class UnwritableError(InputError):
@@ -147,6 +147,15 @@ def _is_alive(pid: str) -> bool:
     return True
 
 
+def _put_back(old: Path, path: Path) -> None:
+    """Give a folder its name again where no other has taken it, or remove it."""
+    if path.exists():
+        _remove(old)
+    else:
+        with contextlib.suppress(OSError):
+            old.replace(path)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
@@ -173,14 +182,12 @@ def lock(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _wait(held, path, file)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise InputError(
-                f"{path}: is not there yet and may not be written ({error.strerror}); change the permissions of {path.parent} or "
-                "choose another place (paths.cache_dir for the cache)"
-            ) from error
         if (full := full_disk(error)) is not None:
             raise UnwritableError(path, full) from error
-        raise
+        raise InputError(
+            f"{path}: is not there yet and may not be written ({error.strerror}); change the permissions of {path.parent} or "
+            "choose another place (paths.cache_dir for the cache)"
+        ) from error
     try:
         with contextlib.suppress(OSError):  # on a full disk: a courtesy to those who wait
             file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
@@ -222,7 +229,8 @@ def reading(cache: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         text = str(error)
-        if str(cache) not in text and str(Path(cache).resolve()) not in text:
+        # as all libraries quote it; the name alone may be part of any other
+        if not any(f"'{folder}{end}" in text for folder in (cache, Path(cache).resolve()) for end in ("'", os.sep)):
             raise
         raise InputError(
             f"{cache}: was deleted, or a part of it, while it was read ({text}); run the same command again, it makes what is missing"

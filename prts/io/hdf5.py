@@ -88,6 +88,7 @@ def write_h5ad(data: ad.AnnData, path: Path, compression: str | None = None) -> 
             part = getattr(data, name)
             if part is not None:  # which older versions of anndata could not read
                 write_elem(file, name, dict(part) if isinstance(part, Mapping) else part, dataset_kwargs=options)
+                file.check()
 
 
 class _Sink(io.RawIOBase):

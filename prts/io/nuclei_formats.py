@@ -254,7 +254,7 @@ def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
                 require((image.height, image.width), np.dtype(int))
                 labels = np.asarray(image)
         else:
-            with tifffile.TiffFile(path) as tif:
+            with tifffile.TiffFile(path, _multifile=False) as tif:
                 if not tif.series:
                     raise InputError("holds no image, so it is not a label image")
                 series = tif.series[0]

@@ -17,11 +17,13 @@ from scipy.sparse import issparse
 from prts.errors import InputError
 
 # What h5py raises of a damaged file, as deep as the damage lies; SystemError where it loses an error of its own.
-DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, SystemError, MemoryError)
+DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, SystemError)
 
+ENDLESS = "zeros in a heap of strings, or heaps within heaps"
 _HEAP = b"GCOL\1\0\0\0"
 # Deflate, the densest of HDF5's own ways to compress, makes one byte of at most 1,032; a few megabytes are made of nothing.
 _DENSEST = 1100
+_DEEPEST = 50  # groups in groups
 _FREE_BYTES = 16 << 20
 
 
@@ -42,11 +44,11 @@ def _has_its_rows(group: h5py.Group) -> bool:
 def endless_strings(path: Path) -> bool:
     """Whether HDF5 would never return from a heap of strings of this file: it goes on by the length of each part, and some are 0.
 
-    A block of zeros, as an interrupted copy leaves it, is enough.
+    A block of zeros, as an interrupted copy leaves it, is enough. Also where heaps overlap, which would take as long to walk.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            at = data.find(_HEAP)
+            at, steps = data.find(_HEAP), len(data) // 16  # heaps do not overlap, and no part is smaller
             while at >= 0:
                 end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
                 part = at + 16
@@ -54,7 +56,8 @@ def endless_strings(path: Path) -> bool:
                     index, length = int.from_bytes(data[part : part + 2], "little"), data[part + 8 : part + 16]
                     n_bytes = int.from_bytes(length, "little")
                     step = (n_bytes if index == 0 else 16 + n_bytes + -n_bytes % 8) % (1 << 64)
-                    if step == 0:
+                    steps -= 1
+                    if step == 0 or steps < 0:
                         return True
                     part += step
                 at = data.find(_HEAP, at + 1)
@@ -64,7 +67,9 @@ def endless_strings(path: Path) -> bool:
 
 
 def require_own_data(path: Path) -> None:
-    """Refuse an HDF5 file with soft or external links, or what lies in other files or is larger than the file can hold.
+    """Refuse an HDF5 file with links that lead out of it or in circles, or data that lie in other files or, as to their size, nowhere.
+
+    A reader that follows groups without an end is stopped by Python in the middle of h5py, whose lock is then never free again.
 
     Raises
     ------
@@ -72,9 +77,10 @@ def require_own_data(path: Path) -> None:
         If it has any, or cannot be read.
     """
     if endless_strings(path):
-        raise InputError(f"{path}: damaged (zeros in a heap of strings); get a complete copy")
+        raise InputError(f"{path}: damaged ({ENDLESS}); get a complete copy")
     links: list[str] = []
     hollow: list[str] = []
+    endless: list[str] = []
 
     def look(name: str, link: Any) -> None:
         if not isinstance(link, h5py.HardLink):
@@ -82,7 +88,9 @@ def require_own_data(path: Path) -> None:
 
     def lies_elsewhere(name: str, item: Any) -> None:
         if not isinstance(item, h5py.Dataset):
-            if not _has_its_rows(item):
+            if h5py.h5o.get_info(item.id).rc > 1 or name.count("/") > _DEEPEST:
+                endless.append(name)
+            elif not _has_its_rows(item):
                 hollow.append(name)
             return
         if item.is_virtual or item.external:
@@ -94,11 +102,16 @@ def require_own_data(path: Path) -> None:
         with h5py.File(path, "r") as file:
             file.visititems_links(look)
             if not links:
+                lies_elsewhere("/", file)
                 file.visititems(lies_elsewhere)
     except DAMAGED as error:
         raise InputError(f"{path}: not HDF5, or damaged ({error}); get a complete copy") from error
     if links:
         raise InputError(f"{path}: {links[0]} is a link to elsewhere; a file that holds its own data is needed")
+    if endless:
+        raise InputError(
+            f"{path}: the group {endless[0][:100]} is in several places, or too deep; a file as anndata writes it is needed"
+        )
     if hollow:
         raise InputError(f"{path}: {hollow[0]} has more values than the file can hold; get a complete copy")
 

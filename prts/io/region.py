@@ -38,7 +38,7 @@ def read_region(text: str, width: int, height: int) -> BaseGeometry:
         If it is neither, empty, or does not touch the image.
     """
     text = str(text).strip()
-    region = _drawn(text) if text.startswith("[") and not Path(text).is_file() else _polygons(Path(text))
+    region = _drawn(text) if text.startswith("[") and not _is_file(Path(text)) else _polygons(Path(text))
     if region.area == 0 or region.intersection(shapely.box(0, 0, width, height)).area == 0:
         bounds = "empty" if region.is_empty else ", ".join(f"{value:g}" for value in region.bounds)
         raise InputError(
@@ -75,8 +75,15 @@ def _drawn(text: str) -> BaseGeometry:
     return shapely.box(x0, y0, x1, y1)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # longer than a name may be, as the corners of a polygon are
+        return False
+
+
 def _polygons(path: Path) -> BaseGeometry:
-    if not path.is_file():
+    if not _is_file(path):
         raise InputError(
             f"roi={path}: no such file; a GeoJSON file with polygons is needed, a box [x0,y0,x1,y1] or a polygon [[x,y],[x,y],[x,y]]"
         )

@@ -5,6 +5,7 @@ TIFF has a module of its own, `slide_tiff`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from PIL import Image
 from prts.errors import InputError
 from prts.io.limits import require_decodable
 from prts.io.mpp import UM_PER_INCH, Source, from_axes
+
+_PILLOWS_LIMIT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,15 @@ def read_pillow(path: Path) -> ArrayReader:
 @contextmanager
 def open_pillow(path: Path) -> Iterator[Image.Image]:
     """An image that Pillow knows, its header read; decoding it is for the block, after `require_decodable`: Pillow's own limit is off."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with Image.open(path) as image:
-            yield image
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _PILLOWS_LIMIT:  # of the whole process, and looked at where a header is read
+        limit = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            image = Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        yield image
 
 
 def _pillow_rgb(image: Image.Image) -> NDArray[np.uint8]:

@@ -41,6 +41,13 @@ class TiffReader:
     def __init__(self, path: Path) -> None:
         # companion files that OME-XML may name are not followed
         self._tif = tifffile.TiffFile(path, _multifile=False)
+        try:
+            self._open()
+        except BaseException:
+            self._tif.close()
+            raise
+
+    def _open(self) -> None:
         series = max(self._tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
         self._series = series
         planes = [_planes(level) for level in series.levels]

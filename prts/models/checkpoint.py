@@ -18,8 +18,8 @@ from prts.errors import InputError
 from prts.io.cache import atomic
 
 NAME = "resume.ckpt"
-# Of no consequence for the weights: where things lie, who is told, and the wish to go on itself.
-_FREE = ("resume", "paths", "logger")
+# Of no consequence for the weights: where things lie, who is told, which images are refused, and the wish to go on itself.
+_FREE = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
 
 
 class EpochCheckpoint(pl.Callback):

@@ -83,7 +83,7 @@ def test_a_spoilt_prediction_is_named(
 
 WRONG_PREDICTION: dict[str, tuple[Callable[[ad.AnnData], object], str]] = {
     "no scale": (lambda p: p.uns["prts"].pop("scale"), "scale"),
-    "other scale": (lambda p: p.uns["prts"].update(scale="log1p"), "is on the scale 'log1p'"),
+    "other scale": (lambda p: p.uns["prts"].update(scale="log1p"), "['scale'] is 'log1p'"),
     "negative": (lambda p: setattr(p, "X", -np.ones(p.shape, np.float32)), "negative or non-finite"),
     "NaN": (lambda p: setattr(p, "X", np.full(p.shape, np.nan, np.float32)), "negative or non-finite"),
     "no place": (lambda p: p.obsm.clear(), "obsm['spatial']"),

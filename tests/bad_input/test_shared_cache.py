@@ -150,7 +150,7 @@ CROWD = """
             time.sleep(0.01)
     if kill == "kill":
         while not list(Path(cache).rglob("*.parts")):
-            time.sleep(0.01)
+            time.sleep(0.002)
         os.kill(children[0], signal.SIGKILL)
     print([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children])
 """
@@ -162,7 +162,7 @@ def test_four_processes_on_one_cache(kill: str, tissue: list[str], tmp_path: Pat
         script = "\n".join(line.removeprefix("    ") for line in CROWD.splitlines())
         command = [sys.executable, "-c", script, str(n), how, str(cache), *tissue]
         environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-1], done.stdout
 

@@ -119,6 +119,19 @@ def test_missing_data_names_the_download(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kept", [[], ["train.log"], ["notes.txt"]])
+def test_a_refused_run_leaves_its_users_folder_as_it_was(tmp_path, kept):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in kept:
+        (folder / name).write_text("mine")
+    where = [f"paths.data_dir={tmp_path}", f"hydra.run.dir={folder}", "encoder=classical"]
+    assert run("train", ["tissue=lung", *where]) == 2
+    if kept != ["train.log"]:  # to which the run's own lines are added
+        assert [path.name for path in folder.iterdir() if path.name not in (".hydra", "train.log")] == kept
+    assert folder.is_dir() and all((folder / name).read_text().startswith("mine") for name in kept)
+
+
 def test_a_tissue_of_ones_own_lies_anywhere(tmp_path, capsys):
     (tmp_path / "my configs" / "tissue").mkdir(parents=True)
     config = "name: mine\nspecies: human\nsections: {s1: {image: nowhere.tif, bins: nowhere}}\ntrain: [s1]\nval: []\ntest: []\n"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -275,10 +276,11 @@ def test_artefacts_are_said_and_none_is_left_out(slide: Slide, capsys: pytest.Ca
 
     with open_section("train", slide.image("train.tif", slide.pixels), mpp=MPP).open_slide() as training:
         stain = statistics(sample_slides([training]))
-    about = json.loads((slide.folder / "model" / "model.json").read_text())
-    (slide.folder / "model" / "model.json").write_text(json.dumps(about | {"stain": stain}))
+    model = shutil.copytree(slide.folder / "model", slide.folder / "stained")
+    about = json.loads((model / "model.json").read_text())
+    (model / "model.json").write_text(json.dumps(about | {"stain": stain}))
     for method in ("histogram", "macenko"):
-        matched, _ = slide.predict(file, "matched", nuclei, f"stain={method}")
+        matched, _ = slide.predict(file, "matched", nuclei, f"stain={method}", f"bundle={model}")
         assert list(matched.obs["artefact"]) == list(found.obs["artefact"])
         assert not np.array_equal(matched.layers["prob"], found.layers["prob"])
 

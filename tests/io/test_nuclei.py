@@ -142,6 +142,29 @@ def test_label_image_keeps_labels_as_ids(tmp_path, suffix):
         read_nuclei(path, mpp=0.5, width=100, height=100)
 
 
+def test_a_label_image_reads_no_file_that_it_names(tmp_path):
+    secret = np.zeros((100, 200), np.uint16)
+    secret[10:30, 10:30] = 9
+    (tmp_path / "other").mkdir()
+    tifffile.imwrite(tmp_path / "other" / "secret.ome.tif", secret, metadata={"axes": "YX"})
+    labels = np.zeros((100, 200), np.uint16)
+    labels[50:60, 50:60] = 3
+    uuid = "urn:uuid:00000000-0000-0000-0000-000000000000"
+    description = (
+        '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"><Image ID="Image:0">'
+        '<Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint16" SizeX="200" SizeY="100" SizeC="1" SizeZ="1" SizeT="1">'
+        f'<TiffData IFD="0" PlaneCount="1"><UUID FileName="../other/secret.ome.tif">{uuid}</UUID></TiffData></Pixels></Image></OME>'
+    )
+    (tmp_path / "labels").mkdir()
+    path = tmp_path / "labels" / "labels.ome.tif"
+    tifffile.imwrite(path, labels, description=description, metadata=None)
+    try:
+        found = read_nuclei(path, **SIZE)
+    except InputError:
+        return  # it is no label image of its own
+    assert list(found.cell_id) == ["3"]
+
+
 def test_label_images_that_are_none(tmp_path):
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((100, 200, 3), np.uint8))
     with pytest.raises(InputError, match="not a label image"):

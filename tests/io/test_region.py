@@ -36,6 +36,16 @@ def test_a_polygon_takes_the_nuclei_whose_centre_it_holds() -> None:
     np.testing.assert_array_equal(hourglass[off_diagonal], (abs(y - 50.5) < abs(x - 50.5))[off_diagonal])
 
 
+def test_a_polygon_may_have_more_corners_than_a_file_name_characters() -> None:
+    circle = shapely.Point(50, 50).buffer(30, quad_segs=25)
+    text = json.dumps(shapely.get_coordinates(circle)[:-1].round(3).tolist())
+    assert len(text) > 255
+    taken = inside(read_region(text, 100, 100), nuclei())
+    np.testing.assert_array_equal(taken, inside(circle, nuclei()))
+    with pytest.raises(InputError, match="no such file"):
+        read_region("x" * 5000, 100, 100)
+
+
 def test_a_file_whose_name_begins_with_a_bracket_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("[roi].geojson").write_text(json.dumps(feature(shapely.box(0, 0, 20, 20))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from scipy.sparse import csr_matrix, issparse
 
 from prts.errors import InputError
+from prts.io.own_data import endless_strings
 from prts.io.spots import read_spots
 
 COUNTS = np.array([[0, 3, 1], [2, 0, 0]])
@@ -111,6 +113,27 @@ def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
         read_spots(path)
 
 
+@pytest.mark.parametrize("where", ["uns/again", "uns/deep"])
+def test_groups_without_an_end_are_refused(where: str, tmp_path: Path) -> None:
+    """Python's limit of recursion, met within h5py, would leave its lock locked for all other threads."""
+    path = tmp_path / "spots.h5ad"
+    spots().write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        if where == "uns/again":
+            file[where] = file["uns"]
+        else:
+            file.create_group("/".join(["uns/deep", *("a" * 400)]))
+    with pytest.raises(InputError, match="is in several places, or too deep"):
+        read_spots(path)
+    free = []
+    thread = threading.Thread(
+        target=lambda: free.append(h5py._objects.phil.acquire(False) and not h5py._objects.phil.release())
+    )
+    thread.start()
+    thread.join()
+    assert free == [True]
+
+
 def test_zeros_among_strings_do_not_hang_hdf5(tmp_path: Path) -> None:
     path = tmp_path / "spots.h5ad"
     spots().write_h5ad(path)
@@ -120,6 +143,13 @@ def test_zeros_among_strings_do_not_hang_hdf5(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(InputError, match="zeros in a heap of strings"):
         read_spots(path)
+
+
+def test_heaps_within_heaps_take_no_longer_than_the_file_is_long(tmp_path: Path) -> None:
+    unit = b"GCOL\1\0\0\0" + (1 << 40).to_bytes(8, "little") + bytes(8) + (32).to_bytes(8, "little")
+    path = tmp_path / "heaps"
+    path.write_bytes(unit * (1 << 17))  # 4 MB; to walk each to the end takes a day
+    assert endless_strings(path)
 
 
 def test_what_is_no_h5ad(tmp_path: Path) -> None:
