@@ -4,9 +4,9 @@ usage: python benchmarks/crash.py [--kills 20] [--only prepare,train,predict] [-
 
 SIGKILL, which no program can catch, comes at a random moment of the work, of `train` every other time within a random epoch. The same
 command is then started again (`train` with `resume=true`) and must end well; every file that it leaves is compared with the undisturbed
-run's, byte by byte (of metrics.json all but seconds and memory), and nothing else may be left behind. Prints a line per command: kills, how
-many runs ended as the undisturbed one, how many did not (lost), what was done twice, and what the kills met. Exits with 1 if anything was
-lost.
+run's, byte by byte: of metrics.json all but seconds and memory, of config.yaml all but `resume`; the log, Lightning's curves and their
+figure and the lock files are not compared. No other file may be left behind. Prints a line per command: kills, how many runs ended as the
+undisturbed one, how many did not (lost), what was done twice, and what the kills met. Exits with 1 if anything was lost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""st.SearchStrategy[bytes] that keep a format's structure and are odd within it; Hypothesis draws them as bytes."""
+"""Strategies that keep a format's structure and are odd within it; Hypothesis draws them as bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.fuzzing.weights import checkpoint, edited_safetensors
 
 
 def inputs(kind: str, seeds: list[bytes]) -> st.SearchStrategy[bytes]:
-    """st.SearchStrategy[bytes] of a kind of structure, made from sound files."""
+    """The strategy of a kind of structure, made from sound files."""
     if kind in ("json", "geojson"):
         documents = [json.loads(seed) for seed in seeds if seed[:1] in b"{["]
         edited = edited_json(documents, st.sampled_from(GEOMETRIES) if kind == "geojson" else None)

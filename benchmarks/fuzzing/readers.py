@@ -51,7 +51,8 @@ class Reader:
     beside
         Files that lie around it, by their paths.
     kind
-        What structure the inputs of Hypothesis have: h5, json, geojson, parquet, tiff, picture, text, pickle or safetensors.
+        What structure the inputs of Hypothesis have: h5, json, geojson, parquet, tiff, picture, text, pickle or safetensors;
+        bytes have none.
     """
 
     name: str

@@ -69,8 +69,8 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
 
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
-    from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
-    from prts.models.fit import fit, learnt_from
+    from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint, learnt_from
+    from prts.models.fit import fit
     from prts.models.judge import baselines_by_section, compare_with_baselines, registration_figures, score_sections
     from prts.models.metadata import bundle_metadata
     from prts.models.module import seed_everything

@@ -38,7 +38,9 @@ def allowed_pixels() -> int:
     return _allowed
 
 
-def require_decodable(width: int, height: int, what: str, cure: str = "convert it to a tiled TIFF") -> None:
+def require_decodable(
+    width: int, height: int, what: str, cure: str = "convert it to a tiled TIFF", *, n_bytes: int = 3
+) -> None:
     """Refuse what is too large to be decoded at once.
 
     Parameters
@@ -49,6 +51,8 @@ def require_decodable(width: int, height: int, what: str, cure: str = "convert i
         Completes "has ... px in ".
     cure
         What would be right, beside `max_pixels`.
+    n_bytes
+        Of a pixel.
 
     Raises
     ------
@@ -58,6 +62,6 @@ def require_decodable(width: int, height: int, what: str, cure: str = "convert i
     n = width * height
     if n > _allowed:
         raise InputError(
-            f"has {width:,} x {height:,} px in {what}, which must be decoded whole and takes {3 * n / 1e9:.1f} GB; {cure}, "
+            f"has {width:,} x {height:,} px in {what}, which must be decoded whole and takes {n_bytes * n / 1e9:.1f} GB; {cure}, "
             f"or allow it with max_pixels={n}"
         )

@@ -244,14 +244,14 @@ def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
             raise InputError(
                 f"a label image of {shape[1]} x {shape[0]} px beside an image of {size[1]} x {size[0]} px; they must be of one size"
             )
-        require_decodable(shape[1], shape[0], "a label image", "give polygons")
+        require_decodable(shape[1], shape[0], "a label image", "give polygons", n_bytes=dtype.itemsize)
 
     try:
         with path.open("rb") as handle:
             is_png = handle.read(4) == b"\x89PNG"
         if is_png:
             with open_pillow(path) as image:
-                require((image.height, image.width), np.dtype(int))
+                require((image.height, image.width), np.dtype(np.int32))
                 labels = np.asarray(image)
         else:
             with tifffile.TiffFile(path, _multifile=False) as tif:
@@ -259,8 +259,9 @@ def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
                     raise InputError("holds no image, so it is not a label image")
                 series = tif.series[0]
                 require(tuple(n for n in series.shape if n != 1), series.dtype)
-                page = series.keyframe
-                require_decodable(page.tilewidth, page.tilelength, "a tile of a label image", "give polygons")
+                height, width = series.keyframe.tilelength, series.keyframe.tilewidth
+                tile = "a tile of a label image"
+                require_decodable(width, height, tile, "give polygons", n_bytes=series.dtype.itemsize)
                 labels = np.squeeze(series.asarray())
         require(labels.shape, labels.dtype, labels.min(initial=0))
         return labels

@@ -102,6 +102,17 @@ class _InPlace(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
 
+def learnt_from(datamodule: PRTSDataModule) -> dict[str, str]:
+    """The cache files that are learnt from: their names change with what they hold."""
+    tissue = datamodule.tissue
+    parts = {
+        f"{name}'s {kind}": getattr(section, kind)
+        for name, section in tissue.sections.items()
+        for kind in ("counts", "features")
+    }
+    return {kind: path.name for kind, path in {**parts, "the gene panel": tissue.panel}.items()}
+
+
 def find_checkpoint(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Path | None:
     """The checkpoint that a run goes on from; None where it was killed before there was one.
 

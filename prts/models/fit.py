@@ -88,14 +88,3 @@ def _fit_network(
     trainer.fit(module, datamodule=datamodule, ckpt_path=goes_on_from, weights_only=True)
     best_epoch = next((callback.best_epoch for callback in callbacks if isinstance(callback, KeepBest)), None)
     return Fitted(net, module.loss.gates, best_epoch, module.trainer.is_global_zero)
-
-
-def learnt_from(datamodule: PRTSDataModule) -> dict[str, str]:
-    """The cache files that are learnt from: their names change with what they hold."""
-    tissue = datamodule.tissue
-    parts = {
-        f"{name}'s {kind}": getattr(section, kind)
-        for name, section in tissue.sections.items()
-        for kind in ("counts", "features")
-    }
-    return {kind: path.name for kind, path in {**parts, "the gene panel": tissue.panel}.items()}
