@@ -104,7 +104,9 @@ def make(folder: str, n: int, genes: int) -> None:
 
     rng, where = np.random.default_rng(0), Path(folder)
     predictor = _predictor(genes)
-    given = dict.fromkeys(GIVEN_KEYS, "benchmark")
+    given = {
+        key: {} if key in ("encoder", "loss", "segmentation", "qc", "split") else "benchmark" for key in GIVEN_KEYS
+    }
     save_bundle(
         where / "model",
         net=predictor.net,
@@ -113,6 +115,9 @@ def make(folder: str, n: int, genes: int) -> None:
         genes=[(f"GENE{g}", f"ENSG{g:011d}") for g in range(genes)],
         metadata={
             **given,
+            "mpp": 0.5,
+            "tile": 256,
+            "seed": 0,
             "input": {"use": ["local", "global"], "widths": {"local": 192, "global": 384}},
             "train_sections": ["benchmark"],
             "validation": {},
