@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from prts.errors import InputError
 
-# 537 Mpx, which take 1.6 GB. Pillow's own limit of 89 Mpx is meant for web uploads.
+# 537 Mpx, which take 1.6 GB, and 3.9 GB while Pillow decodes them. Its own limit of 89 Mpx is meant for web uploads.
 MAX_PIXELS = 1 << 29
 
 _allowed = MAX_PIXELS
@@ -52,7 +52,7 @@ def require_decodable(
     cure
         What would be right, beside `max_pixels`.
     n_bytes
-        Of a pixel.
+        Of a pixel, while it is decoded.
 
     Raises
     ------

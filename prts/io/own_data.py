@@ -23,8 +23,9 @@ ENDLESS = "zeros in a heap of strings, or heaps within heaps"
 _HEAP = b"GCOL\1\0\0\0"
 # Deflate, the densest of HDF5's own ways to compress, makes one byte of at most 1,032; a few megabytes are made of nothing.
 _DENSEST = 1100
-_DEEPEST = 50  # groups in groups
 _FREE_BYTES = 16 << 20
+_WINDOW = 64 << 20
+_DEEPEST = 50  # groups in groups
 
 
 def holds_its_values(dataset: h5py.Dataset) -> bool:
@@ -48,19 +49,24 @@ def endless_strings(path: Path) -> bool:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            at, steps = data.find(_HEAP), len(data) // 16  # heaps do not overlap, and no part is smaller
-            while at >= 0:
-                end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
-                part = at + 16
-                while part + 16 <= end:
-                    index, length = int.from_bytes(data[part : part + 2], "little"), data[part + 8 : part + 16]
-                    n_bytes = int.from_bytes(length, "little")
-                    step = (n_bytes if index == 0 else 16 + n_bytes + -n_bytes % 8) % (1 << 64)
-                    steps -= 1
-                    if step == 0 or steps < 0:
-                        return True
-                    part += step
-                at = data.find(_HEAP, at + 1)
+            steps = len(data) // 16  # heaps do not overlap, and no part is smaller
+            for start in range(0, len(data), _WINDOW):
+                stop = min(start + _WINDOW + len(_HEAP) - 1, len(data))
+                at = data.find(_HEAP, start, stop)
+                while at >= 0:
+                    end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
+                    part = at + 16
+                    while part + 16 <= end:
+                        index, length = int.from_bytes(data[part : part + 2], "little"), data[part + 8 : part + 16]
+                        n_bytes = int.from_bytes(length, "little")
+                        step = (n_bytes if index == 0 else 16 + n_bytes + -n_bytes % 8) % (1 << 64)
+                        steps -= 1
+                        if step == 0 or steps < 0:
+                            return True
+                        part += step
+                    at = data.find(_HEAP, at + 1, stop)
+                if hasattr(mmap, "MADV_DONTNEED"):  # else gigabytes of the file would count as memory of this process
+                    data.madvise(mmap.MADV_DONTNEED)
     except (OSError, ValueError):  # an empty file, or none: for HDF5 to say
         pass
     return False

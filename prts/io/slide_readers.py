@@ -22,6 +22,7 @@ from prts.io.limits import require_decodable
 from prts.io.mpp import UM_PER_INCH, Source, from_axes
 
 _PILLOWS_LIMIT = threading.Lock()
+_PIXELS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def read_pillow(path: Path) -> ArrayReader:
         If the image is too big to be decoded whole, or holds no photograph. Pillow's own errors pass through.
     """
     with open_pillow(path) as image:
-        require_decodable(*image.size, f"a {image.format}")
+        require_decodable(*image.size, f"a {image.format}", n_bytes=7)  # 4 in Pillow, 3 in the array
         dpi = image.info.get("dpi")
         pixels = _pillow_rgb(image)
     x, y = (UM_PER_INCH / float(v) if v else None for v in dpi) if dpi else (None, None)
@@ -171,7 +172,14 @@ def _pillow_rgb(image: Image.Image) -> NDArray[np.uint8]:
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         raise InputError("holds floating point pixels; an RGB image of 8 or 16 bits is needed")
-    if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA"))
-        return composite(rgba[..., :3], rgba[..., 3])
-    return np.array(image.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    # some rows at a time: converting and copying a whole image would take its size in memory several times over
+    n_rows = max(1, _PIXELS_AT_ONCE // image.width)
+    for top in range(0, image.height, n_rows):
+        rows = image.crop((0, top, image.width, min(top + n_rows, image.height)))
+        if image.has_transparency_data:
+            rgba = np.asarray(rows.convert("RGBA"))
+            pixels[top : top + n_rows] = composite(rgba[..., :3], rgba[..., 3])
+        else:
+            pixels[top : top + n_rows] = np.asarray(rows.convert("RGB"))
+    return pixels

@@ -122,6 +122,23 @@ def test_a_stack_is_refused(tmp_path: Path) -> None:
         open_slide(path, mpp=0.5)
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_any_rows_at_a_time_are_the_image(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(IMAGE[:41, :30])
+    image.putalpha(Image.fromarray(IMAGE[:41, :30, 1])) if mode in ("LA", "RGBA") else None
+    path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
+    image.convert(mode).save(path, **({"transparency": 3} if mode == "P" else {}))
+    with Image.open(path) as again:
+        if mode in ("LA", "RGBA", "P"):
+            rgba = np.asarray(again.convert("RGBA"))
+            whole = composite(rgba[..., :3], rgba[..., 3])
+        else:
+            whole = np.asarray(again.convert("RGB"))
+    monkeypatch.setattr("prts.io.slide_readers._PIXELS_AT_ONCE", 200)  # six rows
+    with open_slide(path, mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 30, 41), whole)
+
+
 def test_depth_alpha_palette_and_grey(tmp_path: Path) -> None:
     grey = IMAGE[..., 0]
     alpha = np.full((301, 403, 1), 102, np.uint8)
