@@ -225,7 +225,7 @@ def test_fluorescence_is_refused(predict: Ask, pixels: np.ndarray, tmp_path: Pat
 
 
 def test_a_huge_white_image_is_refused_in_bounded_memory(predict: Ask, tmp_path: Path, refused: Refused) -> None:
-    """40,000 x 40,000 px, 4.8 GB decoded, in a file of a few MB."""
+    """40,000 x 40,000 px, 11.2 GB while it is decoded, in a file of a few MB."""
     import resource
 
     path = tmp_path / "blank.tif"
