@@ -32,7 +32,7 @@ Sampling = Literal["exact", "grid"]
 Tiles = NDArray[np.uint8] | torch.Tensor
 Compile = bool | Literal["auto"]
 
-# Tiles from which compiling pays on a CPU: it takes as long as encoding about 1,000 and then saves a tenth (docs/speed.md).
+# Compiling takes half a minute and saves a tenth to a quarter of each tile (docs/speed.md): from here on that pays on slow processors too.
 _COMPILE_FROM = 20_000
 
 # Smallest stride of the grid, px: denser tiles than patches tell nothing new.
@@ -393,7 +393,7 @@ def attend_plainly(network: torch.nn.Module) -> None:
 def _plain_attention_is_faster(precision: str, device: torch.device) -> bool:
     """Whether attention as plain products beats the fused kernel.
 
-    In bf16 that one is fast on AMX and on GPUs only: with AVX-512 alone it takes twice as long as the products (docs/speed.md).
+    In bf16 that one is fast on AMX and on GPUs only: with AVX-512 alone it is slower than the products (docs/speed.md).
     """
     return precision == "bf16" and device.type == "cpu" and not cpu_has("_is_amx_tile_supported")
 

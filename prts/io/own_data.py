@@ -137,11 +137,11 @@ def require_sound_matrix(path: Path, name: str, matrix: Any) -> None:
     InputError
         If it is so.
     """
+    kind = getattr(getattr(matrix, "dtype", None), "kind", "")
+    if kind not in tuple("iufb"):
+        raise InputError(f"{path}: {name} holds {getattr(matrix, 'dtype', type(matrix).__name__)}; numbers are needed")
     try:
         if issparse(matrix):
             matrix.check_format(full_check=True)
-        kind = matrix.dtype.kind
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: {name} contradicts itself ({error}); get a complete copy") from error
-    if kind not in "iufb":
-        raise InputError(f"{path}: {name} holds {matrix.dtype}; numbers are needed")

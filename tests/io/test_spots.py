@@ -98,6 +98,9 @@ def test_a_sparse_matrix_that_points_out_of_itself_is_refused(tmp_path: Path) ->
     edit(path, "X/indices", np.full(np.count_nonzero(COUNTS), 3_000_000, np.int32))
     with pytest.raises(InputError, match=r"spots\.h5ad: X contradicts itself"):
         read_spots(path)
+    edit(path, "X/indices", np.full(np.count_nonzero(COUNTS), b"abc", "V3"))
+    with pytest.raises(InputError, match=r"spots\.h5ad: X contradicts itself"):
+        read_spots(path)
 
 
 def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
