@@ -44,6 +44,8 @@ def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, tor
         raise InputError(f"encoder.weights: {path}: no such file")
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path, checkpoint_key)
     out = {}
+    if nameless := [key for key in tensors if not isinstance(key, str)]:
+        raise InputError(f"encoder.weights: {path}: names a tensor {nameless[0]!r}; a network's checkpoint has text")
     for key, tensor in tensors.items():
         name = key
         while name.startswith(_PREFIXES):

@@ -141,7 +141,7 @@ class BinMatrix:
         matrix = self._get(self._file, "matrix", h5py.Group)
         features = self._get(matrix, "features", h5py.Group)
         ids, names, types, genomes = (self._strings(features, n) for n in ("id", "name", "feature_type", "genome"))
-        if not len(ids) == len(names) == len(types) == len(genomes):
+        if not (len(ids),) == ids.shape == names.shape == types.shape == genomes.shape:
             raise InputError(f"{self.path}: matrix/features has columns of different lengths; the file is damaged")
         self._is_gene = types == "Gene Expression"
         if not self._is_gene.any():
@@ -163,13 +163,13 @@ class BinMatrix:
         self._indptr = indptr[:].astype(np.int64)
         self.array_row, self.array_col = self._bins(self._get(matrix, "barcodes", h5py.Dataset))
         self.n_bins, self.n_genes, self.nnz = len(self.array_row), len(self.gene_ids), self._data.shape[0]
-        shape = tuple(int(n) for n in self._get(matrix, "shape", h5py.Dataset)[:])
+        shape = tuple(self._get(matrix, "shape", h5py.Dataset)[:].tolist())
         if (
             shape != (len(ids), self.n_bins)
             or self._indptr.shape != (self.n_bins + 1,)
             or self._indptr[0] != 0
             or (np.diff(self._indptr) < 0).any()
-            or not self._indptr[-1] == self.nnz == self._indices.shape[0]
+            or not (self._indptr[-1],) == self._data.shape == self._indices.shape
         ):
             raise InputError(
                 f"{self.path}: shape {shape}, {len(ids)} features, {self.n_bins} barcodes, {self.nnz} counts and indptr "

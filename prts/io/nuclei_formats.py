@@ -233,6 +233,7 @@ def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
 
     from prts.io.limits import require_decodable
     from prts.io.slide_readers import open_pillow
+    from prts.io.slide_tiff import require_sizes
 
     def require(shape: tuple[int, ...], dtype: np.dtype[Any], low: int = 0) -> None:
         if len(shape) != 2 or not np.issubdtype(dtype, np.integer) or low < 0:
@@ -255,6 +256,7 @@ def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
                 labels = np.asarray(image)
         else:
             with tifffile.TiffFile(path, _multifile=False) as tif:
+                require_sizes(tif)
                 if not tif.series:
                     raise InputError("holds no image, so it is not a label image")
                 series = tif.series[0]

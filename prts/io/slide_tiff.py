@@ -48,6 +48,7 @@ class TiffReader:
             raise
 
     def _open(self) -> None:
+        require_sizes(self._tif)
         series = max(self._tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
         self._series = series
         planes = [_planes(level) for level in series.levels]
@@ -122,6 +123,19 @@ class TiffReader:
 
 class _NotInParts(Exception):  # noqa: N818 - never leaves this module
     """The layout of the samples is one that only tifffile as a whole can put together."""
+
+
+def require_sizes(tif: tifffile.TiffFile) -> None:
+    """Refuse pages of less than nothing: tifffile counts them to find its series, and never gets to the end.
+
+    Raises
+    ------
+    InputError
+        If a page has a negative number of samples.
+    """
+    for page in tif.pages:
+        if min(page.shape, default=1) < 0:
+            raise InputError(f"holds a page of {' x '.join(map(str, page.shape))} samples; get a complete copy")
 
 
 def open_tiff(path: Path) -> Reader:

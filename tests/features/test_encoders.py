@@ -250,6 +250,7 @@ class _Evil:
         ),
         (lambda t: {"state_dict": t}, "it holds state_dict; set encoder.checkpoint_key"),
         (lambda t: {"teacher": _Evil()}, "no checkpoint that can be read safely"),
+        (lambda t: {"teacher": {**t, 1: torch.zeros(3)}}, "names a tensor 1"),
         (lambda t: [1, 2], "it holds list"),
         (None, "no checkpoint that can be read safely"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,18 @@ def test_a_stack_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "stack.tif"
     tifffile.imwrite(path, np.zeros((6, 60, 70, 3), np.uint8), photometric="rgb")
     with pytest.raises(InputError, match="stack of 6"):
+        open_slide(path, mpp=0.5)
+
+
+def test_pages_of_less_than_nothing_do_not_hang_tifffile(tmp_path: Path) -> None:
+    path = tmp_path / "slide.tif"
+    tifffile.imwrite(path, IMAGE, tile=(64, 64), photometric="rgb", metadata={"axes": "YXS"})
+    with tifffile.TiffFile(path) as tif:
+        entry = tif.pages[0].tags["SamplesPerPixel"].offset
+    data = bytearray(path.read_bytes())
+    data[entry + 2 : entry + 12] = struct.pack("<HIhh", 8, 1, -1, 0)  # a signed short
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"slide\.tif: holds a page of 301 x 403 x -1 samples"):
         open_slide(path, mpp=0.5)
 
 
