@@ -19,7 +19,7 @@ from prts.errors import InputError
 from prts.io.mpp import MPP_RANGE, Source, is_plausible, resolve_mpp
 from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
-from prts.io.slide_tiff import open_tiff
+from prts.io.slide_tiff import open_tiff, require_whole_tiles
 
 logger = logging.getLogger(__name__)
 
@@ -331,6 +331,8 @@ def _open_reader(path: Path) -> Reader:
             raise InputError("is empty; get a complete copy")
         vendor = openslide.OpenSlide.detect_format(str(path))
         if vendor not in (None, "generic-tiff"):
+            if magic in _TIFF_MAGIC:
+                require_whole_tiles(path)
             return OpenSlideReader(path)
         return open_tiff(path) if magic in _TIFF_MAGIC else read_pillow(path)
     except InputError as error:

@@ -138,6 +138,32 @@ def require_sizes(tif: tifffile.TiffFile) -> None:
             raise InputError(f"holds a page of {' x '.join(map(str, page.shape))} samples; get a complete copy")
 
 
+def require_whole_tiles(path: Path) -> None:
+    """Refuse a scanner's TIFF whose tables of tiles are too short or lead out of it: OpenSlide would follow them and end the process.
+
+    Raises
+    ------
+    InputError
+        If it is so.
+    """
+    with tifffile.TiffFile(path, _multifile=False) as tif:
+        if tif.is_ndpi:  # which keeps the upper halves of its offsets elsewhere
+            return
+        require_sizes(tif)
+        size = tif.filehandle.size
+        page: Any
+        for page in tif.pages:
+            if not page.is_tiled:
+                continue
+            tiles = -(-page.imagewidth // page.tilewidth) * -(-page.imagelength // page.tilelength)
+            tiles *= page.samplesperpixel if page.planarconfig == 2 else 1
+            offsets, n_bytes = (np.array(table, np.uint64) for table in (page.dataoffsets, page.databytecounts))
+            if not len(offsets) == len(n_bytes) == tiles:
+                raise InputError(f"lists {len(offsets):,} tiles where {tiles:,} are needed; get a complete copy")
+            if ((offsets > size) | (n_bytes > size) | (offsets + n_bytes > size)).any():
+                raise InputError("is truncated: not all of its pixels lie within the file; get a complete copy")
+
+
 def open_tiff(path: Path) -> Reader:
     """Open a TIFF of any kind.
 

@@ -229,7 +229,7 @@ def test_the_mode_is_recorded_and_made_again(case, vit, tmp_path):
 def test_stores_of_each_mode_have_names_of_their_own_and_old_ones_keep_theirs(case, vit, tmp_path):
     slide, nuclei = case
     section = SimpleNamespace(
-        image=slide.path, mpp=slide.mpp, recolour=None, open_slide=lambda: contextlib.nullcontext(slide)
+        image=slide.path, mpp=slide.mpp, reading=dict, open_slide=lambda: contextlib.nullcontext(slide)
     )
 
     def name(encoder):

@@ -135,6 +135,27 @@ def test_pages_of_less_than_nothing_do_not_hang_tifffile(tmp_path: Path) -> None
         open_slide(path, mpp=0.5)
 
 
+@pytest.mark.parametrize("damage", ["size", "offset", "length"])
+def test_tables_of_tiles_that_lie_do_not_reach_openslide(damage: str, tmp_path: Path) -> None:
+    """It follows them, and ends the process."""
+    path = tmp_path / "slide.svs"
+    about = "Aperio Image Library v12\n96x96 [0,0 96x96] (48x48) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(
+        path, IMAGE[:96, :96], tile=(48, 48), photometric="rgb", compression="jpeg", description=about, metadata=None
+    )
+    with open_slide(path) as slide:
+        assert slide.mpp == 0.5 and slide.read_region(0, 0, 96, 96).shape == (96, 96, 3)
+    tag, value = {
+        "size": ("ImageWidth", 4000),
+        "offset": ("TileOffsets", [1 << 30] * 4),
+        "length": ("TileByteCounts", [1 << 30] * 4),
+    }[damage]
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        tif.pages[0].tags[tag].overwrite(value)
+    with pytest.raises(InputError, match="lists 4 tiles where 168 are needed" if damage == "size" else "is truncated"):
+        open_slide(path)
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_any_rows_at_a_time_are_the_image(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(IMAGE[:41, :30])
