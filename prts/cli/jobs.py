@@ -37,9 +37,8 @@ class RememberSweep(Callback):
 
     folder: ClassVar[Path | None] = None
     run: ClassVar[Path | None] = None
-    before: ClassVar[frozenset[str] | None] = (
-        None  # what the run's folder held before it, or None where there was no folder
-    )
+    # what the folder of the run held before; None: there was none
+    before: ClassVar[frozenset[str] | None] = None
 
     @classmethod
     def forget(cls) -> None:

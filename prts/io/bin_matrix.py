@@ -163,7 +163,8 @@ class BinMatrix:
         self._indptr = indptr[:].astype(np.int64)
         self.array_row, self.array_col = self._bins(self._get(matrix, "barcodes", h5py.Dataset))
         self.n_bins, self.n_genes, self.nnz = len(self.array_row), len(self.gene_ids), self._data.shape[0]
-        shape = tuple(self._get(matrix, "shape", h5py.Dataset)[:].tolist())
+        stored = self._get(matrix, "shape", h5py.Dataset)
+        shape = tuple(stored[:].tolist()) if stored.shape == (2,) else stored.shape
         if (
             shape != (len(ids), self.n_bins)
             or self._indptr.shape != (self.n_bins + 1,)

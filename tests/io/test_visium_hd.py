@@ -212,6 +212,7 @@ def set_first(value: object) -> Callable[[np.ndarray], np.ndarray]:
         (replace("indptr", lambda i: i[::-1]), "contradict"),
         (replace("shape", lambda s: s[::-1]), "contradict"),
         (replace("shape", lambda s: np.full(len(s), np.inf)), "contradict"),
+        (replace("shape", lambda s: np.tile(s, (2, 1))), "contradict"),
         (replace("barcodes", lambda b: b[:-1]), "contradict"),
         (replace("barcodes", set_first(b"AAACAACGAATAGTTC-1")), "AAACAACGAATAGTTC-1.*no 2 um bin"),
         (replace("barcodes", set_first(b"s_002um_00001_0000x-1")), "no 2 um bin"),
