@@ -34,6 +34,12 @@ def holds_its_values(dataset: h5py.Dataset) -> bool:
     return bool(n_bytes <= _FREE_BYTES + _DENSEST * dataset.id.get_storage_size())
 
 
+def _has_sequences(item: h5py.Group | h5py.Dataset) -> bool:
+    """Whether an attribute holds sequences of any length (texts are another type), which nobody writes and HDF5 may crash on."""
+    attributes = (h5py.h5a.open(item.id, index=i) for i in range(h5py.h5a.get_num_attrs(item.id)))
+    return any(attribute.get_type().detect_class(h5py.h5t.VLEN) for attribute in attributes)
+
+
 def _has_its_rows(group: h5py.Group) -> bool:
     """Whether a sparse matrix of anndata has a pointer for each of the rows (columns) that it claims, for which anndata makes room."""
     axis = {"csr_matrix": 0, "csc_matrix": 1}.get(str(group.attrs.get("encoding-type")))
@@ -87,12 +93,16 @@ def require_own_data(path: Path) -> None:
     links: list[str] = []
     hollow: list[str] = []
     endless: list[str] = []
+    odd: list[str] = []
 
     def look(name: str, link: Any) -> None:
         if not isinstance(link, h5py.HardLink):
             links.append(name)
 
     def lies_elsewhere(name: str, item: Any) -> None:
+        if _has_sequences(item):
+            odd.append(name)
+            return
         if not isinstance(item, h5py.Dataset):
             if h5py.h5o.get_info(item.id).rc > 1 or name.count("/") > _DEEPEST:
                 endless.append(name)
@@ -114,6 +124,10 @@ def require_own_data(path: Path) -> None:
         raise InputError(f"{path}: not HDF5, or damaged ({error}); get a complete copy") from error
     if links:
         raise InputError(f"{path}: {links[0]} is a link to elsewhere; a file that holds its own data is needed")
+    if odd:
+        raise InputError(
+            f"{path}: {odd[0]} has an attribute of a kind that anndata does not write; get a complete copy"
+        )
     if endless:
         raise InputError(
             f"{path}: the group {endless[0][:100]} is in several places, or too deep; a file as anndata writes it is needed"

@@ -116,6 +116,17 @@ def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
         read_spots(path)
 
 
+def test_attributes_on_which_hdf5_crashes_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "spots.h5ad"
+    spots().write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        del file["varp"].attrs["encoding-type"]
+        sequences = h5py.h5t.vlen_create(h5py.h5t.STD_I32LE)
+        h5py.h5a.create(file["varp"].id, b"encoding-type", sequences, h5py.h5s.create(h5py.h5s.SCALAR))
+    with pytest.raises(InputError, match="varp has an attribute of a kind"):
+        read_spots(path)
+
+
 @pytest.mark.parametrize("where", ["uns/again", "uns/deep"])
 def test_groups_without_an_end_are_refused(where: str, tmp_path: Path) -> None:
     """Python's limit of recursion, met within h5py, would leave its lock locked for all other threads."""
