@@ -60,8 +60,10 @@ def markdown(results: Mapping[str, Any], order: list[str]) -> str:
             targets = "; ".join(_against_target(key, results[key]) for key in row["keys"] if key in results)
             cells = (row["what"], row["ours"], row["straightforward"], row["limit"], targets)
             lines.append("| " + " | ".join((f"**{name}** {cells[0]}", *cells[1:])) + " |")
-    stamps = {(part["machine"], part["date"], part["commit"]) for part in results["parts"].values()}
-    measured = "; ".join(f"{machine} ({date}, commit {commit})" for machine, date, commit in sorted(stamps))
+    runs: dict[str, set[str]] = {}
+    for part in results["parts"].values():
+        runs.setdefault(part["machine"], set()).add(f"{part['date']}, commit {part['commit']}")
+    measured = "; ".join(f"{machine} ({'; '.join(sorted(runs[machine]))})" for machine in sorted(runs))
     return "\n".join(lines) + f"\n\nMeasured on {measured}.\n"
 
 

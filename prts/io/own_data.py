@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 from scipy.sparse import issparse
 
 from prts.errors import InputError
+
+if TYPE_CHECKING:
+    import anndata as ad
 
 # What h5py raises of a damaged file, as deep as the damage lies; SystemError where it loses an error of its own.
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, SystemError)
@@ -48,6 +52,18 @@ def _has_its_rows(group: h5py.Group) -> bool:
     return int(group.attrs["shape"][axis]) + 1 == len(group["indptr"])
 
 
+def _heaps(data: mmap.mmap) -> Iterator[int]:
+    """Where heaps of strings begin, or what looks like one; a window at a time, which is then let go."""
+    for start in range(0, len(data), _WINDOW):
+        stop = min(start + _WINDOW + len(_HEAP) - 1, len(data))
+        at = data.find(_HEAP, start, stop)
+        while at >= 0:
+            yield at
+            at = data.find(_HEAP, at + 1, stop)
+        if hasattr(mmap, "MADV_DONTNEED"):  # else gigabytes of the file would count as memory of this process
+            data.madvise(mmap.MADV_DONTNEED)
+
+
 def endless_strings(path: Path) -> bool:
     """Whether HDF5 would never return from a heap of strings of this file: it goes on by the length of each part, and some are 0.
 
@@ -56,23 +72,17 @@ def endless_strings(path: Path) -> bool:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             steps = len(data) // 16  # heaps do not overlap, and no part is smaller
-            for start in range(0, len(data), _WINDOW):
-                stop = min(start + _WINDOW + len(_HEAP) - 1, len(data))
-                at = data.find(_HEAP, start, stop)
-                while at >= 0:
-                    end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
-                    part = at + 16
-                    while part + 16 <= end:
-                        index, length = int.from_bytes(data[part : part + 2], "little"), data[part + 8 : part + 16]
-                        n_bytes = int.from_bytes(length, "little")
-                        step = (n_bytes if index == 0 else 16 + n_bytes + -n_bytes % 8) % (1 << 64)
-                        steps -= 1
-                        if step == 0 or steps < 0:
-                            return True
-                        part += step
-                    at = data.find(_HEAP, at + 1, stop)
-                if hasattr(mmap, "MADV_DONTNEED"):  # else gigabytes of the file would count as memory of this process
-                    data.madvise(mmap.MADV_DONTNEED)
+            for at in _heaps(data):
+                end = min(at + int.from_bytes(data[at + 8 : at + 16], "little"), len(data))
+                part = at + 16
+                while part + 16 <= end:
+                    index, length = int.from_bytes(data[part : part + 2], "little"), data[part + 8 : part + 16]
+                    n_bytes = int.from_bytes(length, "little")
+                    step = (n_bytes if index == 0 else 16 + n_bytes + -n_bytes % 8) % (1 << 64)
+                    steps -= 1
+                    if step == 0 or steps < 0:
+                        return True
+                    part += step
     except (OSError, ValueError):  # an empty file, or none: for HDF5 to say
         pass
     return False
@@ -81,8 +91,6 @@ def endless_strings(path: Path) -> bool:
 def require_own_data(path: Path) -> None:
     """Refuse an HDF5 file with links that lead out of it or in circles, or data that lie in other files or, as to their size, nowhere.
 
-    A reader that follows groups without an end is stopped by Python in the middle of h5py, whose lock is then never free again.
-
     Raises
     ------
     InputError
@@ -90,50 +98,55 @@ def require_own_data(path: Path) -> None:
     """
     if endless_strings(path):
         raise InputError(f"{path}: damaged ({ENDLESS}); get a complete copy")
-    links: list[str] = []
-    hollow: list[str] = []
-    endless: list[str] = []
-    odd: list[str] = []
-
-    def look(name: str, link: Any) -> None:
-        if not isinstance(link, h5py.HardLink):
-            links.append(name)
-
-    def lies_elsewhere(name: str, item: Any) -> None:
-        if _has_sequences(item):
-            odd.append(name)
-            return
-        if not isinstance(item, h5py.Dataset):
-            if h5py.h5o.get_info(item.id).rc > 1 or name.count("/") > _DEEPEST:
-                endless.append(name)
-            elif not _has_its_rows(item):
-                hollow.append(name)
-            return
-        if item.is_virtual or item.external:
-            links.append(name)
-        elif not holds_its_values(item):
-            hollow.append(name)
-
     try:
         with h5py.File(path, "r") as file:
-            file.visititems_links(look)
-            if not links:
-                lies_elsewhere("/", file)
-                file.visititems(lies_elsewhere)
+            # what a function returns ends the visit
+            fault = file.visititems_links(_fault_of_link) or _fault("/", file) or file.visititems(_fault)
     except DAMAGED as error:
         raise InputError(f"{path}: not HDF5, or damaged ({error}); get a complete copy") from error
-    if links:
-        raise InputError(f"{path}: {links[0]} is a link to elsewhere; a file that holds its own data is needed")
-    if odd:
-        raise InputError(
-            f"{path}: {odd[0]} has an attribute of a kind that anndata does not write; get a complete copy"
-        )
-    if endless:
-        raise InputError(
-            f"{path}: the group {endless[0][:100]} is in several places, or too deep; a file as anndata writes it is needed"
-        )
-    if hollow:
-        raise InputError(f"{path}: {hollow[0]} has more values than the file can hold; get a complete copy")
+    if fault is not None:
+        raise InputError(f"{path}: {fault}")
+
+
+def _fault_of_link(name: str, link: Any) -> str | None:
+    return None if isinstance(link, h5py.HardLink) else _elsewhere(name)
+
+
+def _elsewhere(name: str) -> str:
+    return f"{name} is a link to elsewhere; a file that holds its own data is needed"
+
+
+def _fault(name: str, item: h5py.Group | h5py.Dataset) -> str | None:
+    """What is wrong with a member of a file, and the cure."""
+    if _has_sequences(item):
+        return f"{name} has an attribute of a kind that anndata does not write; get a complete copy"
+    if isinstance(item, h5py.Dataset):
+        if item.is_virtual or item.external:
+            return _elsewhere(name)
+        is_whole = holds_its_values(item)
+    # A reader that follows groups without an end is stopped by Python in the middle of h5py, whose lock is then never free again.
+    elif h5py.h5o.get_info(item.id).rc > 1 or name.count("/") > _DEEPEST:
+        return f"the group {name[:100]} is in several places, or too deep; a file as anndata writes it is needed"
+    else:
+        is_whole = _has_its_rows(item)
+    return None if is_whole else f"{name} has more values than the file can hold; get a complete copy"
+
+
+def read_foreign_h5ad(path: Path) -> ad.AnnData:
+    """Read an .h5ad that anybody may have written, after `require_own_data`.
+
+    Raises
+    ------
+    InputError
+        If it may not be read so, or anndata cannot read it.
+    """
+    import anndata as ad
+
+    require_own_data(path)
+    try:
+        return ad.read_h5ad(path)
+    except Exception as error:  # anndata raises whatever a foreign HDF5 file leads it to
+        raise InputError(f"{path}: cannot be read as .h5ad ({type(error).__name__}: {error})") from error
 
 
 def require_sound_matrix(path: Path, name: str, matrix: Any) -> None:

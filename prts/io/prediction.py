@@ -22,7 +22,7 @@ from prts.errors import InputError
 from prts.io.cache import atomic
 from prts.io.hdf5 import NewFile
 from prts.io.nuclei import write_nuclei
-from prts.io.own_data import require_own_data, require_sound_matrix
+from prts.io.own_data import read_foreign_h5ad, require_sound_matrix
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -255,11 +255,7 @@ def read_prediction(path: Path) -> ad.AnnData:
         raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
-    require_own_data(path)
-    try:
-        prediction = ad.read_h5ad(path)
-    except Exception as error:  # anndata raises whatever a foreign HDF5 file leads it to
-        raise InputError(f"{path}: cannot be read as .h5ad ({type(error).__name__}: {error})") from error
+    prediction = read_foreign_h5ad(path)
     require_scale(path, prediction.uns)
     if prediction.X is None or "spatial" not in prediction.obsm:
         raise InputError(f"{path}: has no X or no obsm['spatial']; expected a prediction of `prts predict`")

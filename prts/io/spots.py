@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.io.own_data import require_own_data, require_sound_matrix
+from prts.io.own_data import read_foreign_h5ad, require_sound_matrix
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,7 @@ def read_spots(path: Path | str) -> Spots:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; an .h5ad of measured spots is needed")
-    require_own_data(path)
-    try:
-        counts = ad.read_h5ad(path)
-    except Exception as error:
-        raise InputError(f"{path}: no .h5ad that can be read ({error})") from error
+    counts = read_foreign_h5ad(path)
     if counts.X is None or counts.n_obs == 0 or counts.n_vars == 0:
         raise InputError(f"{path}: holds no counts; spots x genes in X are needed")
     if not (counts.obs_names.is_unique and counts.var_names.is_unique):

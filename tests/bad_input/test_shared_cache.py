@@ -162,7 +162,7 @@ def test_four_processes_on_one_cache(kill: str, tissue: list[str], tmp_path: Pat
         script = "\n".join(line.removeprefix("    ") for line in CROWD.splitlines())
         command = [sys.executable, "-c", script, str(n), how, str(cache), *tissue]
         environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()[-1], done.stdout
 

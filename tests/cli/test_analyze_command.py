@@ -133,6 +133,7 @@ def test_a_prediction_alone_is_clustered_and_its_markers_tested(folder: Path, tm
         (["train_section={folder}/train"], "give the predicted section as section=DIR"),
         (["section={folder}/test", "train_section={folder}/train"], "name their file as train_nuclei=FILE"),
         (["section={tmp}/nowhere"], "no such folder"),
+        (["section={tmp}/damaged"], "truth.h5ad: not HDF5, or damaged"),
         (["visium={tmp}"], "the `outs` folder of a Visium run is needed"),
         (["figures=[gif]"], "png, pdf and svg are the formats"),
     ],
@@ -143,6 +144,8 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     (tmp_path / "columns.csv").write_text("name,symbols\na,b\n")
     (tmp_path / "mouse.csv").write_text("species,type,gene\nMouse,T,SIM0001\n")
     (tmp_path / "other.csv").write_text("type,gene\nT,NOTHERE1\nT,NOTHERE2\n")
+    truth = shutil.copytree(folder / "test", tmp_path / "damaged") / "truth.h5ad"
+    truth.write_bytes(truth.read_bytes()[:5000])
     given = [option.format(tmp=tmp_path, folder=folder) for option in options]
     assert run("analyze", arguments(folder, tmp_path / "out", *given)) == 2
     error = capsys.readouterr().err

@@ -158,11 +158,7 @@ def test_a_label_image_reads_no_file_that_it_names(tmp_path):
     (tmp_path / "labels").mkdir()
     path = tmp_path / "labels" / "labels.ome.tif"
     tifffile.imwrite(path, labels, description=description, metadata=None)
-    try:
-        found = read_nuclei(path, **SIZE)
-    except InputError:
-        return  # it is no label image of its own
-    assert list(found.cell_id) == ["3"]
+    assert list(read_nuclei(path, **SIZE).cell_id) == ["3"]
 
 
 def test_label_images_that_are_none(tmp_path):
