@@ -18,8 +18,8 @@ import tifffile
 from prts.io.nuclei import load_nuclei, make_nuclei, read_nuclei
 from prts.io.slide import Slide, open_slide
 from prts.preprocess.artefacts import KINDS, find_artefacts
-from prts.preprocess.watershed import Watershed
 from prts.section import open_section_folder
+from prts.segmentation.watershed import Watershed
 from prts.simulate.artefacts import KINDS as PLANTED
 from prts.simulate.artefacts import plant
 from prts.simulate.section import simulate_section

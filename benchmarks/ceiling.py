@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
+from prts.evaluation.bootstrap import spatial_blocks
+from prts.evaluation.ceiling import noise_ceiling
+from prts.evaluation.expression import pearson_per_gene
 from prts.io.nuclei import load_nuclei
-from prts.metrics.bootstrap import spatial_blocks
-from prts.metrics.ceiling import noise_ceiling
-from prts.metrics.expression import pearson_per_gene
 from prts.preprocess.counts import count_nuclei
 from prts.preprocess.panel import Panel
 from prts.report.figures import ceiling_check

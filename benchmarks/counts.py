@@ -62,7 +62,7 @@ def compare(folder: str | None, rounds: int) -> dict[str, Any]:
     """Ours and the straightforward way, interleaved, on bins that are in memory; refuses counts that differ."""
     from benchmarks import straightforward
     from benchmarks.machine import copy_bandwidth
-    from prts.io.visium_hd import read_positions
+    from prts.platforms.bin_positions import read_positions
     from prts.preprocess.counts import nucleus_of_bins, sum_bins
 
     bins, nuclei = _section(folder)
@@ -147,7 +147,7 @@ class Held:
     def __init__(self, bins: Path) -> None:
         import scipy.sparse as sp
 
-        from prts.io.visium_hd import BinMatrix, matrix_path
+        from prts.platforms.bin_positions import BinMatrix, matrix_path
 
         self.path = matrix_path(bins)
         with BinMatrix(self.path) as matrix:

@@ -14,8 +14,8 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 
-from prts.metrics.evaluate import match
-from prts.metrics.expression import pearson_per_gene
+from prts.evaluation.expression import pearson_per_gene
+from prts.evaluation.section_scores import match
 
 
 def main() -> None:

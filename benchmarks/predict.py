@@ -153,7 +153,7 @@ def _predictor(genes: int) -> Any:
     import torch
 
     from prts.data.targets import make_scaler
-    from prts.models.mlp import PRTSNet
+    from prts.models.network import PRTSNet
     from prts.models.output import OutputRule
     from prts.models.predictor import Predictor
 

@@ -17,17 +17,17 @@ import pandas as pd
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
+from prts.evaluation.expression import pearson_per_gene
 from prts.features.encoders import Classical
 from prts.features.extract import extract
 from prts.features.store import read_features
-from prts.io.visium_hd import BinGrid, read_positions
-from prts.metrics.expression import pearson_per_gene
+from prts.platforms.bin_positions import BinGrid, read_positions
 from prts.preprocess.counts import count_nuclei, quality_control
 from prts.preprocess.panel import TopPanel
 from prts.preprocess.register import Registration, corrected, measure_section, moved
-from prts.preprocess.segment import segment
-from prts.preprocess.watershed import Watershed
 from prts.section import open_section_folder
+from prts.segmentation.segment import segment
+from prts.segmentation.watershed import Watershed
 from prts.simulate.section import BINS, simulate_section
 
 MPP = 0.5

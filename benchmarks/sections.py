@@ -15,7 +15,7 @@ from benchmarks.harness import cache_folder
 from prts.io.cache import atomic
 from prts.io.nuclei import make_nuclei, write_nuclei
 from prts.simulate.bins import Lattice, write_bins
-from prts.simulate.umis import BinCounts
+from prts.simulate.draw_counts import BinCounts
 
 MPP = 0.2738
 BIN_UM = 2.0

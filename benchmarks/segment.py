@@ -43,7 +43,7 @@ def watershed(data: str, side: int, rounds: int, ways: list[str]) -> dict[str, A
     from pathlib import Path
 
     from prts.io.slide import open_slide
-    from prts.preprocess.watershed import Watershed
+    from prts.segmentation.watershed import Watershed
 
     found: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def compare_stardist(data: str, side: int, rounds: int) -> dict[str, Any]:
     import numpy as np
 
     from prts.io.slide import open_slide
-    from prts.preprocess.stardist import StarDist, _load, _silence
+    from prts.segmentation.stardist import StarDist, _load, _silence
 
     model = str(Path(data) / "stardist/he_dsb2018")
     found: dict[str, int] = {}
@@ -97,7 +97,7 @@ def _crop(data: str, side: int, folder: Any) -> tuple[Any, Any]:
     import tifffile
 
     from prts.io.slide import open_slide
-    from prts.io.visium_hd import read_scalefactors
+    from prts.platforms.bin_positions import read_scalefactors
 
     logging.getLogger("prts").setLevel(logging.ERROR)
     where = Path(data) / "her2st_hd/C2"

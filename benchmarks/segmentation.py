@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from prts.evaluation.segmentation import Matching, match_nuclei
 from prts.io.outlines import labels_to_polygons
 from prts.io.slide import open_slide
-from prts.metrics.segmentation import Matching, match_nuclei
-from prts.preprocess.stardist import StarDist
-from prts.preprocess.watershed import Watershed
+from prts.segmentation.stardist import StarDist
+from prts.segmentation.watershed import Watershed
 
 IOUS = (0.5, 0.6, 0.7)
 MPP = 0.5

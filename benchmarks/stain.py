@@ -18,17 +18,17 @@ from PIL import Image, ImageFilter
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
+from prts.evaluation.expression import pearson_per_gene
 from prts.features.encoders import Classical
 from prts.features.extract import extract
 from prts.features.store import read_features
 from prts.io.nuclei import read_nuclei
-from prts.metrics.expression import pearson_per_gene
 from prts.preprocess.counts import count_nuclei, quality_control
 from prts.preprocess.panel import TopPanel
-from prts.preprocess.segment import segment
 from prts.preprocess.stain import METHODS, matched, sample_slides, statistics
-from prts.preprocess.watershed import Watershed
 from prts.section import Section, open_section_folder
+from prts.segmentation.segment import segment
+from prts.segmentation.watershed import Watershed
 from prts.simulate.section import simulate_section
 
 N_GENES = 300

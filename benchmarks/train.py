@@ -220,7 +220,7 @@ def _data(n: int, genes: int, n_val: int) -> Any:
 def _nuclei(n: int, genes: int, seed: int) -> Any:
     import numpy as np
 
-    from prts.data.sets import NucleusSet
+    from prts.data.nucleus_set import NucleusSet
 
     counts = _counts(n, genes, seed)
     return NucleusSet(

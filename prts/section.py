@@ -10,9 +10,9 @@ from typing import Any
 from prts.errors import InputError
 from prts.io.mpp import Source, require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
-from prts.io.slide import Recolour, Slide, open_slide
+from prts.io.slide import Slide, StainTransform, open_slide
 from prts.io.spots import read_spots
-from prts.io.visium_hd import matrix_path, read_positions, read_scalefactors
+from prts.platforms.bin_positions import matrix_path, read_positions, read_scalefactors
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Section:
     nuclei: Path | None
     spots: Path | None
     truth: Path | None = None
-    recolour: Recolour | None = None
+    recolour: StainTransform | None = None
     orientation: Orientation = UPRIGHT
 
     def open_slide(self) -> Slide:
@@ -79,7 +79,7 @@ class Section:
         slide.recolour = self.recolour
         return slide
 
-    def turned(self, orientation: Orientation) -> Section:
+    def reoriented(self, orientation: Orientation) -> Section:
         """The same section, whose image is read turned. Its files still hold pixels of the image as it lies in its file."""
         width, height = orientation.size(*self.file_size)
         return replace(self, orientation=orientation, width=width, height=height)

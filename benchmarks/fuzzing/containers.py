@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
 
-from benchmarks.fuzzing.odd import NUMBERS, WORDS, Draw, arbitrary, dump, edited_json
+from benchmarks.fuzzing.strategies import NUMBERS, WORDS, Draw, arbitrary, dump, edited_json
 
 _DTYPES = [
     "i1",

@@ -13,7 +13,7 @@ import tifffile
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.fuzzing.odd import Draw, mutated
+from benchmarks.fuzzing.strategies import Draw, mutated
 
 
 def _entries(data: bytes) -> tuple[str, list[int]]:

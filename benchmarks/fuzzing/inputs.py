@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzzing.containers import edited_h5, edited_parquet
 from benchmarks.fuzzing.images import picture, tiff
-from benchmarks.fuzzing.odd import GEOMETRIES, TEXTS, arbitrary, dump, edited_json, edited_text, encoded, mutated
+from benchmarks.fuzzing.strategies import GEOMETRIES, TEXTS, arbitrary, dump, edited_json, edited_text, encoded, mutated
 from benchmarks.fuzzing.weights import checkpoint, edited_safetensors
 
 

@@ -21,7 +21,6 @@ from prts.export.source import open_prediction
 from prts.features.encoders import encoder_from_settings
 from prts.features.store import StoreReader, read_store_attrs
 from prts.features.weights import read_weights
-from prts.io.bin_matrix import BinMatrix
 from prts.io.cache import sha256_file
 from prts.io.gene_list import read_gene_list
 from prts.io.nuclei import COLUMNS, load_nuclei, read_nuclei
@@ -29,8 +28,9 @@ from prts.io.prediction import read_prediction
 from prts.io.region import read_region
 from prts.io.slide import image_size, open_slide
 from prts.io.spots import read_spots
-from prts.io.visium_hd import read_positions, read_scalefactors
 from prts.models.bundle import load_bundle
+from prts.platforms.bin_matrix import BinMatrix
+from prts.platforms.bin_positions import read_positions, read_scalefactors
 from prts.preprocess.panel import Panel
 
 

@@ -25,8 +25,8 @@ from prts.features.store import Rows, write_store
 from prts.io.nuclei import COLUMNS
 from prts.io.prediction import PredictionWriter, spatial_uns
 from prts.models.bundle import save_bundle
-from prts.models.mlp import PRTSNet
-from prts.models.ood import Unusual
+from prts.models.network import PRTSNet
+from prts.models.ood import MahalanobisOOD
 from prts.models.output import OutputRule
 
 SIDE = 48  # px of the images, and of the plane in which nuclei lie
@@ -214,7 +214,13 @@ def bundle(folder: Path) -> Path:
     scaler = make_scaler("minmax", 3).fit([sp.csr_matrix([[1, 0, 7], [4, 2, 0]])])
     net = PRTSNet(5, 3, hidden=(2,), standardize=True)
     save_bundle(
-        folder, net=net, scaler=scaler, rule=OutputRule("soft", 0.3), genes=_GENES, metadata=metadata, ood=Unusual(5, 2)
+        folder,
+        net=net,
+        scaler=scaler,
+        rule=OutputRule("soft", 0.3),
+        genes=_GENES,
+        metadata=metadata,
+        ood=MahalanobisOOD(5, 2),
     )
     return folder
 

@@ -11,7 +11,7 @@ from argparse import Namespace
 import torch
 from hypothesis import strategies as st
 
-from benchmarks.fuzzing.odd import Draw, edited_json, mutated
+from benchmarks.fuzzing.strategies import Draw, edited_json, mutated
 
 _tensors = st.sampled_from(
     [

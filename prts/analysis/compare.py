@@ -24,7 +24,7 @@ from prts.analysis.types import TypeClassifier, accuracy, agreement, confusion, 
 if TYPE_CHECKING:
     import anndata as ad
 
-    from prts.metrics.evaluate import Matched
+    from prts.evaluation.section_scores import Matched
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 
 from prts.errors import InputError
+from prts.evaluation.section_scores import Matched, align_genes, match
 from prts.io.mpp import require_agreement
 from prts.io.nuclei import load_nuclei, read_nuclei
-from prts.metrics.evaluate import Matched, align_genes, match
 from prts.preprocess.counts import count_nuclei, quality_control
 from prts.section import Section, open_section_folder
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import geopandas as gpd
     import scipy.sparse as sp
 
-    from prts.preprocess.segment import Segmenter
+    from prts.segmentation.segment import Segmenter
 
 _ABOUT = ("width", "height", "mpp", "species", "qc")
 
@@ -104,7 +104,7 @@ def measure_training(
     panel
         The same nuclei x the genes of the prediction.
     """
-    from prts.preprocess.segment import segment
+    from prts.segmentation.segment import segment
 
     about = _about(prediction)
     section = _with_bins("train_section", folder)

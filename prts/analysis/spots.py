@@ -17,8 +17,8 @@ from scipy.spatial import cKDTree
 from prts.analysis.clusters import ClusterSettings, cluster, embed
 from prts.analysis.types import agreement
 from prts.errors import InputError
+from prts.evaluation.section_scores import spot_pcc, sum_in_spots
 from prts.io.spots import Spots
-from prts.metrics.evaluate import spot_pcc, sum_in_spots
 
 if TYPE_CHECKING:
     import anndata as ad

@@ -149,9 +149,9 @@ def analyse(cfg: DictConfig) -> Findings:
 
 def write(found: Findings, out: Path, formats: list[str]) -> None:
     """Write what was found: data, figures of merit, tables, figures."""
+    from prts.evaluation.scoring import json_ready
     from prts.io.cache import atomic
     from prts.io.hdf5 import write_h5ad
-    from prts.models.scoring import json_ready
 
     for name, side in {"analysis": found.predicted, "measured": found.measured}.items():
         if side is not None:
@@ -225,8 +225,8 @@ def _side_tables(tables: dict[str, pd.DataFrame], side: Side, prefix: str) -> No
 
 def _truth(measured: Measured) -> ad.AnnData | None:
     """What the simulation knows, the rates included where it keeps only their factors."""
-    from prts.io.own_data import read_foreign_h5ad
-    from prts.simulate.programme import true_rates
+    from prts.io.h5_checks import read_foreign_h5ad
+    from prts.simulate.gene_programs import true_rates
 
     if measured.section.truth is None:
         return None
@@ -256,7 +256,7 @@ def _classify(
     from prts.analysis.compare import analyse_side, classify_sides, shares
     from prts.analysis.measured import measure_training
     from prts.analysis.types import TypeClassifier, true_types
-    from prts.io.own_data import read_foreign_h5ad
+    from prts.io.h5_checks import read_foreign_h5ad
 
     segmenter = None
     if cfg.get("segmentation") is not None:

@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
+    from prts.evaluation.scoring import json_ready
+    from prts.evaluation.section_scores import evaluate_section, match, spot_pcc
     from prts.io.cache import atomic
     from prts.io.limits import allow_pixels
     from prts.io.mpp import require_agreement
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path, read_prediction
     from prts.io.spots import read_spots
-    from prts.io.visium_hd import read_positions
-    from prts.metrics.evaluate import evaluate_section, match, spot_pcc
-    from prts.models.scoring import json_ready
+    from prts.platforms.bin_positions import read_positions
     from prts.preprocess.counts import count_nuclei, quality_control
     from prts.preprocess.register import corrected, measure_section
     from prts.section import open_section_folder

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.models.bundle import Bundle
-    from prts.preprocess.segment import Segmenter
+    from prts.segmentation.segment import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _predict(cfg: DictConfig) -> None:
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
     region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
-    seen = matched(section.turned(orientation), str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
+    seen = matched(section.reoriented(orientation), str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
     encoder = encoder_from_settings(
         bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device, compile=cfg.encoder.compile
     )
@@ -152,8 +152,8 @@ def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]
     """The segmenter asked for, or that of training; and whether given nuclei come first."""
     from hydra.utils import instantiate
 
-    from prts.preprocess.stardist import StarDist
-    from prts.preprocess.watershed import Watershed
+    from prts.segmentation.stardist import StarDist
+    from prts.segmentation.watershed import Watershed
 
     if cfg.get("segmentation") is not None:
         node = plain(cfg.segmentation)

@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Read, draw, write."""
+    from prts.evaluation.section_scores import check_intervals
     from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path
-    from prts.metrics.evaluate import check_intervals
     from prts.report.html import write_page
+    from prts.report.load import of_prediction, of_run
     from prts.report.run import Region, prediction_figures, run_figures
-    from prts.report.sources import of_prediction, of_run
 
     run, prediction = (None if cfg[key] is None else Path(cfg[key]) for key in ("run", "prediction"))
     if (run is None) == (prediction is None):

@@ -67,18 +67,23 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
+    from prts.evaluation.evaluate_run import (
+        baselines_by_section,
+        compare_with_baselines,
+        registration_figures,
+        score_sections,
+    )
+    from prts.evaluation.predictable import predictable, validated_genes
+    from prts.evaluation.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
     from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint, learnt_from
     from prts.models.fit import fit
-    from prts.models.judge import baselines_by_section, compare_with_baselines, registration_figures, score_sections
     from prts.models.metadata import bundle_metadata
     from prts.models.module import seed_everything
-    from prts.models.ood import Unusual
+    from prts.models.ood import MahalanobisOOD
     from prts.models.output import choose_output
-    from prts.models.predictable import predictable, validated_genes
     from prts.models.predictor import Predictor
-    from prts.models.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
     from prts.models.uncertainty import calibrate_intervals, marginal_bounds, score_intervals
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
@@ -119,7 +124,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
         baselines = baselines_by_section(datamodule, seed=cfg.seed)
         beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, cfg.evaluation)
     intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
-    parts["ood"] = Unusual.fit(datamodule.train_sets, datamodule.val_sets)
+    parts["ood"] = MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets)
     metadata = bundle_metadata(plain(cfg), datamodule, validation, beyond, intervals)
     save_bundle(folder / "model", **parts, metadata=metadata)
     # read back: what is tested is what is shipped
@@ -159,7 +164,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
 
-    from prts.metrics.evaluate import check_intervals
+    from prts.evaluation.section_scores import check_intervals
     from prts.models.linear import TARGET, check_linear
     from prts.models.losses import check_recipe
     from prts.precision import training_precision

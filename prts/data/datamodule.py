@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from prts.data.sets import NucleusSet, feature_moments
+from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
 from prts.data.targets import Scaler, make_scaler
 from prts.errors import InputError
-from prts.features.inputs import BLOCKS, STORED, InputReader
+from prts.features.feature_reader import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
 from prts.preprocess.artefacts import is_artefact
 

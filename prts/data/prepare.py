@@ -26,14 +26,14 @@ from prts.features.extract import extract
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
-from prts.io.visium_hd import read_positions
+from prts.platforms.bin_positions import read_positions
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
 from prts.preprocess.counts import count_nuclei, quality_control
-from prts.preprocess.plausible import require_h_and_e
-from prts.preprocess.polygons import Polygons
+from prts.preprocess.image_check import require_h_and_e
 from prts.preprocess.register import WARN_UM, Registration, corrected, measure_section
-from prts.preprocess.segment import segment
 from prts.section import Section, open_section, open_section_folder
+from prts.segmentation.polygons import Polygons
+from prts.segmentation.segment import segment
 from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from prts.data.splits import Splitter
     from prts.features.encoders import Encoder
     from prts.preprocess.panel import Panel
-    from prts.preprocess.segment import Segmenter
+    from prts.segmentation.segment import Segmenter
 
 logger = logging.getLogger(__name__)
 

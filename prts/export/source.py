@@ -16,8 +16,8 @@ from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from prts.errors import InputError
+from prts.io.h5_checks import DAMAGED, require_own_data
 from prts.io.nuclei import load_nuclei
-from prts.io.own_data import DAMAGED, require_own_data
 from prts.io.prediction import nuclei_path, require_scale
 from prts.progress import track
 

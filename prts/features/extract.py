@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from prts import __version__
 from prts.errors import InputError
+from prts.features.chunk_store import Parts
 from prts.features.grid import plan_grid
-from prts.features.parts import Parts
 from prts.features.store import Rows, write_store
 from prts.features.tiles import TILE, TilePlan, cut_tiles, plan_tiles
 from prts.features.tokens import TokenEncoder

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.io.h5_checks import DAMAGED, require_own_data
 from prts.io.hdf5 import NewFile
-from prts.io.own_data import DAMAGED, require_own_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
+from prts.io.h5_checks import read_foreign_h5ad, require_sound_matrix
 from prts.io.hdf5 import NewFile
 from prts.io.nuclei import write_nuclei
-from prts.io.own_data import read_foreign_h5ad, require_sound_matrix
 
 if TYPE_CHECKING:
     import geopandas as gpd

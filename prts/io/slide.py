@@ -33,7 +33,7 @@ _LEVEL_TOLERANCE = 1.01
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-class Recolour(Protocol):
+class StainTransform(Protocol):
     """What changes the colours of pixels as they are read, such as `prts.preprocess.stain.StainMatching`."""
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -66,7 +66,7 @@ class Slide:
         Changes the colours of what `read_region` returns, where there is one. The thumbnail shows the slide as it is.
     """
 
-    recolour: Recolour | None = None
+    recolour: StainTransform | None = None
 
     def __init__(
         self, path: Path, reader: Reader, mpp: float, mpp_source: str, orientation: Orientation = UPRIGHT

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.io.own_data import read_foreign_h5ad, require_sound_matrix
+from prts.io.h5_checks import read_foreign_h5ad, require_sound_matrix
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from prts.data.targets import SCALERS, Scaler
 from prts.errors import InputError
-from prts.features.inputs import BLOCKS
+from prts.features.feature_reader import BLOCKS
 from prts.io.cache import atomic, sha256_file
 from prts.io.mpp import is_plausible
-from prts.models.mlp import PRTSNet
-from prts.models.ood import Unusual
+from prts.models.network import PRTSNet
+from prts.models.ood import MahalanobisOOD
 from prts.models.output import OutputRule
 from prts.models.predictor import Predictor
 from prts.models.uncertainty import CountIntervals
@@ -94,7 +94,7 @@ class Bundle(Predictor):
     """
 
     metadata: dict[str, Any]
-    ood: Unusual | None = None
+    ood: MahalanobisOOD | None = None
 
     @property
     def genes(self) -> list[str]:
@@ -158,7 +158,7 @@ def save_bundle(
     rule: OutputRule,
     genes: Sequence[tuple[str, str]],
     metadata: Mapping[str, Any],
-    ood: Unusual | None = None,
+    ood: MahalanobisOOD | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
@@ -264,7 +264,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     return metadata
 
 
-def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, OutputRule, Unusual | None]:
+def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, OutputRule, MahalanobisOOD | None]:
     """Network, scaler and what is usual without memory behind their tensors (the weights file brings it), and the rule."""
     try:
         settings = dict(metadata["architecture"])
@@ -284,7 +284,7 @@ def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, Outpu
                 net = ARCHITECTURES[kind](**settings)
                 scaler = SCALERS[scaling](len(genes))
                 usual = metadata.get("ood")
-                ood = None if usual is None else Unusual(width, int(usual["components"]))
+                ood = None if usual is None else MahalanobisOOD(width, int(usual["components"]))
             rule = OutputRule(**metadata["output"])
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, InputError) as error:
         raise InputError(f"{path}: is not laid out as prts writes it ({type(error).__name__}: {error})") from error

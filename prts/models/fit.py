@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from prts.data.datamodule import PRTSDataModule
     from prts.models.checkpoint import EpochCheckpoint
-    from prts.models.mlp import PRTSNet
+    from prts.models.network import PRTSNet
 
 logger = logging.getLogger(__name__)
 

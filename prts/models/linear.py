@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.errors import InputError
-from prts.models.baselines import LinearBaseline, gene_mean, ridge
-from prts.models.comparison import permuted
-from prts.models.mlp import PRTSNet
+from prts.evaluation.baselines import LinearBaseline, gene_mean, ridge
+from prts.evaluation.comparison import permuted
+from prts.models.network import PRTSNet
 
 logger = logging.getLogger(__name__)
 

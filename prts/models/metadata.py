@@ -10,11 +10,11 @@ import numpy as np
 from hydra.utils import instantiate
 
 from prts import provenance
+from prts.evaluation.predictable import predictable
+from prts.evaluation.scoring import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
-from prts.models.predictable import predictable
 from prts.models.scale import describe_nuclei
-from prts.models.scoring import mean_per_gene
 from prts.preprocess.stain import sample_slides, statistics
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from prts.data.datamodule import PRTSDataModule
     from prts.data.prepare import PreparedTissue
-    from prts.models.scoring import Scored
+    from prts.evaluation.scoring import Scored
     from prts.models.uncertainty import CountIntervals
 
 
@@ -46,7 +46,7 @@ def bundle_metadata(
     validation
         Its predictions of the validation nuclei.
     beyond
-        Genes, (g,), in which it was better there than nothing and than each baseline (`prts.models.predictable.validated_genes`).
+        Genes, (g,), in which it was better there than nothing and than each baseline (`prts.evaluation.predictable.validated_genes`).
     intervals
         Of the counts, calibrated there.
     """

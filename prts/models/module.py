@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from prts.data.datamodule import Batch
 from prts.data.targets import Scaler
 from prts.errors import InputError
+from prts.evaluation.streaming import GenePearson
 from prts.models.losses import Loss
 from prts.models.output import OutputRule
-from prts.models.streaming import GenePearson
 
 logger = logging.getLogger(__name__)
 

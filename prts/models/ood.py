@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prts.data.sets import feature_moments
+from prts.data.nucleus_set import feature_moments
 
 if TYPE_CHECKING:
-    from prts.data.sets import NucleusSet
+    from prts.data.nucleus_set import NucleusSet
 
 COMPONENTS = 64
 _QUANTILES = 201
@@ -26,7 +26,7 @@ PARTLY, _ALTOGETHER = 0.15, 0.5
 SPOILT = 0.1
 
 
-class Unusual(nn.Module):
+class MahalanobisOOD(nn.Module):
     """How unusual the features of a nucleus are among held-out nuclei of the model's own tissue.
 
     Features are standardised and projected on the leading principal components of the training nuclei. The squared distance from their
@@ -123,7 +123,7 @@ def verdict(
     Parameters
     ----------
     ood
-        Of `Unusual.share`, (n,).
+        Of `MahalanobisOOD.share`, (n,).
     predictable
         The bundle's flags, (g,); None where it has none.
     artefact

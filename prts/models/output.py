@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.data.targets import Scaler
 from prts.errors import InputError
-from prts.models.streaming import GenePearson
+from prts.evaluation.streaming import GenePearson
 
 logger = logging.getLogger(__name__)
 

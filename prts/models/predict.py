@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prts import __version__
 from prts.errors import InputError
-from prts.features.inputs import InputReader
+from prts.features.feature_reader import InputReader
 from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
 from prts.models.ood import verdict

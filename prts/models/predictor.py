@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prts.data.targets import Scaler
 from prts.errors import InputError
-from prts.models.mlp import PRTSNet
+from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 
 CHUNK = 4096

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import nbinom
 
-from prts.metrics.arrays import gene_slices
+from prts.evaluation.arrays import gene_slices
 
 if TYPE_CHECKING:
-    from prts.data.sets import NucleusSet
-    from prts.models.scoring import Scored
+    from prts.data.nucleus_set import NucleusSet
+    from prts.evaluation.scoring import Scored
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]

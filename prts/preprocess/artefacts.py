@@ -15,8 +15,8 @@ import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from prts.preprocess.segment import blocks
 from prts.progress import track
+from prts.segmentation.segment import blocks
 
 if TYPE_CHECKING:
     import geopandas as gpd

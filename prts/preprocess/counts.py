@@ -18,7 +18,7 @@ from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
 from prts.geometry import lattice_points_within
-from prts.io.visium_hd import BinGrid, BinMatrix, matrix_path, read_positions
+from prts.platforms.bin_positions import BinGrid, BinMatrix, matrix_path, read_positions
 from prts.progress import track
 
 if TYPE_CHECKING:

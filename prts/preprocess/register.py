@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage, optimize
 
 from prts.geometry import lattice_points_within
-from prts.io.visium_hd import BIN_SIZE_UM, BinGrid, BinMatrix, matrix_path, read_positions
+from prts.platforms.bin_positions import BIN_SIZE_UM, BinGrid, BinMatrix, matrix_path, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path

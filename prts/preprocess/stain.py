@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts.errors import InputError
-from prts.preprocess.segment import sample
+from prts.segmentation.segment import sample
 
 if TYPE_CHECKING:
     from prts.io.slide import Slide

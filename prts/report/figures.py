@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from prts.errors import InputError
-from prts.metrics.ceiling import RELIABLE, ceiling_share
+from prts.evaluation.ceiling import RELIABLE, ceiling_share
 from prts.report.figures_canvas import BLUE, GREY, ORANGE, SEQUENTIAL, STYLE, save
 
 if TYPE_CHECKING:

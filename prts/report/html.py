@@ -22,7 +22,7 @@ import scipy.sparse as sp
 from prts import __version__
 from prts.errors import InputError
 from prts.io.cache import atomic
-from prts.report import facts
+from prts.report import text as facts
 from prts.report.embed import (
     PERCENTILE,
     PROB_STEPS,

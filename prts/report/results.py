@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 from prts.io.nuclei import load_nuclei
 from prts.models.predict import Chunk, write_prediction
 from prts.report.html import write_page
+from prts.report.load import scored_page
 from prts.report.run import run_figures
-from prts.report.sources import scored_page
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from prts.data.datamodule import PRTSDataModule
+    from prts.evaluation.scoring import Scored
     from prts.models.bundle import Bundle
-    from prts.models.scoring import Scored
 
 
 def write_predictions(

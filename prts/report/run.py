@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import anndata as ad
     from numpy.typing import NDArray
 
+    from prts.evaluation.scoring import Scored
     from prts.io.slide import Slide
-    from prts.models.scoring import Scored
     from prts.preprocess.panel import Panel
 
 _N_MAPS = 4

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from scipy import sparse
 
+    from prts.simulate.draw_counts import BinCounts
     from prts.simulate.tissue import Layout
-    from prts.simulate.umis import BinCounts
 
     Floats = NDArray[np.float64]
 

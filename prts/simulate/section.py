@@ -22,11 +22,11 @@ from prts.progress import track
 from prts.simulate.artefacts import KINDS as PLANTED
 from prts.simulate.artefacts import plant
 from prts.simulate.bins import make_lattice, write_bins
+from prts.simulate.draw_counts import BinCounts, draw_counts
+from prts.simulate.gene_programs import DENSE_ENTRIES, Programme, make_programme, make_truth, true_rates
 from prts.simulate.nuclei import Nuclei, place_nuclei
-from prts.simulate.programme import DENSE_ENTRIES, Programme, make_programme, make_truth, true_rates
 from prts.simulate.stain import BAND, render, shifted_stain
 from prts.simulate.tissue import build_layout
-from prts.simulate.umis import BinCounts, draw_counts
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -58,7 +58,7 @@ def simulate_section(
     """Simulate a section of a tissue; the same arguments give the same bytes.
 
     `truth.h5ad` holds the nuclei (type, domain, depth, area, position) and genes with the factors of their rates, which
-    `prts.simulate.programme.true_rates` multiplies out; in a section of up to 20 million nuclei x genes also the rates
+    `prts.simulate.gene_programs.true_rates` multiplies out; in a section of up to 20 million nuclei x genes also the rates
     themselves: X, and `layers["image_rate"]`, what a perfect reader of the image expects. `truth_nuclei.parquet` holds the outlines.
 
     Parameters

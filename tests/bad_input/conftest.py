@@ -23,7 +23,7 @@ from prts.data.targets import make_scaler
 from prts.features.classical import Classical
 from prts.io.nuclei import load_nuclei
 from prts.models.bundle import save_bundle
-from prts.models.mlp import PRTSNet
+from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.simulate.section import BINS, simulate_section
 

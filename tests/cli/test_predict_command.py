@@ -25,12 +25,12 @@ from prts.features.tokens import torch_device
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.orientation import Orientation
 from prts.models.bundle import Bundle, load_bundle, save_bundle
-from prts.models.mlp import PRTSNet
+from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.preprocess.artefacts import KINDS
 from prts.preprocess.stain import sample_slides, statistics
-from prts.preprocess.watershed import Watershed
 from prts.section import open_section
+from prts.segmentation.watershed import Watershed
 from prts.simulate.section import simulate_section
 
 

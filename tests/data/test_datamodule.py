@@ -17,11 +17,11 @@ from geopandas import GeoDataFrame
 
 from prts.data import datamodule
 from prts.data.datamodule import DeviceBatches, NucleusBatches, PRTSDataModule, ShuffledBatches
+from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.prepare import PreparedSection, PreparedTissue
-from prts.data.sets import NucleusSet, feature_moments
 from prts.data.splits import Blocks, BySection
 from prts.errors import InputError
-from prts.features.inputs import InputReader
+from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
 from prts.preprocess.panel import Panel

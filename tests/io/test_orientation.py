@@ -13,8 +13,8 @@ from prts.errors import InputError
 from prts.io.nuclei import make_nuclei, write_nuclei
 from prts.io.orientation import FLIP, ROTATE, UPRIGHT, Orientation
 from prts.io.slide import open_slide
-from prts.preprocess.polygons import Polygons
 from prts.section import open_section
+from prts.segmentation.polygons import Polygons
 
 RNG = np.random.default_rng(3)
 IMAGE = RNG.integers(0, 256, (301, 470, 3), dtype=np.uint8)
@@ -81,7 +81,7 @@ def test_given_nuclei_are_turned_with_the_slide(file: Path, tmp_path: Path) -> N
     corner = make_nuclei([shapely.box(440, 0, 470, 10), shapely.box(10, 100, 30, 140)], 0.4, cell_id=["corner", "b"])
     write_nuclei(corner, tmp_path / "n.parquet")
     orientation = Orientation(90)
-    section = open_section("s", file, mpp=0.4, nuclei=tmp_path / "n.parquet").turned(orientation)
+    section = open_section("s", file, mpp=0.4, nuclei=tmp_path / "n.parquet").reoriented(orientation)
     assert (section.width, section.height, section.file_size) == (301, 470, SIZE)
     with section.open_slide() as slide:
         turned = Polygons(tmp_path / "n.parquet")(slide)
@@ -94,8 +94,8 @@ def test_given_nuclei_are_turned_with_the_slide(file: Path, tmp_path: Path) -> N
 
 def test_what_is_made_of_a_turned_slide_has_another_fingerprint(file: Path) -> None:
     section = open_section("s", file, mpp=0.4)
-    assert section.reading() == section.turned(UPRIGHT).reading() == {}  # caches of before keep their names
-    assert len({str(section.turned(orientation).reading()) for orientation in ALL}) == len(ALL)
+    assert section.reading() == section.reoriented(UPRIGHT).reading() == {}  # caches of before keep their names
+    assert len({str(section.reoriented(orientation).reading()) for orientation in ALL}) == len(ALL)
 
 
 @pytest.mark.parametrize("rotate", [45, -90, 360, "quarter", None, True, 90.5])

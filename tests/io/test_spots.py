@@ -14,7 +14,7 @@ import pytest
 from scipy.sparse import csr_matrix, issparse
 
 from prts.errors import InputError
-from prts.io.own_data import endless_strings
+from prts.io.h5_checks import endless_strings
 from prts.io.spots import read_spots
 
 COUNTS = np.array([[0, 3, 1], [2, 0, 0]])

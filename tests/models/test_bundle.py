@@ -14,7 +14,7 @@ from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.io.cache import sha256_file
 from prts.models.bundle import load_bundle, save_bundle
-from prts.models.mlp import PRTSNet
+from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 
 GENES = [("Plp1", "ENSMUSG1"), ("Ttr", "ENSMUSG2"), ("Snap25", "ENSMUSG3")]

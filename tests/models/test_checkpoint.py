@@ -13,13 +13,13 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
 from prts.models.losses import PaperLoss
-from prts.models.mlp import PRTSNet
 from prts.models.module import KeepBest, PRTSModule
+from prts.models.network import PRTSNet
 
 EPOCHS = 7
 INPUTS = {"the gene panel": "panel-01234567.json"}

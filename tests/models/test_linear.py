@@ -7,10 +7,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.data.targets import make_scaler
 from prts.errors import InputError
-from prts.models.baselines import gene_mean, ridge
+from prts.evaluation.baselines import gene_mean, ridge
 from prts.models.linear import check_linear, fit_linear
 
 

@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.data.targets import make_scaler
 from prts.errors import InputError
-from prts.metrics.expression import pearson_per_gene
-from prts.models.baselines import gene_mean
+from prts.evaluation.baselines import gene_mean
+from prts.evaluation.expression import pearson_per_gene
 from prts.models.losses import PaperLoss
-from prts.models.mlp import PRTSNet
 from prts.models.module import KeepBest, PRTSModule, seed_everything
+from prts.models.network import PRTSNet
 from prts.models.output import choose_output
 
 CONFIGS = Path(__file__).parents[2] / "configs"

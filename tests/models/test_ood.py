@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.models.bundle import load_bundle
-from prts.models.ood import COMPONENTS, Unusual, verdict
+from prts.models.ood import COMPONENTS, MahalanobisOOD, verdict
 
 V1 = Path(__file__).parent / "data" / "bundle_v1"
 # Written by the prts that made it, for its mean training nucleus and one a tenth of a standard deviation off in every feature.
@@ -27,11 +27,13 @@ def draw(make_nuclei: Callable[..., NucleusSet], n: int, seed: int, d: int = 90)
 
 
 @pytest.fixture
-def fitted(make_nuclei: Callable[..., NucleusSet]) -> Unusual:
-    return Unusual.fit([draw(make_nuclei, 1500, 1), draw(make_nuclei, 500, 2)], [draw(make_nuclei, 2000, 3)])
+def fitted(make_nuclei: Callable[..., NucleusSet]) -> MahalanobisOOD:
+    return MahalanobisOOD.fit([draw(make_nuclei, 1500, 1), draw(make_nuclei, 500, 2)], [draw(make_nuclei, 2000, 3)])
 
 
-def test_shares_of_nuclei_of_the_same_kind_are_uniform(make_nuclei: Callable[..., NucleusSet], fitted: Unusual) -> None:
+def test_shares_of_nuclei_of_the_same_kind_are_uniform(
+    make_nuclei: Callable[..., NucleusSet], fitted: MahalanobisOOD
+) -> None:
     shares = fitted.share(draw(make_nuclei, 4000, 4).features)
     assert shares.dtype == np.float32 and shares.min() >= 0 and shares.max() <= 1
     for level in (0.1, 0.5, 0.9, 0.95):
@@ -39,7 +41,7 @@ def test_shares_of_nuclei_of_the_same_kind_are_uniform(make_nuclei: Callable[...
 
 
 def test_the_distance_is_the_mahalanobis_distance_of_the_plain_formula(
-    make_nuclei: Callable[..., NucleusSet], fitted: Unusual
+    make_nuclei: Callable[..., NucleusSet], fitted: MahalanobisOOD
 ) -> None:
     train = np.concatenate([draw(make_nuclei, 1500, 1).features, draw(make_nuclei, 500, 2).features]).astype(float)
     spread = train.std(axis=0)
@@ -53,7 +55,7 @@ def test_the_distance_is_the_mahalanobis_distance_of_the_plain_formula(
 
 
 def test_what_lies_off_the_plane_is_unusual_though_no_column_is(
-    make_nuclei: Callable[..., NucleusSet], fitted: Unusual
+    make_nuclei: Callable[..., NucleusSet], fitted: MahalanobisOOD
 ) -> None:
     usual = draw(make_nuclei, 300, 6).features
     shuffled = np.stack([np.random.default_rng(j).permutation(column) for j, column in enumerate(usual.T)], axis=1)

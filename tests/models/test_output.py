@@ -9,7 +9,7 @@ from scipy.special import logit
 from sklearn.metrics import matthews_corrcoef
 from torch import Tensor, nn
 
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.data.targets import Counts
 from prts.errors import InputError
 from prts.models.output import OutputRule, best_threshold, choose_output

@@ -9,11 +9,11 @@ import scipy.sparse as sp
 import torch
 
 from prts.data.datamodule import PRTSDataModule
-from prts.data.sets import NucleusSet
+from prts.data.nucleus_set import NucleusSet
 from prts.data.targets import make_scaler
 from prts.models.losses import PaperLoss
-from prts.models.mlp import PRTSNet
 from prts.models.module import PRTSModule
+from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.models.predictor import Predictor
 

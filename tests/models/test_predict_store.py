@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from prts.features.inputs import InputReader
+from prts.features.feature_reader import InputReader
 from prts.features.store import Rows, write_store
 from prts.models.predict import predict_store
 

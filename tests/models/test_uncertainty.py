@@ -9,9 +9,9 @@ import pytest
 import scipy.sparse as sp
 from scipy.stats import nbinom
 
-from prts.data.sets import NucleusSet
-from prts.metrics.evaluate import Evaluation
-from prts.models.scoring import Scored
+from prts.data.nucleus_set import NucleusSet
+from prts.evaluation.scoring import Scored
+from prts.evaluation.section_scores import Evaluation
 from prts.models.uncertainty import CountIntervals, calibrate_intervals, marginal_bounds, score_intervals
 
 PHI = np.array([0.0, 0.5, 1.0, 0.2, 2.0, 0.0])

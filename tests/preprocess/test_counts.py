@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import shapely
 
 from prts.errors import InputError
-from prts.io.bin_matrix import BinMatrix
+from prts.platforms.bin_matrix import BinMatrix
 from prts.preprocess import counts as module
 from prts.preprocess.counts import count_nuclei, quality_control
 

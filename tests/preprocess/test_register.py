@@ -12,7 +12,7 @@ import pytest
 import shapely
 
 from prts.io.nuclei import load_nuclei
-from prts.io.visium_hd import BinGrid, read_positions
+from prts.platforms.bin_positions import BinGrid, read_positions
 from prts.preprocess.counts import count_nuclei
 from prts.preprocess.register import corrected, cover_of_bins, measure, measure_section, moved
 from prts.simulate.section import BINS, simulate_section

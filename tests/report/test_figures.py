@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from prts.errors import InputError
-from prts.metrics import ceiling
+from prts.evaluation import ceiling
 from prts.report import figures, figures_calibration, figures_maps
 from prts.report.figures import ceiling_check, pcc_vs_ceiling, training_curves
 

@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from prts.cli.app import run
 from prts.errors import InputError
 from prts.preprocess.artefacts import KINDS
-from prts.report import facts
+from prts.report import text as facts
 from prts.report.embed import (
     PROB_STEPS,
     beside_blocks,

@@ -14,12 +14,12 @@ from sklearn.ensemble import RandomForestClassifier
 from prts.io.nuclei import make_nuclei
 from prts.simulate import stain as stain_module
 from prts.simulate.bins import Lattice
+from prts.simulate.draw_counts import _negative_binomial
 from prts.simulate.fields import Bilinear, noise_tile, repeat_tile, smooth_field
+from prts.simulate.gene_programs import make_programme, make_truth, true_rates
 from prts.simulate.nuclei import Nuclei, lattice_around, place_nuclei
-from prts.simulate.programme import make_programme, make_truth, true_rates
 from prts.simulate.stain import Stain, render, shifted_stain
 from prts.simulate.tissue import DOMAIN_NAMES, GRID_UM, TYPE_NAMES, TYPE_SHARES, TYPES, Layout, build_layout
-from prts.simulate.umis import _negative_binomial
 
 MPP = 0.5
 

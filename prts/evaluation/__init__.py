@@ -1,0 +1,1 @@
+"""Scoring predictions: metrics, intervals, noise ceiling, baselines, and whole runs."""

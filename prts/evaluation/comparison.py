@@ -1,0 +1,203 @@
+"""The six baselines that stand beside every model, fitted on its training nuclei and tuned on its validation nuclei.
+
+| name | sees |
+|---|---|
+| gene_mean | nothing |
+| position | where a nucleus lies, among training nuclei of the same section (absent, where the section has none) |
+| colour | 12 colour statistics of tile and nucleus |
+| morphology | shape and crowding of the polygons |
+| ridge | the features that the model sees |
+| permuted | the same features, of which training nuclei got each other's: its PCC is 0 unless information leaks into the test |
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from scipy.stats import t as student
+
+from prts.evaluation.baseline_features import with_colour, with_morphology
+from prts.evaluation.baselines import gene_mean, ridge
+from prts.evaluation.expression import pearson_per_gene
+
+if TYPE_CHECKING:
+    from prts.data.nucleus_set import NucleusSet
+    from prts.data.prepare import PreparedTissue
+
+logger = logging.getLogger(__name__)
+
+Floats = NDArray[np.float32]
+PredictFn = Callable[["NucleusSet"], Floats]
+"""Expected UMI (n, g) of the nuclei of a section."""
+
+NEIGHBOURS = (10, 30, 100, 300)
+# Enough to tell one number of neighbours from another.
+_VAL_NUCLEI = 5000
+_LEAKAGE_PCC = 0.02
+# One in 370 by chance, on either side together: three standard deviations of a normal distribution.
+_LEAKAGE_QUANTILE = 0.99865
+# Of fewer genes the scatter is hardly known; no run is thrown away for that.
+_LEAKAGE_GENES = 10
+_CHUNK = 4096
+
+
+def fit_baselines(
+    train: Sequence[NucleusSet], val: Sequence[NucleusSet], tissue: PreparedTissue, *, seed: int = 0
+) -> dict[str, PredictFn]:
+    """Fit every baseline but `position`, which is a matter of the section that is to be predicted (`fit_position`).
+
+    Parameters
+    ----------
+    train, val
+        Training and validation nuclei; penalties are chosen on the latter.
+    tissue
+        Where colour and polygons of the nuclei are.
+    seed
+        Of the permutations.
+    """
+
+    def described_by(
+        describe: Callable[[Sequence[NucleusSet], PreparedTissue], list[NucleusSet]], name: str
+    ) -> PredictFn:
+        fitted = ridge(describe(train, tissue), describe(val, tissue), name=name)
+        return lambda nuclei: fitted.predict(describe([nuclei], tissue)[0].features)
+
+    def of_features(model: Callable[[Floats], Floats]) -> PredictFn:
+        return lambda nuclei: model(nuclei.features)
+
+    return {
+        "gene_mean": of_features(gene_mean(train).predict),
+        "colour": described_by(with_colour, "colour"),
+        "morphology": described_by(with_morphology, "morphology"),
+        "ridge": of_features(ridge(train, val).predict),
+        "permuted": of_features(ridge(permuted(train, seed=seed), val, name="permuted").predict),
+    }
+
+
+@dataclass(frozen=True)
+class Position:
+    """Mean log1p UMI of the k nearest training nuclei of the same section, as UMI.
+
+    Parameters
+    ----------
+    train
+        Training nuclei of the section.
+    k
+        Neighbours.
+    """
+
+    train: NucleusSet
+    k: int
+
+    def __call__(self, nuclei: NucleusSet) -> Floats:
+        """Expected UMI (n, g) of nuclei of the section."""
+        k = min(self.k, len(self.train))
+        _, near = cKDTree(self.train.xy_um).query(nuclei.xy_um, k=[*range(1, k + 1)])
+        weights = sp.csr_matrix(
+            (np.full(near.size, 1 / k), near.ravel(), np.arange(0, near.size + 1, k)), (len(nuclei), len(self.train))
+        )
+        log = self.train.counts.log1p()
+        level = np.empty((len(nuclei), log.shape[1]), dtype=np.float32)
+        for start in range(0, len(nuclei), _CHUNK):  # what many neighbours have together is hardly sparse
+            level[start : start + _CHUNK] = (weights[start : start + _CHUNK] @ log).toarray()
+        return np.expm1(level, out=level)
+
+
+def fit_position(train: Sequence[NucleusSet], val: Sequence[NucleusSet], section: str) -> Position | None:
+    """The `position` baseline of a section, or None where no nucleus of it trains.
+
+    The number of neighbours is that of 10, 30, 100, 300 with the greatest mean per-gene PCC on the section's validation nuclei (at most
+    5,000 of them, evenly chosen), or 100 where it has none.
+
+    Parameters
+    ----------
+    train, val
+        Training and validation nuclei.
+    section
+        The section that is to be predicted.
+    """
+    mine = [nuclei for nuclei in train if nuclei.section == section]
+    if not mine:
+        logger.info("baseline position: no training nucleus lies in %s, so there is none", section)
+        return None
+    held_out = [nuclei for nuclei in val if nuclei.section == section]
+    if not held_out:
+        return Position(mine[0], 100)
+    every = len(held_out[0])
+    judges = held_out[0].take(np.linspace(0, every - 1, min(every, _VAL_NUCLEI)).astype(np.intp))
+    scores = [
+        float(np.nanmean(pearson_per_gene(judges.counts, Position(mine[0], k)(judges)))) if judges.counts.nnz else 0.0
+        for k in NEIGHBOURS
+    ]
+    best = int(np.argmax(scores))
+    logger.info("baseline position: %d neighbours, validation PCC %.4f", NEIGHBOURS[best], scores[best])
+    return Position(mine[0], NEIGHBOURS[best])
+
+
+def permuted(sets: Sequence[NucleusSet], *, seed: int = 0) -> list[NucleusSet]:
+    """The same nuclei with every gene's counts dealt out anew among all of them, each gene in an order of its own.
+
+    For the regression of one gene this is a permutation of the rows of the features. If all genes shared it, they would share the chance
+    direction that comes out of it, too, and their mean PCC would scatter around 0 as widely as that of a single gene. (The orders are
+    one random order, turned by a random offset for each gene, which costs as much as the counts that are not 0.)
+
+    Parameters
+    ----------
+    sets
+        Nuclei of one or more sections; counts change places between sections as well.
+    seed
+        Of the orders.
+    """
+    rng = np.random.default_rng(seed)
+    counts = sp.vstack([nuclei.counts for nuclei in sets], format="csc")
+    n, n_genes = counts.shape
+    order, turn = rng.permutation(n), rng.integers(n, size=n_genes)
+    gene = np.repeat(np.arange(n_genes), np.diff(counts.indptr))
+    dealt = sp.csr_matrix((counts.data, ((order[counts.indices] + turn[gene]) % n, gene)), shape=counts.shape)
+    stops = np.cumsum([len(nuclei) for nuclei in sets])
+    return [replace(nuclei, counts=dealt[stop - len(nuclei) : stop]) for nuclei, stop in zip(sets, stops, strict=True)]
+
+
+def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
+    """Stop if the permuted baseline predicts the test: |mean PCC| over .02 + the 99.865 % quantile of its scatter by chance.
+
+    Genes are permuted independently, so that their PCCs scatter independently around 0: the standard error of their mean is sd /
+    sqrt(genes), and the mean over it is Student's t, whose quantile is 3 for many genes and far above for a few. With fewer than 10
+    genes the finding is a warning only.
+
+    Parameters
+    ----------
+    pcc
+        Per-gene PCC of the `permuted` baseline, (n_genes,); NaN for genes that are constant.
+    section
+        The test section.
+
+    Raises
+    ------
+    RuntimeError
+        If it does, with 10 genes or more.
+    """
+    known = pcc[np.isfinite(pcc)]
+    if len(known) < 2:
+        return
+    mean, error = float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known)))
+    bound = _LEAKAGE_PCC + float(student.ppf(_LEAKAGE_QUANTILE, len(known) - 1)) * error
+    if abs(mean) <= bound:
+        return
+    finding = (
+        f"leakage: ridge regression on permuted features reaches a mean PCC of {mean:.3f} on {section}, which must be about 0 "
+        f"(at most {bound:.3f})"
+    )
+    if len(known) < _LEAKAGE_GENES:
+        logger.warning("%s; %d genes are too few to tell that from chance", finding, len(known))
+        return
+    raise RuntimeError(
+        f"{finding}: test nuclei are known to training or the metric is wrong, and no figure of this run can be trusted"
+    )

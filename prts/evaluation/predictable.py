@@ -1,0 +1,79 @@
+"""Which genes can be believed: those that a model predicts on validation, beyond chance and beyond what needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prts.evaluation.bootstrap import BlockSums, block_sums, genes_above, spatial_blocks
+
+if TYPE_CHECKING:
+    from prts.evaluation.comparison import PredictFn
+    from prts.evaluation.scoring import Scored
+
+Flags = NDArray[np.bool_]
+
+ZERO = "zero"
+# Ridge regression sees all that the model sees: a gene that both predict equally well is no less predictable for that.
+RIVALS = ("ridge",)
+
+
+def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_replicates: int) -> dict[str, Flags]:
+    """For 0 and for each baseline, the genes whose PCC is above it by its 95 % interval over resampled blocks.
+
+    Parameters
+    ----------
+    model, baselines
+        Block sums of the same nuclei in the same blocks.
+    n_replicates
+        Resamples of the blocks, the same for model and baseline.
+
+    Returns
+    -------
+    (n_genes,) flags under `zero` and the names of the baselines.
+    """
+    beyond = {ZERO: genes_above(model, n_replicates=n_replicates)}
+    return beyond | {name: genes_above(model, other, n_replicates=n_replicates) for name, other in baselines.items()}
+
+
+def validated_genes(
+    baselines: Sequence[Mapping[str, PredictFn]], validation: Sequence[Scored], settings: Mapping[str, Any]
+) -> dict[str, Flags]:
+    """`genes_beyond` of validation sections: a gene must be beyond a baseline in every one of them.
+
+    Parameters
+    ----------
+    baselines
+        Of each section.
+    validation
+        The model's predictions of the sections, scored.
+    settings
+        The `evaluation` config node.
+    """
+    merged: dict[str, Flags] = {}
+    for scored, beside in zip(validation, baselines, strict=True):
+        nuclei = scored.nuclei
+        blocks, _ = spatial_blocks(nuclei.xy_um, settings["block_um"])
+        assert scored.result.sums is not None  # evaluate_set always knows where nuclei are
+        others = {name: block_sums(nuclei.counts, predict(nuclei), blocks) for name, predict in beside.items()}
+        for name, flags in genes_beyond(scored.result.sums, others, n_replicates=settings["bootstrap"]).items():
+            merged[name] = merged[name] & flags if name in merged else flags
+    return merged
+
+
+def predictable(beyond: Mapping[str, Flags]) -> Flags:
+    """Genes above 0 and above every baseline that sees less than the model, (n_genes,)."""
+    flags: Flags = np.logical_and.reduce([flags for name, flags in beyond.items() if name not in RIVALS])
+    return flags
+
+
+def precision(flagged: Flags, holds: Flags) -> dict[str, float]:
+    """How many genes are flagged, and for which share of them the same holds on another section (NaN where none is flagged)."""
+    n = int(flagged.sum())
+    return {
+        "n_predictable": n,
+        "predictable_precision": float((flagged & holds).sum() / n) if n else float("nan"),
+    }

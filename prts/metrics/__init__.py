@@ -1,1 +1,0 @@
-"""How good a prediction is, against what, and how good it could be."""

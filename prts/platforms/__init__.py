@@ -1,0 +1,1 @@
+"""Platforms that measure expression: each yields counts per nucleus."""

@@ -1,0 +1,260 @@
+"""The matrix of bins and genes in 10x's HDF5 file, streamed: a section has 11 million bins and some hundred million counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import csr_matrix
+
+from prts.errors import InputError
+from prts.io.h5_checks import DAMAGED, ENDLESS, endless_strings, holds_its_values
+
+_BARCODE = b"s_002um_00000_00000-1"
+_ROW, _COLUMN = slice(8, 13), slice(14, 19)
+_BARCODES_AT_ONCE = 1 << 21
+
+
+class BinMatrix:
+    """`filtered_feature_bc_matrix.h5` of the 2 um bins; a context manager.
+
+    Attributes
+    ----------
+    path
+        The file.
+    gene_ids, gene_names
+        (n_genes,) object arrays of str: Ensembl ids (unique) and symbols (not always). Features that are not of the type
+        "Gene Expression" are left out.
+    genome
+        The reference, or several joined by commas.
+    n_bins, n_genes, nnz
+        Size, and entries stored.
+    array_row, array_col
+        (n_bins,) int32, from the barcodes.
+
+    Raises
+    ------
+    InputError
+        If the file is not HDF5 or not 10x's, links out of itself, has bins of another size or twice, gene ids twice, or
+        contradicts itself.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise InputError(f"{self.path}: no such file; Space Ranger's filtered_feature_bc_matrix.h5 is needed")
+        try:
+            self._file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise InputError(f"{self.path}: not HDF5, or damaged ({error}); get a complete copy") from error
+        try:
+            with self._reading():
+                self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> BinMatrix:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+
+    def var(self) -> pd.DataFrame:
+        """The genes, (n_genes,): `gene_id`, `symbol`, `genome`, indexed by a unique name.
+
+        The name is the symbol where it is unique in the file, else `<symbol>_<gene_id>`; without a symbol it is the id.
+        """
+        ids, symbols = pd.Series(self.gene_ids, dtype=object), pd.Series(self.gene_names, dtype=object)
+        names = symbols.where(symbols != "", ids)
+        while (twice := names.duplicated(keep=False)).any():
+            names = names.where(~twice, names + "_" + ids)
+        frame = pd.DataFrame(
+            {"gene_id": self.gene_ids, "symbol": self.gene_names, "genome": pd.Categorical(self._genomes)}
+        )
+        return frame.set_index(pd.Index(names.to_numpy(dtype=object), dtype=object))
+
+    def chunks(self, max_nnz: int = 20_000_000) -> Iterator[tuple[int, int, csr_matrix]]:
+        """Go through the matrix in bins' order, holding no more than one chunk.
+
+        Parameters
+        ----------
+        max_nnz
+            Entries of a chunk; a bin is never split.
+
+        Yields
+        ------
+        first, stop, counts
+            The counts of bins first..stop-1: (stop - first, n_genes) int32. Indices within a bin are as the file has them,
+            unsorted at times.
+
+        Raises
+        ------
+        InputError
+            If a count is negative or fractional, a gene index out of range, or the file is damaged there.
+        """
+        first = 0
+        while first < self.n_bins:
+            start = int(self._indptr[first])
+            stop = int(np.searchsorted(self._indptr, start + max_nnz, side="right")) - 1
+            stop = min(max(stop, first + 1), self.n_bins)
+            end = int(self._indptr[stop])
+            with self._reading():
+                data, indices = self._data[start:end], self._indices[start:end]
+            n_features = len(self._is_gene)
+            if len(indices) and (indices.min() < 0 or indices.max() >= n_features):
+                raise InputError(
+                    f"{self.path}: matrix/indices reaches beyond the {n_features} features; the file is damaged"
+                )
+            indptr = self._indptr[first : stop + 1] - start
+            counts = csr_matrix(
+                (self._counts(data), indices.astype(np.int32), indptr), shape=(stop - first, n_features)
+            )
+            yield first, stop, counts if self._is_gene.all() else counts[:, self._is_gene]
+            first = stop
+
+    def _counts(self, data: NDArray[Any]) -> NDArray[np.int32]:
+        if len(data) and not (data.min() >= 0 and data.max() <= np.iinfo(np.int32).max):  # NaN fails both
+            raise InputError(f"{self.path}: matrix/data holds {data.min()}..{data.max()}; UMI counts are needed")
+        counts: NDArray[np.int32] = data.astype(np.int32)
+        if data.dtype.kind == "f" and not np.array_equal(counts, data):
+            raise InputError(
+                f"{self.path}: matrix/data holds fractions; raw UMI counts are needed, not normalised ones"
+            )
+        return counts
+
+    def _open(self) -> None:
+        matrix = self._get(self._file, "matrix", h5py.Group)
+        features = self._get(matrix, "features", h5py.Group)
+        ids, names, types, genomes = (self._strings(features, n) for n in ("id", "name", "feature_type", "genome"))
+        if not (len(ids),) == ids.shape == names.shape == types.shape == genomes.shape:
+            raise InputError(f"{self.path}: matrix/features has columns of different lengths; the file is damaged")
+        self._is_gene = types == "Gene Expression"
+        if not self._is_gene.any():
+            raise InputError(f"{self.path}: has no feature of the type Gene Expression")
+        self.gene_ids, self.gene_names = ids[self._is_gene], names[self._is_gene]
+        self._genomes = genomes[self._is_gene]
+        self.genome = ",".join(dict.fromkeys(self._genomes))
+        if (twice := pd.Series(self.gene_ids).duplicated()).any():
+            raise InputError(
+                f"{self.path}: gene id {self.gene_ids[twice.argmax()]!r} is there twice; ids must be unique"
+            )
+        self._data = self._get(matrix, "data", h5py.Dataset)
+        self._indices = self._get(matrix, "indices", h5py.Dataset)
+        if self._data.dtype.kind not in "iuf" or self._indices.dtype.kind not in "iu":
+            raise InputError(f"{self.path}: matrix/data and matrix/indices must be numbers; the file is not 10x's")
+        indptr = self._get(matrix, "indptr", h5py.Dataset)
+        if indptr.dtype.kind not in "iu":
+            raise InputError(f"{self.path}: matrix/indptr must hold whole numbers; the file is not 10x's")
+        self._indptr = indptr[:].astype(np.int64)
+        self.array_row, self.array_col = self._bins(self._get(matrix, "barcodes", h5py.Dataset))
+        self.n_bins, self.n_genes, self.nnz = len(self.array_row), len(self.gene_ids), self._data.shape[0]
+        stored = self._get(matrix, "shape", h5py.Dataset)
+        shape = tuple(stored[:].tolist()) if stored.shape == (2,) else stored.shape
+        if (
+            shape != (len(ids), self.n_bins)
+            or self._indptr.shape != (self.n_bins + 1,)
+            or self._indptr[0] != 0
+            or (np.diff(self._indptr) < 0).any()
+            or not (self._indptr[-1],) == self._data.shape == self._indices.shape
+        ):
+            raise InputError(
+                f"{self.path}: shape {shape}, {len(ids)} features, {self.n_bins} barcodes, {self.nnz} counts and indptr "
+                "contradict each other; the file is damaged"
+            )
+
+    def _bins(self, barcodes: h5py.Dataset) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Rows and columns of the array, read off the digits of `s_002um_<row>_<column>-1`."""
+        if len(barcodes.shape) != 1 or barcodes.dtype.kind not in "SO":
+            raise InputError(f"{self.path}: matrix/barcodes must be text; the file is not 10x's")
+        if barcodes.dtype.kind == "O":
+            self._require_strings_that_end()
+        rows = np.empty(barcodes.shape[0], np.int32)
+        columns = np.empty_like(rows)
+        pattern = np.frombuffer(_BARCODE, np.uint8)
+        is_digit = (pattern >= ord("0")) & (pattern <= ord("9"))
+        is_digit[:8] = False  # those of the bin size are fixed
+        place = 10 ** np.arange(4, -1, -1)
+        for start in range(0, len(rows), _BARCODES_AT_ONCE):
+            stop = start + _BARCODES_AT_ONCE
+            text = np.asarray(barcodes[start:stop]).astype("S")
+            letters = text.astype(f"S{len(pattern)}").view(np.uint8).reshape(len(text), -1)
+            digits = letters - np.uint8(ord("0"))  # what is no digit wraps to more than 9
+            fits = (np.char.str_len(text) == len(pattern)) & np.where(is_digit, digits <= 9, letters == pattern).all(
+                axis=1
+            )
+            if not fits.all():
+                self._refuse_barcode(text[~fits][0].decode(errors="replace"))
+            rows[start:stop] = digits[:, _ROW].astype(np.int32) @ place
+            columns[start:stop] = digits[:, _COLUMN].astype(np.int32) @ place
+        key = rows.astype(np.int64) * 100_000 + columns
+        key.sort()
+        if (key[1:] == key[:-1]).any():
+            twice = int(key[1:][key[1:] == key[:-1]][0])
+            raise InputError(
+                f"{self.path}: barcode s_002um_{twice // 100_000:05}_{twice % 100_000:05}-1 is there twice; "
+                "each bin must have one column"
+            )
+        return rows, columns
+
+    def _refuse_barcode(self, barcode: str) -> None:
+        size = re.match(r"s_0*(\d+)um_", barcode)
+        what = f"bins of {size[1]} um" if size and size[1] != "2" else "no 2 um bin of Visium HD"
+        raise InputError(
+            f"{self.path}: barcode {barcode!r}: {what}; the matrix of binned_outputs/square_002um, with barcodes such as "
+            f"{_BARCODE.decode()!r}, is needed"
+        )
+
+    def _strings(self, group: h5py.Group, name: str) -> NDArray[Any]:
+        dataset = self._get(group, name, h5py.Dataset)
+        if dataset.dtype.kind == "S":
+            return np.char.decode(dataset[:], "utf-8").astype(object)
+        if h5py.check_string_dtype(dataset.dtype) is None:
+            raise InputError(f"{self.path}: {dataset.name[1:]} must be text; the file is not 10x's")
+        self._require_strings_that_end()
+        return np.asarray(dataset.asstr()[:], dtype=object)
+
+    def _require_strings_that_end(self) -> None:
+        """Of strings of any length; 10x's own are of one, and have no heap."""
+        if endless_strings(self.path):
+            raise InputError(f"{self.path}: damaged ({ENDLESS}); get a complete copy")
+
+    def _get(self, group: h5py.Group, name: str, kind: type) -> Any:
+        """A member of a group that lies in this very file: links could make a shared file read another one."""
+        where = f"{group.name}/{name}".lstrip("/")
+        link = group.get(name, getlink=True)
+        if link is None:
+            raise InputError(
+                f"{self.path}: {where} is missing; 10x's filtered_feature_bc_matrix.h5 (version 3) is needed"
+            )
+        if not isinstance(link, h5py.HardLink):
+            raise InputError(f"{self.path}: {where} is a link to elsewhere; a file that holds its own data is needed")
+        found = group[name]
+        if not isinstance(found, kind):
+            raise InputError(f"{self.path}: {where} is no {kind.__name__.lower()}; the file is not 10x's")
+        if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
+            raise InputError(f"{self.path}: {where} lies in other files; a file that holds its own data is needed")
+        if isinstance(found, h5py.Dataset) and not holds_its_values(found):
+            raise InputError(f"{self.path}: {where} has more values than the file can hold; get a complete copy")
+        return found
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except DAMAGED as error:
+            raise InputError(f"{self.path}: damaged ({error}); get a complete copy") from error

@@ -1,0 +1,1 @@
+"""Finding nuclei in an H&E image, or reading those that another tool found."""

@@ -1,0 +1,268 @@
+"""Segmentation of nuclei by StarDist, over slides of any size."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import shapely
+
+from prts.errors import InputError
+from prts.io.cache import file_identity
+from prts.io.nuclei import make_nuclei
+from prts.segmentation.segment import sample
+
+if TYPE_CHECKING:
+    import geopandas as gpd
+    from numpy.typing import NDArray
+
+    from prts.io.slide import Slide
+
+logger = logging.getLogger(__name__)
+
+# um/px at which a pretrained model does best. QuPath's documentation of StarDist says 0.5 of the H&E model; StarDist's own
+# names its training images (MoNuSeg 2018, TNBC) but no um/px.
+PRETRAINED_MPP = {"2D_versatile_he": 0.5}
+# The network sees a block in tiles of about this side, which bounds the memory of its full-resolution layers.
+_TILE_PX = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class StarDist:
+    """StarDist 2D (Schmidt et al. 2018), by default as the paper's released code and 10x's guide to custom binning run it.
+
+    The image is normalised between two percentiles over all channels, taken once for the slide, and read lazily by
+    `predict_instances_big`, block by block: memory depends on the block, not on the slide. Where the um/px that the
+    model was trained at is known the slide is rescaled to it (the released code is not: it takes the slide as it is).
+
+    Parameters
+    ----------
+    model
+        Name of a pretrained model, downloaded by StarDist on first use, or a model folder (config.json, weights_best.h5,
+        thresholds.json).
+    prob_thresh, nms_thresh
+        Least object probability, and the overlap above which two outlines are one nucleus; None takes the model's own.
+    percentiles
+        Grey levels at these percentiles become 0 and 1.
+    block_size
+        Side of a block, px at the model's um/px.
+    min_overlap
+        Overlap of blocks, px; an outline as large as this is no nucleus and is dropped.
+    context
+        Margin of a block that is seen but not used, px.
+    model_mpp
+        um/px that the model was trained at; None takes what is known of a pretrained model, and of a folder the slide's.
+    """
+
+    model: str = "2D_versatile_he"
+    prob_thresh: float | None = 0.01
+    nms_thresh: float | None = 0.001
+    percentiles: tuple[float, float] = (5.0, 95.0)
+    block_size: int = 4096
+    min_overlap: int = 128
+    context: int = 128
+    model_mpp: float | None = None
+    advice: ClassVar[str] = "lower segmentation.prob_thresh or set segmentation.model_mpp"
+
+    def __post_init__(self) -> None:
+        for key in ("prob_thresh", "nms_thresh"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(
+                    f"segmentation.{key}={value}: must lie between 0 and 1, or be null for the model's own"
+                )
+        if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise InputError(
+                f"segmentation.percentiles={list(self.percentiles)}: must be two ascending numbers in 0-100"
+            )
+        if self.model_mpp is not None and not self.model_mpp > 0:
+            raise InputError(f"segmentation.model_mpp={self.model_mpp}: must be greater than 0, or null")
+        if not self.min_overlap + 2 * self.context < self.block_size:
+            raise InputError(
+                f"segmentation.block_size={self.block_size}: must exceed min_overlap + 2 context = "
+                f"{self.min_overlap + 2 * self.context}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """All parameters, and of a model folder the identity of its files."""
+        settings = {"name": "stardist", **asdict(self), "percentiles": [float(p) for p in self.percentiles]}
+        if Path(self.model).is_dir():
+            settings["model"] = file_identity(Path(self.model))
+        return settings
+
+    def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
+        """Nuclei of the slide; `score` is the object probability.
+
+        Raises
+        ------
+        InputError
+            If StarDist is not installed, the model is not there or not one for RGB images.
+        """
+        mpp = self.model_mpp or PRETRAINED_MPP.get(self.model) or slide.mpp
+        low, high = _percentiles(slide, mpp, self.percentiles)
+        if high - low < 1:
+            logger.info("%s: all of one grey level, nothing to segment", slide.path)
+            return make_nuclei([], slide.mpp, source=str(slide.path))
+        model = _load(self.model)
+        image = _LazyImage(slide, mpp, low, high, multiple=model._axes_div_by("YXC")[0])
+        # A block as large as the image needs neither overlap nor context.
+        block = [min(self.block_size, side) for side in image.shape[:2]]
+        whole = [size == side for size, side in zip(block, image.shape, strict=False)]
+        predict, limit = partial(type(model).predict_instances, model), self.min_overlap
+        n_giants = 0
+
+        def without_giants(*args: Any, **kwargs: Any) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
+            """Without outlines that no overlap of blocks can hold, for which `predict_instances_big` raises an error."""
+            nonlocal n_giants
+            labels, found = predict(*args, **kwargs)
+            fits = np.ptp(found["coord"], axis=2).max(axis=1, initial=0) < limit - 2
+            n_giants += int((~fits).sum())
+            renumbered = np.r_[0, np.where(fits, np.cumsum(fits), 0)].astype(labels.dtype)
+            return renumbered[labels], {key: value[fits] for key, value in found.items()}
+
+        model.predict_instances = without_giants
+        with _silence():
+            _, found = model.predict_instances_big(
+                image,
+                axes="YXC",
+                block_size=[*block, 3],
+                min_overlap=[0 if one else self.min_overlap for one in whole] + [0],
+                context=[0 if one else self.context for one in whole] + [0],
+                labels_out=False,
+                show_progress=sys.stderr.isatty(),
+                show_tile_progress=False,
+                prob_thresh=self.prob_thresh,
+                nms_thresh=self.nms_thresh,
+                n_tiles=(-(-block[0] // _TILE_PX), -(-block[1] // _TILE_PX), 1),
+            )
+        if n_giants:
+            logger.warning(
+                "%s: %d outlines of %d px or more dropped; if they are nuclei raise segmentation.min_overlap or set "
+                "segmentation.model_mpp",
+                slide.path, n_giants, limit,
+            )  # fmt: skip
+        return _nuclei(found, slide, mpp)
+
+
+@lru_cache(maxsize=1)
+def _load(name: str) -> Any:
+    """The model; kept, because the next section asks for the same."""
+    folder = Path(name)
+    if folder.is_dir():
+        _check_folder(folder)
+        folder = folder.resolve()
+    elif name not in PRETRAINED_MPP:
+        raise InputError(
+            f"segmentation.model={name}: neither a model folder nor a pretrained model for H&E; "
+            f"expected a folder or {', '.join(PRETRAINED_MPP)}"
+        )
+    # StarDist leaves nothing in TensorFlow's log that a user could act on, and torch wants memory of the same GPU.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    try:
+        with _silence(), _silent_libraries():
+            from stardist.models import StarDist2D
+    except ImportError as error:
+        raise InputError(
+            f'segmentation=stardist: needs StarDist and TensorFlow ({error}); run pip install "prts[stardist]", '
+            "or choose segmentation=watershed"
+        ) from error
+    try:
+        with _silence():
+            if folder.is_dir():
+                return StarDist2D(None, name=folder.name, basedir=str(folder.parent))
+            return StarDist2D.from_pretrained(name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        if folder.is_dir():
+            raise InputError(f"{name}: not a StarDist model folder that can be loaded ({reason})") from error
+        raise InputError(
+            f"segmentation.model={name}: cannot be downloaded ({reason}); on a machine without a network set "
+            "segmentation.model to a model folder, or choose segmentation=watershed"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _LazyImage:
+    """The normalised slide as StarDist slices it, (height, width, 3) float32, white below and right to a whole multiple."""
+
+    slide: Slide
+    mpp: float
+    low: float
+    high: float
+    multiple: int
+    ndim: ClassVar[int] = 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        width, height = self.slide.size_at(self.mpp)
+        return -(-height // self.multiple) * self.multiple, -(-width // self.multiple) * self.multiple, 3
+
+    def __getitem__(self, key: tuple[slice, slice, slice]) -> NDArray[np.float32]:
+        rows, columns = (part.indices(side) for part, side in zip(key[:2], self.shape, strict=False))
+        region = self.slide.read_region(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0], self.mpp)
+        table = (np.arange(256, dtype=np.float32) - self.low) / (self.high - self.low)
+        return np.asarray(table.astype(np.float32)[region])
+
+
+def _percentiles(slide: Slide, mpp: float, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Grey levels at the percentiles over all channels of the slide's sample."""
+    count = np.zeros(256, np.int64)
+    for window in sample(slide, mpp):
+        count += np.bincount(window.ravel(), minlength=256)
+    low, high = np.searchsorted(np.cumsum(count), np.asarray(list(percentiles), dtype=float) / 100 * count.sum())
+    return float(low), float(high)
+
+
+def _nuclei(found: Mapping[str, NDArray[Any]], slide: Slide, mpp: float) -> gpd.GeoDataFrame:
+    """Outlines from StarDist's (n, 2, rays) y and x at the centres of pixels to full-resolution px."""
+    ring = (np.moveaxis(found["coord"], 1, 2)[..., ::-1] + 0.5) * (mpp / slide.mpp)
+    polygons = shapely.polygons(ring) if len(ring) else np.empty(0, object)
+    xy = shapely.get_coordinates(shapely.centroid(polygons))
+    inside = ((xy >= 0) & (xy < [slide.width, slide.height])).all(axis=1)
+    return make_nuclei(polygons[inside], slide.mpp, score=found["prob"][inside], source=str(slide.path))
+
+
+def _check_folder(folder: Path) -> None:
+    """StarDist goes on with random weights where it finds none, so look first."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        axes, channels = config["axes"], config["n_channel_in"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: not a StarDist model folder (config.json: {error})") from error
+    if (axes, channels) != ("YXC", 3):
+        raise InputError(f"{folder}: a model for {channels} channel(s), axes {axes}; expected one for RGB images (YXC)")
+    if not list(folder.glob("*.h5")):
+        raise InputError(f"{folder}: has no weights; expected weights_best.h5 beside config.json")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Without what StarDist, csbdeep and Keras print: their remarks on block sizes and thresholds are for notebooks."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextlib.contextmanager
+def _silent_libraries() -> Iterator[None]:
+    """Without what TensorFlow's libraries write to stderr while they load, before their log level counts."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
