@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _LONGEST = 1500
 
@@ -23,6 +24,49 @@ class InputError(Exception):
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
         super().__init__(line)
+
+
+class ParameterError(InputError):
+    """A parameter of something that the user configures is wrong.
+
+    The command line prints it under the name of the config key.
+
+    Parameters
+    ----------
+    owner
+        What the parameter belongs to, such as `encoder`; empty for a parameter of the called function itself.
+    name
+        The parameter; empty where the choice of the owner itself is wrong.
+    problem
+        What is wrong and what to do.
+
+    Examples
+    --------
+    >>> str(ParameterError("encoder", "stride", "8 is below 16; choose 16 to 256"))
+    'encoder stride: 8 is below 16; choose 16 to 256'
+    """
+
+    def __init__(self, owner: str, name: str, problem: str) -> None:
+        super().__init__(f"{' '.join(filter(None, (owner, name)))}: {problem}")
+        self.owner = owner
+        self.name = name
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type[ParameterError], tuple[str, str, str]]:
+        """Survive the way back from a worker process."""
+        return type(self), (self.owner, self.name, self.problem)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """', did you mean ...?' for a mistyped word; empty where nothing known is similar.
+
+    Examples
+    --------
+    >>> did_you_mean("watersheed", ["stardist", "watershed"])
+    ", did you mean 'watershed'?"
+    """
+    match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {match[0]!r}?" if match else ""
 
 
 # Of what numpy and tifffile say when `ndarray.tofile` came to the end of the disk: they raise an OSError without errno.
