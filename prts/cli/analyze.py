@@ -225,12 +225,12 @@ def _side_tables(tables: dict[str, pd.DataFrame], side: Side, prefix: str) -> No
 
 def _truth(measured: Measured) -> ad.AnnData | None:
     """What the simulation knows, the rates included where it keeps only their factors."""
-    from prts.io.h5_checks import read_foreign_h5ad
+    from prts.io.h5_checks import read_checked_h5ad
     from prts.simulate.gene_programs import true_rates
 
     if measured.section.truth is None:
         return None
-    truth = read_foreign_h5ad(measured.section.truth)
+    truth = read_checked_h5ad(measured.section.truth)
     if truth.X is None:
         # the rates of a large section: of the predicted genes only
         genes = [gene for gene in measured.matched.genes if gene in truth.var_names]
@@ -256,7 +256,7 @@ def _classify(
     from prts.analysis.compare import analyse_side, classify_sides, shares
     from prts.analysis.measured import measure_training
     from prts.analysis.types import TypeClassifier, true_types
-    from prts.io.h5_checks import read_foreign_h5ad
+    from prts.io.h5_checks import read_checked_h5ad
 
     segmenter = None
     if cfg.get("segmentation") is not None:
@@ -266,7 +266,7 @@ def _classify(
     nuclei = None if cfg.train_nuclei is None else Path(cfg.train_nuclei)
     section, counts, panel = measure_training(found.prediction, Path(cfg.train_section), nuclei, segmenter)
     if section.truth is not None:
-        types = true_types(counts.obsm["spatial"], read_foreign_h5ad(section.truth), section.mpp)
+        types = true_types(counts.obsm["spatial"], read_checked_h5ad(section.truth), section.mpp)
     else:
         side = analyse_side(counts, settings, what="train_section", known=known(counts.var_names.tolist()), **named)
         clusters = side.nuclei.obs["cluster"].astype(object)
