@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prts.errors import InputError
-from prts.io.mpp import Source, require_agreement
+from prts.io.mpp import MppSource, require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide import Slide, StainTransform, open_slide
 from prts.io.spots import read_spots
@@ -144,7 +144,8 @@ def open_section(
             raise InputError(f"{path}: no such file; {key} of section {name} must exist or be left out")
     factors = {} if bins is None else read_scalefactors(bins)
     image = Path(image)
-    with open_slide(image, mpp=mpp, scalefactors_mpp=factors.get("microns_per_pixel")) as slide:
+    stated = [("scalefactors_json.json", factors["microns_per_pixel"])] if "microns_per_pixel" in factors else []
+    with open_slide(image, mpp=mpp, sources=stated) as slide:
         section = Section(
             name=name,
             image=image,
@@ -210,7 +211,7 @@ def open_section_folder(folder: Path | str, name: str | None = None) -> Section:
 def _check_bins(section: Section, bins: Path, bin_size_um: float) -> None:
     matrix_path(bins)
     grid = read_positions(bins)
-    sources: list[Source] = [
+    sources: list[MppSource] = [
         (
             f"the distance of bins along {axis} of the array in {bins / 'spatial/tissue_positions.parquet'}",
             bin_size_um / px,
