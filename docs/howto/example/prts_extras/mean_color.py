@@ -27,7 +27,7 @@ class MeanColor(Encoder):
         return {**super().settings(), "margin_um": self.margin_um}
 
     def encode(self, tiles, polygons):
-        """(b, 3) and (b, 3) float32, from tiles (b, tile_px, tile_px, 3) and polygons in pixels of their tile."""
+        """Tiles (b, tile_px, tile_px, 3) and polygons in their pixels -> (b, 3) and (b, 3)."""
         margin = self.margin_um / self.mpp
         local = np.empty((len(tiles), 3), np.float32)
         for i, (x0, y0, x1, y1) in enumerate(shapely.bounds(polygons)):
