@@ -47,7 +47,7 @@ def test_quick_parts_fill_their_keys_and_keep_the_others(tmp_path: Path) -> None
     assert results["parts"]["predict"]["commit"] == "abc"
     assert results["parts"]["counts"]["commit"] == results["commit"] != "abc"
     # the quick comparison itself refuses counts that differ from the straightforward way's
-    assert "the same counts" in done.stdout
+    assert "identical counts" in done.stdout
     assert done.stdout.count("\n| **startup**") == 2
 
 
