@@ -37,7 +37,8 @@ lint: setup
 
 # The documentation in docs/_build/html; a warning fails the build, and nothing is fetched.
 docs: setup
-	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+	rm -rf docs/reference/generated
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs docs/_build/html
 
 # Speed and memory, about 15 minutes on two idle cores; PARTS="counts train" measures some stages only.
 bench: setup

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
+sys.path.insert(0, str(HERE / "_ext"))
 os.environ.setdefault(
     "PRTS_DATA", "data"
 )  # what `prts --help` and the config reference show does not depend on the machine

@@ -108,8 +108,23 @@ def command_reference() -> str:
 
     parts = []
     for command in COMMANDS:
-        parts += [f"## `prts {command}`", "", "```text", command_help(command).strip(), "```", ""]
+        parts += [f"## `prts {command}`", ""]
+        for paragraph in command_help(command).strip().split("\n\n"):
+            parts += _paragraph(paragraph)
     return "\n".join(parts)
+
+
+def _paragraph(text: str) -> list[str]:
+    """A paragraph of a help text: usage, examples and columns as they are, the rest as prose."""
+    if re.match(r"(usage|example): ", text):
+        lines = re.sub(r"^(?:usage|example): |^ {7,}", "", text, flags=re.M).splitlines()
+        title = "Usage:" if text.startswith("usage") else "Example:" if len(lines) == 1 else "Examples:"
+        return [title, "", "```text", *lines, "```", ""]
+    if re.search(r"\S {2,}\S", text):
+        return ["```text", *text.splitlines(), "```", ""]
+    # outside code spans, nothing is Markdown
+    pieces = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    return ["".join(piece if piece.startswith("`") else re.sub(r"([<*\[\]_])", r"\\\1", piece) for piece in pieces), ""]
 
 
 def _option(group: str, config: Config) -> Iterator[str]:
@@ -191,7 +206,7 @@ def _comment_after(lines: list[str], mark: yaml.Mark) -> str:
 
 
 def _comment_above(lines: list[str], line: int) -> str:
-    """A comment on lines of its own above a key; that above the first key belongs to the file."""
+    """The comment on the lines above a key; a comment above the first key describes the file."""
     said: list[str] = []
     while line > 0 and (stripped := lines[line - 1].strip()).startswith("#"):
         said.insert(0, stripped.lstrip("# "))

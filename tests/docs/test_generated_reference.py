@@ -74,7 +74,7 @@ def test_the_command_reference_is_the_help() -> None:
 
     for command in COMMANDS:
         assert f"## `prts {command}`" in reference
-        assert f"usage: prts {command}" in reference
+        assert f"```text\nprts {command} " in reference
 
 
 @pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: page.name)
