@@ -36,6 +36,7 @@ templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make test` runs the notebooks; the pages show the outputs they were saved with
+nb_ipywidgets_js = {}  # no scripts from elsewhere
 
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc shows the parameters, the signature their types
