@@ -1,4 +1,4 @@
-"""Every reader of a user's file, with a way through all that it gives out."""
+"""Every reader of a user's file, with a function that uses all of its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small sound files of every kind that prts reads, as bytes."""
+"""Small valid files of every kind that prts reads, as bytes."""
 
 from __future__ import annotations
 
