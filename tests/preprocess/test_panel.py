@@ -215,12 +215,12 @@ def test_file_panel_warns_of_unknown_genes(tmp_path, shared, caplog):
     [
         ("A\nTWIN\n", r"TWIN names several genes \(id2, id3\)"),
         ("x\ny\n", "none of its 2 genes"),
-        ("# nothing\n", "lists no gene"),
-        ("", "lists no gene"),
+        ("# nothing\n", "contains no genes"),
+        ("", "contains no genes"),
         ("[1, 2]", "JSON list"),
-        ('["A"', "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("[" + "9" * 5000 + "]", "not JSON"),
+        ('["A"', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[" + "9" * 5000 + "]", "not valid JSON"),
         ("x" * 200_000, "cannot be read as a table"),
     ],
 )
