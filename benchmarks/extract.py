@@ -172,11 +172,11 @@ def section(data: str, n: int | None = None) -> tuple[Path, float, Any]:
 
     from prts.features.tiles import plan_tiles
     from prts.io.nuclei import read_nuclei
-    from prts.section import open_section
+    from prts.section import read_visium_hd
 
     folder = Path(data) / "her2st_hd/C2"
     image = folder / "tissue_image.tif"
-    opened = open_section("C2", image, bins=folder / "binned_outputs/square_002um")
+    opened = read_visium_hd(folder)
     outlines = folder / "nucleus_segmentations.geojson.gz"
     nuclei = read_nuclei(outlines, mpp=opened.mpp, width=opened.width, height=opened.height)
     if n is not None:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.analysis.compare import Comparison, Side
-    from prts.analysis.measured import Measured
     from prts.analysis.spots import SpotComparison
     from prts.analysis.symbols import Orthologs
+    from prts.evaluation.measured import MeasuredSection
     from prts.io.spots import Spots
 
 logger = logging.getLogger(__name__)
@@ -75,10 +75,12 @@ def analyse(cfg: DictConfig) -> Findings:
         judge_by_truth,
         shares,
     )
-    from prts.analysis.measured import measure
     from prts.analysis.symbols import read_orthologs
+    from prts.evaluation.measured import measure_predicted
     from prts.io.limits import allow_pixels
+    from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path, read_prediction
+    from prts.section import open_section_folder
 
     allow_pixels(cfg.max_pixels)
     prediction = read_prediction(Path(cfg.prediction))
@@ -91,10 +93,10 @@ def analyse(cfg: DictConfig) -> Findings:
     naming = NamingSettings(**naming_keys)
     classes = plain(cfg.broad)
     orthologs = None if cfg.orthologs is None else read_orthologs(Path(cfg.orthologs))
-    measured_counts = (
-        None if cfg.section is None else measure(prediction, nuclei_path(Path(cfg.prediction)), Path(cfg.section))
-    )
-
+    measured_counts = None
+    if cfg.section is not None:
+        outlines = load_nuclei(nuclei_path(Path(cfg.prediction)))
+        measured_counts = measure_predicted(prediction, outlines, open_section_folder(Path(cfg.section)))
     if cfg.train_section is not None and measured_counts is None:
         raise InputError(
             "train_section: names nuclei that were measured too; give the predicted section as section=DIR"
@@ -223,7 +225,7 @@ def _side_tables(tables: dict[str, pd.DataFrame], side: Side, prefix: str) -> No
         tables[f"{prefix}annotation"] = side.names
 
 
-def _truth(measured: Measured) -> ad.AnnData | None:
+def _truth(measured: MeasuredSection) -> ad.AnnData | None:
     """What the simulation knows, the rates included where it keeps only their factors."""
     from prts.io.h5_checks import read_foreign_h5ad
     from prts.simulate.gene_programs import true_rates
@@ -243,28 +245,25 @@ def _truth(measured: Measured) -> ad.AnnData | None:
 def _classify(
     cfg: DictConfig,
     found: Findings,
-    measured: Measured,
+    measured: MeasuredSection,
     truth: ad.AnnData | None,
     settings: Any,
     named: dict[str, Any],
     known: Any,
 ) -> None:
     """Train on the training section and name the nuclei of both sides."""
-    from hydra.utils import instantiate
-
     from prts.analysis.annotate import UNASSIGNED
     from prts.analysis.compare import analyse_side, classify_sides, shares
-    from prts.analysis.measured import measure_training
     from prts.analysis.types import TypeClassifier, true_types
+    from prts.cli.prepare import chosen_segmenter
+    from prts.evaluation.measured import measure_training
     from prts.io.h5_checks import read_foreign_h5ad
+    from prts.section import open_section_folder
 
-    segmenter = None
-    if cfg.get("segmentation") is not None:
-        node = plain(cfg.segmentation)
-        node.pop("prefer_given")
-        segmenter = instantiate(node)
+    segmenter = None if cfg.get("segmentation") is None else chosen_segmenter(plain(cfg.segmentation))[0]
     nuclei = None if cfg.train_nuclei is None else Path(cfg.train_nuclei)
-    section, counts, panel = measure_training(found.prediction, Path(cfg.train_section), nuclei, segmenter)
+    section = open_section_folder(Path(cfg.train_section))
+    counts, panel = measure_training(found.prediction, section, nuclei, segmenter)
     if section.truth is not None:
         types = true_types(counts.obsm["spatial"], read_foreign_h5ad(section.truth), section.mpp)
     else:
@@ -319,7 +318,7 @@ def _enrich(cfg: DictConfig, found: Findings, species: str, orthologs: Orthologs
             )
 
 
-def _read_spots(cfg: DictConfig, measured: Measured | None) -> Spots | None:
+def _read_spots(cfg: DictConfig, measured: MeasuredSection | None) -> Spots | None:
     """The spots to compare with: those of the Visium folder, else the section's own."""
     from prts.analysis.spots import filter_spots, read_visium
     from prts.io.spots import read_spots

@@ -66,6 +66,7 @@ def bundle_metadata(
         "optimizer": config["model"]["optimizer"] if is_network else None,
         "segmentation": _segmentation(dict(config["segmentation"]), datamodule),
         "qc": config["qc"],
+        "register": config["preprocess"]["register"],
         "tissue": config["tissue"]["name"],
         "species": config["tissue"]["species"],
         "train_sections": _train_sections(datamodule),

@@ -13,18 +13,19 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import cKDTree
 
-from prts.analysis.measured import measure, measure_section
 from prts.data.nucleus_set import NucleusSet
-from prts.data.prepare import resolve_section
+from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
+from prts.evaluation.measured import measure_predicted
 from prts.evaluation.scoring import Scored
 from prts.evaluation.section_scores import Evaluation, Matched, evaluate_section
+from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
 from prts.preprocess.panel import Panel
 from prts.report.html import Measured, Page
-from prts.section import Section
+from prts.section import Section, open_section_folder
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -81,7 +82,8 @@ def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
             raise InputError(f"{path}: was made on section {name!r}, which is not in {files['config.yaml']}")
         section = resolve_section(tissue.sections[name], tissue.name, Path(config["paths"]["cache_dir"]))
         prediction.uns["prts"].setdefault("qc", config["qc"])
-        matched = measure_section(prediction, nuclei_path(path), section, what=f"run={folder}").matched
+        prediction.uns["prts"].setdefault("register", config.get("preprocess", {}).get("register", False))
+        matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
         result = Evaluation({}, per_gene, None)
         if len(paths) > 1:
             result = _evaluate(matched, prediction, section, evaluation)
@@ -125,8 +127,8 @@ def of_prediction(
     beside = None if analysis is None else _join(prediction, analysis)
     if section_folder is None:
         return Source(path, Page(prediction, picture), None, _panel(prediction))
-    measured = measure(prediction, nuclei_path(path), section_folder)
-    section, matched = measured.section, measured.matched
+    section = open_section_folder(section_folder)
+    matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
     result = _evaluate(matched, prediction, section, evaluation)
     metrics = {f"test/{key}": value for key, value in result.summary.items()}
     source = _source(path, prediction, section, matched, result, metrics, {}, "", picture)
