@@ -20,7 +20,7 @@ def run(quick: bool) -> Part:
     seconds, size = real.result["seconds"], real.result["size"]
     part.figures["counts/speedup"] = seconds["straightforward"] / seconds["ours"]
     part.row(
-        f"join and sums, {source} ({size['bins']:,} bins, {size['nuclei']:,} nuclei), reading apart; the same counts",
+        f"join and sums, {source} ({size['bins']:,} bins, {size['nuclei']:,} nuclei), without reading; identical counts",
         f"{seconds['ours']:.2f} s",
         f"{seconds['straightforward']:.1f} s",
         f"{real.result['limit']:.3f} s: its bytes at memory bandwidth",
@@ -50,7 +50,7 @@ def run(quick: bool) -> Part:
         for n in (QUICK_SIZES if quick else _STRAIGHTFORWARD_SIZES)
     }
     part.row(
-        "growth over nuclei (files to counts; straightforward: join and sums, "
+        "growth with nuclei (files to counts; straightforward: join and sums, "
         f"{max(run.peak_gb for run in slow.values()):.1f} GB at {max(slow):,})",
         growth(ours),
         growth({n: run.result for n, run in slow.items()}),

@@ -54,7 +54,7 @@ def run(quick: bool) -> Part:
     )
     sizes = QUICK_SIZES if quick else (*SIZES[:-1], NUCLEI)
     by_size = {n: child(fit, **{**size, "n": n}).result for n in sizes}
-    part.row(f"growth over nuclei (an epoch without validation, in {precision})", growth(by_size))
+    part.row(f"growth with nuclei (an epoch without validation, in {precision})", growth(by_size))
     return part
 
 

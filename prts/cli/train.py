@@ -57,10 +57,10 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     InputError
         If data or config are wrong.
     """
+    from prts.cli.loggers import run_loggers
     from prts.io.cache import filling, reading
-    from prts.report.loggers import RunLoggers
 
-    with reading(Path(cfg.paths.cache_dir)), filling(folder), RunLoggers(cfg, folder) as loggers:
+    with reading(Path(cfg.paths.cache_dir)), filling(folder), run_loggers(cfg, folder) as loggers:
         return _train(cfg, folder, loggers)
 
 

@@ -127,7 +127,7 @@ def test_out_must_be_a_place_for_the_result(predict: Ask, evaluate: Ask, tmp_pat
     refused(predict(out=tmp_path / "x" / "folder.h5ad"), "is a folder")
     (tmp_path / "file").touch()
     refused(evaluate(out=tmp_path / "file"), "is a file")
-    refused(predict(out=tmp_path / "file" / "slide.h5ad"), "cannot be made a folder")
+    refused(predict(out=tmp_path / "file" / "slide.h5ad"), "cannot be created")
 
 
 class Payload:

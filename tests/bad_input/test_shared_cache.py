@@ -106,7 +106,7 @@ def test_a_read_only_cache(
         assert main([*given, "qc.min_umi=2"]) == 2
         said = capfd.readouterr().err
         assert said.count("\n") == 1
-        assert re.search(r"counts-\w+\.h5ad: is not there yet and may not be written \(Read-only file system\)", said)
+        assert re.search(r"counts-\w+\.h5ad: does not exist and cannot be written \(Read-only file system\)", said)
         assert contents(cache) == before
     finally:
         subprocess.run(["umount", "--lazy", str(cache)], check=True)
