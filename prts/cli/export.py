@@ -20,7 +20,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prts.cli.app import nearest, require
+from prts.cli.app import require
 from prts.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("spatialdata", "geojson", "parquet", "csv")
 _N_MEASUREMENTS = 20
 
 
@@ -45,10 +44,6 @@ def main(cfg: DictConfig) -> None:
     from prts.io.limits import allow_pixels
 
     require(cfg, "prediction", "format", "out")
-    if cfg.format not in FORMATS:
-        raise InputError(
-            f"format={cfg.format}: no such format{nearest(str(cfg.format), FORMATS)} (there are: {', '.join(FORMATS)})"
-        )
     out = _check_out(Path(cfg.out), folder=cfg.format == "spatialdata", overwrite=cfg.overwrite)
     allow_pixels(cfg.max_pixels)
     prediction = open_prediction(Path(cfg.prediction))
