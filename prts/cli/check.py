@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
-from prts.checked import check_settings, check_value, shown
+from prts.arguments import check_settings, check_value, shown
 from prts.cli.config import compose, missing, plain
 from prts.cli.hydra_errors import explained
 from prts.cli.overrides import quote_paths

@@ -74,6 +74,6 @@ def config_groups(folders: Sequence[Path]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for root in (config_dir(), *folders):
         for file in sorted(root.rglob("*.yaml")):
-            if file.parent != root:
+            if file.parent != root and not file.stem.startswith("_"):  # those are bases of other choices
                 groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
     return groups

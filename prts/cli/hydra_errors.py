@@ -34,7 +34,7 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        options = [str(option) for option in error.options or []]
+        options = [str(option) for option in error.options or [] if not str(option).startswith("_")]
         return InputError(
             f"{group}={name}: no such choice{did_you_mean(name, options)} (there are: {', '.join(options)})"
         )

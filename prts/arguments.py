@@ -1,6 +1,6 @@
-"""Checks plain settings, as YAML or JSON hold them, against the type annotations of what they are for.
+"""Checks arguments, as YAML or JSON hold them, against the type annotations of what they are for.
 
-A setting keeps its kind: a whole number passes for a number and a list for a tuple, but `"3"` is not a number and `true` is not 1.
+A value keeps its kind: a whole number passes for a number and a list for a tuple, but `"3"` is not a number and `true` is not 1.
 Ranges and choices are stated once, in the annotation: `Annotated[int, Field(ge=16, le=256)]`, `Literal["exact", "grid"]`.
 """
 
@@ -13,7 +13,7 @@ import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
@@ -24,6 +24,7 @@ from pydantic.fields import FieldInfo
 from prts.errors import ParameterError, did_you_mean
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., None])
 
 # What an annotation may do that pydantic or Python cannot make sense of: such a parameter is left to its owner.
 _NO_SCHEMA = (PydanticUserError, PydanticSchemaGenerationError, NameError, TypeError, AttributeError)
@@ -43,6 +44,40 @@ class Parameter:
 
     annotation: Any
     required: bool
+
+
+def checked(owner: str) -> Callable[[F], F]:
+    """Decorator for `__init__`: an argument that does not fit its annotation raises a `ParameterError`.
+
+    Parameters
+    ----------
+    owner
+        What the argument belongs to, such as `network`.
+
+    Examples
+    --------
+    >>> from pydantic import Field
+    >>> class Blur:
+    ...     @checked("stain")
+    ...     def __init__(self, radius: Annotated[int, Field(ge=1)]) -> None: ...
+    >>> Blur(0)
+    Traceback (most recent call last):
+    prts.errors.ParameterError: stain radius: 0 is not accepted; give a whole number of at least 1
+    """
+
+    def decorate(init: F) -> F:
+        names = list(inspect.signature(init).parameters)[1:]
+
+        @functools.wraps(init)
+        def run(self: object, *args: object, **kwargs: object) -> None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if len(args) + len(kwargs) > len(given) or len(args) > len(names):
+                init(self, *args, **kwargs)  # Python's own error: too many, or one twice
+            init(self, **check_settings(init, given, owner, complete=True))
+
+        return run  # type: ignore[return-value]
+
+    return decorate
 
 
 def checked_call(factory: Callable[..., T], settings: Mapping[str, Any], owner: str) -> T:
@@ -105,9 +140,9 @@ def check_settings(
         elif is_open:
             checked[name] = value
         else:
-            has = f"it has {', '.join(known)}" if known else "it has none"
+            has = f"choose from {', '.join(known)}" if known else "it has none"
             raise ParameterError(
-                owner, name, f"{_name(factory)} has no such setting{did_you_mean(name, known) or f' ({has})'}"
+                owner, name, f"{_name(factory)} has no such setting{did_you_mean(name, known) or f'; {has}'}"
             )
     if complete:
         for name, parameter in known.items():
@@ -127,15 +162,24 @@ def check_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
     adapter = _adapter(annotation)
     if adapter is None:
         return value
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
     try:
         return adapter.validate_python(value, strict=True)
     except ValidationError:
         pass
     try:
         # strict JSON is what is meant: lists for tuples, text for paths and enums, and no other conversions
-        return adapter.validate_json(json.dumps(value, default=str), strict=True)
-    except (ValidationError, ValueError) as error:
+        return adapter.validate_json(json.dumps(value, default=_plain), strict=True)
+    except (ValidationError, ValueError, TypeError, AttributeError) as error:
         raise ParameterError(owner, name, f"{shown(value)} is not accepted; give {expected(annotation)}") from error
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: a path as text and an array as a list."""
+    if isinstance(value, PurePath):
+        return str(value)
+    return value.tolist()
 
 
 @functools.cache
@@ -145,6 +189,9 @@ def parameters(factory: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]
     A constructor that passes `**kwargs` on to its base class has the base's parameters as well.
     """
     functions = [factory]
+    if "__signature__" in getattr(factory, "__dict__", {}):  # stated by hand, types and all
+        given = inspect.signature(factory).parameters.values()
+        return {each.name: Parameter(each.annotation, each.default is each.empty) for each in given}, False
     if inspect.isclass(factory):
         functions = [
             vars(kind)["__init__"] for kind in factory.__mro__ if "__init__" in vars(kind) and kind is not object
@@ -284,4 +331,9 @@ def _either(options: Sequence[str]) -> str:
 
 
 def _name(factory: Callable[..., Any]) -> str:
-    return str(getattr(factory, "name", None) or getattr(factory, "__name__", factory))
+    name = getattr(factory, "name", None)
+    return (
+        name
+        if isinstance(name, str) and name
+        else str(getattr(factory, "__qualname__", factory)).removesuffix(".__init__")
+    )
