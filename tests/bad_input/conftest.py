@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy.sparse import csr_matrix
 
-from prts.cli.app import config_dir, verdict
+from prts.cli.app import config_dir
+from prts.cli.exit_status import exit_status_of
 from prts.data.targets import make_scaler
 from prts.features.classical import Classical
 from prts.io.nuclei import load_nuclei
@@ -73,7 +74,7 @@ def ask() -> Ask:
         try:
             importlib.import_module(f"prts.cli.{command}").main(cfg)
         except Exception as error:  # noqa: BLE001 (what the command line does with it is what is tested)
-            return verdict(error)
+            return exit_status_of(error)
         return 0, ""
 
     return run

@@ -238,11 +238,11 @@ def test_a_region_and_an_orientation_go_together(slide: Slide) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["rotate=45"], "rotate=45: no such rotation (there are: 0, 90, 180, 270, degrees counter-clockwise)"),
-        (["rotate=left"], "rotate=left: takes a value of type int"),
-        (["flip=both"], "flip=both: no such reflection (there are: none, horizontal, vertical)"),
-        (["artefacts=2"], "artefacts=2: takes a value of type bool"),
-        (["max_pixels=none"], "max_pixels=none: a whole number of pixels is needed"),
+        (["rotate=45"], "rotate: 45 is not accepted; give 0, 90, 180 or 270"),
+        (["rotate=left"], "rotate: 'left' is not accepted; give 0, 90, 180 or 270"),
+        (["flip=both"], "flip: 'both' is not accepted; give none, horizontal or vertical"),
+        (["artefacts=2"], "artefacts: 2 is not accepted; give true or false"),
+        (["max_pixels=none"], "max_pixels: 'none' is not accepted; give a whole number of at least 1, or null"),
     ],
 )
 def test_a_wrong_value_is_one_line_and_exit_2(
