@@ -13,11 +13,12 @@ Bundles and configs name members; nothing is ever imported because a file says s
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from prts.errors import ParameterError, did_you_mean
 
@@ -101,6 +102,37 @@ class Registry(Generic[T]):
                     f"{name!r} is not registered{did_you_mean(name, known)}; choose one of {', '.join(known)}",
                 )
         return self._members[name]
+
+    def build(self, settings: Mapping[str, Any], **extra: Any) -> T:
+        """Make a member from plain settings, such as a config or a bundle holds.
+
+        Parameters
+        ----------
+        settings
+            `name`, and arguments of that member.
+        extra
+            More arguments, which win over `settings`.
+
+        Raises
+        ------
+        ParameterError
+            If there is no such member, or it has no such argument.
+        """
+        given = {**settings, **extra}
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise ParameterError(self.kind, "name", f"is missing; choose one of {', '.join(self.names())}")
+        member = self[name]
+        parameters = inspect.signature(member).parameters
+        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for key in given:
+                if key not in parameters:
+                    raise ParameterError(
+                        self.kind,
+                        key,
+                        f"{name} has no such setting{did_you_mean(key, parameters)}; it has {', '.join(parameters)}",
+                    )
+        return member(**given)
 
     def _discover(self) -> None:
         if self._discovered:

@@ -129,7 +129,7 @@ def _groups(roots: Iterable[Path]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for root in roots:
         for file in sorted(root.rglob("*.yaml")):
-            if file.parent != root:
+            if file.parent != root and not file.stem.startswith("_"):  # those are bases of other choices
                 groups.setdefault(file.parent.relative_to(root).as_posix(), []).append(file.stem)
     return groups
 
