@@ -21,7 +21,7 @@ from scipy.sparse import csr_matrix
 from prts.cli.app import config_dir
 from prts.cli.exit_status import exit_status_of
 from prts.data.targets import make_scaler
-from prts.features.classical import Classical
+from prts.features.encoders import Classical
 from prts.io.nuclei import load_nuclei
 from prts.models.bundle import save_bundle
 from prts.models.network import PRTSNet
@@ -144,7 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> World:
 @pytest.fixture
 def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """`classical` in a hundredth of the time: a few numbers from each tile, the rest 0."""
-    from prts.features.classical import Classical
+    from prts.features.encoders import Classical
 
     def encode(self: Classical, tiles: np.ndarray, polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         vectors = np.zeros((len(tiles), self.global_width + self.local_width), np.float32)
