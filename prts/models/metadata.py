@@ -62,7 +62,6 @@ def bundle_metadata(
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
         "baseline": config["model"]["baseline"],
-        "loss": config["loss"] if is_network else None,
         "optimizer": config["model"]["optimizer"] if is_network else None,
         "segmentation": _segmentation(dict(config["segmentation"]), datamodule),
         "qc": config["qc"],

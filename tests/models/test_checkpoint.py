@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader
 
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
 from prts.data.nucleus_set import NucleusSet
-from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
-from prts.models.losses import PaperLoss
+from prts.models.likelihoods.paper import Paper
 from prts.models.module import KeepBest, PRTSModule
 from prts.models.network import PRTSNet
 
@@ -54,8 +53,7 @@ def fit(
     pl.seed_everything(3, verbose=False)
     module = PRTSModule(
         PRTSNet(8, 20, hidden=(16, 16), dropout=0.2),
-        PaperLoss(),
-        make_scaler("log1p", 20).fit([train.counts]),
+        Paper(target="log1p").fit([train.counts]),
         partial(torch.optim.AdamW, lr=0.05),
         partial(ReduceLROnPlateau, patience=0, factor=0.3, threshold=0.2),
     )
