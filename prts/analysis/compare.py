@@ -24,7 +24,7 @@ from prts.analysis.types import TypeClassifier, accuracy, agreement, confusion, 
 if TYPE_CHECKING:
     import anndata as ad
 
-    from prts.evaluation.section_scores import Matched
+    from prts.evaluation.matching import MatchedNuclei
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def compare_sides(predicted: Side, measured: Side, result: Comparison) -> None:
 
 def classify_sides(
     classifier: TypeClassifier,
-    matched: Matched,
+    matched: MatchedNuclei,
     truth: ad.AnnData | None,
     mpp: float,
     result: Comparison,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import anndata as ad
 
 from prts.errors import InputError
-from prts.evaluation.section_scores import Matched, align_genes, match
+from prts.evaluation.matching import MatchedNuclei, align_genes, match
 from prts.io.mpp import require_agreement
 from prts.io.nuclei import load_nuclei, read_nuclei
 from prts.preprocess.counts import count_nuclei, quality_control
@@ -41,7 +41,7 @@ class Measured:
 
     section: Section
     counts: ad.AnnData
-    matched: Matched
+    matched: MatchedNuclei
 
 
 def measure(prediction: ad.AnnData, nuclei: Path, folder: Path) -> Measured:

@@ -149,7 +149,7 @@ def analyse(cfg: DictConfig) -> Findings:
 
 def write(found: Findings, out: Path, formats: list[str]) -> None:
     """Write what was found: data, figures of merit, tables, figures."""
-    from prts.evaluation.scoring import json_ready
+    from prts.evaluation.summaries import json_ready
     from prts.io.cache import atomic
     from prts.io.hdf5 import write_h5ad
 

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
-    from prts.evaluation.scoring import json_ready
-    from prts.evaluation.section_scores import evaluate_section, match, spot_pcc
+    from prts.evaluation.matching import match
+    from prts.evaluation.section_scores import PredictedCounts, score_section
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.evaluation.spot_scores import spot_pcc
+    from prts.evaluation.summaries import json_ready
     from prts.io.cache import atomic
     from prts.io.limits import allow_pixels
     from prts.io.mpp import require_agreement
@@ -74,15 +77,11 @@ def main(cfg: DictConfig) -> None:
     qc: dict[str, Any] = dict(about["qc"]) if cfg.get("qc") is None else plain(cfg.qc)
     counts = quality_control(counts, mpp=section.mpp, **qc)
     matched = match(prediction, counts, mpp=section.mpp)
-    result = evaluate_section(
+    result = score_section(
         matched.measured,
-        matched.predicted,
-        matched.prob,
-        genes=matched.genes,
-        threshold=float(about["threshold"]),
+        PredictedCounts(matched.predicted, matched.genes, matched.prob, float(about["threshold"])),
         xy_um=matched.xy_px * section.mpp,
-        block_um=cfg.evaluation.block_um,
-        n_replicates=cfg.evaluation.bootstrap,
+        settings=EvaluationSettings(**cfg.evaluation),
     )
     summary = dict(result.summary)
     if section.spots is not None:

@@ -20,7 +20,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prts.cli.app import plain, require
+from prts.cli.app import require
 from prts.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Read, draw, write."""
-    from prts.evaluation.section_scores import check_intervals
+    from prts.evaluation.settings import EvaluationSettings
     from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path
@@ -60,8 +60,7 @@ def main(cfg: DictConfig) -> None:
         second=None if cfg.second is None else Path(cfg.second),
         genes=genes if isinstance(genes, list) else (),
     )
-    evaluation = plain(cfg.evaluation)
-    check_intervals(evaluation["block_um"], evaluation["bootstrap"])
+    evaluation = EvaluationSettings(**cfg.evaluation)
     if run is not None:
         sources = of_run(run, evaluation)
     else:

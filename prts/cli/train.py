@@ -69,14 +69,14 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    from prts.evaluation.evaluate_run import (
-        baselines_by_section,
-        compare_with_baselines,
-        registration_figures,
-        score_sections,
-    )
+    from prts.evaluation.against_baselines import baselines_by_section, compare_with_baselines
+    from prts.evaluation.gene_sets import gene_sets
+    from prts.evaluation.intervals import marginal_bounds, score_intervals
     from prts.evaluation.predictable import predictable, validated_genes
-    from prts.evaluation.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
+    from prts.evaluation.registration import registration_figures
+    from prts.evaluation.scored_section import Scoring, score_sections
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
     from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint, learnt_from
@@ -86,7 +86,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.models.ood import MahalanobisOOD
     from prts.models.output import choose_output
     from prts.models.predictor import Predictor
-    from prts.models.uncertainty import calibrate_intervals, marginal_bounds, score_intervals
+    from prts.models.uncertainty import calibrate_intervals
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
     seed_everything(cfg.seed)
@@ -121,18 +121,19 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
     parts: dict[str, Any] = {"net": net, "likelihood": likelihood, "rule": rule, "genes": genes}
     sets = gene_sets(datamodule.train_sets, datamodule.panel, cfg.tissue.get("markers") or [])
+    scoring = Scoring(datamodule.panel, sets, EvaluationSettings(**cfg.evaluation))
     predictor = Predictor(net, likelihood, rule)
-    validation = score_sections(predictor, datamodule.val_sets, datamodule, cfg.evaluation, sets, watch)
+    validation = score_sections(predictor, datamodule.val_sets, datamodule, scoring, watch)
     with watch("baselines"):
         baselines = baselines_by_section(datamodule, seed=cfg.seed)
-        beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, cfg.evaluation)
+        beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, scoring.settings)
     intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
     parts["ood"] = MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets)
     metadata = bundle_metadata(plain(cfg), datamodule, validation, beyond, intervals)
     save_bundle(folder / "model", **parts, metadata=metadata)
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
-    test = score_sections(bundle, datamodule.test_sets, datamodule, cfg.evaluation, sets, watch)
+    test = score_sections(bundle, datamodule.test_sets, datamodule, scoring, watch)
     marginal = marginal_bounds(datamodule.val_sets)
     test = [score_intervals(part, intervals, marginal) for part in test]
     metrics: dict[str, float | str] = {}
@@ -140,7 +141,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
     with watch("baselines"):
         flagged = predictable(beyond)
-        metrics |= compare_with_baselines(baselines, test, datamodule.panel, cfg.evaluation, sets, flagged)
+        metrics |= compare_with_baselines(baselines, test, scoring, flagged)
     metrics |= registration_figures(datamodule.tissue, moved_back=cfg.preprocess.register)
     if datamodule.split_report["warning"] is not None:
         metrics["warning/split"] = datamodule.split_report["warning"]
@@ -195,7 +196,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
 
-    from prts.evaluation.section_scores import check_intervals
+    from prts.evaluation.settings import EvaluationSettings
     from prts.models.linear import LIKELIHOOD
     from prts.precision import training_precision
 
@@ -207,7 +208,7 @@ def _settled(cfg: DictConfig) -> DictConfig:
                 f"encoder.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
                 f"apply to this encoder"
             )
-    check_intervals(cfg.evaluation.block_um, cfg.evaluation.bootstrap)
+    EvaluationSettings(**cfg.evaluation)
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":
         cfg.trainer.precision = "32-true"  # until Lightning has found the device

@@ -14,10 +14,9 @@ from numpy.typing import NDArray
 
 from prts.data.nucleus_set import NucleusSet
 from prts.errors import ParameterError
-from prts.evaluation.baselines import LinearBaseline, gene_mean, ridge
-from prts.evaluation.comparison import permuted
 from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
+from prts.models.ridge import LinearBaseline, gene_mean, permuted, ridge
 
 logger = logging.getLogger(__name__)
 

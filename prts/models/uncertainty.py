@@ -7,19 +7,18 @@ number per gene: Romano et al. 2019). Genes with few UMI on validation share the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import nbinom
 
-from prts.evaluation.arrays import gene_slices
+from prts.data.gene_arrays import gene_slices
 
 if TYPE_CHECKING:
     from prts.data.nucleus_set import NucleusSet
-    from prts.evaluation.scoring import Scored
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
@@ -33,7 +32,7 @@ _PER_OCTAVE = 4
 _OCTAVES = (-8, 12)
 _GRID = 2.0 ** (np.arange(_OCTAVES[0] * _PER_OCTAVE, _OCTAVES[1] * _PER_OCTAVE + 1) / _PER_OCTAVE)
 # Shares of the mass left out that lie below the interval; the narrowest interval is taken.
-_BELOW = (0.0, 0.25, 0.5)
+BELOW = (0.0, 0.25, 0.5)
 _MAX_MASS = 0.9999
 # A model whose sums are further from the counts than this knows nothing of the gene, and no count is larger than int32 holds.
 _SCALES = (1e-4, 1e4)
@@ -169,64 +168,6 @@ def calibrate_intervals(
     return CountIntervals(level, scale, dispersion, high)
 
 
-def marginal_bounds(sets: Iterable[NucleusSet], *, level: float = LEVEL) -> tuple[Ints, Ints]:
-    """The narrowest interval of each gene that holds `level` of its counts in all nuclei of some sections, whatever they look like.
-
-    What a model's intervals have to be narrower than. Returns lower and upper bounds, each (g,).
-    """
-    parts = list(sets)
-    n, n_genes = sum(map(len, parts)), parts[0].counts.shape[1]
-    lower, upper = np.zeros(n_genes, np.int32), np.zeros(n_genes, np.int32)
-    columns = [part.counts.tocsc() for part in parts]
-    for genes in gene_slices(n, n_genes):
-        ordered = np.sort(np.concatenate([part[:, genes].toarray() for part in columns]), axis=0)
-        inside = min(n, int(np.ceil((n + 1) * level)))
-        starts = np.unique([int(share * (n - inside)) for share in _BELOW])
-        width = np.stack([ordered[start + inside - 1] - ordered[start] for start in starts])
-        start = starts[width.argmin(axis=0)]
-        at = np.arange(ordered.shape[1])
-        lower[genes], upper[genes] = ordered[start, at], ordered[start + inside - 1, at]
-    return lower, upper
-
-
-def score_intervals(scored: Scored, intervals: CountIntervals, marginal: tuple[Ints, Ints]) -> Scored:
-    """How often the counts of a section lie inside their intervals, and how wide these are.
-
-    Parameters
-    ----------
-    scored
-        The model's prediction of the section.
-    intervals
-        The model's.
-    marginal
-        Of `marginal_bounds`.
-
-    Returns
-    -------
-    The same with four more figures, in the summary and in the table of genes: `coverage90` and `interval_width` (0 where an interval is
-    one count), and the two of the marginal intervals.
-    """
-    lower, upper = intervals.bounds(scored.umi)
-    columns = scored.nuclei.counts.tocsc()
-    n, n_genes = columns.shape
-    figures = {
-        f"{name}{end}": np.zeros(n_genes) for name in ("coverage90", "interval_width") for end in ("", "_marginal")
-    }
-    for genes in gene_slices(n, n_genes):
-        k = columns[:, genes].toarray()
-        for end, low, high in (
-            ("", lower[:, genes], upper[:, genes]),
-            ("_marginal", marginal[0][genes], marginal[1][genes]),
-        ):
-            figures[f"coverage90{end}"][genes] = ((low <= k) & (k <= high)).mean(axis=0)
-            figures[f"interval_width{end}"][genes] = np.broadcast_to(high - low, k.shape).mean(axis=0)
-    means = {name: float(values.mean()) for name, values in figures.items()}
-    result = replace(
-        scored.result, summary=scored.result.summary | means, per_gene=scored.result.per_gene.assign(**figures)
-    )
-    return replace(scored, result=result)
-
-
 def _groups(expressed: NDArray[Any], mean: NDArray[Any]) -> NDArray[np.intp]:
     """A number for each gene: its own where it is measured often enough, else that of its stratum of expression."""
     group = np.arange(len(mean))
@@ -251,7 +192,7 @@ def _bounds(scale: Floats, dispersion: Floats, mass: Floats) -> tuple[Ints, Ints
     counts = nbinom(size, size / (size + mean))
     wanted = mass[:, None]
     lower, upper = np.zeros(mean.shape), np.asarray(counts.ppf(wanted))
-    for below in _BELOW[1:]:
+    for below in BELOW[1:]:
         start = counts.ppf(below * (1 - wanted))
         stop = counts.ppf(np.minimum(counts.cdf(start - 1) + wanted, _MAX_MASS))
         narrower = stop - start < upper - lower

@@ -18,8 +18,10 @@ from prts.data.nucleus_set import NucleusSet
 from prts.data.prepare import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
-from prts.evaluation.scoring import Scored
-from prts.evaluation.section_scores import Evaluation, Matched, evaluate_section
+from prts.evaluation.matching import MatchedNuclei
+from prts.evaluation.scored_section import ScoredSection
+from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
+from prts.evaluation.settings import EvaluationSettings
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
 from prts.preprocess.panel import Panel
@@ -41,12 +43,12 @@ class Source:
 
     path: Path
     page: Page
-    scored: Scored | None
+    scored: ScoredSection | None
     panel: Panel
     suffix: str = ""
 
 
-def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
+def of_run(folder: Path, evaluation: EvaluationSettings) -> list[Source]:
     """The test sections of a run; the first has no suffix.
 
     Parameters
@@ -54,7 +56,7 @@ def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
     folder
         Of `prts train`.
     evaluation
-        The `evaluation` config node, for runs of several test sections, whose per_gene.csv is their mean.
+        How intervals are made, for runs of several test sections, whose per_gene.csv is their mean.
 
     Raises
     ------
@@ -82,7 +84,7 @@ def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
         section = resolve_section(tissue.sections[name], tissue.name, Path(config["paths"]["cache_dir"]))
         prediction.uns["prts"].setdefault("qc", config["qc"])
         matched = measure_section(prediction, nuclei_path(path), section, what=f"run={folder}").matched
-        result = Evaluation({}, per_gene, None)
+        result = SectionScores({}, per_gene, None)
         if len(paths) > 1:
             result = _evaluate(matched, prediction, section, evaluation)
         found.append(
@@ -92,7 +94,7 @@ def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
 
 
 def of_prediction(
-    path: Path, image: Path, section_folder: Path | None, analysis: Path | None, evaluation: Mapping[str, Any]
+    path: Path, image: Path, section_folder: Path | None, analysis: Path | None, evaluation: EvaluationSettings
 ) -> Source:
     """A prediction on its image.
 
@@ -107,7 +109,7 @@ def of_prediction(
     analysis
         analysis.h5ad of `prts analyze`: its columns of nuclei can be shown on the map.
     evaluation
-        The `evaluation` config node.
+        How intervals are made.
 
     Raises
     ------
@@ -133,7 +135,7 @@ def of_prediction(
     return replace(source, page=replace(source.page, measured_obs=beside))
 
 
-def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: Mapping[str, Any]) -> Page:
+def scored_page(path: Path, scored: ScoredSection, metrics: Mapping[str, Any], model: Mapping[str, Any]) -> Page:
     """The page of a test section at the end of training, whose arrays are in memory already.
 
     Parameters
@@ -166,8 +168,8 @@ def _source(
     path: Path,
     prediction: ad.AnnData,
     section: Section,
-    matched: Matched,
-    result: Evaluation,
+    matched: MatchedNuclei,
+    result: SectionScores,
     metrics: Mapping[str, Any],
     model: Mapping[str, Any],
     suffix: str,
@@ -200,20 +202,15 @@ def _source(
         area_um2=prediction.obs["area_um2"].to_numpy()[rows],
     )
     umi, prob = _array(matched.predicted), _array(matched.predicted if matched.prob is None else matched.prob)
-    return Source(path, page, Scored(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
+    return Source(path, page, ScoredSection(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
 
 
-def _evaluate(matched: Matched, prediction: ad.AnnData, section: Section, evaluation: Mapping[str, Any]) -> Evaluation:
-    return evaluate_section(
-        matched.measured,
-        matched.predicted,
-        matched.prob,
-        genes=matched.genes,
-        threshold=float(prediction.uns["prts"]["threshold"]),
-        xy_um=matched.xy_px * section.mpp,
-        block_um=evaluation["block_um"],
-        n_replicates=evaluation["bootstrap"],
-    )
+def _evaluate(
+    matched: MatchedNuclei, prediction: ad.AnnData, section: Section, evaluation: EvaluationSettings
+) -> SectionScores:
+    threshold = float(prediction.uns["prts"]["threshold"])
+    predicted = PredictedCounts(matched.predicted, matched.genes, matched.prob, threshold)
+    return score_section(matched.measured, predicted, xy_um=matched.xy_px * section.mpp, settings=evaluation)
 
 
 def _same_size(what: str, width: int, height: int, about: Mapping[str, Any]) -> None:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prts.data.datamodule import PRTSDataModule
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.models.bundle import Bundle
 
 
 def write_predictions(
-    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[Scored], folder: Path, best_epoch: int | None
+    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[ScoredSection], folder: Path, best_epoch: int | None
 ) -> None:
     """predictions.h5ad and figures/, predictions-<section>.h5ad and figures beside them.
 
@@ -58,7 +58,7 @@ def write_predictions(
         )
 
 
-def write_pages(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any], folder: Path) -> None:
+def write_pages(bundle: Bundle, test: Sequence[ScoredSection], metrics: dict[str, Any], folder: Path) -> None:
     """report.html and report-<section>.html.
 
     Parameters
@@ -73,6 +73,6 @@ def write_pages(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any],
         write_page(folder / f"report{suffix}.html", page)
 
 
-def _with_suffix(test: Sequence[Scored]) -> Iterator[tuple[str, Scored]]:
+def _with_suffix(test: Sequence[ScoredSection]) -> Iterator[tuple[str, ScoredSection]]:
     for i, scored in enumerate(test):
         yield "" if i == 0 else f"-{scored.nuclei.section}", scored

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import anndata as ad
     from numpy.typing import NDArray
 
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.io.slide import Slide
     from prts.preprocess.panel import Panel
 
@@ -57,7 +57,7 @@ class Region:
 
 def run_figures(
     folder: Path,
-    scored: Scored,
+    scored: ScoredSection,
     panel: Panel,
     *,
     outlines: NDArray[Any],

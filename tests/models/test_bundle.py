@@ -99,7 +99,7 @@ def test_saving_again_replaces_and_the_same_model_gives_the_same_bytes(tmp_path:
 
 def test_features_of_another_width_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "model")
-    with pytest.raises(InputError, match="are 4 wide, the model takes 5"):
+    with pytest.raises(InputError, match="4 wide, but the model takes 5"):
         load_bundle(tmp_path / "model").predict(torch.randn(2, 4))
 
 

@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 
 from prts.data.nucleus_set import NucleusSet
 from prts.errors import InputError
-from prts.evaluation.baselines import gene_mean, ridge
 from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
+from prts.models.ridge import gene_mean, ridge
 
 
 @pytest.mark.parametrize("name", ["gene_mean", "ridge"])

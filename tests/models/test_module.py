@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
 from prts.data.nucleus_set import NucleusSet
 from prts.errors import InputError
-from prts.evaluation.baselines import gene_mean
 from prts.evaluation.expression import pearson_per_gene
 from prts.models.likelihoods.paper import Paper
 from prts.models.likelihoods.released import Released
 from prts.models.module import KeepBest, PRTSModule, seed_everything
 from prts.models.network import PRTSNet
 from prts.models.output import choose_output
+from prts.models.ridge import gene_mean
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
