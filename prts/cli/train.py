@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Settings that may change when a run is resumed, since the weights do not depend on them.
+FREE = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
 # What the training module logs for a callback to watch.
 MONITORED = ("val/loss", "val/reg", "val/bin", "val/pcc", "train/loss", "train/reg", "train/bin")
 
@@ -79,7 +81,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
-    from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint, learnt_from
+    from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
     from prts.models.fit import fit
     from prts.models.metadata import bundle_metadata
     from prts.models.module import seed_everything
@@ -94,9 +96,9 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     watch = Stopwatch()
     recipe = make_recipe(cfg)
     datamodule = _data(cfg, watch)
-    inputs = learnt_from(datamodule)
-    checkpoint = EpochCheckpoint(folder / NAME, inputs)
-    resume_from = find_checkpoint(folder, plain(cfg), inputs) if cfg.resume else None
+    identity = {key: value for key, value in plain(cfg).items() if key not in FREE} | {"cache": cache_files(datamodule)}
+    checkpoint = EpochCheckpoint(folder / NAME, identity)
+    resume_from = find_checkpoint(folder, identity) if cfg.resume else None
     folder.mkdir(parents=True, exist_ok=True)
     if resume_from is None:
         checkpoint.remove()

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def marginal_bounds(sets: Iterable[NucleusSet], *, level: float = LEVEL) -> tuple[Ints, Ints]:
-    """The narrowest interval of each gene that holds `level` of its counts in all nuclei of some sections, whatever they look like.
+    """The narrowest interval of each gene that covers `level` of its counts over all nuclei of some sections.
 
-    What a model's intervals have to be narrower than. Returns lower and upper bounds, each (g,).
+    A useful model has narrower intervals. Returns lower and upper bounds, each (g,).
     """
     parts = list(sets)
     n, n_genes = sum(map(len, parts)), parts[0].counts.shape[1]
@@ -37,21 +37,21 @@ def marginal_bounds(sets: Iterable[NucleusSet], *, level: float = LEVEL) -> tupl
 
 
 def score_intervals(scored: ScoredSection, intervals: CountIntervals, marginal: tuple[Ints, Ints]) -> ScoredSection:
-    """How often the counts of a section lie inside their intervals, and how wide these are.
+    """Add coverage and width of the intervals to the scores of a section.
 
     Parameters
     ----------
     scored
         The model's prediction of the section.
     intervals
-        The model's.
+        The model's intervals.
     marginal
-        Of `marginal_bounds`.
+        From `marginal_bounds`.
 
     Returns
     -------
-    The same with four more figures, in the summary and in the table of genes: `coverage90` and `interval_width` (0 where an interval is
-    one count), and the two of the marginal intervals.
+    The same with four more metrics, in the summary and per gene: `coverage90` and `interval_width` (0 where an interval is one count), and
+    both for the marginal intervals (`_marginal`).
     """
     lower, upper = intervals.bounds(scored.umi)
     columns = scored.nuclei.counts.tocsc()

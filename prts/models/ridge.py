@@ -1,6 +1,6 @@
-"""What a model has to beat: the gene's mean, and ridge regression on the same features.
+"""Linear models in closed form: the gene's mean, and ridge regression on features.
 
-Both predict log1p UMI and return UMI, so that the metrics, which compare log1p, see what was fitted.
+Both predict log1p UMI, which the metrics compare, and return UMI.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prts.data.nucleus_set import NucleusSet, feature_moments
 
 logger = logging.getLogger(__name__)
 
-# Penalties per training nucleus of standardised features, whose Gram matrix then has a mean eigenvalue of 1.
+# Penalties per training nucleus. The Gram matrix of standardized features has a mean eigenvalue of 1.
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 2, 13))
 
 _CHUNK = 4096
@@ -31,13 +31,13 @@ class LinearBaseline:
     Parameters
     ----------
     weights
-        (d, g) float32; d = 0 for a baseline that looks at no feature.
+        (d, g) float32; d = 0 for a baseline without features.
     intercept
         (g,) float32.
     penalty
-        The chosen penalty per training nucleus, if there was one to choose.
+        The chosen penalty per training nucleus, if any.
     scores
-        Mean per-gene PCC on validation of every penalty.
+        Mean per-gene PCC on validation for each penalty.
     """
 
     weights: NDArray[np.float32]
@@ -46,7 +46,7 @@ class LinearBaseline:
     scores: dict[float, float] = field(default_factory=dict)
 
     def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Expected UMI (n, g) of nuclei with these features (n, d); log1p of it is the fitted map, clipped at 0."""
+        """Expected UMI (n, g) from features (n, d). Its log1p is the fitted map, clipped at 0."""
         level = np.broadcast_to(self.intercept, (len(features), len(self.intercept))).copy()
         if len(self.weights):
             level += features @ self.weights
@@ -55,7 +55,7 @@ class LinearBaseline:
 
 
 def gene_mean(train_sets: Sequence[NucleusSet]) -> LinearBaseline:
-    """Each gene's mean log1p UMI over training nuclei, for every nucleus.
+    """Predict each gene's mean log1p UMI over training nuclei.
 
     Parameters
     ----------
@@ -75,11 +75,11 @@ def ridge(
     *,
     name: str = "ridge",
 ) -> LinearBaseline:
-    """Ridge regression of log1p UMI on standardised features, in closed form, with the penalty chosen on validation.
+    """Fit ridge regression of log1p UMI on standardized features, in closed form, with the penalty chosen on validation.
 
-    One eigendecomposition of the Gram matrix serves every penalty. On validation nothing is predicted: the correlation of a linear map
-    follows from the moments of features and counts, so a penalty costs d^2 g, not n d g. (The choice therefore ignores that predictions
-    are clipped at 0.) Time is O(n d^2 + d nnz); counts stay sparse.
+    One eigendecomposition of the Gram matrix serves every penalty. The validation correlation of a linear map follows from the moments of
+    features and counts without predicting, so a penalty costs d^2 g instead of n d g. (The choice therefore ignores that predictions are
+    clipped at 0.) Time is O(n d^2 + d nnz); counts stay sparse.
 
     Parameters
     ----------
@@ -90,13 +90,13 @@ def ridge(
     penalties
         Penalties per training nucleus: the map minimises |Y - XW|^2 + n penalty |W|^2.
     name
-        What the log calls it.
+        Name in the log.
     """
     mean, scale = feature_moments(train_sets)
     train = [_moments(nuclei, mean, scale) for nuclei in train_sets]
     n = sum(moments.n for moments in train)
     intercept = sum(moments.n * moments.y_mean for moments in train) / n
-    # about the means of all training sections together; the features' is 0 by construction
+    # about the means over all training sections; that of the features is 0 by construction
     gram = sum(moments.xx + moments.n * np.outer(moments.x_mean, moments.x_mean) for moments in train) / n
     cross = sum(moments.xy + moments.n * np.outer(moments.x_mean, moments.y_mean - intercept) for moments in train) / n
 
@@ -126,18 +126,18 @@ def ridge(
 
 
 def permuted(sets: Sequence[NucleusSet], *, seed: int = 0) -> list[NucleusSet]:
-    """The same nuclei with every gene's counts dealt out anew among all of them, each gene in an order of its own.
+    """The same nuclei with the counts of each gene permuted independently.
 
-    For the regression of one gene this is a permutation of the rows of the features. If all genes shared it, they would share the chance
-    direction that comes out of it, too, and their mean PCC would scatter around 0 as widely as that of a single gene. (The orders are
-    one random order, turned by a random offset for each gene, which costs as much as the counts that are not 0.)
+    For the regression of one gene this amounts to permuting the rows of the features. With one permutation for all genes, they would
+    share its chance direction, and their mean PCC would scatter around 0 as widely as that of a single gene. (Each gene's permutation is
+    one random order rotated by a random offset, which costs no more than the non-zero counts.)
 
     Parameters
     ----------
     sets
-        Nuclei of one or more sections; counts change places between sections as well.
+        Nuclei of one or more sections; counts are permuted across sections.
     seed
-        Of the orders.
+        Seed of the permutations.
     """
     rng = np.random.default_rng(seed)
     counts = sp.vstack([nuclei.counts for nuclei in sets], format="csc")
@@ -151,7 +151,7 @@ def permuted(sets: Sequence[NucleusSet], *, seed: int = 0) -> list[NucleusSet]:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Means of features (d,) and log1p UMI (g,) of a section, and the centred sums of xx (d, d), xy (d, g) and yy (g,)."""
+    """Means of features (d,) and log1p UMI (g,) of a section, and the centered sums of xx (d, d), xy (d, g) and yy (g,)."""
 
     n: int
     x_mean: NDArray[np.float64]
@@ -205,7 +205,7 @@ def _mean_pcc(
         variance = np.einsum("dg,dg->g", weights, xx @ weights)
         covariance = np.einsum("dg,dg->g", weights, xy)
         power = variance * moments.yy[measured]
-        # a gene that the map cannot move scores 0
+        # a gene with a constant prediction scores 0
         pcc = np.divide(
             covariance,
             np.sqrt(power, where=power > 0, out=np.ones_like(power)),

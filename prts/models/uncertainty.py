@@ -1,8 +1,8 @@
-"""How many UMI a gene may have in a nucleus: intervals of counts around the expected UMI, calibrated on validation.
+"""Intervals of counts around the expected UMI, calibrated on validation.
 
-A count is taken as negative binomial around the expected UMI, with a dispersion per gene. Of the probability of that distribution an
-interval takes at least the nominal level, and more where validation counts were covered less often than that (conformal calibration, one
-number per gene: Romano et al. 2019). Genes with few UMI on validation share their numbers with genes of like expression.
+A count is modeled as negative binomial around the expected UMI, with a dispersion per gene. An interval covers at least the nominal level
+of that distribution, and more where it covered validation counts less often than that (conformal calibration, one number per gene: Romano
+et al. 2019). Genes with few UMI on validation share their numbers with genes of similar expression.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
 LEVEL = 0.9
-# Nuclei with UMI of a gene, of which its own dispersion and calibration are known well enough.
+# With UMI in this many nuclei, a gene gets its own dispersion and calibration.
 _MIN_EXPRESSED = 100
 _STRATA = 5
-# Expected UMI at which bounds are worked out, four an octave; the nearest one speaks for each nucleus.
+# Expected UMI at which bounds are computed, four per octave; each nucleus takes the nearest.
 _PER_OCTAVE = 4
 _OCTAVES = (-8, 12)
 _GRID = 2.0 ** (np.arange(_OCTAVES[0] * _PER_OCTAVE, _OCTAVES[1] * _PER_OCTAVE + 1) / _PER_OCTAVE)
-# Shares of the mass left out that lie below the interval; the narrowest interval is taken.
+# Candidate shares of the uncovered mass below the interval; the narrowest interval is taken.
 BELOW = (0.0, 0.25, 0.5)
 _MAX_MASS = 0.9999
-# A model whose sums are further from the counts than this knows nothing of the gene, and no count is larger than int32 holds.
+# A model whose sums are further from the counts than this has not learned the gene. Counts fit into int32.
 _SCALES = (1e-4, 1e4)
 _MAX_DISPERSION = 100.0
 _HALVINGS = 8
-# Calibration needs no more nuclei than these of a section, evenly chosen.
+# Calibration uses at most this many nuclei per section, evenly chosen.
 _MAX_NUCLEI = 20_000
 
 
@@ -49,13 +49,13 @@ class CountIntervals:
     Parameters
     ----------
     level
-        Share of the counts that the intervals are to hold.
+        Share of the counts that the intervals should cover.
     scale
         Mean count per expected UMI on validation, (g,).
     dispersion
         phi of a count with mean m and variance m + phi m^2, (g,).
     mass
-        Probability that the interval takes of that distribution, (g,).
+        Probability of that distribution that the interval covers, (g,).
     """
 
     level: float
@@ -64,18 +64,18 @@ class CountIntervals:
     mass: Floats
 
     def settings(self) -> dict[str, Any]:
-        """All of it, JSON-like, to four digits."""
+        """All fields, JSON-like, to four digits."""
         arrays = {"scale": self.scale, "dispersion": self.dispersion, "mass": self.mass}
         return {"level": self.level} | {name: [float(f"{v:.4g}") for v in values] for name, values in arrays.items()}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> CountIntervals:
-        """From what `settings` gave.
+        """Restore from `settings`.
 
         Raises
         ------
         ValueError
-            If a number is one that `calibrate_intervals` cannot have found.
+            If a number is outside the range of `calibrate_intervals`.
         """
         limits = {"scale": _SCALES, "dispersion": (0.0, _MAX_DISPERSION), "mass": (0.0, 1.0)}
         arrays = {name: np.array(settings[name], dtype=np.float64) for name in limits}
@@ -96,7 +96,7 @@ class CountIntervals:
         umi
             Expected UMI, (b, g).
         table
-            Of `table`, where many chunks are to be looked up.
+            From `table`, to compute it once for many chunks.
 
         Returns
         -------
@@ -119,7 +119,7 @@ def calibrate_intervals(
     sets
         The nuclei, with their counts.
     level
-        Share of the counts that the intervals are to hold.
+        Share of the counts that the intervals should cover.
     """
     rows = [np.linspace(0, len(part) - 1, min(len(part), _MAX_NUCLEI)).astype(np.intp) for part in sets]
     expected = np.concatenate([part[take] for part, take in zip(umi, rows, strict=True)])
@@ -127,7 +127,7 @@ def calibrate_intervals(
     group = _groups((counts > 0).sum(axis=0), counts.mean(axis=0))
 
     def pooled(per_gene: Floats) -> Floats:
-        """The sum over the genes that share a group, for each gene."""
+        """Sum over the genes of each gene's group."""
         summed: Floats = np.bincount(group, weights=per_gene)[group].astype(np.float64)
         return summed
 
@@ -143,9 +143,9 @@ def calibrate_intervals(
     dispersion = np.divide(pooled(excess), power, out=np.zeros_like(power), where=power > 0).clip(0.0, _MAX_DISPERSION)
 
     n = len(counts) * pooled(np.ones(len(total)))
-    # of n counts that calibrate, this share must be inside, so that the next one is with probability `level`
+    # this share of the n calibration counts must be inside for the next count to be inside with probability `level`
     wanted = np.minimum(np.ceil((n + 1) * level) / n, 1.0)
-    # never less than the distribution asks for: else a gene that is rare on the whole would have the bound 0 where it is expected
+    # never less than the nominal mass: otherwise a rare gene would have the bound 0 even where it is expected
     low, high = np.full(len(total), level), np.full(len(total), _MAX_MASS)
     place = _place(expected)
     at = np.arange(len(total))
@@ -169,7 +169,7 @@ def calibrate_intervals(
 
 
 def _groups(expressed: NDArray[Any], mean: NDArray[Any]) -> NDArray[np.intp]:
-    """A number for each gene: its own where it is measured often enough, else that of its stratum of expression."""
+    """Group of each gene: its own if it is measured often enough, else that of its stratum of expression."""
     group = np.arange(len(mean))
     rare = np.flatnonzero(expressed < _MIN_EXPRESSED)
     for stratum in np.array_split(rare[np.argsort(mean[rare], kind="stable")], _STRATA):
@@ -179,7 +179,7 @@ def _groups(expressed: NDArray[Any], mean: NDArray[Any]) -> NDArray[np.intp]:
 
 
 def _place(umi: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The nearest point of the grid for each expected UMI."""
+    """Index of the nearest grid point for each expected UMI."""
     place = np.log2(np.maximum(umi, np.float32(_GRID[0])))
     place -= _OCTAVES[0]
     place *= _PER_OCTAVE

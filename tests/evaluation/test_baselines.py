@@ -115,10 +115,11 @@ def test_variable_genes_are_scanpys_most_variable_after_log_normalisation(
     nuclei = AnnData(sp.vstack([s.counts for s in sets]).astype(np.float32))
     sc.pp.normalize_total(nuclei)
     sc.pp.log1p(nuclei)
-    order = np.argsort(-nuclei.X.toarray().var(axis=0))
-    chosen = variable_genes(sets)
-    np.testing.assert_array_equal(chosen["hvg50"], order[:50])
-    np.testing.assert_array_equal(chosen["hvg200"], order[:200])
+    variance = nuclei.X.toarray().astype(np.float64).var(axis=0)
+    ordered, chosen = np.sort(variance)[::-1], variable_genes(sets)
+    # variances, not genes: in float32 two close ones may change places
+    np.testing.assert_allclose(variance[chosen["hvg50"]], ordered[:50], rtol=1e-5)
+    np.testing.assert_allclose(variance[chosen["hvg200"]], ordered[:200], rtol=1e-5)
 
 
 def test_marker_genes_are_a_set_of_their_own_where_the_panel_has_some(
