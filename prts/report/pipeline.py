@@ -9,6 +9,7 @@ from pathlib import Path
 from prts.errors import ParameterError
 from prts.evaluation.settings import EvaluationSettings
 from prts.io.nuclei import load_nuclei
+from prts.io.outputs import check_out_folder
 from prts.io.prediction import nuclei_path
 from prts.report.figures import training_figure
 from prts.report.html import write_page
@@ -75,7 +76,7 @@ def report_run(run: str | Path, out: str | Path | None = None, *, settings: Repo
     >>> report_run("outputs/demo/make")  # doctest: +SKIP
     """
     run, settings = Path(run), settings or ReportSettings()
-    out = run if out is None else _output_folder(out)
+    out = run if out is None else check_out_folder(out, "report.html and figures")
     pages = [_report_scored(out, source, settings) for source in load_run(run, settings.evaluation)]
     training_figure(run, out / "figures")
     return pages
@@ -120,7 +121,7 @@ def report_prediction(
     --------
     >>> report_prediction("slide.h5ad", "slide.svs", "report/", settings=ReportSettings(genes=["EPCAM"]))  # doctest: +SKIP
     """
-    settings, out, image = settings or ReportSettings(), _output_folder(out), Path(image)
+    settings, out, image = settings or ReportSettings(), check_out_folder(out, "report.html and figures"), Path(image)
     section, analysis = (None if path is None else Path(path) for path in (section, analysis))
     source = load_prediction(Path(prediction), image, section, analysis, settings.evaluation)
     if source.scored is not None:
@@ -143,10 +144,3 @@ def _report_scored(out: Path, source: ReportSource, settings: ReportSettings) ->
         region=settings.region,
     )
     return write_page(out / f"report{source.suffix}.html", source.page, genes=settings.genes)
-
-
-def _output_folder(out: str | Path) -> Path:
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ParameterError("", "out", f"{out} is a file; give a folder for report.html and figures")
-    return out
