@@ -15,7 +15,7 @@ from anndata.io import read_elem
 from numpy.typing import NDArray
 
 from prts.errors import InputError, ParameterError, did_you_mean
-from prts.io.h5_checks import DAMAGED, require_own_data
+from prts.io.h5_checks import DAMAGED, check_h5
 from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, require_scale
 from prts.progress import track
@@ -109,7 +109,7 @@ def open_prediction(path: Path) -> PredictionFile:
         raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
-    require_own_data(path)
+    check_h5(path)
     try:
         with h5py.File(path) as file:
             obs, var, uns, xy_px = (read_elem(file[key]) for key in ("obs", "var", "uns", "obsm/spatial"))

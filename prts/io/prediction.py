@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
-from prts.io.h5_checks import read_foreign_h5ad, require_sound_matrix
+from prts.io.h5_checks import check_matrix, read_checked_h5ad
 from prts.io.hdf5 import NewFile
 from prts.io.nuclei import write_nuclei
 
@@ -255,12 +255,12 @@ def read_prediction(path: Path) -> ad.AnnData:
         raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
-    prediction = read_foreign_h5ad(path)
+    prediction = read_checked_h5ad(path)
     require_scale(path, prediction.uns)
     if prediction.X is None or "spatial" not in prediction.obsm:
         raise InputError(f"{path}: has no X or no obsm['spatial']; expected a prediction of `prts predict`")
     for name, matrix in {"X": prediction.X, **prediction.layers}.items():
-        require_sound_matrix(path, name, matrix)
+        check_matrix(path, name, matrix)
     values = prediction.X.data if hasattr(prediction.X, "indptr") else prediction.X
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise InputError(f"{path}: X holds negative or non-finite values; expected UMI counts")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.io.h5_checks import read_foreign_h5ad, require_sound_matrix
+from prts.io.h5_checks import check_matrix, read_checked_h5ad
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def read_spots(path: Path | str) -> Spots:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; an .h5ad of measured spots is needed")
-    counts = read_foreign_h5ad(path)
+    counts = read_checked_h5ad(path)
     if counts.X is None or counts.n_obs == 0 or counts.n_vars == 0:
         raise InputError(f"{path}: holds no counts; spots x genes in X are needed")
     if not (counts.obs_names.is_unique and counts.var_names.is_unique):
         raise InputError(f"{path}: names of spots or genes are there twice; they must be unique")
-    require_sound_matrix(path, "X", counts.X)
+    check_matrix(path, "X", counts.X)
     counts.X = _integers(path, counts.X)
     xy = np.asarray(counts.obsm.get("spatial", np.empty(0)))
     if xy.shape != (counts.n_obs, 2) or xy.dtype.kind not in "iuf" or not np.isfinite(xy).all():

@@ -256,7 +256,7 @@ def test_a_gene_named_like_another_column_is_refused(tmp_path, capsys):
         ("X/indptr", 1_000_000, "X is damaged"),
         ("uns/prts/scale", "log1p", "log1p"),
         ("obsm/spatial", "a", "is not a prediction"),
-        ("obs", h5py.ExternalLink("other.h5ad", "obs"), "is a link to elsewhere"),
+        ("obs", h5py.ExternalLink("other.h5ad", "obs"), "is a link"),
     ],
 )
 def test_a_file_that_is_no_sound_prediction_is_refused(tmp_path, name, value, why):
