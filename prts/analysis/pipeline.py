@@ -18,8 +18,8 @@ from prts.analysis.compare import (
     cluster_section,
     compare_sections,
     score_against_truth,
-    summarize_clusters,
     share_of_types,
+    summarize_clusters,
 )
 from prts.analysis.enrich import EnrichmentSettings, enrich_clusters
 from prts.analysis.spots import SpotSettings, compare_spots, filter_spots, read_visium

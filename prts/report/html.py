@@ -270,7 +270,8 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
 
 
 def _areas(prediction: ad.AnnData) -> pd.Series:
-    return prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
+    areas: pd.Series = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
+    return areas
 
 
 def _position_blocks(prediction: ad.AnnData) -> dict[str, str]:
