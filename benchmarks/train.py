@@ -193,9 +193,9 @@ def _config() -> Any:
     """The paper's setting, on a CPU."""
     from hydra import compose, initialize_config_dir
 
-    from benchmarks.harness import ROOT
+    from prts.cli.config import config_dir
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+    with initialize_config_dir(str(config_dir()), version_base=None):
         return compose("train", ["experiment=paper", "trainer=cpu"])
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from prts.data.targets import make_scaler
-from prts.features.classical import Classical
+from prts.features.encoders import Classical
 from prts.features.store import Rows, write_store
 from prts.io.nuclei import COLUMNS
 from prts.io.prediction import PredictionWriter, spatial_uns

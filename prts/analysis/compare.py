@@ -24,7 +24,7 @@ from prts.analysis.types import TypeClassifier, accuracy, agreement, confusion, 
 if TYPE_CHECKING:
     import anndata as ad
 
-    from prts.analysis.measured import Measured
+    from prts.evaluation.measured import MeasuredSection
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def compare_sections(predicted: ClusteredSection, measured: ClusteredSection, re
 
 def classify_nuclei(
     classifier: TypeClassifier,
-    measured: Measured,
+    measured: MeasuredSection,
     truth: ad.AnnData | None,
     result: Comparison,
     classes: Mapping[str, Sequence[str]] | None = None,
@@ -217,7 +217,7 @@ def classify_nuclei(
     return types
 
 
-def _true_labels(classifier: TypeClassifier, measured: Measured, truth: ad.AnnData) -> dict[str, Any]:
+def _true_labels(classifier: TypeClassifier, measured: MeasuredSection, truth: ad.AnnData) -> dict[str, Any]:
     """True types, and the classes of the true rates if the truth has all predicted genes."""
     matched = measured.matched
     rows = true_rows(matched.xy_px, truth, measured.section.mpp)

@@ -165,19 +165,20 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from hydra.utils import get_class, instantiate
 
     from prts.evaluation.section_scores import check_intervals
+    from prts.features.encoders import encoders
     from prts.models.linear import TARGET, check_linear
     from prts.models.losses import check_recipe
     from prts.precision import training_precision
 
-    for group in ("loss", "encoder"):
-        kind = get_class(cfg[group]._target_)
-        known = inspect.signature(kind).parameters
-        for key in cfg[group]:
-            if key != "_target_" and key not in known:
-                raise InputError(
-                    f"{group}.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
-                    f"apply to this {group}"
-                )
+    kind = get_class(cfg.loss._target_)
+    known = inspect.signature(kind).parameters
+    for key in cfg.loss:
+        if key != "_target_" and key not in known:
+            raise InputError(
+                f"loss.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not apply to "
+                "this loss"
+            )
+    encoders.build(plain(cfg.encoder))
     check_intervals(cfg.evaluation.block_um, cfg.evaluation.bootstrap)
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":

@@ -8,7 +8,7 @@ from prts.evaluation.comparison import fit_baselines, fit_position
 from prts.evaluation.predictable import precision, predictable
 from prts.evaluation.scoring import Scored, evaluate_set, score_baselines, unpooled_mean
 from prts.io.spots import read_spots
-from prts.preprocess.register import WARN_UM
+from prts.platforms.base import WARN_UM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -109,7 +109,9 @@ def compare_with_baselines(
 
 def registration_figures(tissue: PreparedTissue, *, moved_back: bool) -> dict[str, float | str]:
     """How far the bins of each section lay off its nuclei; a warning where that was too far and is left so."""
-    found = {name: prepared.registration for name, prepared in tissue.sections.items()}
+    found = {
+        name: prepared.registration for name, prepared in tissue.sections.items() if prepared.registration is not None
+    }
     figures: dict[str, float | str] = {}
     for name, section in found.items():
         figures[f"registration/{name}/confidence"] = section.confidence

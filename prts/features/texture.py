@@ -1,6 +1,6 @@
-"""Stain and texture of image batches, in the few array operations that the classical encoder is made of.
+"""Stain and texture of image batches: the array operations that the classical encoder is made of.
 
-All take float32 tensors of shape (b, c, rows, columns), work on every image alone, and round the same in whatever batch it comes.
+All take float32 tensors of shape (b, c, rows, columns) and compute each image on its own.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def bins(x: torch.Tensor, low: float, high: float, n: int) -> torch.Tensor:
 def weighted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Weighted mean over the last two axes: x (b, c, rows, columns), weight (b, r, rows, columns) -> (b, r, c).
 
-    One product per image, so that an image's place in the batch cannot change its rounding.
+    One product per image, so that rounding does not depend on the place in the batch.
     """
     weight = weight.flatten(2)
     return torch.bmm(weight, x.flatten(2).transpose(1, 2)) / weight.sum(dim=2, keepdim=True)

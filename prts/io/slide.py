@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -240,7 +241,7 @@ def open_slide(
     path: Path | str,
     *,
     mpp: float | None = None,
-    scalefactors_mpp: float | None = None,
+    sources: Sequence[Source] = (),
     orientation: Orientation = UPRIGHT,
 ) -> Slide:
     """Open an H&E image: TIFF, BigTIFF, OME-TIFF, what OpenSlide reads (SVS, NDPI, MRXS, ...), PNG or JPEG.
@@ -253,14 +254,14 @@ def open_slide(
         The image.
     mpp
         um per full-resolution pixel, where the user says it.
-    scalefactors_mpp
-        `microns_per_pixel` of the section's scalefactors_json.json.
+    sources
+        um/px that the section's other files give, such as `microns_per_pixel` of scalefactors_json.json.
     orientation
         How the slide is to be read.
 
     Returns
     -------
-    The slide. Its `mpp` is the first there is of: `mpp`, `scalefactors_mpp`, OME, Aperio or OpenSlide metadata, TIFF
+    The slide. Its `mpp` is the first there is of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF
     resolution or dpi tags. Metadata outside 0.05-5 um/px, such as a default of 72 dpi, is no source.
 
     Raises
@@ -276,12 +277,8 @@ def open_slide(
         )
     reader = _open_reader(path)
     try:
-        sources: list[Source] = []
-        if mpp is not None:
-            sources.append(("mpp=", mpp))
-        if scalefactors_mpp is not None:
-            sources.append(("scalefactors_json.json", scalefactors_mpp))
-        source, value = resolve_mpp(path, sources + _own_sources(path, reader))
+        given: list[Source] = [] if mpp is None else [("mpp=", mpp)]
+        source, value = resolve_mpp(path, [*given, *sources, *_own_sources(path, reader)])
     except BaseException:
         reader.close()
         raise

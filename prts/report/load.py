@@ -14,17 +14,19 @@ import pandas as pd
 import yaml
 from scipy.spatial import cKDTree
 
-from prts.analysis.measured import measure, measure_section
 from prts.data.nucleus_set import NucleusSet
-from prts.data.prepare import resolve_section
+from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
 from prts.evaluation.bootstrap import BLOCK_UM
+from prts.evaluation.measured import measure_predicted
 from prts.evaluation.scoring import Scored
 from prts.evaluation.section_scores import Evaluation, evaluate_section
+from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
 from prts.report.html import MeasuredCounts, PageContent
+from prts.section import open_section_folder
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -110,7 +112,8 @@ def load_run(folder: Path, bootstrap: Bootstrap) -> list[ReportSource]:
             raise InputError(f"{path}: was predicted for section {name!r}, which is not in {files['config.yaml']}")
         section = resolve_section(tissue.sections[name], tissue.name, Path(config["paths"]["cache_dir"]))
         prediction.uns["prts"].setdefault("qc", config["qc"])
-        matched = measure_section(prediction, nuclei_path(path), section, what=str(folder)).matched
+        prediction.uns["prts"].setdefault("register", config.get("preprocess", {}).get("register", False))
+        matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
         result = (
             Evaluation({}, per_gene, None) if len(paths) == 1 else _evaluate(matched, prediction, section, bootstrap)
         )
@@ -169,8 +172,8 @@ def load_prediction(
     measured_obs = None if analysis is None else _join_analysis(prediction, analysis)
     if section_folder is None:
         return ReportSource(path, PageContent(prediction, picture))
-    measured = measure(prediction, nuclei_path(path), section_folder)
-    section, matched = measured.section, measured.matched
+    section = open_section_folder(section_folder)
+    matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
     result = _evaluate(matched, prediction, section, bootstrap or Bootstrap())
     page = PageContent(
         prediction,

@@ -420,17 +420,17 @@ def test_dpi_of_png_and_jpeg(tmp_path: Path) -> None:
 def test_precedence_and_contradiction(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     ome(path, 0.5, "µm")
-    with open_slide(path, mpp=0.505, scalefactors_mpp=0.502) as slide:
+    with open_slide(path, mpp=0.505, sources=[("scalefactors_json.json", 0.502)]) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.505, "mpp=")
-    with open_slide(path, scalefactors_mpp=0.502) as slide:
+    with open_slide(path, sources=[("scalefactors_json.json", 0.502)]) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.502, "scalefactors_json.json")
-    with open_slide(path, scalefactors_mpp=12.0) as slide:  # no microscope's: no source
+    with open_slide(path, sources=[("scalefactors_json.json", 12.0)]) as slide:  # no microscope's: no source
         assert slide.mpp == 0.5
     with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in the OME metadata"):
         open_slide(path, mpp=0.25)
     # each within 2 % of the explicit one, but not of each other
     with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME"):
-        open_slide(path, mpp=0.507, scalefactors_mpp=0.515)
+        open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)])
     with pytest.raises(InputError, match=r"mpp=0\.01"):
         open_slide(path, mpp=0.01)
     ome(path, 0.5, "µm", y=0.6)

@@ -122,8 +122,8 @@ def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["ablation=local384"], r"encoder\.local_width: Classical has no such setting"),
-        (["encoder=timm", "ablation=local384"], r"encoder\.local_width: Timm has no such setting"),
+        (["ablation=local384"], r"encoder.local_width: classical has no such setting"),
+        (["encoder=timm", "ablation=local384"], r"encoder.local_width: timm has no such setting"),
         (["loss=poisson", "ablation=no_weights"], r"loss\.alpha_w: PoissonLoss has no such setting"),
         (["loss=poisson", "data.target=minmax"], r"data\.target: 'minmax' does not go with loss=poisson"),
         (["loss=hurdle", "model.net.heads=single"], r"model\.net\.heads: 'single' does not go with loss=hurdle"),
