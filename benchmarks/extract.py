@@ -98,7 +98,7 @@ def compare_networks(data: str, batches: int, rounds: int) -> dict[str, Any]:
 
     import torch
 
-    from prts.features.tokens import attend_plainly
+    from prts.features.encoders.tokens import attend_plainly
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # else what an earlier process compiled is taken over
@@ -172,15 +172,15 @@ def section(data: str, n: int | None = None) -> tuple[Path, float, Any]:
 
     from prts.features.tiles import plan_tiles
     from prts.io.nuclei import read_nuclei
-    from prts.section import open_section
+    from prts.section import read_visium_hd
 
     folder = Path(data) / "her2st_hd/C2"
     image = folder / "tissue_image.tif"
-    opened = open_section("C2", image, bins=folder / "binned_outputs/square_002um")
+    opened = read_visium_hd(folder)
     outlines = folder / "nucleus_segmentations.geojson.gz"
     nuclei = read_nuclei(outlines, mpp=opened.mpp, width=opened.width, height=opened.height)
     if n is not None:
-        order = plan_tiles(nuclei, opened.mpp, 0.5).order
+        order = plan_tiles(nuclei, opened.mpp, 0.5, 256).order
         middle = len(order) // 2
         nuclei = nuclei.iloc[np.sort(order[middle : middle + n])].reset_index(drop=True)
     return image, opened.mpp, nuclei

@@ -24,7 +24,7 @@ from prts.analysis.types import TypeClassifier, accuracy, agreement, confusion, 
 if TYPE_CHECKING:
     import anndata as ad
 
-    from prts.analysis.measured import Measured
+    from prts.evaluation.measured import MeasuredSection
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def compare_sections(predicted: ClusteredSection, measured: ClusteredSection, re
 
 def classify_nuclei(
     classifier: TypeClassifier,
-    measured: Measured,
+    measured: MeasuredSection,
     truth: ad.AnnData | None,
     result: Comparison,
     classes: Mapping[str, Sequence[str]] | None = None,
@@ -217,7 +217,7 @@ def classify_nuclei(
     return types
 
 
-def _true_labels(classifier: TypeClassifier, measured: Measured, truth: ad.AnnData) -> dict[str, Any]:
+def _true_labels(classifier: TypeClassifier, measured: MeasuredSection, truth: ad.AnnData) -> dict[str, Any]:
     """True types, and the classes of the true rates if the truth has all predicted genes."""
     matched = measured.matched
     rows = true_rows(matched.xy_px, truth, measured.section.mpp)
@@ -237,7 +237,7 @@ def score_against_truth(section: ClusteredSection, what: str, types: pd.Series, 
     result.add(f"truth/{what}", agreement(types.loc[shared], section.nuclei.obs.loc[shared, "cluster"]))
 
 
-def type_shares(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
+def share_of_types(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
     """Share of nuclei per type: `name, predicted, measured`, most common first; nuclei without a type are not counted."""
     columns = {"predicted": predicted} | ({} if measured is None else {"measured": measured})
     parts = {key: types.dropna().astype(str).value_counts(normalize=True) for key, types in columns.items()}

@@ -18,21 +18,23 @@ from prts.analysis.compare import (
     cluster_section,
     compare_sections,
     score_against_truth,
+    share_of_types,
     summarize_clusters,
-    type_shares,
 )
 from prts.analysis.enrich import EnrichmentSettings, enrich_clusters
-from prts.analysis.measured import Measured, measure, measure_training
 from prts.analysis.spots import SpotSettings, compare_spots, filter_spots, read_visium
 from prts.analysis.symbols import read_orthologs
 from prts.analysis.types import TypeClassifier, true_types
 from prts.errors import InputError, ParameterError
-from prts.evaluation.scoring import json_ready
+from prts.evaluation.measured import MeasuredSection, measure_predicted, measure_training
+from prts.evaluation.summaries import json_ready
 from prts.io.cache import atomic
 from prts.io.h5_checks import read_checked_h5ad
 from prts.io.hdf5 import write_h5ad
+from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.spots import read_spots
+from prts.section import open_section_folder
 from prts.simulate.gene_programs import true_rates
 
 if TYPE_CHECKING:
@@ -202,7 +204,8 @@ def analyze(
     steps = _Steps.start(Path(prediction), markers, orthologs, settings or AnalysisSettings())
     measured = None
     if section is not None:
-        measured = measure(steps.prediction, nuclei_path(Path(prediction)), Path(section))
+        outlines = load_nuclei(nuclei_path(Path(prediction)))
+        measured = measure_predicted(steps.prediction, outlines, open_section_folder(section))
     elif train_section is not None:
         raise ParameterError("", "train_section", "labels nuclei that were also measured; give `section` as well")
     spots = _find_spots(visium, measured, steps.settings.spots)
@@ -215,7 +218,7 @@ def analyze(
     for column in ("type", "broad"):
         if column in found.predicted.nuclei.obs:
             other = None if found.measured is None else found.measured.nuclei.obs[column]
-            found.tables[f"shares_{column}"] = type_shares(found.predicted.nuclei.obs[column], other)
+            found.tables[f"shares_{column}"] = share_of_types(found.predicted.nuclei.obs[column], other)
     for name, clustered in found.sections.items():
         table = steps.enrich(clustered)
         if table is not None:
@@ -283,7 +286,7 @@ class _Steps:
 
 
 def _compare_with_measured(
-    found: Analysis, measured: Measured, train_section: TrainingSection | None, steps: _Steps
+    found: Analysis, measured: MeasuredSection, train_section: TrainingSection | None, steps: _Steps
 ) -> None:
     n_clusters = len(found.predicted.nuclei.obs["cluster"].cat.categories)
     found.measured = steps.cluster(measured.counts, "section", n_clusters)
@@ -301,12 +304,11 @@ def _compare_with_measured(
 
 
 def _classify(
-    found: Analysis, measured: Measured, truth: ad.AnnData | None, training: TrainingSection, steps: _Steps
+    found: Analysis, measured: MeasuredSection, truth: ad.AnnData | None, training: TrainingSection, steps: _Steps
 ) -> None:
     """Train a classifier on the training section, and label measured and predicted nuclei with it."""
-    section, counts, panel = measure_training(
-        found.prediction, Path(training.folder), training.nuclei, training.segmenter
-    )
+    section = open_section_folder(training.folder)
+    counts, panel = measure_training(found.prediction, section, training.nuclei, training.segmenter)
     if section.truth is not None:
         types = true_types(counts.obsm["spatial"], read_checked_h5ad(section.truth), section.mpp)
     else:
@@ -320,7 +322,7 @@ def _classify(
     for name, clustered in found.sections.items():
         obs = clustered.nuclei.obs
         obs["classifier_type"] = labels[name].reindex(obs.index).astype("category")
-    found.tables["shares_classifier"] = type_shares(labels["predicted"], labels["measured"])
+    found.tables["shares_classifier"] = share_of_types(labels["predicted"], labels["measured"])
 
 
 def _training_labels(obs: pd.DataFrame) -> pd.Series:
@@ -343,7 +345,7 @@ def _cluster_tables(section: ClusteredSection, prefix: str) -> dict[str, pd.Data
     return tables if section.names is None else {**tables, f"{prefix}annotation": section.names}
 
 
-def _read_truth(measured: Measured) -> ad.AnnData | None:
+def _read_truth(measured: MeasuredSection) -> ad.AnnData | None:
     """Ground truth of a simulated section; a large one stores factors, from which the rates are computed."""
     if measured.section.truth is None:
         return None
@@ -356,7 +358,7 @@ def _read_truth(measured: Measured) -> ad.AnnData | None:
     return truth
 
 
-def _find_spots(visium: str | Path | None, measured: Measured | None, settings: SpotSettings) -> Spots | None:
+def _find_spots(visium: str | Path | None, measured: MeasuredSection | None, settings: SpotSettings) -> Spots | None:
     """Spots of the Visium run, or else of the section."""
     if visium is not None:
         return filter_spots(read_visium(Path(visium)), settings)

@@ -75,14 +75,9 @@ def _settings(cfg: DictConfig) -> AnalysisSettings:
 
 
 def _training_section(cfg: DictConfig) -> TrainingSection:
-    from hydra.utils import instantiate
-
     from prts.analysis.pipeline import TrainingSection
+    from prts.cli.prepare import chosen_segmenter
 
-    segmenter = None
-    if cfg.get("segmentation") is not None:
-        node = plain(cfg.segmentation)
-        node.pop("prefer_given")
-        segmenter = instantiate(node)
+    segmenter = None if cfg.get("segmentation") is None else chosen_segmenter(plain(cfg.segmentation))[0]
     nuclei = None if cfg.train_nuclei is None else Path(cfg.train_nuclei)
     return TrainingSection(Path(cfg.train_section), nuclei, segmenter)

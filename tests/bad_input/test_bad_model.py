@@ -42,9 +42,9 @@ WRONG_BUNDLE: dict[str, tuple[Any, str]] = {
     "another version": ({"format_version": 99}, "format version 99"),
     "no genes": ({"genes": []}, "0 genes"),
     "genes of numbers": ({"genes": 5}, "not laid out"),
-    "a gene less": ({"genes": [{"name": "A", "id": "a"}]}, "1 genes beside a network of"),
+    "a gene less": ({"genes": [{"name": "A", "id": "a"}]}, "1 genes for a network of"),
     "unknown architecture": ({"architecture": {"name": "os.system"}}, "is not one of"),
-    "unknown target": ({"target": {"name": "eval"}}, "is not one of"),
+    "unknown likelihood": ({"likelihood": {"name": "eval"}}, "is not one of"),
     "negative width": ({"architecture": {"name": "mlp", "in_features": -1, "n_genes": 50}}, "model.json"),
     "other input": ({"input": {"use": ["local"], "widths": {"local": 3}}}, "do not add up"),
     "a rule of nothing": ({"output": {}}, "not laid out"),
@@ -176,9 +176,9 @@ def test_a_gene_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 TISSUE = "name: mine\nspecies: human\nsections: {s1: {image: a.tif, bins: b}}\ntrain: [s1]\nval: []\ntest: []\n"
 WRONG_TISSUE = {
-    "unknown species": (TISSUE.replace("human", "dog"), "tissue.species"),
+    "unknown species": (TISSUE.replace("human", "dog"), "species: 'dog'"),
     "no such section": (TISSUE.replace("train: [s1]", "train: [s2]"), "'s2' is not a section"),
-    "two roles": (TISSUE.replace("val: []", "val: [s1]"), "a section has one role"),
+    "two roles": (TISSUE.replace("val: []", "val: [s1]"), "give each section one role"),
     "unknown key": (TISSUE.replace("bins: b", "bins: b, imag: c"), "imag: no such key, did you mean 'image'"),
     "text um/px": (TISSUE.replace("bins: b", "bins: b, mpp: half"), "mpp"),
     "no bins": (TISSUE.replace(", bins: b", ""), "bins: is required"),

@@ -128,7 +128,8 @@ CROWD = """
     import os, signal, sys, time
     from pathlib import Path
     import anndata, geopandas, pyarrow, scanpy, scipy, sklearn, skimage, torch
-    import prts.cli.prepare, prts.features.classical
+    import prts.cli.prepare
+    from prts.features.encoders import Classical
     from prts.cli.main import main
 
     def quick(self, tiles, polygons):
@@ -138,7 +139,7 @@ CROWD = """
         vectors[:, 0] = tiles[:, 128, 128, 0]
         return vectors[:, :384].copy(), vectors[:, 384:].copy()
 
-    prts.features.classical.Classical.encode = quick
+    Classical.encode = quick
     n, kill, cache, *given = sys.argv[1:]
     children = []
     for _ in range(int(n)):

@@ -131,7 +131,7 @@ def test_a_prediction_alone_is_clustered_and_its_markers_tested(folder: Path, tm
         (["enrich.obo=go.obo"], "needs `annotations` as well"),
         (["enrich.annotations=a.gaf"], "needs the ontology as well"),
         (["train_section={folder}/train"], "give `section` as well"),
-        (["section={folder}/test", "train_section={folder}/train"], "name their file as train_nuclei=FILE"),
+        (["section={folder}/test", "train_section={folder}/train"], "has no nuclei; give their file"),
         (["section={tmp}/nowhere"], "no such folder"),
         (["section={tmp}/damaged"], "truth.h5ad: not HDF5, or damaged"),
         (["visium={tmp}"], "expected the `outs` folder of a Visium run"),

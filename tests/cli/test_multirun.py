@@ -8,7 +8,8 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prts.cli.app import config_dir, verdict
+from prts.cli.app import config_dir
+from prts.cli.exit_status import exit_status_of
 from prts.cli.jobs import _cause
 from prts.cli.loggers import run_loggers
 from prts.errors import InputError
@@ -50,8 +51,8 @@ def test_no_two_jobs_of_the_loss_grid_are_one_loss():
 def test_a_job_that_dies_says_how():
     assert _cause(-9).startswith("killed: by SIGKILL")
     assert _cause(1).startswith("failed: ")
-    assert verdict(InputError("x: is wrong")) == (2, "x: is wrong")
-    assert verdict(ValueError("no\nmore")) == (1, "ValueError: no")
+    assert exit_status_of(InputError("x: is wrong")) == (2, "x: is wrong")
+    assert exit_status_of(ValueError("no\nmore")) == (1, "ValueError: no")
 
 
 def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.sparse import csc_matrix, random_array, vstack
 
 from prts.errors import InputError
-from prts.platforms.bin_positions import BinMatrix, matrix_path, read_positions, read_scalefactors
+from prts.platforms.bin_matrix import BinMatrix
+from prts.platforms.bin_positions import matrix_path, read_positions, read_scalefactors
 
 AFFINE = np.array([[-7.3, 0.11, 21_000.0], [0.12, 7.298, 46.8]])
 GENES = {

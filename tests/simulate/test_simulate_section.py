@@ -234,7 +234,7 @@ def test_the_section_opens_as_any_other(folder: Path) -> None:
     from prts.section import open_section_folder
 
     opened = open_section_folder(folder)
-    assert opened.mpp == 0.5 and opened.bins is not None
+    assert opened.mpp == 0.5 and opened.measurement is not None
     # Its true nuclei are not found by accident.
     assert opened.nuclei is None
 
