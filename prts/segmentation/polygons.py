@@ -32,7 +32,7 @@ class Polygons:
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
         """Nuclei of the file, checked against the slide."""
         width, height = slide.file_size
-        nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height)
+        nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height, max_pixels=slide.max_pixels)
         return slide.orientation.nuclei(nuclei, slide.file_size)
 
     def settings(self) -> dict[str, Any]:
