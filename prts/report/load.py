@@ -20,8 +20,8 @@ from prts.data.tissue import parse_tissue
 from prts.errors import InputError
 from prts.evaluation.measured import measure_predicted
 from prts.evaluation.scored_section import ScoredSection
-from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
+from prts.evaluation.settings import EvaluationSettings
 from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
@@ -99,7 +99,9 @@ def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]
         prediction.uns["prts"].setdefault("register", config.get("preprocess", {}).get("register", False))
         matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
         result = (
-            SectionScores({}, per_gene, None) if len(paths) == 1 else _evaluate(matched, prediction, section, evaluation)
+            SectionScores({}, per_gene, None)
+            if len(paths) == 1
+            else _evaluate(matched, prediction, section, evaluation)
         )
         page = PageContent(
             prediction,
