@@ -31,6 +31,13 @@ from prts.simulate.section import BINS, simulate_section
 Ask = Callable[..., tuple[int, str]]
 
 
+def pytest_itemcollected(item: pytest.Function) -> None:
+    """Of tests marked as sampled, run only the first value of the named parameters by default."""
+    for mark in item.iter_markers("sampled"):
+        if any(item.callspec.indices[name] for name in mark.args):
+            item.add_marker(pytest.mark.nightly)
+
+
 @dataclass(frozen=True)
 class World:
     """Sound files; a case spoils a copy of one of them."""
@@ -245,22 +252,19 @@ def cut(path: Path, share: float) -> None:
 
 
 SPOILT: dict[str, Callable[[Path], object]] = {
+    "nine tenths": lambda path: cut(path, 0.9),  # an interrupted download
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "a tenth": lambda path: cut(path, 0.1),
-    "nine tenths": lambda path: cut(path, 0.9),
     "text": lambda path: path.write_text("this is something else altogether\n" * 50),
     "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
-_TYPICAL = "nine tenths"  # an interrupted download
-
-
-@pytest.fixture(params=[name if name == _TYPICAL else pytest.param(name, marks=pytest.mark.nightly) for name in SPOILT])
+@pytest.fixture(params=SPOILT)
 def spoil(request: pytest.FixtureRequest) -> Callable[[Path], object]:
-    """Each way to spoil a file of any kind; the default run uses one of them."""
+    """Each way to damage a file of any kind; mark tests as sampled("spoil")."""
     return SPOILT[request.param]
 
 

@@ -32,7 +32,8 @@ def save(path: Path, pixels: np.ndarray, **how: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["slide.tif", "slide.png", pytest.param("slide.jpg", marks=pytest.mark.nightly)])
+@pytest.mark.sampled("spoil")
+@pytest.mark.parametrize("name", ["slide.tif", "slide.png", "slide.jpg"])
 def test_a_spoilt_image_is_named(
     predict: Ask, pixels: np.ndarray, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], name: str
 ) -> None:
@@ -93,6 +94,7 @@ UNUSUAL_PIXELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, An
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", UNUSUAL_PIXELS)
 def test_unusual_pixels_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, case: str) -> None:
     change, how = UNUSUAL_PIXELS[case]
@@ -104,19 +106,15 @@ def test_unusual_pixels_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, c
     assert np.abs(read - wanted).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "größe, it's {x}=[y]",
-        *(pytest.param(n, marks=pytest.mark.nightly) for n in ("with space", "a,b", "x=y", "北", "[brackets]", "{x}")),
-    ],
-)
+@pytest.mark.sampled("name")
+@pytest.mark.parametrize("name", ["größe, it's {x}=[y]", "with space", "a,b", "x=y", "北", "[brackets]", "{x}"])
 def test_odd_paths_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     path = save(tmp_path / name / f"{name}.tif", pixels)
     assert predict(image=path, out=tmp_path / name / f"{name} slide.h5ad") == (0, "")
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("suffix", [".geojson", ".geojson.gz", ".parquet", ".shp", ".csv", ".tif"])
 def test_spoilt_nuclei_are_named(
     predict: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], suffix: str
@@ -156,6 +154,7 @@ WRONG_NUCLEI: dict[str, tuple[Callable[[gpd.GeoDataFrame], gpd.GeoDataFrame], st
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_NUCLEI)
 def test_wrong_nuclei_are_refused(predict: Ask, world: Any, tmp_path: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_NUCLEI[case]
@@ -197,13 +196,8 @@ def test_a_polygon_that_crosses_itself_is_mended(predict: Ask, world: Any, tmp_p
     assert predict(nuclei=tmp_path / "nuclei.parquet") == (0, "")
 
 
-@pytest.mark.parametrize(
-    "picture",
-    [
-        "immunohistochemistry",
-        *(pytest.param(p, marks=pytest.mark.nightly) for p in ("astronaut", "coffee", "chelsea", "retina")),
-    ],
-)
+@pytest.mark.sampled("picture")
+@pytest.mark.parametrize("picture", ["immunohistochemistry", "astronaut", "coffee", "chelsea", "retina"])
 def test_a_photograph_or_another_stain_is_refused(predict: Ask, tmp_path: Path, refused: Refused, picture: str) -> None:
     import skimage.data
 

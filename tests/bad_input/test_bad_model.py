@@ -28,6 +28,7 @@ Ask = Callable[..., tuple[int, str]]
 Refused = Callable[..., None]
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
 def test_a_spoilt_bundle_is_named(
     predict: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], name: str
@@ -53,6 +54,7 @@ WRONG_BUNDLE: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_BUNDLE)
 def test_a_wrong_bundle_is_refused(predict: Ask, world: Any, tmp_path: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_BUNDLE[case]
@@ -73,6 +75,7 @@ def test_doctor_says_what_is_wrong_with_a_bundle(
     assert "no such file; a bundle holds model.json" in " ".join(said.out.split())  # the table wraps its lines
 
 
+@pytest.mark.sampled("spoil")
 def test_a_spoilt_prediction_is_named(
     evaluate: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object]
 ) -> None:
@@ -92,6 +95,7 @@ WRONG_PREDICTION: dict[str, tuple[Callable[[ad.AnnData], object], str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_PREDICTION)
 def test_a_wrong_prediction_is_refused(evaluate: Ask, world: Any, tmp_path: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_PREDICTION[case]
@@ -137,6 +141,7 @@ class Payload:
         return os.mkdir, ("pickled-code-ran",)
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_spoilt_weights_are_named(tmp_path: Path, spoil: Callable[[Path], object], name: str) -> None:
     from safetensors.torch import save_file

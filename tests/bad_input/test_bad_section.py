@@ -26,6 +26,7 @@ def put(group: h5py.Group, name: str, values: Any) -> None:
     group[name] = values
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize(
     "name", ["filtered_feature_bc_matrix.h5", "spatial/tissue_positions.parquet", "spatial/scalefactors_json.json"]
 )
@@ -78,6 +79,7 @@ WRONG_MATRIX: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_MATRIX)
 def test_a_wrong_matrix_is_refused(evaluate: Ask, section: Path, matrix: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_MATRIX[case]
@@ -103,6 +105,7 @@ UNUSUAL_MATRIX: dict[str, Callable[[h5py.Group], object]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", UNUSUAL_MATRIX)
 def test_an_unusual_matrix_counts_the_same(
     evaluate: Ask, section: Path, matrix: Path, tmp_path: Path, case: str
@@ -137,6 +140,7 @@ WRONG_POSITIONS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] =
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_POSITIONS)
 def test_wrong_positions_are_refused(evaluate: Ask, section: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_POSITIONS[case]
@@ -157,6 +161,7 @@ WRONG_FACTORS: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_FACTORS)
 def test_wrong_scale_factors_are_refused(evaluate: Ask, section: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_FACTORS[case]
@@ -186,6 +191,7 @@ WRONG_SPOTS: dict[str, tuple[Callable[[ad.AnnData], object], str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_SPOTS)
 def test_wrong_spots_are_refused(evaluate: Ask, section: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_SPOTS[case]
@@ -195,6 +201,7 @@ def test_wrong_spots_are_refused(evaluate: Ask, section: Path, refused: Refused,
     refused(evaluate(section=section), "spots", words)
 
 
+@pytest.mark.sampled("spoil")
 def test_spoilt_spots_are_named(
     evaluate: Ask, section: Path, refused: Refused, spoil: Callable[[Path], object], request: pytest.FixtureRequest
 ) -> None:
