@@ -1,4 +1,4 @@
-"""Wrong bundles, predictions, weights, gene lists, tissue configs and arguments; files that may not be read."""
+"""Wrong bundles, predictions, weights, gene lists, tissue configs and arguments; files without permissions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Refused = Callable[..., None]
 
 @pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
-def test_a_spoilt_bundle_is_named(
+def test_a_damaged_bundle_is_named(
     predict: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], name: str
 ) -> None:
     model = world.copy(world.bundle, tmp_path)
@@ -64,9 +64,7 @@ def test_a_wrong_bundle_is_refused(predict: Ask, world: Any, tmp_path: Path, ref
     refused(predict(bundle=model), words)
 
 
-def test_doctor_says_what_is_wrong_with_a_bundle(
-    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_reports_a_damaged_bundle(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = world.copy(world.bundle, tmp_path)
     (model / "model.safetensors").unlink()
     assert main(["doctor", f"bundle={model}"]) == 2
@@ -76,7 +74,7 @@ def test_doctor_says_what_is_wrong_with_a_bundle(
 
 
 @pytest.mark.sampled("spoil")
-def test_a_spoilt_prediction_is_named(
+def test_a_damaged_prediction_is_named(
     evaluate: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object]
 ) -> None:
     prediction = world.copy(world.prediction, tmp_path)
@@ -125,7 +123,7 @@ def test_a_prediction_without_its_polygons_is_refused(
     refused(evaluate(prediction=path), "slide.nuclei.parquet" if "slide" in path.name else "nuclei.parquet")
 
 
-def test_out_must_be_a_place_for_the_result(predict: Ask, evaluate: Ask, tmp_path: Path, refused: Refused) -> None:
+def test_out_must_be_writable_for_the_result(predict: Ask, evaluate: Ask, tmp_path: Path, refused: Refused) -> None:
     refused(predict(out=tmp_path / "slide.h5"), "does not end in .h5ad")
     (tmp_path / "x" / "folder.h5ad").mkdir(parents=True)
     refused(predict(out=tmp_path / "x" / "folder.h5ad"), "is a folder")
@@ -135,7 +133,7 @@ def test_out_must_be_a_place_for_the_result(predict: Ask, evaluate: Ask, tmp_pat
 
 
 class Payload:
-    """What a malicious checkpoint would run."""
+    """Code in a malicious checkpoint."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("pickled-code-ran",)
@@ -143,7 +141,7 @@ class Payload:
 
 @pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_spoilt_weights_are_named(tmp_path: Path, spoil: Callable[[Path], object], name: str) -> None:
+def test_damaged_weights_are_named(tmp_path: Path, spoil: Callable[[Path], object], name: str) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / name
@@ -172,7 +170,7 @@ def test_a_wrong_gene_list_is_refused(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_gene_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_gene_list_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genes.txt").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "genes.txt", tmp_path, tmp_path / "nowhere.txt"):
         with pytest.raises(InputError, match=r"cannot be read|not UTF-8"):
@@ -228,7 +226,7 @@ def test_wrong_arguments_of_simulate_are_refused(
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Be a user who may do little: root is denied nothing. In this process: a fork of one that has used OpenMP may never end."""
+    """Become a user without permissions, within this process: a fork after OpenMP may never end."""
     user, groups = pwd.getpwnam("nobody"), os.getgroups()
     os.setgroups([])
     os.setegid(user.pw_gid)
@@ -245,7 +243,7 @@ def as_nobody() -> Iterator[None]:
 @pytest.mark.parametrize(
     "what", ["image", "nuclei", "bundle/model.json", "bundle/model.safetensors", "bundle", "out", "cache"]
 )
-def test_what_may_not_be_read_or_written_is_named(ask: Ask, world: Any, what: str) -> None:
+def test_missing_permissions_are_named(ask: Ask, world: Any, what: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         root.chmod(0o755)

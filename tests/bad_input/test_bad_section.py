@@ -30,7 +30,7 @@ def put(group: h5py.Group, name: str, values: Any) -> None:
 @pytest.mark.parametrize(
     "name", ["filtered_feature_bc_matrix.h5", "spatial/tissue_positions.parquet", "spatial/scalefactors_json.json"]
 )
-def test_a_spoilt_file_of_the_bins_is_named(
+def test_a_damaged_file_of_the_bins_is_named(
     evaluate: Ask, section: Path, refused: Refused, spoil: Callable[[Path], object], name: str
 ) -> None:
     path = section / BINS / name
@@ -171,8 +171,8 @@ def test_wrong_scale_factors_are_refused(evaluate: Ask, section: Path, refused: 
     refused(evaluate(section=section), words)
 
 
-def test_an_absurd_scale_factor_is_no_source(evaluate: Ask, section: Path) -> None:
-    """As for a default of 72 dpi: image and bins, which agree, say the um/px."""
+def test_an_implausible_scale_factor_is_ignored(evaluate: Ask, section: Path) -> None:
+    """Like a default of 72 dpi; image and bins agree on the um/px."""
     path = section / BINS / "spatial/scalefactors_json.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"microns_per_pixel": 400.0}))
     assert evaluate(section=section) == (0, "")
@@ -202,18 +202,18 @@ def test_wrong_spots_are_refused(evaluate: Ask, section: Path, refused: Refused,
 
 
 @pytest.mark.sampled("spoil")
-def test_spoilt_spots_are_named(
+def test_damaged_spots_are_named(
     evaluate: Ask, section: Path, refused: Refused, spoil: Callable[[Path], object], request: pytest.FixtureRequest
 ) -> None:
     spoil(section / "spots.h5ad")
     answer = evaluate(section=section)
-    if "missing" in request.node.name:  # a section need not have any
+    if "missing" in request.node.name:  # spots are optional
         assert answer == (0, "")
     else:
         refused(answer, str(section / "spots.h5ad"))
 
 
-def test_a_folder_that_is_no_section_is_refused(evaluate: Ask, section: Path, refused: Refused, tmp_path: Path) -> None:
+def test_a_folder_without_a_section_is_refused(evaluate: Ask, section: Path, refused: Refused, tmp_path: Path) -> None:
     refused(evaluate(section=tmp_path / "nowhere"), "no such folder")
     refused(evaluate(section=section / BINS), "exactly one tissue_image.*")
     (section / "tissue_image.png").write_bytes(b"")
