@@ -185,7 +185,7 @@ WRONG_TISSUE = {
     "unknown key": (TISSUE.replace("bins: b", "bins: b, imag: c"), "imag: no such key, did you mean 'image'"),
     "text um/px": (TISSUE.replace("bins: b", "bins: b, mpp: half"), "mpp"),
     "no bins": (TISSUE.replace(", bins: b", ""), "bins: is required"),
-    "a name for a list": (TISSUE.replace("train: [s1]", "train: s1"), "must be a list"),
+    "a name for a list": (TISSUE.replace("train: [s1]", "train: s1"), "give a list"),
     "not YAML": (TISSUE.replace("train: [s1]", "train: [s1"), "mine"),
     "code": (TISSUE.replace("name: mine", "name: !!python/object/apply:os.mkdir [yaml-code-ran]"), "mine"),
 }
