@@ -110,7 +110,7 @@ def atomic(path: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        _in_progress.remove(temporary)
+        _in_progress.discard(temporary)
         _remove(temporary)
 
 
