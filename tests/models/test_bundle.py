@@ -171,7 +171,7 @@ DAMAGE = {
         edit_json(
             lambda j: j.update(intervals={"level": 0.9, **dict.fromkeys(("scale", "dispersion", "mass"), [[1.0]] * 3)})
         ),
-        "one number per gene is needed",
+        r"not laid out as prts writes it \(intervals\.scale",
     ),
     "an interval's scale": (
         edit_json(

@@ -124,7 +124,7 @@ def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str,
     [
         (["ablation=local384"], r"encoder\.local_width: Classical has no such setting"),
         (["encoder=timm", "ablation=local384"], r"encoder\.local_width: Timm has no such setting"),
-        (["loss=poisson", "ablation=no_weights"], "likelihood alpha_w: no such setting"),
+        (["loss=poisson", "ablation=no_weights"], "likelihood alpha_w: the poisson likelihood has no such setting"),
         (["loss=poisson", "data.target=minmax"], "data target: 'minmax' does not go with the poisson"),
         (
             ["loss=hurdle", "model.net.heads=dual", "model.output.gate=none"],
