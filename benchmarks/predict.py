@@ -33,7 +33,7 @@ def run(quick: bool) -> Part:
         f"{child(forward, n=largest, genes=genes).result:.1f} s: the network alone, on features in memory",
         ["predict/seconds_60k", "predict/peak_gb"],
     )
-    part.row("growth over nuclei (features to `.h5ad`)", growth(ours))
+    part.row("growth with nuclei (features to `.h5ad`)", growth(ours))
     return part
 
 

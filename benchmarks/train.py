@@ -54,7 +54,7 @@ def run(quick: bool) -> Part:
     )
     sizes = QUICK_SIZES if quick else (*SIZES[:-1], NUCLEI)
     by_size = {n: child(fit, **{**size, "n": n}).result for n in sizes}
-    part.row(f"growth over nuclei (an epoch without validation, in {precision})", growth(by_size))
+    part.row(f"growth with nuclei (an epoch without validation, in {precision})", growth(by_size))
     return part
 
 
@@ -200,9 +200,9 @@ def _config() -> Any:
     """The paper's setting, on a CPU."""
     from hydra import compose, initialize_config_dir
 
-    from benchmarks.harness import ROOT
+    from prts.cli.config import config_dir
 
-    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+    with initialize_config_dir(str(config_dir()), version_base=None):
         return compose("train", ["experiment=paper", "trainer=cpu"])
 
 

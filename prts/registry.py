@@ -15,9 +15,9 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from prts.errors import ParameterError, did_you_mean
 
@@ -101,6 +101,30 @@ class Registry(Generic[T]):
                     f"{name!r} is not registered{did_you_mean(name, known)}; choose one of {', '.join(known)}",
                 )
         return self._members[name]
+
+    def build(self, settings: Mapping[str, Any], **extra: Any) -> T:
+        """Make a member from plain settings, such as a config or a bundle holds.
+
+        Parameters
+        ----------
+        settings
+            `name`, and arguments of that member.
+        extra
+            More arguments, which win over `settings`.
+
+        Raises
+        ------
+        ParameterError
+            If there is no such member, or an argument is unknown, missing or not of the kind and range that the constructor's annotations
+            state.
+        """
+        from prts.arguments import checked_call  # with pydantic, which a list of names does not need
+
+        given = {**settings, **extra}
+        name = given.pop("name", None)
+        if not isinstance(name, str):
+            raise ParameterError(self.kind, "name", f"is missing; choose one of {', '.join(self.names())}")
+        return checked_call(self[name], given, self.kind)
 
     def _discover(self) -> None:
         if self._discovered:

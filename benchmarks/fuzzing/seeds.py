@@ -1,4 +1,4 @@
-"""Small sound files of every kind that prts reads, as bytes."""
+"""Small valid files of every kind that prts reads, as bytes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import tifffile
 import torch
 from PIL import Image
 
-from prts.features.classical import Classical
+from prts.features.encoders import Classical
 from prts.features.store import Rows, write_store
-from prts.io.nuclei import COLUMNS
+from prts.io.nuclei import NUCLEI_COLUMNS
 from prts.io.prediction import PredictionWriter, spatial_uns
 from prts.models.bundle import save_bundle
 from prts.models.likelihoods.paper import Paper
@@ -264,7 +264,7 @@ def spots(path: Path) -> bytes:
 def prediction(path: Path) -> bytes:
     names, ids = zip(*_GENES, strict=True)
     genes = pd.DataFrame({"gene_id": ids, "val_pcc": 0.5, "predictable": True}, index=pd.Index(names))
-    nuclei = _squares().assign(area_um2=25.0)[list(COLUMNS)]
+    nuclei = _squares().assign(area_um2=25.0)[list(NUCLEI_COLUMNS)]
     uns = {"prts": {"mpp": 0.5, "train": ["a"]}, "spatial": spatial_uns("s", _picture(8), SIDE, 9.0)}
     with PredictionWriter(path, genes, nuclei, uns, intervals=True) as writer:
         umi = np.arange(9, dtype=np.float32).reshape(3, 3)

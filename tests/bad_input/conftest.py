@@ -18,8 +18,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from scipy.sparse import csr_matrix
 
-from prts.cli.app import config_dir, verdict
-from prts.features.classical import Classical
+from prts.cli.app import config_dir
+from prts.cli.exit_status import exit_status_of
+from prts.features.encoders import Classical
 from prts.io.nuclei import load_nuclei
 from prts.models.bundle import save_bundle
 from prts.models.likelihoods.paper import Paper
@@ -73,7 +74,7 @@ def ask() -> Ask:
         try:
             importlib.import_module(f"prts.cli.{command}").main(cfg)
         except Exception as error:  # noqa: BLE001 (what the command line does with it is what is tested)
-            return verdict(error)
+            return exit_status_of(error)
         return 0, ""
 
     return run
@@ -143,7 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> World:
 @pytest.fixture
 def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """`classical` in a hundredth of the time: a few numbers from each tile, the rest 0."""
-    from prts.features.classical import Classical
+    from prts.features.encoders import Classical
 
     def encode(self: Classical, tiles: np.ndarray, polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         vectors = np.zeros((len(tiles), self.global_width + self.local_width), np.float32)
@@ -254,9 +255,12 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.fixture(params=SPOILT)
+_TYPICAL = "nine tenths"  # an interrupted download
+
+
+@pytest.fixture(params=[name if name == _TYPICAL else pytest.param(name, marks=pytest.mark.nightly) for name in SPOILT])
 def spoil(request: pytest.FixtureRequest) -> Callable[[Path], object]:
-    """Each way to spoil a file of any kind."""
+    """Each way to spoil a file of any kind; the default run uses one of them."""
     return SPOILT[request.param]
 
 

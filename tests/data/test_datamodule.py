@@ -24,8 +24,8 @@ from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
+from prts.platforms.base import Registration
 from prts.preprocess.panel import Panel
-from prts.preprocess.register import Registration
 from prts.section import Section
 
 MPP = 0.5
@@ -57,12 +57,12 @@ def write_section(folder: Path, name: str, n: int, seed: int, *, without_feature
         mpp_source="given",
         width=4000,
         height=4000,
-        bins=None,
+        measurement=None,
         nuclei=None,
         spots=None,
     )
     files = (folder / f for f in ("x.parquet", f"{name}.h5ad", f"{name}.h5", f"{name}.c.h5"))
-    return PreparedSection(section, *files, Registration(True, *[0.0] * 8))
+    return PreparedSection(section, *files, Registration(True, *[0.0] * 9))
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
-"""Do the bins lie on the image? The shift and the small rotation between the nuclei and the UMIs, measured and taken back.
+"""Measure and correct the shift and small rotation between bins and nuclei.
 
-Nuclei hold more UMIs than what lies between them, so the density of UMIs, correlated with the mask of the nuclei on the lattice of bins,
-peaks where the two lie on each other (normalised cross-correlation: Lewis 1995). What is large (domains, spots, the rim of the tissue) is
-taken out first, since it need not be centred on anything. The correlation is kept per block of the lattice: a rotation is a shift that
-grows with the distance from the centre, so for each angle the blocks' correlations are moved against each other and added up. All blocks
-vote together, however little each of them knows.
+Nuclei contain more UMIs than the space between them, so the density of UMIs, correlated with the mask of the nuclei on the lattice of
+bins, peaks where the two coincide (normalized cross-correlation: Lewis 1995). Large structure (domains, spots, the edge of the tissue) is
+removed first, since it need not be centered on nuclei. The correlation is kept per block of the lattice: a rotation is a shift that
+grows with the distance from the center, so for each angle the blocks' correlations are shifted against each other and summed. All blocks
+contribute, however weak the signal of each.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from scipy import fft, ndimage, optimize
 
 from prts.geometry import lattice_points_within
-from prts.platforms.bin_positions import BIN_SIZE_UM, BinGrid, BinMatrix, matrix_path, read_positions
+from prts.platforms.base import CONFIDENT, Registration
+from prts.platforms.bin_matrix import BinMatrix
+from prts.platforms.bin_positions import BIN_SIZE_UM, BinGrid, matrix_path, read_positions
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,14 +30,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Spectra = NDArray[np.complex64]
 
-WARN_UM = 2.0
-"""Beyond this, bins of one nucleus are counted for its neighbour or for none."""
-
 MAX_SHIFT_UM = 40.0
 MAX_ROTATION_DEG = 1.0
 
-# Peaks of pure noise reach 4 to 5 spreads of the background (the highest of some thousand correlated values).
-_CONFIDENT = 8.0
 _REACH = 30  # bins: how far correlations are computed; the part beyond MAX_SHIFT_UM is background only
 _PEAK = 8  # bins about the peak that are no background
 _LARGE = 5.0  # bins: sigma beyond which structure is taken out
@@ -44,62 +41,8 @@ _BLOCK = 256  # bins a side of the largest block; a small section is cut into 4 
 _ENTRIES = 20_000_000
 
 
-@dataclass(frozen=True)
-class Registration:
-    """Where the bins lie against the nuclei.
-
-    Attributes
-    ----------
-    measured
-        Whether the correlation has a peak that stands out; the next four are 0 if not.
-    shift_x_um, shift_y_um
-        By how much the bins' positions are off in the middle of the tissue: to the right, and down.
-    rotation_deg
-        By how much they are turned about it, clockwise as one sees the image.
-    displacement_um
-        Root mean square distance between where bins are said to be and where they are, over the tissue.
-    confidence
-        Height of the peak over the background's spread.
-    peak
-        Height of the peak, the correlation of UMIs and nuclei.
-    centre_x_px, centre_y_px
-        Where the middle of the tissue's bins is said to be, in full-resolution pixels.
-    """
-
-    measured: bool
-    shift_x_um: float
-    shift_y_um: float
-    rotation_deg: float
-    displacement_um: float
-    confidence: float
-    peak: float
-    centre_x_px: float
-    centre_y_px: float
-
-    @property
-    def shift_um(self) -> float:
-        """Length of the shift."""
-        return math.hypot(self.shift_x_um, self.shift_y_um)
-
-    def report(self) -> dict[str, Any]:
-        """All figures, for `uns` and metrics."""
-        return {**asdict(self), "shift_um": self.shift_um}
-
-    def sentence(self) -> str:
-        """What was found, in words."""
-        if not self.measured:
-            return (
-                "the shift between bins and nuclei cannot be measured: UMIs are not denser in nuclei than around them "
-                f"(peak {self.confidence:.1f} spreads over the background, {_CONFIDENT:g} are needed)"
-            )
-        return (
-            f"bins lie {self.shift_um:.2f} um off the nuclei (x {self.shift_x_um:+.2f}, y {self.shift_y_um:+.2f}, turned "
-            f"{self.rotation_deg:+.3f} degrees; {self.displacement_um:.2f} um over the tissue; confidence {self.confidence:.0f})"
-        )
-
-
-def measure_section(bins: Path, nuclei: gpd.GeoDataFrame, mpp: float, grid: BinGrid | None = None) -> Registration:
-    """Measure a section: `measure` on its files. The matrix is streamed once.
+def register_bins(bins: Path, nuclei: gpd.GeoDataFrame, mpp: float, grid: BinGrid | None = None) -> Registration:
+    """Measure the displacement of a section's bins from its files; the matrix is streamed once.
 
     Parameters
     ----------
@@ -108,9 +51,9 @@ def measure_section(bins: Path, nuclei: gpd.GeoDataFrame, mpp: float, grid: BinG
     nuclei
         Its nuclei, in full-resolution pixels.
     mpp
-        um a full-resolution pixel.
+        um per full-resolution pixel.
     grid
-        Where the bins are said to be, in place of the folder's own positions.
+        Positions of the bins, instead of the folder's own.
     """
     grid = read_positions(bins) if grid is None else grid
     with BinMatrix(matrix_path(bins)) as matrix:
@@ -124,18 +67,18 @@ def measure_section(bins: Path, nuclei: gpd.GeoDataFrame, mpp: float, grid: BinG
 
 
 def measure(umi: Floats, grid: BinGrid, polygons: NDArray[Any], mpp: float) -> Registration:
-    """Shift and rotation of the bins' positions against the nuclei.
+    """Measure shift and rotation of the bins' positions against the nuclei.
 
     Parameters
     ----------
     umi
         UMIs of each bin, (n_rows, n_cols).
     grid
-        Where the bins are said to be.
+        Recorded positions of the bins.
     polygons
         Nuclei in full-resolution pixels, (n_nuclei,).
     mpp
-        um a full-resolution pixel.
+        um per full-resolution pixel.
     """
     valid = grid.in_tissue if grid.in_tissue.any() else ~np.isnan(grid.positions[..., 0])
     rows, cols = np.nonzero(valid)
@@ -145,18 +88,18 @@ def measure(umi: Floats, grid: BinGrid, polygons: NDArray[Any], mpp: float) -> R
     signal = _without_large(umi, valid, poisson=True)
     norm = math.sqrt(float(np.square(cover, dtype=np.float64).sum() * np.square(signal, dtype=np.float64).sum()))
     x_px, y_px = grid.affine @ [*centre, 1.0]
-    nothing = Registration(False, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float(x_px), float(y_px))
+    nothing = Registration(False, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, float(x_px), float(y_px), mpp)
     if norm == 0:
         return nothing
     spectra, offsets = _block_spectra(cover, signal, centre)
     angle, shift, surface = _best(spectra, offsets, math.hypot(*valid.shape) / 2)
     peak, confidence = _stands_out(surface, shift)
-    if confidence < _CONFIDENT:
-        return Registration(**{**asdict(nothing), "confidence": confidence, "peak": peak / norm})
+    if confidence < CONFIDENT:
+        return replace(nothing, confidence=confidence, peak=peak / norm)
     # the lattice may be tilted against the image, or mirrored
     linear = grid.affine[:, :2] * mpp
     turn = angle * math.copysign(1.0, float(np.linalg.det(linear)))
-    # the UMIs are where the lattice was before it was turned
+    # the UMIs are where the lattice was before it was rotated
     shift_um = _rotation(-turn) @ linear @ shift
     return Registration(
         measured=True,
@@ -168,34 +111,33 @@ def measure(umi: Floats, grid: BinGrid, polygons: NDArray[Any], mpp: float) -> R
         peak=peak / norm,
         centre_x_px=float(x_px),
         centre_y_px=float(y_px),
+        mpp=mpp,
     )
 
 
-def corrected(grid: BinGrid, found: Registration, mpp: float) -> BinGrid:
-    """The bins where the nuclei say that they are; the same grid where nothing could be measured.
+def corrected(grid: BinGrid, found: Registration) -> BinGrid:
+    """The bins at their true positions; the same grid if nothing could be measured.
 
     Parameters
     ----------
     grid
-        Bins as the file has them.
+        Bins at their recorded positions.
     found
-        How far off they are.
-    mpp
-        um a full-resolution pixel.
+        Their displacement.
     """
     if not found.measured:
         return grid
-    shift = np.array([found.shift_x_um, found.shift_y_um]) / mpp
+    shift = np.array([found.shift_x_um, found.shift_y_um]) / found.mpp
     return moved(grid, -shift, -found.rotation_deg, np.array([found.centre_x_px, found.centre_y_px]))
 
 
 def moved(grid: BinGrid, shift_px: NDArray[np.float64], rotation_deg: float, about_px: NDArray[np.float64]) -> BinGrid:
-    """The same bins at other positions: turned about a point (clockwise on the image, y pointing down), then shifted."""
+    """The same bins at other positions: rotated about a point (clockwise on the image, y pointing down), then shifted."""
     matrix = _rotation(math.radians(rotation_deg))
     offset = about_px + shift_px - matrix @ about_px
     affine = matrix @ grid.affine
     affine[:, 2] += offset
-    # a turned residual is as long, but may point along an axis
+    # a rotated residual is as long, but may point along an axis
     return BinGrid(grid.positions @ matrix.T + offset, grid.in_tissue, affine, math.sqrt(2) * grid.residual_px)
 
 
