@@ -182,7 +182,7 @@ DAMAGE = {
                 intervals={"level": 0.9, "scale": [1.0, 1e308, 1.0], "dispersion": [0.1] * 3, "mass": [0.9] * 3}
             )
         ),
-        "scale of intervals must lie between 0.0001 and 10000",
+        "scale of intervals must be between 0.0001 and 10000",
     ),
     "encoder a list": (edit_json(lambda j: j.update(encoder=["a"])), r"not laid out as prts writes it \(encoder"),
     "a gene twice": (edit_json(lambda j: j["genes"][0].update(name="Ttr")), "lists a gene twice"),
