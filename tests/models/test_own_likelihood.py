@@ -47,7 +47,7 @@ class NegativeBinomial(Likelihood):
         total = torch.log(size + level.exp())
         terms = torch.lgamma(counts + size) - torch.lgamma(size) - torch.lgamma(counts + 1)
         terms = terms + size * (size.log() - total) + counts * (level - total)
-        return self._sum(-terms.mean(), cross_entropy(logit, counts))
+        return self.weighted_sum(-terms.mean(), cross_entropy(logit, counts))
 
     def mean(self, outputs):
         return outputs[0].clamp(max=15).exp()
