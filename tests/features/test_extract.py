@@ -15,24 +15,22 @@ import shapely
 
 from prts.errors import InputError
 from prts.features import extract as extract_module
+from prts.features.encoders import Encoder
 from prts.features.extract import extract
 from prts.features.store import Rows, read_features, read_store_attrs, write_store
 
 
-class MeanEncoder:
-    """Global: mean colour and centre pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
+class MeanEncoder(Encoder):
+    """Global: mean color and center pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
 
-    name, tile_px, mpp, pooling, batch_size, weights_sha256 = "mean", 256, 0.5, "nucleus", 16, None
+    name, batch_size = "mean", 16
     global_width, local_width = 6, 3
 
     def __init__(self, fail_at: int | None = None, version: int = 1) -> None:
         self.fail_at, self.version, self.encoded = fail_at, version, 0
 
     def settings(self):
-        return {"name": self.name, "precision": "fp32", "version": self.version}
-
-    def load(self):
-        pass
+        return {**super().settings(), "version": self.version}
 
     def encode(self, tiles, polygons):
         if self.fail_at is not None and self.encoded + len(tiles) > self.fail_at:
