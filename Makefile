@@ -1,11 +1,11 @@
-# `make demo` and `make test` are all a new machine needs: each sets up .venv first, with the versions of constraints.txt.
+# `make demo` and `make test` are all you need on a new machine: each sets up .venv first, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := stardist,analysis,spatial,sweeps,loggers,dev
+EXTRAS := stardist,analysis,spatial,sweeps,loggers,docs,dev
 RUN := outputs/demo/make
 
-.PHONY: setup demo test test-fast lint bench quality clean
+.PHONY: setup demo test test-fast lint docs bench quality clean
 
 setup: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
-# Trains on simulated sections, then predicts a section the model has never seen from its image alone and compares it with the truth.
+# Trains on simulated sections, then predicts a new section from its image alone and scores it.
 demo: setup
 	rm -rf $(RUN)
 	$(BIN)/python train.py hydra.run.dir=$(RUN)
@@ -35,14 +35,19 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Speed and memory, about 15 minutes on two quiet cores; PARTS="counts train" measures some stages only.
+# The documentation in docs/_build/html; a warning fails the build, and nothing is fetched.
+docs: setup
+	rm -rf docs/reference/generated
+	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs docs/_build/html
+
+# Speed and memory, about 15 minutes on two idle cores; PARTS="counts train" measures some stages only.
 bench: setup
 	$(BIN)/python -m benchmarks $(PARTS)
 
-# How good the segmenters and the estimate of the noise ceiling are.
+# Quality of the segmenters and of the estimated noise ceiling.
 quality: setup
 	$(BIN)/python benchmarks/segmentation.py
 	$(BIN)/python benchmarks/ceiling.py outputs/ceiling.png
 
 clean:
-	rm -rf outputs multirun dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf outputs multirun dist docs/_build docs/reference/generated .pytest_cache .mypy_cache .ruff_cache

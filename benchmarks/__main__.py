@@ -1,9 +1,9 @@
-"""Speed and memory of every stage, against the straightforward way and the limit of the machine.
+"""Speed and memory of every stage, compared with a straightforward version and the limit of the machine.
 
-usage: python -m benchmarks [PART ...] [--quick] [--out FILE] [--no-readme]
+usage: python -m benchmarks [PART ...] [--quick] [--out FILE] [--no-docs]
 
-Prints a table, writes benchmarks/results.json and the README's table. Parts that are not run keep what was measured before. About 15
-minutes on two quiet cores; PRTS_DATA names the folder of real data, and what is slow to make is kept in $PRTS_CACHE/benchmarks.
+Prints a table and writes it to benchmarks/results.json and docs/benchmarks.md. Parts that are not run keep their earlier figures. Takes
+about 15 minutes on two idle cores. PRTS_DATA names the folder of real data; what is slow to make is kept in $PRTS_CACHE/benchmarks.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from datetime import date
 from pathlib import Path
 
 from benchmarks.harness import ROOT, MissingDataError, commit, data_folder, machine
-from benchmarks.table import into_readme, markdown, merge, write
+from benchmarks.table import into_page, markdown, merge, write
 
 PARTS = ("counts", "extract", "grid", "train", "predict", "predict_million", "segment", "startup")
-# Half an hour of extraction, so only where it is asked for.
+# Half an hour of extraction, so only on request.
 ON_DEMAND = ("grid_pcc",)
 
 
@@ -32,16 +32,14 @@ def main() -> int:
         "parts", nargs="*", metavar="PART", help=f"{' '.join(PARTS)} (all by default); {' '.join(ON_DEMAND)}"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, to see that it works; figures mean nothing and go nowhere"
+        "--quick", action="store_true", help="tiny sizes, to check that it runs; figures mean nothing and are not saved"
     )
-    parser.add_argument(
-        "--out", type=Path, help="results.json by default, in the folder of the benchmarks; none with --quick"
-    )
-    parser.add_argument("--no-readme", action="store_true", help="leave the README's table as it is")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results.json; nothing with --quick")
+    parser.add_argument("--no-docs", action="store_true", help="do not change docs/benchmarks.md")
     given = parser.parse_args()
     wanted = given.parts or list(PARTS)
     if unknown := [name for name in wanted if name not in PARTS + ON_DEMAND]:
-        print(f"{unknown[0]}: no such part; {', '.join(PARTS + ON_DEMAND)}", file=sys.stderr)
+        print(f"{unknown[0]}: no such part; choose from {', '.join(PARTS + ON_DEMAND)}", file=sys.stderr)
         return 2
     modules = {name: importlib.import_module(f"benchmarks.{name}") for name in wanted}
     try:
@@ -58,11 +56,11 @@ def main() -> int:
         results = merge(results, name, module.run(given.quick), stamp)
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if out is not None:
-            write(out, results)  # after each part: what was measured stays if a later part fails
+            write(out, results)  # after each part, so that a later failure loses nothing
     table = markdown(results, [*PARTS, *ON_DEMAND])
     print(table)
-    if not given.quick and not given.no_readme:
-        into_readme(ROOT / "README.md", table)
+    if not given.quick and not given.no_docs:
+        into_page(ROOT / "docs/benchmarks.md", table)
     return 0
 
 

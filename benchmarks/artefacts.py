@@ -20,8 +20,7 @@ from prts.io.slide import Slide, open_slide
 from prts.preprocess.artefacts import KINDS, find_artefacts
 from prts.section import open_section_folder
 from prts.segmentation.watershed import Watershed
-from prts.simulate.artefacts import KINDS as PLANTED
-from prts.simulate.artefacts import plant
+from prts.simulate.artefacts import ARTEFACT_KINDS, draw_artefacts
 from prts.simulate.section import simulate_section
 
 MPP = 1.0
@@ -32,10 +31,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     print(
         "| image | nuclei | flagged as it is | "
-        + " | ".join(f"recall, {kind}" for kind in PLANTED[1:])
+        + " | ".join(f"recall, {kind}" for kind in ARTEFACT_KINDS[1:])
         + " | precision |"
     )
-    print("|---" * (len(PLANTED) + 3) + "|", flush=True)
+    print("|---" * (len(ARTEFACT_KINDS) + 3) + "|", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed in (1, 2, 3):
@@ -62,11 +61,11 @@ def row(name: str, slide: Slide, nuclei: gpd.GeoDataFrame, folder: Path) -> None
     """Shares flagged before and after planting."""
     clean = pd.Series(find_artefacts(slide, nuclei))
     image = slide.read_region(0, 0, *slide.size_at(MPP), MPP)
-    spoilt = plant(image, MPP, EACH, np.random.default_rng(0))
+    spoilt = draw_artefacts(image, MPP, EACH, np.random.default_rng(0))
     tifffile.imwrite(folder / "planted.tif", image, photometric="rgb", tile=(256, 256))
     polygons = shapely.transform(np.asarray(nuclei.geometry.array, dtype=object), lambda xy: xy * slide.mpp / MPP)
     x, y = shapely.get_coordinates(shapely.centroid(polygons)).astype(int).T
-    truth = np.array(PLANTED)[spoilt[y.clip(0, image.shape[0] - 1), x.clip(0, image.shape[1] - 1)]]
+    truth = np.array(ARTEFACT_KINDS)[spoilt[y.clip(0, image.shape[0] - 1), x.clip(0, image.shape[1] - 1)]]
     with open_slide(folder / "planted.tif", mpp=MPP) as planted:
         found = np.asarray(find_artefacts(planted, make_nuclei(polygons, MPP)))
     flagged, kinds = (
@@ -77,7 +76,7 @@ def row(name: str, slide: Slide, nuclei: gpd.GeoDataFrame, folder: Path) -> None
         f"{flagged[truth == kind].mean():.0%} of {(truth == kind).sum()} ({(found == kind)[truth == kind].mean():.0%} as such)"
         if (truth == kind).any()
         else "no nucleus there"
-        for kind in PLANTED[1:]
+        for kind in ARTEFACT_KINDS[1:]
     ]
     precision = (truth != "none")[flagged].mean()
     share = f"{(clean != 'none').mean():.1%}" + (f": {', '.join(kinds)}" if kinds else "")

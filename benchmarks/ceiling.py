@@ -21,7 +21,7 @@ from prts.evaluation.bootstrap import spatial_blocks
 from prts.evaluation.ceiling import noise_ceiling
 from prts.evaluation.expression import pearson_per_gene
 from prts.io.nuclei import load_nuclei
-from prts.preprocess.counts import count_nuclei
+from prts.platforms.bin_counts import count_bins
 from prts.preprocess.panel import Panel
 from prts.report.figures import ceiling_check
 from prts.simulate.section import BINS, simulate_section
@@ -35,7 +35,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         section = simulate_section(Path(folder) / "section", cells=4000, genes=1000, seed=1, mpp=MPP)
         truth = ad.read_h5ad(section / "truth.h5ad")
-        counted = count_nuclei(section / BINS, load_nuclei(section / "truth_nuclei.parquet"), species="human")
+        counted = count_bins(section / BINS, load_nuclei(section / "truth_nuclei.parquet"))
     genes = Panel(tuple(truth.var_names), tuple(truth.var["gene_id"]), "truth", {})
     counts = {
         "drawn": sp.csr_matrix(np.random.default_rng(0).poisson(truth.X)),

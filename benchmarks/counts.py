@@ -20,7 +20,7 @@ def run(quick: bool) -> Part:
     seconds, size = real.result["seconds"], real.result["size"]
     part.figures["counts/speedup"] = seconds["straightforward"] / seconds["ours"]
     part.row(
-        f"join and sums, {source} ({size['bins']:,} bins, {size['nuclei']:,} nuclei), reading apart; the same counts",
+        f"join and sums, {source} ({size['bins']:,} bins, {size['nuclei']:,} nuclei), without reading; identical counts",
         f"{seconds['ours']:.2f} s",
         f"{seconds['straightforward']:.1f} s",
         f"{real.result['limit']:.3f} s: its bytes at memory bandwidth",
@@ -50,7 +50,7 @@ def run(quick: bool) -> Part:
         for n in (QUICK_SIZES if quick else _STRAIGHTFORWARD_SIZES)
     }
     part.row(
-        "growth over nuclei (files to counts; straightforward: join and sums, "
+        "growth with nuclei (files to counts; straightforward: join and sums, "
         f"{max(run.peak_gb for run in slow.values()):.1f} GB at {max(slow):,})",
         growth(ours),
         growth({n: run.result for n, run in slow.items()}),
@@ -95,11 +95,11 @@ def count(n: int, genes: int | None) -> dict[str, Any]:
 
     from benchmarks.sections import FULL_GENES, size_of
     from prts.io.nuclei import load_nuclei
-    from prts.preprocess.counts import count_nuclei
+    from prts.platforms.bin_counts import count_bins
 
     folder = _made(n, genes or FULL_GENES)
     start = time.perf_counter()
-    counts = count_nuclei(folder / "square_002um", load_nuclei(folder / "nuclei.parquet"), species="human")
+    counts = count_bins(folder / "square_002um", load_nuclei(folder / "nuclei.parquet"))
     return {"seconds": time.perf_counter() - start, "size": size_of(folder), "umi": int(counts.X.sum())}
 
 
@@ -147,7 +147,8 @@ class Held:
     def __init__(self, bins: Path) -> None:
         import scipy.sparse as sp
 
-        from prts.platforms.bin_positions import BinMatrix, matrix_path
+        from prts.platforms.bin_matrix import BinMatrix
+        from prts.platforms.bin_positions import matrix_path
 
         self.path = matrix_path(bins)
         with BinMatrix(self.path) as matrix:
@@ -162,7 +163,7 @@ class Held:
 def _section(folder: str | None) -> tuple[Path, Any]:
     """Bins and nuclei of a section of her2st, or without a folder of a small simulated one."""
     from prts.io.nuclei import load_nuclei
-    from prts.section import open_section
+    from prts.section import read_visium_hd
 
     if folder is None:
         simulated = _made(QUICK_SIZES[-1], 200)
@@ -170,10 +171,10 @@ def _section(folder: str | None) -> tuple[Path, Any]:
     from prts.io.nuclei import read_nuclei
 
     where = Path(folder)
-    section = open_section(where.name, where / "tissue_image.tif", bins=where / "binned_outputs/square_002um")
+    section = read_visium_hd(where)
     nuclei = where / "nucleus_segmentations.geojson.gz"
-    assert section.bins is not None
-    return section.bins, read_nuclei(nuclei, mpp=section.mpp, width=section.width, height=section.height)
+    assert section.measurement is not None
+    return section.measurement.path, read_nuclei(nuclei, mpp=section.mpp, width=section.width, height=section.height)
 
 
 def _made(n: int, genes: int) -> Path:

@@ -33,14 +33,14 @@ def run(quick: bool) -> Part:
         "extract/share_of_limit": rates["extract"] * FLOP_A_TILE / limit["square"],
     }
     part.row(
-        f"exact extraction, ViT-S/16 in {timed['precision']}, {n} neighbours of her2st C2 (straightforward: fp32, {slow_n} of them)",
+        f"exact extraction, ViT-S/16 in {timed['precision']}, {n} neighboring nuclei of her2st C2 (straightforward: fp32, {slow_n} of them)",
         f"{rates['extract']:.1f} nuclei/s, {ours.peak_gb:.1f} GB",
         f"{rates['straightforward']:.1f} nuclei/s, {slow.peak_gb:.1f} GB",
         f"{rates['encoder']:.1f} tiles/s: the bare encoder on tiles in memory",
         ["extract/share_of_encoder", "extract/speedup", "extract/peak_gb"],
     )
     part.row(
-        f"its {FLOP_A_TILE / 1e9:.2f} GFLOP a tile against the bf16 matmul rate of 4096²",
+        f"its {FLOP_A_TILE / 1e9:.2f} GFLOP per tile, compared with the bf16 matmul rate of 4096²",
         f"{rates['extract'] * FLOP_A_TILE / 1e9:.0f} GFLOP/s",
         "",
         f"{limit['square'] / 1e9:.0f} GFLOP/s (in the network's own shapes {limit['network'] / 1e9:.0f})",
@@ -50,7 +50,7 @@ def run(quick: bool) -> Part:
     fused, plain, compiled = (variants["rates"][name] for name in ("fused", "plain", "compiled"))
     pays = variants["compile_seconds"] / (1 / plain - 1 / compiled) if compiled > plain else math.inf
     part.row(
-        f"the encoder alone, ways interleaved: attention as plain products (what is used here: {variants['used']})",
+        f"the encoder alone, taking turns: attention as plain products (used here: {variants['used']})",
         f"{plain:.1f} tiles/s",
         f"{fused:.1f} tiles/s: torch's fused attention",
     )
@@ -59,7 +59,7 @@ def run(quick: bool) -> Part:
         f"{compiled:.1f} tiles/s",
     )
     sizes = (8, 16) if quick else (100, 200, 400)
-    part.row("growth over nuclei (exact extraction)", growth({m: child(once, data=data, n=m).result for m in sizes}))
+    part.row("growth with nuclei (exact extraction)", growth({m: child(once, data=data, n=m).result for m in sizes}))
     return part
 
 
@@ -172,11 +172,11 @@ def section(data: str, n: int | None = None) -> tuple[Path, float, Any]:
 
     from prts.features.tiles import plan_tiles
     from prts.io.nuclei import read_nuclei
-    from prts.section import open_section
+    from prts.section import read_visium_hd
 
     folder = Path(data) / "her2st_hd/C2"
     image = folder / "tissue_image.tif"
-    opened = open_section("C2", image, bins=folder / "binned_outputs/square_002um")
+    opened = read_visium_hd(folder)
     outlines = folder / "nucleus_segmentations.geojson.gz"
     nuclei = read_nuclei(outlines, mpp=opened.mpp, width=opened.width, height=opened.height)
     if n is not None:

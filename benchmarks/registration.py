@@ -21,10 +21,12 @@ from prts.evaluation.expression import pearson_per_gene
 from prts.features.encoders import Classical
 from prts.features.extract import extract
 from prts.features.store import read_features
+from prts.platforms.base import Registration
+from prts.platforms.bin_counts import count_bins
 from prts.platforms.bin_positions import BinGrid, read_positions
-from prts.preprocess.counts import count_nuclei, quality_control
+from prts.platforms.bin_registration import corrected, moved, register_bins
+from prts.preprocess.counts import QCSettings, add_quality_figures, quality_control
 from prts.preprocess.panel import TopPanel
-from prts.preprocess.register import Registration, corrected, measure_section, moved
 from prts.section import open_section_folder
 from prts.segmentation.segment import segment
 from prts.segmentation.watershed import Watershed
@@ -57,7 +59,9 @@ class Known:
 
     def counts(self, grid: BinGrid):
         """Counts of the nuclei that pass quality control with the bins at these positions."""
-        return quality_control(count_nuclei(self.bins, self.nuclei, species="human", grid=grid), mpp=MPP)
+        counts = count_bins(self.bins, self.nuclei, grid)
+        add_quality_figures(counts, "human", self.bins)
+        return quality_control(counts, QCSettings(), mpp=MPP)
 
     def off(self, shift: tuple[float, float], turn: float) -> BinGrid:
         """The bins, turned and shifted."""
@@ -71,7 +75,7 @@ def middle(grid: BinGrid) -> np.ndarray:
 
 def left_um(found: Registration, true: BinGrid, off: BinGrid) -> float:
     """Root mean square distance, over the tissue, between where the correction puts bins and where they are."""
-    away = (corrected(off, found, MPP).positions - true.positions)[true.in_tissue] * MPP
+    away = (corrected(off, found).positions - true.positions)[true.in_tissue] * MPP
     return math.sqrt(float(np.square(away).sum(axis=1).mean()))
 
 
@@ -105,9 +109,9 @@ def table(train: Known, test: Known) -> None:
         errors = []
         for section in (test, train):
             off = section.off(shift, turn)
-            found = measure_section(section.bins, section.nuclei, MPP, grid=off)
+            found = register_bins(section.bins, section.nuclei, MPP, grid=off)
             errors.append(left_um(found, section.grid, off))
-        back = corrected(off, found, MPP)
+        back = corrected(off, found)
         print(
             f"| {shift[0]:g}, {shift[1]:g} | {turn:g} | {found.shift_x_um:.2f}, {found.shift_y_um:.2f} | "
             f"{found.rotation_deg:.2f} | {max(errors):.2f} | {pcc(off):.3f} | {pcc(back):.3f} |",

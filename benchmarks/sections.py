@@ -14,8 +14,9 @@ from scipy.sparse import csr_matrix
 from benchmarks.harness import cache_folder
 from prts.io.cache import atomic
 from prts.io.nuclei import make_nuclei, write_nuclei
-from prts.simulate.bins import Lattice, write_bins
+from prts.simulate.bins import write_bins
 from prts.simulate.draw_counts import BinCounts
+from prts.simulate.lattice import BinLattice
 
 MPP = 0.2738
 BIN_UM = 2.0
@@ -37,7 +38,7 @@ def make_section(n_nuclei: int, genes: int = FULL_GENES) -> None:
     """
     rng = np.random.default_rng(n_nuclei)
     side = round(FULL_SIDE * (n_nuclei / FULL_NUCLEI) ** 0.5)
-    lattice = Lattice(side, side, (100.0, 20.0), float(np.deg2rad(1.3)), (0.0, 0.0))
+    lattice = BinLattice(side, side, (100.0, 20.0), float(np.deg2rad(1.3)), (0.0, 0.0))
     ids = [f"ENSG{k:011d}" for k in range(genes)]
     names = [f"MT-{k}" if k < 13 else f"GENE{k}" for k in range(genes)]
     truth = AnnData(var=pd.DataFrame({"gene_id": ids}, index=names))
@@ -72,7 +73,7 @@ def _matrix(side: int, genes: int, rng: np.random.Generator) -> csr_matrix:
     return csr_matrix((np.concatenate(data), np.concatenate(indices), indptr), shape=(side * side, genes))
 
 
-def _outlines(n: int, lattice: Lattice, rng: np.random.Generator) -> np.ndarray:
+def _outlines(n: int, lattice: BinLattice, rng: np.random.Generator) -> np.ndarray:
     """Wobbly discs of about 45 um2 on a jittered grid, in full-resolution pixels: some touch, few overlap."""
     a_side = int(np.ceil(n**0.5))
     place = np.stack(np.divmod(np.arange(n), a_side), axis=1)

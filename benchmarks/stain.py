@@ -23,7 +23,7 @@ from prts.features.encoders import Classical
 from prts.features.extract import extract
 from prts.features.store import read_features
 from prts.io.nuclei import read_nuclei
-from prts.preprocess.counts import count_nuclei, quality_control
+from prts.preprocess.counts import measured_counts
 from prts.preprocess.panel import TopPanel
 from prts.preprocess.stain import METHODS, matched, sample_slides, statistics
 from prts.section import Section, open_section_folder
@@ -77,7 +77,7 @@ class Model:
                 nuclei = segment(slide, Watershed())
             else:
                 nuclei = read_nuclei(section.nuclei, mpp=section.mpp, width=section.width, height=section.height)
-            counts = quality_control(count_nuclei(section.bins, nuclei, species="human"), mpp=section.mpp)
+            counts = measured_counts(section, nuclei, species="human")
             if self.n is not None:
                 counts = counts[np.random.default_rng(0).permutation(counts.n_obs)[: self.n]].copy()
             kept = nuclei.set_index("cell_id").loc[counts.obs_names].reset_index(names="cell_id")

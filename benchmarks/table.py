@@ -1,4 +1,4 @@
-"""results.json, the table, and the table's place in the README."""
+"""results.json, the table, and the table's place in the documentation."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def merge(results: Mapping[str, Any], name: str, part: Part, stamp: Mapping[str,
     """Results with a part's figures in place of its earlier ones; the other parts keep theirs, with their own date and commit."""
     unknown = part.figures.keys() - TARGETS.keys()
     if unknown:
-        raise ValueError(f"{name}: {sorted(unknown)} are no keys of the table")
-    # Training on another sample of tiles may as well gain a little PCC; nothing else may be below 0.
+        raise ValueError(f"{name}: {sorted(unknown)} are not keys of the table")
+    # Training on another sample of tiles may also gain a little PCC; nothing else may be below 0.
     wrong = [
         k for k, value in part.figures.items() if not (math.isfinite(value) and (value >= 0 or k.endswith("loss")))
     ]
     if wrong:
-        raise ValueError(f"{name}: {wrong} are no figures")
+        raise ValueError(f"{name}: {wrong} are not figures")
     figures = {key: value for key, value in results.items() if key in TARGETS} | part.figures
     parts = {**results.get("parts", {}), name: {**stamp, "rows": part.rows}}
     return {**{key: _rounded(figures[key]) for key in TARGETS if key in figures}, **stamp, "parts": parts}
@@ -73,12 +73,12 @@ def write(path: Path, results: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def into_readme(readme: Path, table: str) -> None:
-    """Put the table between the README's markers."""
-    text = readme.read_text(encoding="utf-8")
+def into_page(page: Path, table: str) -> None:
+    """Put the table between the markers of a Markdown page."""
+    text = page.read_text(encoding="utf-8")
     before, rest = text.split(_MARKERS[0], 1)
     _, after = rest.split(_MARKERS[1], 1)
-    readme.write_text(f"{before}{_MARKERS[0]}\n\n{table}\n{_MARKERS[1]}{after}", encoding="utf-8")
+    page.write_text(f"{before}{_MARKERS[0]}\n\n{table}\n{_MARKERS[1]}{after}", encoding="utf-8")
 
 
 def _against_target(key: str, value: float) -> str:

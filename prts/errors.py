@@ -1,4 +1,4 @@
-"""The one exception that means "your input is wrong", as opposed to a bug in prts; and what the operating system refused."""
+"""The exception for wrong input, as opposed to a bug in prts, and messages for errors of the operating system."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _LONGEST = 1500
 
 
 class InputError(Exception):
-    """Something the user gave (a file, a key, a value) is wrong.
+    """A file or a value that the user gave is wrong.
 
-    The message is one line that names the file or key, says what is wrong and what would be right. The command line prints it
-    and exits with status 2; every other exception is a bug and exits with 1.
+    The message is one line: `<file or parameter>: <what is wrong>; <what to do>`. The command line prints it and exits with status 2;
+    any other exception is a bug in prts and exits with status 1.
     """
 
     def __init__(self, message: object) -> None:
         line = " ".join(str(message).split())
-        # what a message quotes of a file could steer the terminal, or fill it
+        # text quoted from a file could control the terminal, or flood it
         line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
@@ -27,16 +27,16 @@ class InputError(Exception):
 
 
 class ParameterError(InputError):
-    """A parameter of something that the user configures is wrong.
+    """A parameter has a wrong value.
 
     The command line prints it under the name of the config key.
 
     Parameters
     ----------
     owner
-        What the parameter belongs to, such as `encoder`; empty for a parameter of the called function itself.
+        Object that the parameter belongs to, such as `encoder`; empty for a parameter of the called function.
     name
-        The parameter; empty where the choice of the owner itself is wrong.
+        The parameter; empty if the choice of the owner itself is wrong.
     problem
         What is wrong and what to do.
 
@@ -53,12 +53,12 @@ class ParameterError(InputError):
         self.problem = problem
 
     def __reduce__(self) -> tuple[type[ParameterError], tuple[str, str, str]]:
-        """Survive the way back from a worker process."""
+        """Pickle, to return from worker processes."""
         return type(self), (self.owner, self.name, self.problem)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """', did you mean ...?' for a mistyped word; empty where nothing known is similar.
+    """', did you mean ...?' for a mistyped word; empty if nothing known is similar.
 
     Examples
     --------
@@ -69,12 +69,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f", did you mean {match[0]!r}?" if match else ""
 
 
-# Of what numpy and tifffile say when `ndarray.tofile` came to the end of the disk: they raise an OSError without errno.
-_CUT_SHORT = re.compile(r"\d+ requested and \d+ written")
+def some_of(names: Iterable[str], n: int = 3) -> str:
+    """The first few of many names for a message.
+
+    Examples
+    --------
+    >>> some_of(["a", "b", "c", "d", "e"])
+    'a, b, c and 2 more'
+    """
+    listed = [str(name) for name in names]
+    more = f" and {len(listed) - n} more" if len(listed) > n else ""
+    return ", ".join(listed[:n]) + more
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and those behind it: libraries wrap what the operating system said."""
+    """An exception and its causes, since libraries wrap what the operating system reported."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error
@@ -83,35 +92,28 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """What is to be said where the disk is full; None where it is not. Libraries tell it in ways of their own."""
+    """Message if an exception was caused by a full disk, else None."""
     for each in chain(error):
-        text = " ".join(str(each).split())
-        full = getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or (
-            isinstance(each, OSError) and _CUT_SHORT.fullmatch(text)
-        )
-        if full or "No space left" in text or "Disk quota exceeded" in text:
+        # libraries lose the errno; numpy and tifffile report a short write instead
+        if getattr(each, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
+            r"No space left|Disk quota exceeded|^\d+ requested and \d+ written$", str(each).strip()
+        ):
             return (
-                "the disk is full; free some space or choose another folder, and run it again: what is finished is kept"
+                "the disk is full; free some space or choose another folder and run it again (finished parts are kept)"
             )
     return None
 
 
 def refusal(error: BaseException | None) -> str | None:
-    """What the operating system would not let prts do (no room, no permission, no memory), in one line; None if it was something else."""
+    """Message if the operating system refused something (no space, permission or memory), else None."""
+    names = (getattr(each, "filename", None) for each in chain(error))
+    where = next((f"{name}: " for name in names if isinstance(name, str)), "")
     if (full := full_disk(error)) is not None:
-        names = (getattr(each, "filename", None) for each in chain(error))
-        name = next((name for name in names if isinstance(name, str)), None)
-        return full if name is None else f"{name}: {full}"
+        return where + full
     for each in chain(error):
         text = " ".join(str(each).split())
-        name = getattr(each, "filename", None)
-        where = f"{name}: " if isinstance(name, str) else ""
-        if (
-            isinstance(each, PermissionError)
-            or getattr(each, "errno", None) == errno.EROFS
-            or "Read-only file system" in text
-        ):
-            return f"{where}may not be read or written ({text}); change the permissions or choose another place"
+        if isinstance(each, PermissionError) or getattr(each, "errno", None) == errno.EROFS or "Read-only" in text:
+            return f"{where}cannot be read or written ({text}); change the permissions or choose another place"
         if isinstance(each, MemoryError):
-            return f"there is not enough memory ({text or 'none left'}); give the machine more, or a smaller image or batch"
+            return f"not enough memory ({text or 'none left'}); use a machine with more, a smaller image or a smaller batch"
     return None

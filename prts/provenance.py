@@ -1,4 +1,4 @@
-"""Which code, which files: what a bundle and a prediction say of their own making."""
+"""Provenance of bundles and predictions: the code and the files that made them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def code() -> dict[str, Any]:
-    """Version of this prts and, in a git checkout, its commit and whether files of it were changed since."""
+    """Version of this prts and, in a git checkout, its commit and whether files have changed since."""
     checkout = Path(__file__).resolve().parents[1]
     found: dict[str, Any] = {"version": __version__}
     if not (checkout / ".git").exists():
@@ -30,20 +30,19 @@ def code() -> dict[str, Any]:
         found["commit"] = git("rev-parse", "HEAD")
         found["changed"] = bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        pass  # no git on this machine, or a checkout that belongs to another user: the version stands
+        pass  # git is not installed, or the checkout belongs to another user: the version has to do
     return found
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """A file as it can be known again on another machine: its name, size, and the SHA-256 of its first and last MiB."""
+    """What identifies a file on any machine: its name, size, and the SHA-256 of its first and last MiB."""
     found = file_identity(path)
     return {"name": path.name, "size": found["size"], "sha256_of_ends": found["sha256"]}
 
 
 def section_files(section: Section) -> dict[str, Any]:
-    """Identities of the files that a section was learnt from."""
+    """Identities of the files of a section."""
     files = {"image": section.image, "nuclei": section.nuclei}
-    if section.bins is not None:
-        files["matrix"] = section.bins / "filtered_feature_bc_matrix.h5"
-        files["positions"] = section.bins / "spatial" / "tissue_positions.parquet"
+    if section.measurement is not None:
+        files |= section.measurement.files
     return {key: identity(path) for key, path in files.items() if path is not None and path.is_file()}

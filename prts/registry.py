@@ -13,7 +13,6 @@ Bundles and configs name members; nothing is ever imported because a file says s
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -116,23 +115,16 @@ class Registry(Generic[T]):
         Raises
         ------
         ParameterError
-            If there is no such member, or it has no such argument.
+            If there is no such member, or an argument is unknown, missing or not of the kind and range that the constructor's annotations
+            state.
         """
+        from prts.arguments import checked_call  # with pydantic, which a list of names does not need
+
         given = {**settings, **extra}
         name = given.pop("name", None)
         if not isinstance(name, str):
             raise ParameterError(self.kind, "name", f"is missing; choose one of {', '.join(self.names())}")
-        member = self[name]
-        parameters = inspect.signature(member).parameters
-        if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for key in given:
-                if key not in parameters:
-                    raise ParameterError(
-                        self.kind,
-                        key,
-                        f"{name} has no such setting{did_you_mean(key, parameters)}; it has {', '.join(parameters)}",
-                    )
-        return member(**given)
+        return checked_call(self[name], given, self.kind)
 
     def _discover(self) -> None:
         if self._discovered:

@@ -1,63 +1,73 @@
-"""A section: one piece of tissue, its image, and what belongs to it; the noun that every stage takes."""
+"""A section: one piece of tissue, its image, and everything that belongs to it; the noun that every stage takes."""
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prts.errors import InputError
-from prts.io.mpp import Source, require_agreement
+from prts.errors import InputError, ParameterError
+from prts.io.mpp import require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide import Slide, StainTransform, open_slide
 from prts.io.spots import read_spots
-from prts.platforms.bin_positions import matrix_path, read_positions, read_scalefactors
+from prts.platforms import DEFAULT_PLATFORM, platforms
+
+if TYPE_CHECKING:
+    from prts.platforms.base import Measurement
 
 logger = logging.getLogger(__name__)
 
-# Bins at the rim may reach over the image, which is often cropped to the tissue; with more of them outside it is another image.
+# Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
 
 _IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".btf", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm"),
     *(".png", ".jpg", ".jpeg"),
 )
-# Where 10x puts a segmentation, and what prts writes.
+_IMAGES = ("tissue_image.*", "*_tissue_image.*")
+# Where Space Ranger and prts write nuclei.
 _NUCLEI = (
     *("nucleus_segmentations.geojson", "nucleus_segmentations.geojson.gz"),
     *("segmented_outputs/nucleus_segmentations.geojson", "segmented_outputs/nucleus_segmentations.geojson.gz"),
+    *(
+        "outs/segmented_outputs/nucleus_segmentations.geojson",
+        "outs/segmented_outputs/nucleus_segmentations.geojson.gz",
+    ),
     *("nuclei.parquet", "nuclei.geojson", "nuclei.geojson.gz"),
 )
-_BINS = ("binned_outputs/square_002um", "outs/binned_outputs/square_002um")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One piece of tissue whose parts have been found to belong together; made by `open_section`.
+    """One piece of tissue whose parts have been checked to belong together.
+
+    Made by `read_visium_hd`, `read_section` and `open_section`.
 
     Attributes
     ----------
     name
-        What the section is called in tables and folders.
+        Name of the section in tables and folders.
     image
         The full-resolution H&E image.
     mpp, mpp_source
-        um per full-resolution pixel, and where that stands.
+        um per full-resolution pixel, and the source of the value.
     width, height
-        Full-resolution pixels, as the image is read.
-    bins
-        Folder `square_002um`, if there are bins.
+        Size in full-resolution pixels, as the image is read.
+    measurement
+        The measured expression, if there is any.
     nuclei
-        A segmentation made elsewhere, if there is one.
+        Nuclei from another tool, if there are any.
     spots
         Measured spots (.h5ad), if there are any.
     truth
-        What the simulation knows (.h5ad), if the section is simulated.
+        Ground truth (.h5ad) of a simulated section.
     recolour
-        What the image's colours are changed by, if they are.
+        Change of colors as the image is read.
     orientation
-        How the image is read, if not as it lies in its file.
+        Rotation and flip as the image is read.
     """
 
     name: str
@@ -66,9 +76,9 @@ class Section:
     mpp_source: str
     width: int
     height: int
-    bins: Path | None
-    nuclei: Path | None
-    spots: Path | None
+    measurement: Measurement | None = None
+    nuclei: Path | None = None
+    spots: Path | None = None
     truth: Path | None = None
     recolour: StainTransform | None = None
     orientation: Orientation = UPRIGHT
@@ -80,17 +90,17 @@ class Section:
         return slide
 
     def reoriented(self, orientation: Orientation) -> Section:
-        """The same section, whose image is read turned. Its files still hold pixels of the image as it lies in its file."""
+        """The same section with its image rotated or flipped; its other files keep the pixels of the image file."""
         width, height = orientation.size(*self.file_size)
         return replace(self, orientation=orientation, width=width, height=height)
 
     @property
     def file_size(self) -> tuple[int, int]:
-        """Width and height of the image as it lies in its file, px."""
+        """Width and height in the image file, px."""
         return self.orientation.size(self.width, self.height)
 
     def reading(self) -> dict[str, Any]:
-        """What else than the file decides on the pixels that are read, JSON-like: part of the fingerprint of all that is made from them."""
+        """Everything but the file that decides the pixels, JSON-like: part of the fingerprint of all that is made from them."""
         found: dict[str, Any] = {}
         if self.recolour is not None:
             found["recolour"] = self.recolour.settings()
@@ -99,11 +109,109 @@ class Section:
         return found
 
 
+def read_visium_hd(
+    path: Path | str,
+    image: Path | str | None = None,
+    *,
+    name: str | None = None,
+    mpp: float | None = None,
+    nuclei: Path | str | None = None,
+    spots: Path | str | None = None,
+) -> Section:
+    """Read a Visium HD section.
+
+    Parameters
+    ----------
+    path
+        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs` or `binned_outputs/square_002um`.
+    image
+        The full-resolution H&E image; if None, the only `tissue_image.*` in the section's folder.
+    name
+        Name of the section; by default that of its folder.
+    mpp
+        um per full-resolution pixel, if the files do not state it.
+    nuclei
+        Nuclei from another tool, in any format that `prts.io.nuclei` reads; if None, Space Ranger's segmentation if it is there.
+    spots
+        Measured spots (.h5ad); if None, `spots.h5ad` if it is there.
+
+    Returns
+    -------
+    The section.
+
+    Raises
+    ------
+    InputError
+        If there are no bins, no image or several, or the parts do not belong together.
+
+    Examples
+    --------
+    >>> section = read_visium_hd("sample/outs", "sample/slide.tif")  # doctest: +SKIP
+    >>> section.mpp  # doctest: +SKIP
+    0.2738
+    """
+    path = Path(path)
+    folder = _section_folder(path)
+    measurement = platforms["visium_hd"].find(path)
+    if measurement is None:
+        raise InputError(
+            f"{path}: contains no Visium HD bins; give Space Ranger's outs folder with binned_outputs/square_002um"
+        )
+    return open_section(
+        _name(folder) if name is None else name,
+        _image(folder) if image is None else image,
+        measurement=measurement,
+        mpp=mpp,
+        nuclei=_first(folder, *_NUCLEI) if nuclei is None else nuclei,
+        spots=_first(folder, "spots.h5ad") if spots is None else spots,
+        truth=_first(folder, "truth.h5ad"),
+    )
+
+
+def read_section(
+    image: Path | str,
+    *,
+    name: str | None = None,
+    mpp: float | None = None,
+    nuclei: Path | str | None = None,
+    spots: Path | str | None = None,
+) -> Section:
+    """Read a section that has an image but no measured counts per nucleus.
+
+    Parameters
+    ----------
+    image
+        The full-resolution H&E image.
+    name
+        Name of the section; by default that of the image file.
+    mpp
+        um per full-resolution pixel, if the image does not state it.
+    nuclei
+        Nuclei from another tool, in any format that `prts.io.nuclei` reads.
+    spots
+        Measured spots (.h5ad).
+
+    Returns
+    -------
+    The section.
+
+    Raises
+    ------
+    InputError
+        If a file is missing or damaged, or nothing states the um/px.
+
+    Examples
+    --------
+    >>> section = read_section("slide.svs", mpp=0.5)  # doctest: +SKIP
+    """
+    return open_section(Path(image).stem if name is None else name, image, mpp=mpp, nuclei=nuclei, spots=spots)
+
+
 def open_section(
     name: str,
     image: Path | str,
     *,
-    bins: Path | str | None = None,
+    measurement: Measurement | None = None,
     mpp: float | None = None,
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
@@ -111,40 +219,40 @@ def open_section(
 ) -> Section:
     """Check that the parts of a section belong together.
 
-    Every source of um/px is held against every other: `mpp`, scalefactors_json.json, the image's metadata, the distance
-    between bins, and `uns["mpp"]` of the spots. Bins and spots must lie on the image.
+    All sources of um/px must agree: `mpp`, the measurement's files, the image's metadata, and `uns["mpp"]` of the spots. The
+    measured positions must be on the image.
 
     Parameters
     ----------
     name
-        What to call the section; it names folders.
+        Name of the section, also of its folders.
     image
         The full-resolution H&E image.
-    bins
-        Folder `binned_outputs/square_002um` of Space Ranger's output.
+    measurement
+        The measured expression, such as `prts.platforms.visium_hd.VisiumHD`.
     mpp
-        um per full-resolution pixel, if the files do not say it.
+        um per full-resolution pixel, if the files do not state it.
     nuclei
-        Nuclei segmented elsewhere, in any format that `prts.io.nuclei` reads.
+        Nuclei from another tool, in any format that `prts.io.nuclei` reads.
     spots
         Measured spots (.h5ad).
     truth
-        What the simulation knows (.h5ad).
+        Ground truth of a simulated section (.h5ad).
 
     Raises
     ------
     InputError
-        If a part is missing, damaged or belongs to another section, or nothing says the um/px.
+        If a part is missing, damaged or belongs to another section, or nothing states the um/px.
     """
     if not name or name in (".", "..") or "/" in name or "\\" in name:
-        raise InputError(f"section name {name!r}: it names a folder, so it must be a plain, non-empty name")
-    bins, nuclei, spots, truth = (None if part is None else Path(part) for part in (bins, nuclei, spots, truth))
+        raise InputError(f"section name {name!r}: it names a folder; give a plain, non-empty name")
+    nuclei, spots, truth = (None if part is None else Path(part) for part in (nuclei, spots, truth))
     for key, path in {"nuclei": nuclei, "truth": truth}.items():
         if path is not None and not path.exists():
-            raise InputError(f"{path}: no such file; {key} of section {name} must exist or be left out")
-    factors = {} if bins is None else read_scalefactors(bins)
+            raise InputError(f"{path}: no such file; give the {key} of section {name}, or omit them")
+    sources = [] if measurement is None else measurement.mpp_sources()
     image = Path(image)
-    with open_slide(image, mpp=mpp, scalefactors_mpp=factors.get("microns_per_pixel")) as slide:
+    with open_slide(image, mpp=mpp, sources=sources) as slide:
         section = Section(
             name=name,
             image=image,
@@ -152,13 +260,13 @@ def open_section(
             mpp_source=slide.mpp_source,
             width=slide.width,
             height=slide.height,
-            bins=bins,
+            measurement=measurement,
             nuclei=nuclei,
             spots=spots,
             truth=truth,
         )
-    if section.bins is not None:
-        _check_bins(section, section.bins, factors["bin_size_um"])
+    if measurement is not None:
+        measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
     if section.spots is not None:
         _check_spots(section, section.spots)
     logger.info(
@@ -168,62 +276,100 @@ def open_section(
 
 
 def open_section_folder(folder: Path | str, name: str | None = None) -> Section:
-    """Open a folder as 10x delivers it: `tissue_image.*`, `binned_outputs/square_002um`, and what else is there.
+    """Open a section's folder as 10x delivers it: `tissue_image.*`, measured counts, and optional files.
 
-    Nuclei are taken from `nucleus_segmentations.geojson[.gz]` (also below `segmented_outputs`) or `nuclei.parquet`, spots
-    from `spots.h5ad`, a simulated section's truth from `truth.h5ad`.
+    Counts are those of the first platform whose files are there, Visium HD before the others. Nuclei are taken from
+    `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`, spots from
+    `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
 
     Parameters
     ----------
     folder
         The section's folder.
     name
-        What to call the section; the folder's name if left out.
+        Name of the section; by default that of the folder.
 
     Raises
     ------
     InputError
-        If there is no such folder, or not exactly one image in it, and whatever `open_section` raises.
+        If there is no such folder, or not exactly one image in it, or the parts do not belong together.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; a section's folder with tissue_image.* is needed")
-    found = (p for pattern in ("tissue_image.*", "*_tissue_image.*") for p in folder.glob(pattern))
-    images = sorted(p for p in found if p.suffix.lower() in _IMAGE_SUFFIXES and p.is_file())
-    if len(images) != 1:
-        what = ", ".join(p.name for p in images) or "no tissue_image.tif, .btf, .svs, ..."
-        raise InputError(f"{folder}: holds {what}; exactly one tissue_image.* is needed")
-
-    def first(*names: str) -> Path | None:
-        return next((folder / n for n in names if (folder / n).exists()), None)
-
+        raise InputError(f"{folder}: no such folder; give a section's folder with tissue_image.*")
     return open_section(
-        folder.resolve().name if name is None else name,
-        images[0],
-        bins=first(*_BINS),
-        nuclei=first(*_NUCLEI),
-        spots=first("spots.h5ad"),
-        truth=first("truth.h5ad"),
+        _name(folder) if name is None else name,
+        _image(folder),
+        measurement=_find_measurement(folder),
+        nuclei=_first(folder, *_NUCLEI),
+        spots=_first(folder, "spots.h5ad"),
+        truth=_first(folder, "truth.h5ad"),
     )
 
 
-def _check_bins(section: Section, bins: Path, bin_size_um: float) -> None:
-    matrix_path(bins)
-    grid = read_positions(bins)
-    sources: list[Source] = [
-        (
-            f"the distance of bins along {axis} of the array in {bins / 'spatial/tissue_positions.parquet'}",
-            bin_size_um / px,
-        )
-        for axis, px in zip(("rows", "columns"), grid.pitch_px, strict=True)
-    ]
-    require_agreement(section.image, [(section.mpp_source, section.mpp), *sources])
-    outside = grid.share_outside(section.width, section.height)
-    if outside > _MAX_OUTSIDE:
-        raise InputError(
-            f"{bins}: bins do not belong to this image: {outside:.0%} of those in tissue lie outside {section.image} "
-            f"({section.width} x {section.height} px); its full-resolution image is needed"
-        )
+def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> Measurement:
+    """A measurement by the name of its platform.
+
+    Parameters
+    ----------
+    section
+        Name of the section, for messages.
+    platform
+        A name in `prts.platforms.platforms`.
+    settings
+        Arguments of the platform's constructor.
+
+    Raises
+    ------
+    ParameterError
+        If there is no such platform, or it does not take these settings.
+    """
+    kind: Any = platforms[platform]
+    try:
+        inspect.signature(kind).bind(**settings)
+    except TypeError as error:
+        raise ParameterError(
+            "section", section, f"the platform {platform} does not take these settings ({error})"
+        ) from error
+    made: Measurement = kind(**settings)
+    return made
+
+
+def _section_folder(path: Path) -> Path:
+    """The folder of the section that a folder of bins, `binned_outputs` or `outs` is part of."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; give Space Ranger's outs, or its binned_outputs/square_002um")
+    folder = path.resolve()
+    for inner in ("square_002um", "binned_outputs", "outs"):
+        if folder.name == inner:
+            folder = folder.parent
+    return folder
+
+
+def _name(folder: Path) -> str:
+    return folder.resolve().name
+
+
+def _image(folder: Path) -> Path:
+    """The only full-resolution image in a section's folder."""
+    found = (path for pattern in _IMAGES for place in (folder, folder / "outs") for path in place.glob(pattern))
+    images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
+    if len(images) != 1:
+        what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
+        raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.*")
+    return images[0]
+
+
+def _find_measurement(folder: Path) -> Measurement | None:
+    for platform in sorted(platforms.names(), key=lambda name: (name != DEFAULT_PLATFORM, name)):
+        found = platforms[platform].find(folder)
+        if found is not None:
+            return found
+    return None
+
+
+def _first(folder: Path, *names: str) -> Path | None:
+    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _check_spots(section: Section, path: Path) -> None:
@@ -234,5 +380,5 @@ def _check_spots(section: Section, path: Path) -> None:
     if outside > _MAX_OUTSIDE:
         raise InputError(
             f"{path}: spots do not belong to this image: {outside:.0%} lie outside {section.image} "
-            f"({section.width} x {section.height} px); positions in its full-resolution pixels are needed"
+            f"({section.width} x {section.height} px); give positions in its full-resolution pixels"
         )

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import straightforward  # noqa: E402
 from benchmarks.harness import Part, growth, interleave, slope  # noqa: E402
-from benchmarks.table import TARGETS, into_readme, markdown, merge  # noqa: E402
+from benchmarks.table import TARGETS, into_page, markdown, merge  # noqa: E402
 from prts.io.nuclei import make_nuclei  # noqa: E402
 
 STAMP = {"machine": "this one", "date": "2026-01-01", "commit": "abc"}
@@ -47,7 +47,7 @@ def test_quick_parts_fill_their_keys_and_keep_the_others(tmp_path: Path) -> None
     assert results["parts"]["predict"]["commit"] == "abc"
     assert results["parts"]["counts"]["commit"] == results["commit"] != "abc"
     # the quick comparison itself refuses counts that differ from the straightforward way's
-    assert "the same counts" in done.stdout
+    assert "identical counts" in done.stdout
     assert done.stdout.count("\n| **startup**") == 2
 
 
@@ -109,11 +109,11 @@ def test_unknown_or_infinite_figures_are_refused() -> None:
             merge({}, "train", Part(figures), STAMP)
 
 
-def test_the_readme_keeps_all_but_the_table(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+def test_only_the_table_of_the_page_changes(tmp_path: Path) -> None:
+    page = tmp_path / "benchmarks.md"
+    page.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
 
-    into_readme(readme, "new\n")
+    into_page(page, "new\n")
 
-    assert readme.read_text() == "before\n<!-- bench -->\n\nnew\n\n<!-- /bench -->\nafter\n"
-    assert (ROOT / "README.md").read_text().count("<!-- bench -->") == 1
+    assert page.read_text() == "before\n<!-- bench -->\n\nnew\n\n<!-- /bench -->\nafter\n"
+    assert (ROOT / "docs/benchmarks.md").read_text().count("<!-- bench -->") == 1

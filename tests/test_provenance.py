@@ -12,6 +12,7 @@ from prts import __version__, provenance
 from prts.cli.app import config_dir, plain
 from prts.io.cache import fingerprint
 from prts.models.metadata import run_provenance
+from prts.platforms.visium_hd import VisiumHD
 
 
 def test_the_commit_is_that_of_the_checkout_or_is_left_out() -> None:
@@ -39,14 +40,14 @@ def test_a_section_is_known_by_the_files_it_has(tmp_path: Path) -> None:
     (tmp_path / "spatial").mkdir()
     for name in ("slide.tif", "filtered_feature_bc_matrix.h5", "spatial/tissue_positions.parquet"):
         (tmp_path / name).write_bytes(name.encode())
-    section = SimpleNamespace(image=tmp_path / "slide.tif", nuclei=None, bins=tmp_path)
+    section = SimpleNamespace(image=tmp_path / "slide.tif", nuclei=None, measurement=VisiumHD(tmp_path))
     files = provenance.section_files(section)
     assert {key: value["size"] for key, value in files.items()} == {"image": 9, "matrix": 29, "positions": 33 - 1}
 
 
 def test_the_config_of_a_run_is_kept_without_places_and_known_again_from_json(tmp_path: Path) -> None:
     (tmp_path / "slide.tif").write_bytes(b"pixels")
-    section = SimpleNamespace(image=tmp_path / "slide.tif", nuclei=None, bins=None)
+    section = SimpleNamespace(image=tmp_path / "slide.tif", nuclei=None, measurement=None)
     tissue = SimpleNamespace(sections={"train": SimpleNamespace(section=section)})
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("train", ["tissue=demo", "seed=3"])

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 
 from prts.errors import InputError
+from prts.platforms.visium_hd import VisiumHD
 from prts.section import open_section, open_section_folder
 
 MPP = 0.5
@@ -63,7 +64,7 @@ def test_a_folder_as_10x_delivers_it(tmp_path: Path) -> None:
     spots = write_spots(folder / "spots.h5ad")
     (folder / "truth.h5ad").touch()
     section = open_section_folder(folder)
-    assert (section.name, section.image, section.bins) == ("lung, São=1", image, bins)
+    assert (section.name, section.image, section.measurement) == ("lung, São=1", image, VisiumHD(bins))
     assert (section.nuclei, section.spots, section.truth) == (nuclei, spots, folder / "truth.h5ad")
     assert (section.mpp, section.mpp_source) == (MPP, "scalefactors_json.json")
     assert (section.width, section.height) == (200, 200)
@@ -75,7 +76,13 @@ def test_a_folder_as_10x_delivers_it(tmp_path: Path) -> None:
 def test_a_folder_with_an_image_only(tmp_path: Path) -> None:
     write_image(tmp_path / "Visium_HD_tissue_image.tif", 0.25)
     section = open_section_folder(tmp_path, name="a")
-    assert (section.name, section.mpp, section.bins, section.nuclei, section.spots) == ("a", 0.25, None, None, None)
+    assert (section.name, section.mpp, section.measurement, section.nuclei, section.spots) == (
+        "a",
+        0.25,
+        None,
+        None,
+        None,
+    )
     assert section.mpp_source == "the TIFF resolution tags"
 
 
@@ -87,59 +94,59 @@ def test_folders_with_no_image_or_two(tmp_path: Path) -> None:
         open_section_folder(tmp_path)
     write_image(tmp_path / "tissue_image.tif", MPP)
     write_image(tmp_path / "tissue_image.btf", MPP)
-    with pytest.raises(InputError, match=r"tissue_image\.btf, tissue_image\.tif; exactly one"):
+    with pytest.raises(InputError, match=r"tissue_image\.btf, tissue_image\.tif; expected exactly one"):
         open_section_folder(tmp_path)
 
 
 def test_um_per_pixel_is_never_taken_from_the_bins_alone(tmp_path: Path) -> None:
     bins, image = write_bins(tmp_path / "square_002um", mpp=None), write_image(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif.*mpp="):
-        open_section("a", image, bins=bins)
-    assert open_section("a", image, bins=bins, mpp=MPP).mpp_source == "mpp="
+        open_section("a", image, measurement=VisiumHD(bins))
+    assert open_section("a", image, measurement=VisiumHD(bins), mpp=MPP).mpp_source == "mpp="
 
 
 def test_every_source_is_held_against_every_other(tmp_path: Path) -> None:
     bins = write_bins(tmp_path / "square_002um")
-    assert open_section("a", write_image(tmp_path / "a.tif", MPP * 1.015), bins=bins).mpp == MPP
+    assert open_section("a", write_image(tmp_path / "a.tif", MPP * 1.015), measurement=VisiumHD(bins)).mpp == MPP
     with pytest.raises(InputError, match=r"a\.tif.*0\.5 in scalefactors_json\.json but 0\.25 in the TIFF"):
-        open_section("a", write_image(tmp_path / "a.tif", 0.25), bins=bins)
+        open_section("a", write_image(tmp_path / "a.tif", 0.25), measurement=VisiumHD(bins))
     with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in scalefactors_json\.json"):
-        open_section("a", write_image(tmp_path / "a.tif"), bins=bins, mpp=0.25)
+        open_section("a", write_image(tmp_path / "a.tif"), measurement=VisiumHD(bins), mpp=0.25)
 
 
 @pytest.mark.parametrize("pitch_um", [1.0, 2.05, 40.0])
 def test_the_distance_of_bins_is_a_source(tmp_path: Path, pitch_um: float) -> None:
     bins, image = write_bins(tmp_path / "square_002um", pitch_um=pitch_um), write_image(tmp_path / "a.tif")
-    message = r"a\.tif.*0\.5 in scalefactors_json\.json but .* in the distance of bins.*tissue_positions\.parquet"
+    message = r"a\.tif.*0\.5 in scalefactors_json\.json but .* in the spacing of bins.*tissue_positions\.parquet"
     with pytest.raises(InputError, match=message):
-        open_section("a", image, bins=bins)
+        open_section("a", image, measurement=VisiumHD(bins))
     bins = write_bins(tmp_path / "other/square_002um", mpp=None, pitch_um=pitch_um)
     with pytest.raises(InputError, match=r"0\.5 in mpp= but"):
-        open_section("a", image, bins=bins, mpp=MPP)
+        open_section("a", image, measurement=VisiumHD(bins), mpp=MPP)
 
 
 @pytest.mark.parametrize(("shift_px", "fits"), [(20, True), (60, True), (64, False), (-30, False), (5000, False)])
 def test_bins_of_another_image(tmp_path: Path, shift_px: float, fits: bool) -> None:
     bins, image = write_bins(tmp_path / "square_002um", shift_px=shift_px), write_image(tmp_path / "a.tif")
     if fits:
-        assert open_section("a", image, bins=bins).bins == bins
+        assert open_section("a", image, measurement=VisiumHD(bins)).measurement == VisiumHD(bins)
         return
     with pytest.raises(InputError, match=r"square_002um: bins do not belong to this image.*a\.tif"):
-        open_section("a", image, bins=bins)
+        open_section("a", image, measurement=VisiumHD(bins))
 
 
 def test_missing_parts_are_named(tmp_path: Path) -> None:
     image = write_image(tmp_path / "a.tif", MPP)
-    with pytest.raises(InputError, match=r"none\.geojson: no such file; nuclei"):
+    with pytest.raises(InputError, match=r"none\.geojson: no such file; give the nuclei"):
         open_section("a", image, nuclei=tmp_path / "none.geojson")
     with pytest.raises(InputError, match=r"none\.h5ad: no such file"):
         open_section("a", image, spots=tmp_path / "none.h5ad")
     with pytest.raises(InputError, match="square_002um"):
-        open_section("a", image, bins=tmp_path / "none")
+        open_section("a", image, measurement=VisiumHD(tmp_path / "none"))
     bins = write_bins(tmp_path / "square_002um")
     (bins / "filtered_feature_bc_matrix.h5").unlink()
     with pytest.raises(InputError, match=r"filtered_feature_bc_matrix\.h5: no such file"):
-        open_section("a", image, bins=bins)
+        open_section("a", image, measurement=VisiumHD(bins))
 
 
 def test_spots_of_another_image(tmp_path: Path) -> None:
@@ -170,4 +177,4 @@ def test_real_sections(prts_data: Path, name: str) -> None:
 def test_bins_of_a_mouse_brain_do_not_belong_to_a_breast(prts_data: Path) -> None:
     bins = prts_data / "visium_hd_schema/binned_outputs/square_002um"
     with pytest.raises(InputError, match=r"scalefactors_json\.json but 0\.6881 in the TIFF"):
-        open_section("a", prts_data / "her2st_hd/C2/tissue_image.tif", bins=bins)
+        open_section("a", prts_data / "her2st_hd/C2/tissue_image.tif", measurement=VisiumHD(bins))

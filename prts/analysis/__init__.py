@@ -1,1 +1,1 @@
-"""What a predicted or measured section shows: clusters, their names, what their genes do, and how the two agree."""
+"""Analysis of predicted and measured sections: clusters, cell types, markers, enrichment and their agreement."""

@@ -1,4 +1,4 @@
-"""Names for clusters: their markers against tables of known markers (PanglaoDB, CellMarker, or one's own), with the evidence."""
+"""Name clusters by comparing their markers with a marker table (PanglaoDB, CellMarker or a custom one)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 
 from prts.analysis.symbols import Orthologs
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 
 logger = logging.getLogger(__name__)
 
 UNASSIGNED = "unassigned"
 _SPECIES = {"human": ("hs", "human", "homo sapiens"), "mouse": ("mm", "mouse", "mus musculus")}
-# Columns of each format, lower case: which hold the type, the gene(s), the species and the tissue.
+# Possible column names of each format, in lower case.
 _FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
     "PanglaoDB": {
         "type": ("cell type",), "gene": ("official gene symbol",), "species": ("species",), "tissue": ("organ",)
@@ -39,31 +39,31 @@ def read_markers(
     tissues: Sequence[str] = (),
     orthologs: Orthologs | None = None,
 ) -> pd.DataFrame:
-    """Read a marker table; its format is told from its columns.
+    """Read a marker table; the format is inferred from the columns.
 
     Parameters
     ----------
     path
-        .csv, or .tsv or .txt with tabs: PanglaoDB (`official gene symbol`, `cell type`, `species`, `organ`), CellMarker (`cell_name` and
-        `Symbol` or `marker`, or `Tissue, CT, Gene` with several genes in a field), or one's own (`type`, `gene`).
+        .csv, or tab-separated .tsv or .txt: PanglaoDB (`official gene symbol`, `cell type`, `species`, `organ`), CellMarker (`cell_name`
+        and `Symbol` or `marker`, or `Tissue, CT, Gene` with several genes per field), or custom (`type`, `gene`).
     species
-        "human" or "mouse": of the section. Rows of the other species are left out where the table has that column.
+        Species of the section, "human" or "mouse". If the table has a species column, other rows are ignored.
     genes
-        Names of the genes that were tested; other genes of the table cannot be found and are left out.
+        Names of the tested genes; other genes in the table are ignored.
     tissues
-        Keep rows whose tissue is one of these (any case); all if empty.
+        Tissues to keep (case-insensitive); all if empty.
     orthologs
-        Human and mouse symbols. PanglaoDB writes those of human genes: for a mouse section they are translated by this table, or
-        spelt as mouse symbols are if there is none.
+        Human and mouse symbols. PanglaoDB lists human symbols: for a mouse section, they are translated with this table or, without it,
+        capitalized like mouse symbols.
 
     Returns
     -------
-    `type, gene`, each pair once, in which every gene is one of `genes`.
+    Unique pairs `type, gene`, limited to `genes`.
 
     Raises
     ------
     InputError
-        If the file cannot be read, has other columns, no row of the species or tissues, or no gene of the section.
+        If the file cannot be read, has unknown columns, or has no rows for the species, tissues or genes.
     """
     raw = _read(path)
     name, columns = _format(path, raw)
@@ -77,7 +77,7 @@ def read_markers(
     known = table[table["gene"].isin(set(genes))][["type", "gene"]].drop_duplicates().reset_index(drop=True)
     _require_shared(path, table, known, genes, species)
     logger.info(
-        "markers: %s (%s): %d types, %d of %d genes of the table are in the section",
+        "markers: %s (%s): %d types; %d of %d genes in the table are in the section",
         path.name, name, known["type"].nunique(), known["gene"].nunique(), table["gene"].nunique(),
     )  # fmt: skip
     return known
@@ -93,31 +93,31 @@ def annotate(
     min_genes: int = 2,
     n_markers: int = 25,
 ) -> pd.DataFrame:
-    """Name each cluster after the type whose known markers are over-represented among its own the most.
+    """Name each cluster after the cell type whose known markers are most over-represented among its own.
 
-    Fisher's exact test (decoupler's `query_set`) of the cluster's best markers against each type's, among the genes that were tested.
-    Benjamini-Hochberg over all pairs of a cluster and a type. A name needs an adjusted p value below `max_p` and at least `min_genes`
-    genes behind it, else the cluster is "unassigned".
+    The top markers of a cluster are tested against the markers of each type with Fisher's exact test (decoupler's `query_set`), and p
+    values are adjusted over all pairs of cluster and type (Benjamini-Hochberg). A cluster is "unassigned" unless the adjusted p value is
+    below `max_p` and at least `min_genes` genes support the name.
 
     Parameters
     ----------
     markers
-        Of `prts.analysis.clusters.find_markers`.
+        Result of `prts.analysis.clusters.find_markers`.
     table
-        Of `read_markers`.
+        Result of `read_markers`.
     background
-        All genes that were tested: those of the section, not of the genome.
+        All tested genes, that is, the genes of the section rather than of the genome.
     clusters
-        Names of all clusters; one without markers is unassigned.
+        Names of all clusters; clusters without markers are unassigned.
     max_p, min_genes
-        What a name needs.
+        Requirements for a name.
     n_markers
-        How many of a cluster's best markers are used.
+        Number of top markers per cluster to use.
 
     Returns
     -------
-    A row a cluster: `cluster, type, score` (log odds ratio), `p_value, p_adj, genes` (behind the name, best first), `n_markers`, and
-    `second, second_score, second_p_adj, second_genes`: the runner-up, whether significant or not.
+    One row per cluster: `cluster, type, score` (log odds ratio), `p_value, p_adj, genes` (that support the name, best first), `n_markers`,
+    and `second, second_score, second_p_adj, second_genes` for the runner-up, significant or not.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def annotate(
     try:
         import decoupler
     except ImportError as error:
-        raise InputError("markers: needs the extra `analysis`: pip install 'prts[analysis]'") from error
+        raise ParameterError("", "markers", "needs decoupler; pip install 'prts[analysis]'") from error
 
     tested = set(background)
     net = table[table["gene"].isin(tested)].rename(columns={"type": "source", "gene": "target"})
@@ -151,19 +151,24 @@ def annotate(
 
 
 def broad_class(types: pd.Series, classes: Mapping[str, Sequence[str]]) -> pd.Series:
-    """Put types into broad classes.
+    """Group cell types into broad classes.
 
     Parameters
     ----------
     types
-        Names of types, of any length.
+        Type names.
     classes
-        By class: patterns of the names of its types, as in file names (`*neuron*`), in any case. The first that fits wins; a type that
-        none fits is a class of its own.
+        Name patterns of the types in each class, as in file names (`*neuron*`), case-insensitive. The first match wins; a type without
+        a match is its own class.
 
     Returns
     -------
-    As long as `types`; missing where the type is missing or unassigned.
+    Class of each type; missing if the type is missing or unassigned.
+
+    Examples
+    --------
+    >>> broad_class(pd.Series(["GABAergic neurons", "Microglia"]), {"Neurons": ["*neuron*"]}).tolist()
+    ['Neurons', 'Microglia']
     """
 
     def place(name: str) -> str:
@@ -181,7 +186,7 @@ def _summary(found: list[pd.DataFrame], clusters: Sequence[str], max_p: float, m
     rows = []
     for name in clusters:
         pairs = found[0][found[0]["cluster"] == name] if found else pd.DataFrame()
-        # what one gene supports is the runner-up at best
+        # a type that is supported by a single gene can only be the runner-up
         firm = pairs[(pairs["padj"] < max_p) & (pairs["genes"].str.len() >= min_genes)] if len(pairs) else pairs
         first = firm.iloc[:1]
         rest = pairs.drop(first.index)
@@ -213,13 +218,13 @@ def _benjamini_hochberg(p: np.ndarray) -> np.ndarray:
 def _read(path: Path) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a marker table (.csv or .tsv) is needed")
+        raise InputError(f"{path}: no such file; expected a marker table (.csv or .tsv)")
     try:
         first = path.open(encoding="utf-8-sig").readline()
         return pd.read_csv(path, sep="\t" if "\t" in first else ",", encoding="utf-8-sig", dtype=str)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise InputError(
-            f"{path}: cannot be read as a table ({error}); a marker table (.csv or .tsv) is needed"
+            f"{path}: cannot be read as a table ({error}); expected a marker table (.csv or .tsv)"
         ) from error
 
 
@@ -230,8 +235,8 @@ def _format(path: Path, raw: pd.DataFrame) -> tuple[str, dict[str, str]]:
         if found["type"] is not None and found["gene"] is not None:
             return name, {key: column for key, column in found.items() if column is not None}
     raise InputError(
-        f"{path}: has the columns {', '.join(map(str, raw.columns[:8]))}; a marker table needs `type` and `gene`, or those of PanglaoDB "
-        "(`cell type`, `official gene symbol`) or CellMarker (`cell_name`, `Symbol`; `CT`, `Gene`)"
+        f"{path}: has the columns {', '.join(map(str, raw.columns[:8]))}; a marker table needs `type` and `gene`, or the columns of "
+        "PanglaoDB (`cell type`, `official gene symbol`) or CellMarker (`cell_name`, `Symbol`; `CT`, `Gene`)"
     )
 
 
@@ -244,7 +249,7 @@ def _of_species(path: Path, table: pd.DataFrame, species: str) -> pd.DataFrame:
     if kept.empty:
         there = ", ".join(sorted(table["species"].unique())[:4])
         raise InputError(
-            f"{path}: has no marker of {species} (its species: {there}), as the section is; give that species' table"
+            f"{path}: has no {species} markers (its species: {there}); give a table for the species of the section"
         )
     return kept
 
@@ -253,36 +258,38 @@ def _of_tissues(path: Path, table: pd.DataFrame, tissues: Sequence[str]) -> pd.D
     if not tissues:
         return table
     if "tissue" not in table:
-        raise InputError(f"{path}: has no column of tissues; leave annotate.tissues=[] for it")
+        raise ParameterError("annotate", "tissues", f"{path} has no tissue column; leave `tissues` empty")
     kept = table[table["tissue"].str.casefold().isin({str(t).casefold() for t in tissues})]
     if kept.empty:
         there = ", ".join(sorted(table["tissue"].unique())[:12])
-        raise InputError(f"annotate.tissues: {list(tissues)} are none of the tissues of {path} ({there}, ...)")
+        raise ParameterError(
+            "annotate", "tissues", f"{', '.join(tissues)} not found in {path}; choose from {there}, ..."
+        )
     return kept
 
 
 def _to_mouse(table: pd.DataFrame, orthologs: Orthologs | None) -> pd.DataFrame:
     if orthologs is None:
         logger.warning(
-            "markers: human symbols are spelt as mouse symbols are (CAMK2A, Camk2a), which misses genes that are named otherwise; "
-            "orthologs=FILE translates them"
+            "markers: human symbols are capitalized like mouse symbols (CAMK2A -> Camk2a), which misses genes whose names differ; "
+            "give `orthologs` to translate them"
         )
         return table.assign(gene=table["gene"].str.capitalize())
     return table.assign(gene=table["gene"].map(orthologs.to_mouse)).explode("gene").dropna(subset="gene")
 
 
 def _require_shared(path: Path, table: pd.DataFrame, known: pd.DataFrame, genes: Sequence[str], species: str) -> None:
-    """Refuse a table with next to none of the section's genes, and say if only the spelling differs: that is another species."""
+    """Refuse a table that shares almost no genes with the section; if only the case differs, it is for another species."""
     in_table, own = set(table["gene"]), set(genes)
     alike = {g.casefold() for g in in_table} & {g.casefold() for g in own}
     if len(alike) >= 10 and known["gene"].nunique() < len(alike) / 5:
         example = next(iter(sorted(in_table)))
         raise InputError(
-            f"{path}: shares {known['gene'].nunique()} genes with the section as they are spelt, {len(alike)} in any case: its symbols "
-            f"({example}, ...) are of another species than {species}; give a table of {species} markers"
+            f"{path}: shares {known['gene'].nunique()} genes with the section, but {len(alike)} if case is ignored: its symbols "
+            f"({example}, ...) are not {species}; give a table of {species} markers"
         )
     if known.empty:
         raise InputError(
-            f"{path}: shares no gene with the section ({', '.join(list(genes)[:3])}, ...); "
-            f"give markers of {species}, by the names of these genes"
+            f"{path}: shares no genes with the section ({', '.join(list(genes)[:3])}, ...); "
+            f"give {species} markers that use the same gene names"
         )

@@ -1,4 +1,4 @@
-"""Clusters of nuclei and their marker genes, by the steps of the paper, the same for predicted and measured sections."""
+"""Clusters of nuclei and their marker genes, with the same steps for predicted and measured sections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,22 +27,22 @@ _SILHOUETTE_NUCLEI = 10_000
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """How nuclei are clustered; the defaults are the paper's.
+    """How nuclei are clustered; the defaults are those of the paper.
 
     Attributes
     ----------
     n_top_genes
-        Highly variable genes (flavour `seurat`); all genes where there are no more.
+        Number of highly variable genes (flavor `seurat`); all genes if there are fewer.
     n_pcs, n_neighbors
-        Of PCA and of the graph.
+        Number of principal components, and of neighbors in the graph.
     resolution
-        Of Leiden. None where another count of clusters is to be met (`cluster_to_match`).
+        Leiden resolution.
     min_share
-        Clusters with a smaller share of the nuclei are dropped: the paper's 1,200 of about 60,000 are 2 %.
+        Minimum share of nuclei in a cluster; smaller clusters are dropped. The paper's 1,200 of about 60,000 nuclei are 2%.
     min_cells
-        The same as a number of nuclei, in place of the share.
+        Minimum number of nuclei in a cluster, instead of the share.
     seed
-        Of PCA, Leiden and UMAP.
+        Seed of PCA, Leiden and UMAP.
     """
 
     n_top_genes: int = 800
@@ -56,37 +56,39 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         for key, low in {"n_top_genes": 2, "n_pcs": 1, "n_neighbors": 2}.items():
             if getattr(self, key) < low:
-                raise InputError(f"clusters.{key}: {getattr(self, key)} is too few; give {low} or more")
+                raise ParameterError("clusters", key, f"{getattr(self, key)} is too small; choose {low} or more")
         if not 0 < self.resolution < np.inf:
-            raise InputError(f"clusters.resolution: {self.resolution} is not above 0; the paper's is 0.6")
+            raise ParameterError("clusters", "resolution", f"{self.resolution} must be positive; the default is 0.6")
         if not 0 <= self.min_share < 1:
-            raise InputError(f"clusters.min_share: {self.min_share} is no share; the paper's is 0.02")
+            raise ParameterError(
+                "clusters", "min_share", f"{self.min_share} must be at least 0 and below 1; the default is 0.02"
+            )
         if self.min_cells is not None and self.min_cells < 2:
-            raise InputError(
-                f"clusters.min_cells: {self.min_cells} is too few to test for markers; give 2 or more, or null"
+            raise ParameterError(
+                "clusters", "min_cells", f"{self.min_cells} nuclei are too few to test for markers; choose 2 or more"
             )
 
     def least(self, n_nuclei: int) -> int:
-        """Fewest nuclei of a cluster that is kept, of so many nuclei; no test for markers can be made of one."""
+        """Minimum size of a cluster in a section of `n_nuclei`; at least two, to test for markers."""
         return self.min_cells if self.min_cells is not None else max(2, int(np.ceil(self.min_share * n_nuclei)))
 
 
 def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "prediction") -> ad.AnnData:
-    """Normalise, find variable genes, reduce, link neighbours, draw the UMAP.
+    """Normalize, select variable genes, and compute PCA, neighbor graph and UMAP.
 
     Parameters
     ----------
     counts
-        UMI counts, measured or expected, (n_nuclei, n_genes), in X.
+        Measured or expected UMI in X, (n_nuclei, n_genes).
     settings
-        Of the steps.
+        Settings of the steps.
     what
-        What the counts are, for messages.
+        What the counts are called in messages.
 
     Returns
     -------
     A new object (n_nuclei, n_genes) with X = log1p of counts scaled to the median total, `layers["umi"]`, `var["highly_variable"]`,
-    `obsm["X_pca"]`, `obsm["X_umap"]`, the graph, and the `obs`, `obsm["spatial"]` and `uns["spatial"]` of `counts`.
+    `obsm["X_pca"]`, `obsm["X_umap"]`, the neighbor graph, and `obs`, `obsm["spatial"]` and `uns["spatial"]` of `counts`.
 
     Raises
     ------
@@ -98,8 +100,8 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
 
     if counts.n_obs <= settings.n_neighbors or counts.n_vars < 3:
         raise InputError(
-            f"{what}: {counts.n_obs} nuclei x {counts.n_vars} genes are too few to cluster with "
-            f"clusters.n_neighbors={settings.n_neighbors}; more nuclei than neighbours and 3 genes are needed"
+            f"{what}: {counts.n_obs} nuclei x {counts.n_vars} genes are too few to cluster with {settings.n_neighbors} neighbors; "
+            f"at least {settings.n_neighbors + 1} nuclei and 3 genes are needed"
         )
     umi = sp.csr_matrix(counts.X, dtype=np.float32)
     nuclei = ad.AnnData(umi.copy(), obs=counts.obs.copy(), var=counts.var.copy())
@@ -108,10 +110,12 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
     if "spatial" in counts.uns:
         nuclei.uns["spatial"] = counts.uns["spatial"]
     nuclei.obs["total_counts"] = np.asarray(umi.sum(axis=1)).ravel()
-    # of a prediction the number that is expected to show: it has some of every gene
+    # every gene has an expected count above 0: a prediction uses the expected number of detected genes
     shown = counts.layers.get("prob", umi > 0)
     nuclei.obs["n_genes_by_counts"] = np.asarray(shown.sum(axis=1), dtype=float).ravel()
     log_normalise(nuclei)
+    if not (nuclei.X.max(axis=0) - nuclei.X.min(axis=0)).nnz:
+        raise InputError(f"{what}: all nuclei have the same expression, so there are no clusters; check the counts")
     if nuclei.n_vars > settings.n_top_genes:
         sc.pp.highly_variable_genes(nuclei, n_top_genes=settings.n_top_genes, flavor="seurat")
     else:
@@ -120,7 +124,7 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
     n_pcs = min(settings.n_pcs, nuclei.n_obs - 1, n_hvg - 1)
     sc.pp.pca(nuclei, n_comps=n_pcs, random_state=settings.seed)
     with warnings.catch_warnings():
-        # scanpy's own way to set the diagonal of distances
+        # raised by scanpy itself when it sets the diagonal of the distances
         warnings.simplefilter("ignore", sp.SparseEfficiencyWarning)
         sc.pp.neighbors(nuclei, n_neighbors=settings.n_neighbors, n_pcs=n_pcs, random_state=settings.seed)
     sc.tl.umap(nuclei, random_state=settings.seed)
@@ -128,7 +132,7 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
 
 
 def log_normalise(nuclei: ad.AnnData) -> None:
-    """Scale each nucleus to the median total and take log1p, in place."""
+    """Scale each nucleus to the median total and apply log1p, in place."""
     import scanpy as sc
 
     sc.pp.normalize_total(nuclei)
@@ -136,26 +140,24 @@ def log_normalise(nuclei: ad.AnnData) -> None:
 
 
 def cluster(nuclei: ad.AnnData, settings: ClusterSettings, *, what: str = "prediction") -> int:
-    """Leiden clusters at the resolution of the settings, small ones dropped.
+    """Find Leiden clusters at the resolution of the settings, and drop small ones.
 
     Parameters
     ----------
     nuclei
-        Of `embed`; gets `obs["cluster"]`: "0", "1", ... by falling size, missing for nuclei of dropped clusters, and in
-        `uns["clusters"]` the resolution and how many were dropped.
-    settings
+        Result of `embed`. Receives `obs["cluster"]` ("0", "1", ... by decreasing size; missing for nuclei of dropped clusters) and, in
+        `uns["clusters"]`, the resolution and the number of dropped nuclei.
+    settings, what
         As for `embed`.
-    what
-        What the nuclei are, for messages.
 
     Returns
     -------
-    How many clusters were kept.
+    Number of clusters kept.
 
     Raises
     ------
     InputError
-        If fewer than two are left: there is nothing to compare.
+        If fewer than two clusters are left.
     """
     labels = _leiden(nuclei, settings.resolution, settings)
     return _store(nuclei, labels, settings, settings.resolution, what)
@@ -170,23 +172,22 @@ def cluster_to_match(
     high: float = 8.0,
     what: str = "section",
 ) -> int:
-    """Leiden clusters at the resolution that gives as many of them as another section has, found by bisection.
+    """Find Leiden clusters at the resolution that gives a certain number of them, by bisection.
 
-    The number that counts is that of the clusters kept. Where no resolution gives exactly that many, the nearest is taken, and
-    the log says so.
+    Only clusters that are kept count. If no resolution gives exactly that number, the closest one is used and a warning is logged.
 
     Parameters
     ----------
     nuclei, settings, what
         As for `cluster`; `settings.resolution` is not used.
     n_clusters
-        How many clusters are wanted.
+        Number of clusters to aim for.
     low, high
-        The resolutions between which to look.
+        Range of resolutions to search.
 
     Returns
     -------
-    How many clusters there are.
+    Number of clusters found.
     """
     tried: list[tuple[int, float, NDArray[np.intp]]] = []
 
@@ -200,16 +201,16 @@ def cluster_to_match(
     _, resolution, labels = min(tried, key=lambda one: one[:2])
     n = _store(nuclei, labels, settings, resolution, what)
     if n != n_clusters:
-        logger.warning("%s: %d clusters where %d were wanted: no resolution gives as many", what, n, n_clusters)
+        logger.warning("%s: found %d clusters; no resolution gives %d", what, n, n_clusters)
     return n
 
 
 def bisect(count: Callable[[float], int], wanted: int, low: float, high: float) -> float:
-    """Look for the argument at which a count that rises with it is as wanted, halving on the logarithm.
+    """Search for the argument at which an increasing count reaches a value, by bisection on a log scale.
 
     Returns
     -------
-    The last argument tried; the count there is as wanted unless no tried argument gives it.
+    The last argument tried. Its count equals `wanted` unless no argument tried gives it.
     """
     middle = low
     for _ in range(_BISECTIONS):
@@ -224,26 +225,25 @@ def bisect(count: Callable[[float], int], wanted: int, low: float, high: float) 
 def find_markers(
     nuclei: ad.AnnData, *, groupby: str = "cluster", min_log2fc: float = 0.25, max_p: float = 0.05
 ) -> pd.DataFrame:
-    """Genes that each cluster has more of than the other nuclei (Wilcoxon, Benjamini-Hochberg).
+    """Find genes that are higher in a cluster than in the other nuclei (Wilcoxon, Benjamini-Hochberg).
 
-    Only genes that are higher in the cluster name it: the paper's |log2FC| > 0.25 admits lower ones, but its top 25 by score
-    are higher ones.
+    The paper's |log2FC| > 0.25 also admits genes that are lower, but its top 25 by score are all higher; lower genes are not used here.
 
     Parameters
     ----------
     nuclei
-        Log-normalised, with `obs[groupby]`; nuclei without a cluster are left out.
+        Log-normalized nuclei with `obs[groupby]`; nuclei without a cluster are ignored.
     groupby
         Column of the clusters.
     min_log2fc
-        Least log2 fold change.
+        Minimum log2 fold change.
     max_p
-        Largest adjusted p value.
+        Maximum adjusted p value.
 
     Returns
     -------
-    `cluster, rank, gene, score, log2fc, p_value, p_adj, share_in, share_out` (nuclei with any of the gene), best first in each
-    cluster.
+    `cluster, rank, gene, score, log2fc, p_value, p_adj, share_in, share_out` (share of nuclei that express the gene), best first within
+    each cluster.
     """
     import scanpy as sc
 
@@ -253,7 +253,7 @@ def find_markers(
     tested.uns["log1p"] = {"base": None}
     sc.tl.rank_genes_groups(tested, groupby, method="wilcoxon", use_raw=False, pts=True)
     table = sc.get.rank_genes_groups_df(tested, group=None)
-    if "group" not in table:  # scanpy leaves the column out where there is one group
+    if "group" not in table:  # scanpy omits the column if there is one group
         table["group"] = tested.obs[groupby].cat.categories[0]
     names = {
         "group": "cluster", "names": "gene", "scores": "score", "logfoldchanges": "log2fc", "pvals": "p_value",
@@ -269,43 +269,49 @@ def find_markers(
 
 
 def score_subtypes(nuclei: ad.AnnData, markers: pd.DataFrame, *, n_genes: int = 5, seed: int = 0) -> pd.DataFrame:
-    """Score of each cluster's best markers in every nucleus (scanpy's `score_genes`).
+    """Score every nucleus for the top markers of each cluster (scanpy's `score_genes`).
 
     Parameters
     ----------
     nuclei
-        Log-normalised, (n_nuclei, n_genes).
+        Log-normalized nuclei, (n_nuclei, n_genes).
     markers
-        Of `find_markers`.
+        Result of `find_markers`.
     n_genes
-        How many of the best markers make a score.
+        Number of top markers per score.
     seed
-        Of the choice of control genes.
+        Seed for choosing the control genes.
 
     Returns
     -------
-    (n_nuclei, n_clusters with markers), a column `score_<cluster>` each.
+    Columns `score_<cluster>` for the clusters that have markers, (n_nuclei, n_scores).
     """
     import scanpy as sc
 
     scores = ad.AnnData(nuclei.X, obs=pd.DataFrame(index=nuclei.obs_names), var=pd.DataFrame(index=nuclei.var_names))
     for name, table in markers[markers["rank"] <= n_genes].groupby("cluster", observed=True):
-        sc.tl.score_genes(scores, table["gene"].tolist(), score_name=f"score_{name}", random_state=seed)
+        genes = table["gene"].tolist()
+        try:
+            sc.tl.score_genes(scores, genes, score_name=f"score_{name}", random_state=seed)
+        except RuntimeError:  # a small panel has no control genes of similar expression: compare with all others
+            chosen = scores.var_names.isin(genes)
+            others = scores.X[:, ~chosen].mean(axis=1) if not chosen.all() else 0.0
+            scores.obs[f"score_{name}"] = np.asarray(scores.X[:, chosen].mean(axis=1) - others).ravel()
     of_clusters: pd.DataFrame = scores.obs
     return of_clusters
 
 
 def silhouette(nuclei: ad.AnnData, labels: pd.Series, *, seed: int = 0) -> float:
-    """Mean silhouette width of clusters in the space of the principal components, of at most 10,000 nuclei; NaN below two clusters.
+    """Mean silhouette width of clusters in PCA space, over at most 10,000 nuclei; NaN for fewer than two clusters.
 
     Parameters
     ----------
     nuclei
-        Of `embed`.
+        Result of `embed`.
     labels
-        Cluster of each nucleus; missing ones are left out.
+        Cluster of each nucleus; nuclei without one are ignored.
     seed
-        Of the choice of nuclei.
+        Seed for sampling nuclei.
     """
     from sklearn.metrics import silhouette_score
 
@@ -318,11 +324,11 @@ def silhouette(nuclei: ad.AnnData, labels: pd.Series, *, seed: int = 0) -> float
 
 
 def _import_umap() -> None:
-    """Import umap, which scanpy's neighbours need, without what it takes along for a part that is not used here.
+    """Import umap, which scanpy needs, without TensorFlow.
 
-    Where TensorFlow is installed umap imports it: ten seconds, and log lines on stderr. Told that it is not there, umap does without.
+    If TensorFlow is installed (with StarDist), umap imports it for its parametric variant: ten seconds, and log lines on stderr.
     """
-    import prts._torchvision  # noqa: F401  umap imports torchvision through it, too
+    import prts._torchvision  # noqa: F401  umap imports torchvision as well
 
     if "umap" in sys.modules or "tensorflow" in sys.modules:
         return
@@ -344,7 +350,7 @@ def _leiden(nuclei: ad.AnnData, resolution: float, settings: ClusterSettings) ->
 
 
 def _kept(labels: NDArray[np.intp], settings: ClusterSettings) -> NDArray[np.intp]:
-    """Labels of the clusters that are large enough, by falling size."""
+    """Labels of the clusters that are large enough, by decreasing size."""
     sizes = np.bincount(labels)
     order = np.argsort(-sizes, kind="stable")
     return order[sizes[order] >= settings.least(len(labels))]
@@ -358,8 +364,8 @@ def _store(
     least = settings.least(len(labels))
     if len(kept) < 2:
         raise InputError(
-            f"{what}: Leiden at resolution {resolution:.3g} gives {n_all} clusters of which {len(kept)} hold {least} nuclei or more, "
-            "and one cluster has nothing to be compared with; raise clusters.resolution or lower clusters.min_share"
+            f"{what}: resolution {resolution:.3g} gives {n_all} clusters, {len(kept)} of them with at least {least} nuclei, and finding "
+            "markers takes two; raise `resolution` or lower `min_share` of the clusters"
         )
     position = np.full(labels.max() + 1, -1)
     position[kept] = np.arange(len(kept))
@@ -368,7 +374,7 @@ def _store(
     dropped = int((codes < 0).sum())
     nuclei.uns["clusters"] = {"resolution": resolution, "least_nuclei": least, "n_dropped_nuclei": dropped}
     logger.info(
-        "%s: %d clusters at resolution %.3g; %d nuclei in %d smaller ones than %d dropped",
+        "%s: %d clusters at resolution %.3g; dropped %d nuclei in %d clusters with fewer than %d nuclei",
         what, len(kept), resolution, dropped, n_all - len(kept), least,
     )  # fmt: skip
     return len(kept)

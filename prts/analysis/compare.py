@@ -1,4 +1,4 @@
-"""One section as predicted and as measured: both clustered and named by the same steps, and how far they agree."""
+"""Cluster and name a section, and compare the predicted with the measured one."""
 
 from __future__ import annotations
 
@@ -24,21 +24,28 @@ from prts.analysis.types import TypeClassifier, accuracy, agreement, confusion, 
 if TYPE_CHECKING:
     import anndata as ad
 
-    from prts.evaluation.section_scores import Matched
+    from prts.evaluation.measured import MeasuredSection
 
 
 @dataclass(frozen=True)
 class NamingSettings:
-    """How clusters get their markers and names (`prts.analysis.annotate`).
+    """How marker genes are found and clusters are named.
 
     Attributes
     ----------
-    min_log2fc, max_p
-        Of markers; `max_p` of names too.
-    n_markers, min_genes
-        As for `annotate`.
+    tissues
+        Tissues of the marker table to use, such as `["Brain"]`; all if empty.
+    min_log2fc
+        Minimum log2 fold change of a marker.
+    max_p
+        Maximum adjusted p value of markers and names.
+    n_markers
+        Number of top markers of a cluster that are compared with the table.
+    min_genes
+        Minimum number of known markers that support a name.
     """
 
+    tissues: Sequence[str] = ()
     min_log2fc: float = 0.25
     max_p: float = 0.05
     n_markers: int = 25
@@ -46,17 +53,18 @@ class NamingSettings:
 
 
 @dataclass
-class Side:
-    """A section as it was predicted, or as it was measured.
+class ClusteredSection:
+    """A predicted or measured section after clustering.
 
     Attributes
     ----------
     nuclei
-        Of `embed`, with `obs["cluster"]`, and with a marker table `obs["type"]` and `obs["broad"]`; a `score_<cluster>` each.
+        Result of `embed` with `obs["cluster"]`, a `score_<cluster>` column per cluster and, if there is a marker table, `obs["type"]` and
+        `obs["broad"]`.
     markers
-        Of `find_markers`.
+        Result of `find_markers`.
     names
-        Of `annotate`; None without a marker table.
+        Result of `annotate`; None without a marker table.
     """
 
     nuclei: ad.AnnData
@@ -66,25 +74,25 @@ class Side:
 
 @dataclass
 class Comparison:
-    """Figures of how far two sides agree, and the tables behind them.
+    """Scores of an analysis and the confusion tables behind them.
 
     Attributes
     ----------
     summary
-        Flat, by `<what>/<figure>`.
+        Scores by `<what>/<score>`.
     tables
-        Confusion tables by name: reference in rows.
+        Confusion tables by name, with the reference in rows.
     """
 
     summary: dict[str, float] = field(default_factory=dict)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
-    def add(self, what: str, figures: Mapping[str, float]) -> None:
-        """Put figures into the summary under a name."""
-        self.summary |= {f"{what}/{key}": value for key, value in figures.items()}
+    def add(self, what: str, scores: Mapping[str, float]) -> None:
+        """Add scores under a name."""
+        self.summary |= {f"{what}/{key}": value for key, value in scores.items()}
 
 
-def analyse_side(
+def cluster_section(
     counts: ad.AnnData,
     settings: ClusterSettings,
     naming: NamingSettings,
@@ -93,23 +101,23 @@ def analyse_side(
     n_clusters: int | None = None,
     known: pd.DataFrame | None = None,
     classes: Mapping[str, Sequence[str]] | None = None,
-) -> Side:
-    """Cluster a section, find the markers of the clusters and name them.
+) -> ClusteredSection:
+    """Cluster a section, find marker genes and name the clusters.
 
     Parameters
     ----------
     counts
-        UMI, measured or expected, (n_nuclei, n_genes).
+        Measured or expected UMI, (n_nuclei, n_genes).
     settings, naming
-        Of the steps.
+        Settings of clustering and naming.
     what
-        "prediction" or "section", for messages.
+        What the section is called in messages.
     n_clusters
-        How many clusters to look for; None takes the resolution of the settings.
+        Number of clusters to aim for; None uses the resolution of the settings.
     known
         Marker table of these genes (`read_markers`).
     classes
-        Patterns of types by broad class (`broad_class`).
+        Name patterns of the types in each broad class (`broad_class`).
     """
     nuclei = embed(counts, settings, what=what)
     if n_clusters is None:
@@ -119,7 +127,7 @@ def analyse_side(
     markers = find_markers(nuclei, min_log2fc=naming.min_log2fc, max_p=naming.max_p)
     nuclei.obs = nuclei.obs.join(score_subtypes(nuclei, markers, seed=settings.seed))
     if known is None:
-        return Side(nuclei, markers, None)
+        return ClusteredSection(nuclei, markers, None)
     clusters = nuclei.obs["cluster"].cat.categories.astype(str).tolist()
     names = annotate(
         markers, known, nuclei.var_names.tolist(), clusters=clusters,
@@ -129,85 +137,75 @@ def analyse_side(
     by_cluster = names.set_index("cluster")
     for column in ("type", "broad"):
         nuclei.obs[column] = nuclei.obs["cluster"].astype(object).map(by_cluster[column]).astype("category")
-    return Side(nuclei, markers, names)
+    return ClusteredSection(nuclei, markers, names)
 
 
-def describe(side: Side, what: str, result: Comparison) -> None:
-    """Figures of one side: clusters kept, resolution, nuclei dropped, silhouette width, clusters with a name."""
-    about = side.nuclei.uns["clusters"]
-    figures: dict[str, float] = {
-        "n_nuclei": side.nuclei.n_obs,
-        "n_clusters": len(side.nuclei.obs["cluster"].cat.categories),
+def summarize_clusters(section: ClusteredSection, what: str, result: Comparison) -> None:
+    """Add the number of clusters, resolution, dropped nuclei, silhouette width and number of named clusters."""
+    about = section.nuclei.uns["clusters"]
+    scores: dict[str, float] = {
+        "n_nuclei": section.nuclei.n_obs,
+        "n_clusters": len(section.nuclei.obs["cluster"].cat.categories),
         "resolution": about["resolution"],
         "n_dropped_nuclei": about["n_dropped_nuclei"],
-        "silhouette": silhouette(side.nuclei, side.nuclei.obs["cluster"]),
+        "silhouette": silhouette(section.nuclei, section.nuclei.obs["cluster"]),
     }
-    if side.names is not None:
-        figures["n_named_clusters"] = int((side.names["type"] != UNASSIGNED).sum())
-    result.add(what, figures)
+    if section.names is not None:
+        scores["n_named_clusters"] = int((section.names["type"] != UNASSIGNED).sum())
+    result.add(what, scores)
 
 
-def compare_sides(predicted: Side, measured: Side, result: Comparison) -> None:
-    """Clusters, and named types and broad classes, of the nuclei that both sides have.
+def compare_sections(predicted: ClusteredSection, measured: ClusteredSection, result: Comparison) -> None:
+    """Compare clusters, types and broad classes over the nuclei that both sections contain.
 
-    Broad classes are compared over nuclei that have a name on both sides; `broad/share_named` says how many those are.
+    Types are compared over nuclei with a name in both; `share_named` is their share.
     """
-    of = predicted.nuclei.obs.loc[measured.nuclei.obs_names]
-    result.add("clusters", agreement(measured.nuclei.obs["cluster"], of["cluster"]))
-    result.tables["clusters"] = confusion(measured.nuclei.obs["cluster"], of["cluster"])
+    shared = predicted.nuclei.obs.loc[measured.nuclei.obs_names]
+    result.add("clusters", agreement(measured.nuclei.obs["cluster"], shared["cluster"]))
+    result.tables["clusters"] = confusion(measured.nuclei.obs["cluster"], shared["cluster"])
     if predicted.names is None or measured.names is None:
         return
     for column in ("type", "broad"):
-        a, b = (_named(obs[column]) for obs in (measured.nuclei.obs, of))
-        figures = accuracy(a, b)
-        result.add(column, {**figures, "share_named": figures["n"] / len(of)})
-        if figures["n"]:
+        a, b = (_assigned(obs[column]) for obs in (measured.nuclei.obs, shared))
+        scores = accuracy(a, b)
+        result.add(column, {**scores, "share_named": scores["n"] / len(shared)})
+        if scores["n"]:
             result.tables[column] = confusion(a, b)
 
 
-def classify_sides(
+def classify_nuclei(
     classifier: TypeClassifier,
-    matched: Matched,
+    measured: MeasuredSection,
     truth: ad.AnnData | None,
-    mpp: float,
     result: Comparison,
     classes: Mapping[str, Sequence[str]] | None = None,
 ) -> pd.DataFrame:
-    """Types of the measured and of the predicted counts of the same nuclei, by a classifier that was trained elsewhere.
+    """Classify the measured and the predicted counts of the same nuclei, and score the labels.
 
     Parameters
     ----------
     classifier
-        Trained on measured training nuclei and the genes of the prediction.
-    matched
-        The nuclei and genes.
+        Trained on measured nuclei of a training section, with the genes of the prediction.
+    measured
+        The section; its `matched` nuclei are classified.
     truth
-        Of a simulated section: then the true types are the reference, and the classifier on the true rates, and on what a perfect reader
-        of the image expects, is the ceiling. None takes the types of the measured counts as the reference.
-    mpp
-        um a pixel.
+        Ground truth of a simulated section. The true types are then the reference, and classifying the true rates, and the rates that the
+        image determines, gives the upper bound. Without it, the labels of the measured counts are the reference.
     result
-        Gets `classifier/<side>/...` (measured is there only with the truth), the same over broad classes as `classifier_broad/...`,
-        and confusion tables.
+        Receives `classifier/<name>/...`, the same over broad classes as `classifier_broad/<name>/...`, and the confusion tables.
     classes
-        Of `broad_class`.
+        Name patterns of the types in each broad class (`broad_class`).
 
     Returns
     -------
-    A column a side, (n_nuclei,), indexed by `cell_id`; `true` with the truth, missing for nuclei that it does not know.
+    Labels in a column each for `measured`, `predicted` and, with ground truth, `true`, `rates` and `image_rates`; indexed by `cell_id`.
+    Nuclei without a true counterpart have no label in the last three.
     """
-    sides: dict[str, Any] = {"measured": classifier(matched.measured), "predicted": classifier(matched.predicted)}
+    matched = measured.matched
+    labels: dict[str, Any] = {"measured": classifier(matched.measured), "predicted": classifier(matched.predicted)}
     if truth is not None:
-        rows = true_rows(matched.xy_px, truth, mpp)
-        names = truth.obs["cell_type"].astype(str).to_numpy(dtype=object)
-        sides["true"] = np.where(rows >= 0, names[rows], np.array(None))
-        for side, rates in {"rates": truth.X, "image_rates": truth.layers.get("image_rate")}.items():
-            genes = [gene for gene in matched.genes if gene in truth.var_names]
-            if rates is None or len(genes) < len(matched.genes):
-                continue
-            found = classifier(np.asarray(rates[:, truth.var_names.get_indexer(genes)])[rows])
-            sides[side] = np.where(rows >= 0, found, np.array(None))
-    types = pd.DataFrame(sides, index=pd.Index(matched.cell_id, name="cell_id"), dtype=object)
+        labels |= _true_labels(classifier, measured, truth)
+    types = pd.DataFrame(labels, index=pd.Index(matched.cell_id, name="cell_id"), dtype=object)
     reference = "measured" if truth is None else "true"
     for name in types.columns.drop(reference):
         result.add(f"classifier/{name}", accuracy(types[reference], types[name]))
@@ -219,14 +217,28 @@ def classify_sides(
     return types
 
 
-def judge_by_truth(side: Side, what: str, types: pd.Series, result: Comparison) -> None:
-    """How far the clusters of a side are the true types of a simulated section (`types`, by `cell_id`)."""
-    shared = side.nuclei.obs_names.intersection(types.index)
-    result.add(f"truth/{what}", agreement(types.loc[shared], side.nuclei.obs.loc[shared, "cluster"]))
+def _true_labels(classifier: TypeClassifier, measured: MeasuredSection, truth: ad.AnnData) -> dict[str, Any]:
+    """True types, and the classes of the true rates if the truth has all predicted genes."""
+    matched = measured.matched
+    rows = true_rows(matched.xy_px, truth, measured.section.mpp)
+    names = truth.obs["cell_type"].astype(str).to_numpy(dtype=object)
+    labels = {"true": np.where(rows >= 0, names[rows], np.array(None))}
+    genes = [gene for gene in matched.genes if gene in truth.var_names]
+    for name, rates in {"rates": truth.X, "image_rates": truth.layers.get("image_rate")}.items():
+        if rates is not None and len(genes) == len(matched.genes):
+            found = classifier(np.asarray(rates[:, truth.var_names.get_indexer(genes)])[rows])
+            labels[name] = np.where(rows >= 0, found, np.array(None))
+    return labels
 
 
-def shares(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
-    """Share of the nuclei that each type has: `name, predicted, measured`, commonest first; nuclei without a type do not count."""
+def score_against_truth(section: ClusteredSection, what: str, types: pd.Series, result: Comparison) -> None:
+    """Add the agreement of the clusters with the true types of a simulated section (`types`, by `cell_id`)."""
+    shared = section.nuclei.obs_names.intersection(types.index)
+    result.add(f"truth/{what}", agreement(types.loc[shared], section.nuclei.obs.loc[shared, "cluster"]))
+
+
+def share_of_types(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
+    """Share of nuclei per type: `name, predicted, measured`, most common first; nuclei without a type are not counted."""
     columns = {"predicted": predicted} | ({} if measured is None else {"measured": measured})
     parts = {key: types.dropna().astype(str).value_counts(normalize=True) for key, types in columns.items()}
     table = pd.DataFrame(parts).fillna(0.0)
@@ -234,6 +246,6 @@ def shares(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
     return table.rename_axis("name").reset_index()
 
 
-def _named(types: pd.Series) -> pd.Series:
+def _assigned(types: pd.Series) -> pd.Series:
     values = types.astype(object)
     return values.where(values.notna() & (values != UNASSIGNED), None)

@@ -1,4 +1,4 @@
-"""Measured Visium spots beside predicted nuclei: sums inside spots gene by gene, totals and features, domains against clusters."""
+"""Compare predicted nuclei with measured Visium spots: sums within spots, detected genes, and spatial domains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from scipy.spatial import cKDTree
 
 from prts.analysis.clusters import ClusterSettings, cluster, embed
 from prts.analysis.types import agreement
-from prts.errors import InputError
-from prts.evaluation.section_scores import spot_pcc, sum_in_spots
+from prts.errors import InputError, ParameterError
+from prts.evaluation.spot_scores import spot_pcc, sum_in_spots
 from prts.io.spots import Spots
 
 if TYPE_CHECKING:
@@ -29,24 +29,51 @@ _POSITIONS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_full
 
 
 @dataclass(frozen=True)
+class SpotSettings:
+    """How Visium spots are filtered and clustered into domains; the defaults are those of the paper.
+
+    Attributes
+    ----------
+    min_counts, max_counts
+        Range of UMI per spot, both ends included.
+    min_genes, max_genes
+        Range of detected genes per spot, both ends included.
+    n_top_genes, n_pcs, resolution
+        Clustering of the spots, as in `prts.analysis.clusters.ClusterSettings`.
+    """
+
+    min_counts: int = 1000
+    max_counts: int = 100_000
+    min_genes: int = 200
+    max_genes: int = 10_000
+    n_top_genes: int = 600
+    n_pcs: int = 30
+    resolution: float = 1.0
+
+    def clustering(self, seed: int = 0) -> ClusterSettings:
+        """Settings for clustering the spots."""
+        return ClusterSettings(n_top_genes=self.n_top_genes, n_pcs=self.n_pcs, resolution=self.resolution, seed=seed)
+
+
+@dataclass(frozen=True)
 class SpotComparison:
-    """What spots and the nuclei inside them show.
+    """Agreement of predicted nuclei with measured spots.
 
     Attributes
     ----------
     spots
-        A row a spot that was kept: `x, y` (full-resolution px), `n_nuclei`, `total_measured`, `total_predicted` (over the predicted
-        genes), `features_measured, features_predicted` (of them: seen, and expected to be seen), `domain` (missing where spots are too
-        few to cluster).
+        One row per spot: `x, y` (full-resolution px), `n_nuclei`, `total_measured`, `total_predicted` (over the predicted genes),
+        `features_measured`, `features_predicted` (number of these genes that were detected, or are expected to be), and `domain`
+        (missing if there are too few spots to cluster).
     per_gene
-        `gene, mean_counts, pcc, constant`: of log1p of the sums, over spots that hold a nucleus.
+        `gene, mean_counts, pcc, constant`, from log1p of the sums over spots with at least one nucleus.
     composition
-        Domains x clusters of the nuclei: share of a domain's nuclei in each; None without domains.
+        Domains x clusters: share of the nuclei of a domain in each cluster; None without domains.
     summary
-        `n_spots, n_nuclei_in_spots, nuclei_per_spot` (median over spots that hold one), `pcc_mean, pcc_median, total_pcc,
-        features_pcc`, and, with domains, `n_domains, domain_nmi`: of the domain that a nucleus lies in with its cluster.
+        `n_spots, n_nuclei_in_spots, nuclei_per_spot` (median over spots with a nucleus), `pcc_mean, pcc_median, total_pcc, features_pcc`
+        and, with domains, `n_domains` and `domain_nmi` (cluster of a nucleus against the domain it is in).
     radius_px
-        Of a spot.
+        Radius of a spot, full-resolution px.
     """
 
     spots: pd.DataFrame
@@ -57,35 +84,34 @@ class SpotComparison:
 
 
 def read_visium(folder: Path) -> Spots:
-    """Read the `outs` folder of a Visium (v1/v2) run of Space Ranger, spots in tissue only.
+    """Read the spots under tissue from the Space Ranger `outs` folder of a Visium (v1/v2) run.
 
     Parameters
     ----------
     folder
-        With `filtered_feature_bc_matrix.h5` (or `raw_feature_bc_matrix.h5`, of which the spots in tissue are taken) and `spatial/`:
-        `tissue_positions.csv` (`.parquet`; before Space Ranger 2 `tissue_positions_list.csv`, without a header) and
-        `scalefactors_json.json`.
+        Contains `filtered_feature_bc_matrix.h5` or `raw_feature_bc_matrix.h5`, and in `spatial/` the file `scalefactors_json.json` and
+        `tissue_positions.csv` or `.parquet` (before Space Ranger 2, `tissue_positions_list.csv` without a header).
 
     Raises
     ------
     InputError
-        If a file is missing or damaged, or no spot in tissue has a position.
+        If a file is missing or damaged, or no barcode is a spot under tissue.
     """
     import scanpy as sc
 
     folder = Path(folder)
-    matrix = _first(folder, "filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5")
+    matrix = _existing(folder, "filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5")
     positions = _positions(
-        _first(folder / "spatial", "tissue_positions.csv", "tissue_positions.parquet", "tissue_positions_list.csv")
+        _existing(folder / "spatial", "tissue_positions.csv", "tissue_positions.parquet", "tissue_positions_list.csv")
     )
-    factors = _first(folder / "spatial", "scalefactors_json.json")
+    factors = _existing(folder / "spatial", "scalefactors_json.json")
     try:
         diameter = float(json.loads(factors.read_text(encoding="utf-8"))["spot_diameter_fullres"])
         counts = sc.read_10x_h5(matrix)
-    except Exception as error:  # scanpy raises whatever a foreign HDF5 file leads it to
+    except Exception as error:  # scanpy can raise anything on a malformed HDF5 file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{folder}: cannot be read as Visium output ({reason}); Space Ranger's `outs` folder is needed"
+            f"{folder}: cannot be read as Visium output ({reason}); expected the `outs` folder of Space Ranger"
         ) from error
     counts.var["symbol"] = counts.var_names
     if "gene_ids" in counts.var:
@@ -95,7 +121,7 @@ def read_visium(folder: Path) -> Spots:
     counts = counts[counts.obs_names.isin(inside)].copy()
     if not counts.n_obs:
         raise InputError(
-            f"{folder}: none of its barcodes is a spot in tissue; matrix and positions must come from one run of Space Ranger"
+            f"{folder}: no barcode is a spot under tissue; the matrix and the positions must come from the same Space Ranger run"
         )
     counts.X = sp.csr_matrix(counts.X).astype(np.int32)
     xy = positions.loc[counts.obs_names, ["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=float)
@@ -103,48 +129,50 @@ def read_visium(folder: Path) -> Spots:
     return Spots(counts, xy, diameter / 2)
 
 
-def filter_spots(
-    spots: Spots, *, min_counts: int = 1000, max_counts: int = 100_000, min_genes: int = 200, max_genes: int = 10_000
-) -> Spots:
-    """Keep spots with so many UMIs and genes, both ends included (paper).
+def filter_spots(spots: Spots, settings: SpotSettings) -> Spots:
+    """Keep spots whose UMI and number of detected genes are within the limits.
 
     Raises
     ------
     InputError
-        If none is left.
+        If no spot is left.
     """
     X = sp.csr_matrix(spots.counts.X)
     total, genes = np.asarray(X.sum(axis=1)).ravel(), np.diff(X.indptr)
-    keep = (total >= min_counts) & (total <= max_counts) & (genes >= min_genes) & (genes <= max_genes)
+    keep = (total >= settings.min_counts) & (total <= settings.max_counts)
+    keep &= (genes >= settings.min_genes) & (genes <= settings.max_genes)
     if not keep.any():
-        raise InputError(
-            f"spots: none of {len(keep)} has {min_counts}-{max_counts} UMIs (there are {total.min():.0f}-{total.max():.0f}) and "
-            f"{min_genes}-{max_genes} genes ({genes.min()}-{genes.max()}); set spots.min_counts and its like"
+        raise ParameterError(
+            "spots",
+            "min_counts",
+            f"none of the {len(keep)} spots has {settings.min_counts}-{settings.max_counts} UMI (found {total.min():.0f}-"
+            f"{total.max():.0f}) and {settings.min_genes}-{settings.max_genes} genes (found {genes.min()}-{genes.max()}); "
+            "change the limits",
         )
-    logger.info("spots: %d of %d kept", keep.sum(), len(keep))
+    logger.info("spots: kept %d of %d", keep.sum(), len(keep))
     return replace(spots, counts=spots.counts[keep].copy(), xy=spots.xy[keep])
 
 
 def compare_spots(
     prediction: ad.AnnData, spots: Spots, clusters: pd.Series | None, settings: ClusterSettings
 ) -> SpotComparison:
-    """Compare the nuclei of a prediction with the measured spots on the same image.
+    """Compare predicted nuclei with the measured spots on the same image.
 
     Parameters
     ----------
     prediction
-        Nuclei x genes with `layers["prob"]`, all nuclei of the section.
+        All nuclei of the section, with `layers["prob"]`, (n_nuclei, n_genes).
     spots
-        Of `filter_spots`.
+        Result of `filter_spots`.
     clusters
-        Cluster of each nucleus, missing where dropped; None compares no domains.
+        Cluster of each nucleus, missing if dropped; None skips the comparison of domains.
     settings
         How the spots are clustered into domains.
 
     Raises
     ------
     InputError
-        If no nucleus lies in a spot or no predicted gene was measured.
+        If no nucleus is inside a spot, or none of the predicted genes was measured.
     """
     xy = np.asarray(prediction.obsm["spatial"], dtype=float)
     genes = prediction.var_names.astype(str).tolist()
@@ -161,7 +189,7 @@ def compare_spots(
     table.loc[held, "total_measured"] = _rows(measured)
     table.loc[held, "total_predicted"] = _rows(summed)
     table.loc[held, "features_measured"] = _rows(measured > 0)
-    table.loc[held, "features_predicted"] = _rows(_seen(prediction, spot, len(spots.xy))[held])
+    table.loc[held, "features_predicted"] = _rows(_detected(prediction, spot, len(spots.xy))[held])
     table["domain"] = _domains(spots, settings)
 
     summary: dict[str, float] = {
@@ -184,21 +212,21 @@ def compare_spots(
 
 
 def _domains(spots: Spots, settings: ClusterSettings) -> NDArray[Any]:
-    """Clusters of the spots; all missing where they are too few."""
+    """Clusters of the spots; all missing if there are too few spots."""
     counts = spots.counts.copy()
     counts.obsm["spatial"] = spots.xy
     try:
         nuclei = embed(counts, settings, what="spots")
         cluster(nuclei, settings, what="spots")
     except InputError as error:
-        logger.warning("%s; the spots get no domains", error)
+        logger.warning("%s; continuing without spatial domains", error)
         return np.full(len(spots.xy), None, dtype=object)
     names = nuclei.obs["cluster"].astype(object)
     return np.asarray(names.where(names.notna(), None), dtype=object)
 
 
-def _seen(prediction: ad.AnnData, spot: NDArray[np.intp], n_spots: int) -> NDArray[np.float64]:
-    """P(a gene is seen in any of a spot's nuclei), (n_spots, n_genes), nuclei taken as independent given what was predicted."""
+def _detected(prediction: ad.AnnData, spot: NDArray[np.intp], n_spots: int) -> NDArray[np.float64]:
+    """P(a gene is detected in any nucleus of a spot), (n_spots, n_genes), with nuclei independent given the prediction."""
     prob = np.asarray(prediction.layers["prob"], dtype=float)
     inside = spot >= 0
     holds = sp.csr_matrix((np.ones(inside.sum()), (spot[inside], np.flatnonzero(inside))), shape=(n_spots, len(spot)))
@@ -210,15 +238,15 @@ def _rows(matrix: Any) -> NDArray[np.float64]:
 
 
 def _log_pcc(a: pd.Series, b: pd.Series) -> float:
-    """PCC of log1p of two columns; NaN where one is constant."""
+    """PCC of log1p of two columns; NaN if one is constant."""
     x, y = np.log1p(a.to_numpy()), np.log1p(b.to_numpy())
     return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() > 0 and y.std() > 0 else float("nan")
 
 
-def _first(folder: Path, *names: str) -> Path:
+def _existing(folder: Path, *names: str) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise InputError(f"{folder}: has no {names[0]}; the `outs` folder of a Visium run is needed")
+        raise InputError(f"{folder}: has no {names[0]}; expected the `outs` folder of a Visium run")
     return found
 
 
@@ -231,9 +259,9 @@ def _positions(path: Path) -> pd.DataFrame:
             table = pd.read_csv(path, header=header, names=_POSITIONS if header is None else None)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: cannot be read ({str(error).splitlines()[0]}); Space Ranger's file is needed"
+            f"{path}: cannot be read ({str(error).splitlines()[0]}); expected the file that Space Ranger wrote"
         ) from error
     missing = [name for name in _POSITIONS if name not in table]
     if missing or len(table.columns) != len(_POSITIONS):
-        raise InputError(f"{path}: its columns are not {', '.join(_POSITIONS)}; Space Ranger's file is needed")
+        raise InputError(f"{path}: columns must be {', '.join(_POSITIONS)}; expected the file that Space Ranger wrote")
     return table.set_index("barcode")

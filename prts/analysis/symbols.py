@@ -1,4 +1,4 @@
-"""Human and mouse gene symbols of the same gene."""
+"""Orthologs: human and mouse symbols of the same gene."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prts.errors import InputError
 
 @dataclass(frozen=True)
 class Orthologs:
-    """Which symbols of one species stand for which of the other; a gene may have several counterparts.
+    """Human and mouse symbols of the same genes; a gene may have several orthologs.
 
     Attributes
     ----------
     to_mouse, to_human
-        By symbol, the symbols of the other species.
+        Symbols of the other species, by symbol.
     """
 
     to_mouse: dict[str, list[str]]
@@ -26,18 +26,18 @@ class Orthologs:
 
 
 def read_orthologs(path: Path) -> Orthologs:
-    """Read a table of two columns, the human and the mouse symbol, without a header (rows with one symbol only are left out).
+    """Read a table of two columns, human and mouse symbol, without a header; rows with only one symbol are ignored.
 
     Raises
     ------
     InputError
-        If the file is missing, has other columns, or its columns are not human and mouse symbols.
+        If the file is missing, or its columns are not human and mouse symbols.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a table of human and mouse symbols is needed")
+        raise InputError(f"{path}: no such file; expected a table of human and mouse symbols")
     try:
-        # cut below, not by pandas' search for the separator, which takes minutes for some files that are no table
+        # split below: pandas' detection of the separator takes minutes on some files that are not tables
         lines = pd.read_csv(
             path, header=None, names=[0], index_col=False, sep="\0", quoting=3, dtype=str, encoding="utf-8-sig"
         )
@@ -46,13 +46,13 @@ def read_orthologs(path: Path) -> Orthologs:
     cells = lines[0].dropna().astype(str).str.strip().str.split(r"\s*[\t,;]\s*|\s+", regex=True, expand=True)
     table = cells.apply(lambda column: column.str.strip('"')).replace("", None)
     if table.shape[1] != 2:
-        raise InputError(f"{path}: has {table.shape[1]} columns; two are needed, the human and the mouse symbol")
+        raise InputError(f"{path}: has {table.shape[1]} columns; expected two, the human and the mouse symbol")
     pairs = table.dropna().drop_duplicates()
     pairs.columns = pd.Index(["human", "mouse"])
     upper = pairs.apply(lambda column: (column == column.str.upper()).mean() if len(column) else 0.0)
     if upper["human"] <= upper["mouse"]:
         raise InputError(
-            f"{path}: the first column does not look like human symbols beside the second; `CAMK2A,Camk2a` would be right"
+            f"{path}: the first column does not look like human symbols; expected human, then mouse, such as `CAMK2A,Camk2a`"
         )
     return Orthologs(to_mouse=_lists(pairs, "human", "mouse"), to_human=_lists(pairs, "mouse", "human"))
 

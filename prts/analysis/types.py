@@ -1,7 +1,7 @@
-"""Types of nuclei by a classifier that has only seen measured training nuclei: the fair way to ask whether a prediction shows them.
+"""Cell types from a classifier trained on measured nuclei, and scores for how well labels agree.
 
-Clusters of a prediction are named after its own markers, so they flatter it: a prediction that blurs two types into one has one
-cluster less and no error. A classifier trained on measured nuclei of another section asks the same question of both.
+Clusters named after their own markers flatter a prediction: if it blurs two types into one, there is one cluster less and no error. A
+classifier trained on the measured nuclei of another section treats predicted and measured nuclei alike.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 
-from prts.errors import InputError
-from prts.evaluation.section_scores import mutual_nearest
+from prts.errors import ParameterError
+from prts.evaluation.matching import mutual_nearest
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -24,18 +24,18 @@ _SAME_NUCLEUS_UM = 3.0
 
 
 class TypeClassifier:
-    """Multinomial naive Bayes on UMI counts: each type is a profile of shares of genes, and a nucleus gets the likeliest.
+    """Multinomial naive Bayes on UMI counts.
 
-    The log-likelihood is linear in the counts, so expected counts (a prediction) get the mean of what counts drawn from them would:
-    no step of it depends on depth or on how noisy the counts are, as log-normalisation does. On the simulated sections logistic
-    regression and linear discriminants on log-normalised counts name as many nuclei rightly, within one per cent.
+    The log-likelihood is linear in the counts, so the score of expected counts (a prediction) is the mean score of counts drawn from them.
+    Unlike log-normalization, it does not depend on sequencing depth or on how noisy the counts are. On the simulated sections, logistic
+    regression and linear discriminants on log-normalized counts reach the same accuracy within one percent.
 
     Parameters
     ----------
     counts
         UMI counts of measured training nuclei, (n_nuclei, n_genes).
     types
-        Of each nucleus, (n_nuclei,); missing ones are left out.
+        Type of each nucleus, (n_nuclei,); nuclei without one are ignored.
     """
 
     def __init__(self, counts: Any, types: pd.Series) -> None:
@@ -44,36 +44,39 @@ class TypeClassifier:
         known = types.notna().to_numpy()
         names = types.astype(str).to_numpy()[known]
         if len(set(names)) < 2:
-            raise InputError(
-                f"train_section: its nuclei are of {len(set(names))} type, which leaves nothing to tell apart; give a section with more"
+            raise ParameterError(
+                "",
+                "train_section",
+                f"has {len(set(names))} cell type{'' if len(set(names)) == 1 else 's'}; a classifier needs at least two, choose another "
+                "section",
             )
         self._model = MultinomialNB().fit(sp.csr_matrix(counts)[known], names)
 
     @property
     def names(self) -> list[str]:
-        """Types that it knows, sorted."""
+        """The types it was trained on, sorted."""
         return [str(name) for name in self._model.classes_]
 
     def __call__(self, counts: Any) -> NDArray[np.object_]:
-        """The likeliest type of each nucleus, (n_nuclei,), of measured or expected counts (n_nuclei, n_genes)."""
+        """Most likely type of each nucleus, (n_nuclei,), from measured or expected counts (n_nuclei, n_genes)."""
         return np.asarray(self._model.predict(sp.csr_matrix(counts)), dtype=object)
 
 
 def true_rows(xy_px: NDArray[np.float64], truth: ad.AnnData, mpp: float) -> NDArray[np.intp]:
-    """Which nucleus of a simulated section each segmented one is.
+    """Match segmented nuclei to the true nuclei of a simulated section.
 
     Parameters
     ----------
     xy_px
-        Centres of the segmented nuclei, (n_nuclei, 2).
+        Centers of the segmented nuclei, (n_nuclei, 2).
     truth
         `truth.h5ad` of the section.
     mpp
-        um a pixel.
+        um per pixel.
 
     Returns
     -------
-    (n_nuclei,) row of `truth`; -1 where no true nucleus is the mutually nearest within 3 um.
+    Row of `truth` for each nucleus, (n_nuclei,); -1 if there is no mutual nearest neighbor within 3 um.
     """
     found, there = mutual_nearest(xy_px, np.asarray(truth.obsm["spatial"], dtype=float), _SAME_NUCLEUS_UM / mpp)
     rows = np.full(len(xy_px), -1, dtype=np.intp)
@@ -82,23 +85,23 @@ def true_rows(xy_px: NDArray[np.float64], truth: ad.AnnData, mpp: float) -> NDAr
 
 
 def true_types(xy_px: NDArray[np.float64], truth: ad.AnnData, mpp: float) -> pd.Series:
-    """True type of each segmented nucleus of a simulated section, missing where it is none; parameters as for `true_rows`."""
+    """True type of each segmented nucleus of a simulated section, missing if unmatched; parameters as for `true_rows`."""
     rows = true_rows(xy_px, truth, mpp)
     names = truth.obs["cell_type"].astype(str).to_numpy(dtype=object)
     return pd.Series(np.where(rows >= 0, names[rows], None), dtype=object)
 
 
 def agreement(reference: Sequence[Any] | pd.Series, found: Sequence[Any] | pd.Series) -> dict[str, float]:
-    """How well two partitions of the same nuclei agree, whatever their names.
+    """Agreement of two partitions of the same nuclei, regardless of label names.
 
     Parameters
     ----------
     reference, found
-        Labels, (n_nuclei,); a nucleus that either leaves out is not counted.
+        Labels, (n_nuclei,); nuclei with a missing label are ignored.
 
     Returns
     -------
-    `ari`, `nmi` (NaN without a nucleus) and `n`, the nuclei counted.
+    `ari`, `nmi` (NaN if no nuclei are left) and `n`, the number of nuclei.
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
@@ -109,16 +112,17 @@ def agreement(reference: Sequence[Any] | pd.Series, found: Sequence[Any] | pd.Se
 
 
 def accuracy(reference: Sequence[Any] | pd.Series, found: Sequence[Any] | pd.Series) -> dict[str, float]:
-    """How well labels of the same names agree.
+    """Agreement of two sets of labels with the same names.
 
     Parameters
     ----------
     reference, found
-        Labels, (n_nuclei,); a nucleus that either leaves out is not counted.
+        Labels, (n_nuclei,); nuclei with a missing label are ignored.
 
     Returns
     -------
-    `accuracy`, `majority` (what the commonest label alone would score), `macro_f1` over the labels of the reference, `ari`, `nmi`, `n`.
+    `accuracy`, `majority` (accuracy of always choosing the most common label), `macro_f1` over the labels of the reference, `ari`, `nmi`,
+    `n`.
     """
     from sklearn.metrics import accuracy_score, f1_score
 
@@ -134,7 +138,7 @@ def accuracy(reference: Sequence[Any] | pd.Series, found: Sequence[Any] | pd.Ser
 
 
 def confusion(reference: Sequence[Any] | pd.Series, found: Sequence[Any] | pd.Series) -> pd.DataFrame:
-    """Nuclei by label of the reference (rows) and label found (columns), over the union of both, sorted."""
+    """Number of nuclei by reference label (rows) and found label (columns), over the sorted union of labels."""
     a, b = _both(reference, found)
     names = sorted(set(a) | set(b))
     counts = pd.crosstab(pd.Series(a, dtype=object), pd.Series(b, dtype=object))

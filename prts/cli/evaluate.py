@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prts.cli.app import plain, require
 from prts.errors import InputError
@@ -27,17 +27,15 @@ logger = logging.getLogger(__name__)
 
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
-    from prts.evaluation.scoring import json_ready
-    from prts.evaluation.section_scores import evaluate_section, match, spot_pcc
+    from prts.evaluation.measured import measure_predicted
+    from prts.evaluation.section_scores import evaluate_section, spot_pcc
+    from prts.evaluation.summaries import json_ready
     from prts.io.cache import atomic
     from prts.io.limits import allow_pixels
-    from prts.io.mpp import require_agreement
     from prts.io.nuclei import load_nuclei
     from prts.io.prediction import nuclei_path, read_prediction
     from prts.io.spots import read_spots
-    from prts.platforms.bin_positions import read_positions
-    from prts.preprocess.counts import count_nuclei, quality_control
-    from prts.preprocess.register import corrected, measure_section
+    from prts.preprocess.counts import QCSettings
     from prts.section import open_section_folder
 
     require(cfg, "prediction", "section", "out")
@@ -47,39 +45,21 @@ def main(cfg: DictConfig) -> None:
     allow_pixels(cfg.max_pixels)
     prediction = read_prediction(Path(cfg.prediction))
     section = open_section_folder(Path(cfg.section))
-    if section.bins is None:
-        raise InputError(
-            f"section={cfg.section}: has no binned_outputs/square_002um, so there is nothing to compare with"
-        )
-    about = prediction.uns["prts"]
-    missing = [key for key in ("width", "height", "mpp", "species", "threshold", "qc") if key not in about]
-    if missing:
-        raise InputError(
-            f"prediction={cfg.prediction}: lacks uns['prts'][{missing[0]!r}]; predict again with this prts"
-        )
-    if (about["width"], about["height"]) != (section.width, section.height):
-        raise InputError(
-            f"section={cfg.section}: its image is {section.width} x {section.height} px, the prediction's was "
-            f"{about['width']} x {about['height']}; give the section that was predicted"
-        )
-    require_agreement(section.image, [("the prediction", float(about["mpp"])), (section.mpp_source, section.mpp)])
-    nuclei = load_nuclei(nuclei_path(Path(cfg.prediction)))
-    grid = None
-    if cfg.preprocess.register:
-        found = measure_section(section.bins, nuclei, section.mpp)
-        logger.info("%s: %s", section.name, found.sentence())
-        grid = corrected(read_positions(section.bins), found, section.mpp)
-    counts = count_nuclei(section.bins, nuclei, species=str(about["species"]), grid=grid)
-    # as in training, unless another is asked for; what is not limited is not stored
-    qc: dict[str, Any] = dict(about["qc"]) if cfg.get("qc") is None else plain(cfg.qc)
-    counts = quality_control(counts, mpp=section.mpp, **qc)
-    matched = match(prediction, counts, mpp=section.mpp)
+    if "threshold" not in prediction.uns["prts"]:
+        raise InputError(f"prediction={cfg.prediction}: lacks uns['prts']['threshold']; predict again with this prts")
+    matched = measure_predicted(
+        prediction,
+        load_nuclei(nuclei_path(Path(cfg.prediction))),
+        section,
+        qc=None if cfg.get("qc") is None else QCSettings(**plain(cfg.qc)),
+        register=cfg.preprocess.register,
+    ).matched
     result = evaluate_section(
         matched.measured,
         matched.predicted,
         matched.prob,
         genes=matched.genes,
-        threshold=float(about["threshold"]),
+        threshold=float(prediction.uns["prts"]["threshold"]),
         xy_um=matched.xy_px * section.mpp,
         block_um=cfg.evaluation.block_um,
         n_replicates=cfg.evaluation.bootstrap,

@@ -1,9 +1,8 @@
-"""The jobs of a multirun of `prts train`: each in a process of its own, so that one that crashes or is killed leaves the others alone.
+"""The jobs of a multirun of `prts train`: each in its own process, so that one that crashes or is killed leaves the others alone.
 
-Hydra's launcher (basic, joblib, submitit) calls `supervise` for a job. That starts `python -m prts.cli.jobs`, hands over the composed
-config and waits. What became of the job stands in its folder: metrics.json, or error.txt, whose first line says why there is none.
-A job whose folder holds the metrics of the same config is not run again: a sweep that was stopped goes on with
-`hydra.sweep.dir=<its folder>`.
+Hydra's launcher (basic, joblib, submitit) calls `run_job` for a job. That starts `python -m prts.cli.jobs`, hands over the composed config
+and waits. The job's folder then holds metrics.json, or error.txt, whose first line says why there is none. A job whose folder holds the
+metrics of the same config is not run again: repeat the command with `hydra.sweep.dir=<folder>` to finish a sweep that was stopped.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from hydra.experimental.callback import Callback
-
+from prts.cli.check import check
+from prts.cli.exit_status import INTERRUPTED, exit_status_of
 from prts.io.cache import fingerprint, lock
 from prts.report.jobs import OBJECTIVE
 
@@ -32,32 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class RememberSweep(Callback):
-    """Hydra callback that tells the command line the folder of its multirun, or of its run."""
-
-    folder: ClassVar[Path | None] = None
-    run: ClassVar[Path | None] = None
-    # what the folder of the run held before; None: there was none
-    before: ClassVar[frozenset[str] | None] = None
-
-    @classmethod
-    def forget(cls) -> None:
-        """Before a new command."""
-        cls.folder = cls.run = cls.before = None
-
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Keep the folder, for what goes wrong before the run has anything to keep."""
-        run = Path(config.hydra.run.dir).absolute()
-        type(self).run = run
-        type(self).before = frozenset(path.name for path in run.iterdir()) if run.is_dir() else None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Keep the folder; it holds the time of the start, so nobody else could compute it."""
-        type(self).folder = Path(config.hydra.sweep.dir).absolute()
-
-
-def supervise(command: str, cfg: DictConfig) -> float:
-    """Run a job in a process of its own and wait for it.
+def run_job(command: str, cfg: DictConfig) -> float:
+    """Run a job in its own process and wait for it.
 
     Parameters
     ----------
@@ -68,36 +43,64 @@ def supervise(command: str, cfg: DictConfig) -> float:
 
     Returns
     -------
-    The figure that a sweep maximises; NaN where the job failed.
+    The figure that a sweep maximizes; NaN where the job failed.
     """
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
-    with lock(folder / "job"):  # a launcher that lost its workers may start a job again while it still runs
-        done, this = folder / ".done", fingerprint({"config": config})
+    with lock(folder / "job"):  # a scheduler may start a job again while it still runs
+        done, error = folder / ".done", folder / "error.txt"
+        config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        assert isinstance(config, dict)
+        # resuming a job does not make it another one
+        this = fingerprint({"config": {key: value for key, value in config.items() if key != "resume"}})
         if (folder / "metrics.json").is_file() and done.is_file() and done.read_text(encoding="utf-8") == this:
             logger.info("job %s is done already: %s", settings.job.num, folder)
             return _objective(folder)
-        for name in (".done", "metrics.json", "error.txt"):
-            (folder / name).unlink(missing_ok=True)
+        for path in (done, folder / "metrics.json", error):
+            path.unlink(missing_ok=True)
         node: Any = settings
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
         assert isinstance(hydra, dict)
-        hydra["sweep"]["dir"] = settings.sweep.dir  # as resolved here: the job would resolve the time of its own start
-        status = _run({"command": command, "config": config, "hydra": hydra})
-        if status == 130:
+        hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here: the job would resolve the time of its own start
+        status = _wait({"command": command, "config": config, "hydra": hydra})
+        if status == INTERRUPTED:
             raise KeyboardInterrupt
-        error = folder / "error.txt"
-        if status != 0 and not error.exists():
+        if not (folder / "metrics.json").is_file() and not error.exists():
             error.write_text(f"{_cause(status)}\n", encoding="utf-8")
-        if status != 0:
+        if error.exists():
             logger.error("job %s %s", settings.job.num, error.read_text(encoding="utf-8").splitlines()[0])
             return math.nan
         done.write_text(this, encoding="utf-8")
         return _objective(folder)
+
+
+def summarize(folder: Path) -> int:
+    """Write summary.csv and summary.html of a multirun, name the jobs that failed, and return the exit status.
+
+    Parameters
+    ----------
+    folder
+        Of the multirun.
+
+    Raises
+    ------
+    InputError
+        If no job was started.
+    """
+    from prts.report.sweep import summarise
+
+    jobs = summarise(folder)
+    failed = jobs[jobs["status"] != "done"]
+    for job in failed.itertuples():
+        sys.stderr.write(f"prts: job {job.job}: {job.status}: {job.reason}\n")
+    sys.stderr.write(f"prts: {len(jobs) - len(failed)} of {len(jobs)} jobs done: {folder / 'summary.html'}\n")
+    if failed.empty:
+        return 0
+    sys.stderr.write(f"prts: the same command with hydra.sweep.dir={folder} runs only what is not done\n")
+    return 2 if (failed["status"] == "wrong input").all() else 1
 
 
 def _objective(folder: Path) -> float:
@@ -105,11 +108,11 @@ def _objective(folder: Path) -> float:
     return math.nan if value is None else float(value)
 
 
-def _run(message: dict[str, Any]) -> int:
+def _wait(message: dict[str, Any]) -> int:
     process = subprocess.Popen([sys.executable, "-m", "prts.cli.jobs"], stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
     try:
-        # the pipe stays open: the job ends when it closes, that is when this process dies
+        # the pipe stays open: the job ends when it closes, which is when this process dies
         process.stdin.write(json.dumps(message) + "\n")
         process.stdin.flush()
         return process.wait()
@@ -122,10 +125,14 @@ def _run(message: dict[str, Any]) -> int:
 
 
 def _cause(status: int) -> str:
-    if status >= 0:
-        return f"failed: the process ended with status {status}; what it said is on the screen only"
-    name = signal.Signals(-status).name
-    return f"killed: by {name}" + (" (out of memory, or by hand)" if name == "SIGKILL" else "")
+    """The first line of error.txt for a process that wrote none."""
+    number = -status if status < 0 else status - 128
+    if number in (signal.SIGTERM, signal.SIGKILL) or status < 0:
+        name = signal.Signals(number).name
+        return f"killed: by {name}" + (" (out of memory, or by hand)" if name == "SIGKILL" else "")
+    return (
+        f"failed: the process ended with status {status} and without metrics.json; its messages are on the screen only"
+    )
 
 
 def _die_with_supervisor() -> None:
@@ -134,13 +141,11 @@ def _die_with_supervisor() -> None:
 
 
 def _job() -> int:
-    """The process of one job; the message of its supervisor comes on stdin, one line."""
+    """The process of one job; its config arrives on stdin, in one line."""
     from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import configure_log, setup_globals
     from omegaconf import OmegaConf
-
-    from prts.cli.app import verdict
 
     message = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_supervisor, daemon=True).start()
@@ -150,11 +155,15 @@ def _job() -> int:
     HydraConfig.instance().set_config(settings)
     configure_log(settings.hydra.job_logging, settings.hydra.verbose)
     try:
-        importlib.import_module(f"prts.cli.{message['command']}").main(OmegaConf.create(message["config"]))
+        cfg = OmegaConf.create(message["config"])
+        check(message["command"], cfg)
+        importlib.import_module(f"prts.cli.{message['command']}").main(cfg)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
+    except SystemExit as error:
+        return exit_status_of(error)[0]
     except Exception as error:  # noqa: BLE001  (the last frame of the job: every error becomes its error.txt)
-        status, reason = verdict(error)
+        status, reason = exit_status_of(error)
         kind = "wrong input" if status == 2 else "failed"
         text = f"{kind}: {reason}\n\n{traceback.format_exc()}"
         (Path(settings.hydra.runtime.output_dir) / "error.txt").write_text(text, encoding="utf-8")

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from prts import __version__
-from prts.cli.app import COMMANDS, command_help, nearest, overview, run
+from prts.cli.app import COMMANDS, command_help, overview, run
+from prts.errors import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"prts {__version__}\n")
         return 0
     if command not in COMMANDS:
-        sys.stderr.write(f"prts: no command {command!r}{nearest(command, COMMANDS)}; `prts --help` lists them\n")
+        sys.stderr.write(f"prts: no command {command!r}{did_you_mean(command, COMMANDS)}; `prts --help` lists them\n")
         return 2
     if any(flag in rest for flag in ("-h", "--help")):
         sys.stdout.write(command_help(command))

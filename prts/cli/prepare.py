@@ -12,7 +12,7 @@ example: prts prepare tissue=her2st encoder=vit256 encoder.weights=vit256_small_
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.data.prepare import PreparedTissue
+    from prts.segmentation.segment import Segmenter
     from prts.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -40,28 +41,34 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
 
     from hydra.utils import instantiate
 
-    from prts.data.prepare import prepare_tissue
+    from prts.data.prepare import PrepareSettings, prepare_tissue
     from prts.data.tissue import parse_tissue
     from prts.features.encoders import encoders
     from prts.io.limits import allow_pixels
+    from prts.preprocess.counts import QCSettings
 
     allow_pixels(cfg.max_pixels)
-    segmentation = plain(cfg.segmentation)
-    prefer_given = bool(segmentation.pop("prefer_given"))
-    return partial(
-        prepare_tissue,
-        parse_tissue(plain(cfg.tissue)),
-        segmenter=instantiate(segmentation),
+    segmenter, prefer_given = chosen_segmenter(plain(cfg.segmentation))
+    settings = PrepareSettings(
+        segmenter=segmenter,
         prefer_given=prefer_given,
-        qc=plain(cfg.qc),
+        qc=QCSettings(**plain(cfg.qc)),
         **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
         encoder=encoders.build(plain(cfg.encoder)),
         cache_dir=Path(cfg.paths.cache_dir),
         check_image=cfg.check_image,
-        stopwatch=stopwatch,
     )
+    return partial(prepare_tissue, parse_tissue(plain(cfg.tissue)), settings, stopwatch)
+
+
+def chosen_segmenter(node: dict[str, Any]) -> tuple[Segmenter, bool]:
+    """The segmenter of a plain `segmentation` node, and whether a section's own nuclei are preferred."""
+    from hydra.utils import instantiate
+
+    prefer_given = bool(node.pop("prefer_given"))
+    return instantiate(node), prefer_given
 
 
 def main(cfg: DictConfig) -> None:

@@ -1,14 +1,15 @@
-"""Draw the figures of a run or a prediction, and report.html: the prediction on its tissue in one file that needs no network.
+"""Draw figures of a run or a prediction, and write report.html, an interactive page that works offline.
 
 usage: prts report run=DIR [out=DIR]
        prts report prediction=FILE.h5ad image=FILE [section=DIR] [analysis=FILE.h5ad] out=DIR
 
-Writes DIR/report.html (with several test sections, report-<section>.html of the further ones) and DIR/figures, each as PNG and PDF. Of a
-run, `out` is its own folder unless told. `section=` is the folder of the predicted section with its bins: page and figures then show
-measured beside predicted, and scores. `analysis=` (of `prts analyze`) adds its clusters and types to the map. `genes=` says which genes the
-map can show: a number, or names as [Plp1,Ttr], which come before the best predicted, there and in the figures. `region=[x0,y0,x1,y1]` in
-full-resolution px chooses the region that the figures show large; `second=FILE`, an image of the same field of view such as registered IHC,
-stands beside it.
+Writes OUT/report.html (for runs with several test sections also report-<section>.html) and OUT/figures as PNG and PDF. For a run, `out` is
+the run folder by default.
+section=DIR is the folder of the predicted section with its bins: page and figures then show measured next to predicted counts, and scores.
+analysis=FILE (from `prts analyze`) adds its clusters and cell types to the map.
+genes= chooses the genes on the map: a number, or names such as [Plp1,Ttr], which come before the best predicted, also in the figures.
+region=[x0,y0,x1,y1] in full-resolution px chooses the region that the figures enlarge. second=FILE shows another image with the same field
+of view, such as registered IHC, next to it.
 
 example: prts report run=outputs/demo/make
 example: prts report prediction=slide.h5ad image=slide.svs out=report
@@ -16,7 +17,6 @@ example: prts report prediction=slide.h5ad image=slide.svs out=report
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,65 +26,44 @@ from prts.errors import InputError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-logger = logging.getLogger(__name__)
+    from prts.report.pipeline import ReportSettings
 
 
 def main(cfg: DictConfig) -> None:
-    """Read, draw, write."""
-    from prts.evaluation.section_scores import check_intervals
-    from prts.io.limits import allow_pixels
-    from prts.io.nuclei import load_nuclei
-    from prts.io.prediction import nuclei_path
-    from prts.report.html import write_page
-    from prts.report.load import of_prediction, of_run
-    from prts.report.run import Region, prediction_figures, run_figures
-
-    run, prediction = (None if cfg[key] is None else Path(cfg[key]) for key in ("run", "prediction"))
-    if (run is None) == (prediction is None):
+    """Report the run or the prediction."""
+    if (cfg.run is None) == (cfg.prediction is None):
         raise InputError(
-            "run, prediction: give one of them, run=DIR of `prts train` or prediction=FILE.h5ad of `prts predict`"
+            "run, prediction: give either run=DIR of `prts train` or prediction=FILE.h5ad of `prts predict`"
         )
     given = [key for key in ("image", "section", "analysis") if cfg[key] is not None]
-    if run is not None and given:
-        raise InputError(f"{given[0]}: goes with prediction=; a run knows its own")
-    if run is None:
+    if cfg.run is not None and given:
+        raise InputError(f"{given[0]}: only applies to prediction=FILE; a run knows its own")
+    if cfg.run is None:
         require(cfg, "image", "out")
+
+    from prts.io.limits import allow_pixels
+    from prts.report.pipeline import report_prediction, report_run
+
     allow_pixels(cfg.max_pixels)
-    genes = _genes(cfg.genes)
-    out = Path(cfg.out) if cfg.out is not None else run
-    assert out is not None
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out={out}: is a file; name a folder for report.html and figures")
-    region = Region(
+    settings = _settings(cfg)
+    if cfg.run is not None:
+        report_run(cfg.run, cfg.out, settings=settings)
+    else:
+        report_prediction(
+            cfg.prediction, cfg.image, cfg.out, section=cfg.section, analysis=cfg.analysis, settings=settings
+        )
+
+
+def _settings(cfg: DictConfig) -> ReportSettings:
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.report.pipeline import ReportSettings
+
+    return ReportSettings(
+        genes=_genes(cfg.genes),
         box_px=_box(cfg.region),
         second=None if cfg.second is None else Path(cfg.second),
-        genes=genes if isinstance(genes, list) else (),
+        evaluation=EvaluationSettings(**plain(cfg.evaluation)),
     )
-    evaluation = plain(cfg.evaluation)
-    check_intervals(evaluation["block_um"], evaluation["bootstrap"])
-    if run is not None:
-        sources = of_run(run, evaluation)
-    else:
-        assert prediction is not None
-        section, analysis = (None if cfg[key] is None else Path(cfg[key]) for key in ("section", "analysis"))
-        sources = [of_prediction(prediction, Path(cfg.image), section, analysis, evaluation)]
-    for source in sources:
-        outlines = load_nuclei(nuclei_path(source.path)).set_index("cell_id").geometry
-        if source.scored is None:
-            outlines = outlines.loc[source.page.prediction.obs_names].to_numpy()
-            prediction_figures(out / "figures", source.page.prediction, Path(cfg.image), outlines, region=region)
-        else:
-            curves = None if run is None else run / "csv" / "metrics.csv"
-            run_figures(
-                out / "figures",
-                source.scored,
-                source.panel,
-                outlines=outlines.loc[source.scored.nuclei.cell_id].to_numpy(),
-                curves=curves,
-                suffix=source.suffix,
-                region=region,
-            )
-        write_page(out / f"report{source.suffix}.html", source.page, genes=genes)
 
 
 def _box(value: Any) -> tuple[float, ...] | None:
@@ -94,7 +73,7 @@ def _box(value: Any) -> tuple[float, ...] | None:
     try:
         x0, y0, x1, y1 = (float(edge) for edge in value)
     except (TypeError, ValueError) as error:
-        raise InputError(f"region={value}: four numbers are needed, [x0,y0,x1,y1] in full-resolution px") from error
+        raise InputError(f"region={value}: must be four numbers, [x0,y0,x1,y1] in full-resolution px") from error
     return x0, y0, x1, y1
 
 

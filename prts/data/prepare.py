@@ -1,225 +1,159 @@
-"""Every stage from files to features, for each section of a tissue, skipping what the cache already holds.
+"""Every stage from files to features for each section of a tissue, skipping what is already in the cache.
 
-Each product is a cache file named by a fingerprint of its inputs and settings. One process builds it under a file lock, others wait and
-find it built; a killed build leaves nothing but, for features, the chunks that the next run goes on from.
+Each product is a cache file named by a fingerprint of its inputs and settings. One process builds it under a file lock while others wait
+for it; a build that is killed leaves nothing behind except, for features, finished chunks from which the next run resumes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import h5py
-import numpy as np
 import pandas as pd
 import torch
 
+from prts.data.prepared import PanelBuilder, PreparedSection, PreparedTissue, PrepareSettings
+from prts.data.resolve import resolve_section
 from prts.data.splits import TRAIN, Roles
-from prts.data.tissue import SectionSpec, Tissue
-from prts.errors import InputError
 from prts.features.colour import ColourStats
 from prts.features.extract import extract
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
-from prts.platforms.bin_positions import read_positions
+from prts.platforms.base import WARN_UM, Registration
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
-from prts.preprocess.counts import count_nuclei, quality_control
+from prts.preprocess.counts import measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
-from prts.preprocess.register import WARN_UM, Registration, corrected, measure_section
-from prts.section import Section, open_section, open_section_folder
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import segment
 from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from anndata import AnnData
     from geopandas import GeoDataFrame
 
-    from prts.data.splits import Splitter
+    from prts.data.tissue import Tissue
     from prts.features.encoders import Encoder
-    from prts.preprocess.panel import Panel
+    from prts.section import Section
     from prts.segmentation.segment import Segmenter
 
 logger = logging.getLogger(__name__)
 
+__all__ = [
+    "PanelBuilder",
+    "PrepareSettings",
+    "PreparedSection",
+    "PreparedTissue",
+    "prepare_artefacts",
+    "prepare_features",
+    "prepare_nuclei",
+    "prepare_sections",
+    "prepare_tissue",
+]
+
 # Raised when a stage's code changes what it writes for the same inputs.
-STAGE_VERSION = {"section": 2, "nuclei": 1, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
+STAGE_VERSION = {"nuclei": 1, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
 
 
-class PanelBuilder(Protocol):
-    """What chooses the genes: `prts.preprocess.panel.PaperPanel` and its like."""
-
-    def __call__(self, counts: Sequence[AnnData]) -> Panel:
-        """Fit on the training sections' counts."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """Everything that changes the outcome."""
-        ...
-
-
-@dataclass(frozen=True)
-class PreparedSection:
-    """A section and its cache files: nuclei (all), counts (nuclei that pass QC x all genes), features and colour of those nuclei.
-
-    `registration` is how the bins lay against the nuclei before any correction.
-    """
-
-    section: Section
-    nuclei: Path
-    counts: Path
-    features: Path
-    colour: Path
-    registration: Registration
-
-
-@dataclass(frozen=True)
-class PreparedTissue:
-    """A tissue whose sections are ready to be learnt from."""
-
-    name: str
-    species: str
-    sections: dict[str, PreparedSection]
-    train: list[str]
-    val: list[str]
-    test: list[str]
-    panel: Path
-
-
-def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
-    """Open a section of a tissue, simulating it first if that is what its config says.
-
-    Raises
-    ------
-    InputError
-        If a file is missing (naming `prts download` where the tissue can be downloaded) or the section contradicts itself.
-    """
-    if spec.simulate is not None:
-        from prts.simulate.section import simulate_section
-
-        settings = dict(spec.simulate)
-        fp = fingerprint({"version": STAGE_VERSION["section"], **settings})
-        folder = cache_dir / tissue / spec.name / f"section-{fp}"
-        if not folder.is_dir():
-            with lock(folder):
-                if not folder.is_dir():
-                    logger.info("%s/%s: simulating the section", tissue, spec.name)
-                    try:
-                        simulate_section(folder, name=spec.name, **settings)
-                    except TypeError as error:
-                        raise InputError(f"tissue.sections.{spec.name}.simulate: {error}") from error
-        return open_section_folder(folder, name=spec.name)
-    assert spec.image is not None
-    missing = [path for path in (spec.image, spec.bins) if path is not None and not path.exists()]
-    if missing:
-        cure = (
-            f"`prts download tissue={tissue}` fetches it"
-            if spec.download
-            else f"set paths.data_dir (or PRTS_DATA), or tissue.sections.{spec.name}"
-        )
-        raise InputError(f"{missing[0]}: no such file; {cure}")
-    return open_section(spec.name, spec.image, bins=spec.bins, mpp=spec.mpp, nuclei=spec.nuclei, spots=spec.spots)
-
-
-def prepare_tissue(
-    tissue: Tissue,
-    *,
-    segmenter: Segmenter,
-    prefer_given: bool,
-    qc: Mapping[str, Any],
-    register: bool,
-    artefacts: bool,
-    splitter: Splitter,
-    panel: PanelBuilder,
-    encoder: Encoder,
-    cache_dir: Path,
-    check_image: bool = True,
-    stopwatch: Stopwatch | None = None,
-) -> PreparedTissue:
-    """Nuclei, counts, panel and features for every section that has a role.
+def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwatch | None = None) -> PreparedTissue:
+    """Open the sections of a tissue config that have a role, and prepare them.
 
     Parameters
     ----------
     tissue
         The sections and their roles.
-    segmenter
-        Finds nuclei in an image.
-    prefer_given
-        Take a section's own nuclei file, where it has one, instead of segmenting.
-    qc
-        Arguments of `prts.preprocess.counts.quality_control`.
-    register
-        Move the bins to where their UMIs say that the nuclei are. The shift is measured either way.
-    artefacts
-        Find artefacts among the nuclei, and choose genes and train without them.
-    splitter
-        Says which nuclei train: the panel sees no others.
-    panel
-        Chooses the genes.
-    encoder
-        Reads features from the image.
-    cache_dir
-        Holds `<tissue>/<section>/...`.
-    check_image
-        Refuse images that cannot be H&E.
+    settings
+        How they are prepared.
     stopwatch
         Adds up the seconds of each stage.
 
     Raises
     ------
     InputError
-        From any stage, when its input is wrong. Finished stages stay in the cache.
+        From any stage whose input is wrong. Finished stages stay in the cache.
     """
     watch = stopwatch or Stopwatch()
-    root = cache_dir / tissue.name
     specs = [tissue.sections[name] for name in tissue.used]
     with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
-        sections = {spec.name: resolve_section(spec, tissue.name, cache_dir) for spec in specs}
-    # both read what they are told to use: a missing file stops here, before minutes of segmentation
-    encoder.settings()
-    if not prefer_given:
-        segmenter.settings()
+        sections = {spec.name: resolve_section(spec, tissue.name, settings.cache_dir) for spec in specs}
+    roles = Roles(tissue.train, tissue.val, tissue.test)
+    return prepare_sections(tissue.name, tissue.species, sections, roles, settings, watch)
+
+
+def prepare_sections(
+    name: str,
+    species: str,
+    sections: Mapping[str, Section],
+    roles: Roles,
+    settings: PrepareSettings,
+    stopwatch: Stopwatch | None = None,
+) -> PreparedTissue:
+    """Nuclei, counts, panel and features of sections that are open.
+
+    Parameters
+    ----------
+    name
+        Name of the tissue, a folder in the cache.
+    species
+        "human" or "mouse".
+    sections
+        The sections by name.
+    roles
+        Which of them train, validate and test.
+    settings
+        How they are prepared.
+    stopwatch
+        Adds up the seconds of each stage.
+
+    Raises
+    ------
+    InputError
+        From any stage whose input is wrong. Finished stages stay in the cache.
+    """
+    watch = stopwatch or Stopwatch()
+    root = settings.cache_dir / name
+    # both identify the files that they use: a missing one is reported here, before minutes of segmentation
+    settings.encoder.settings()
+    if not settings.prefer_given:
+        settings.segmenter.settings()
 
     nuclei: dict[str, Path] = {}
     counts: dict[str, Path] = {}
     passing: dict[str, str] = {}
-    registration: dict[str, Registration] = {}
-    for name, section in sections.items():
+    registration: dict[str, Registration | None] = {}
+    for key, section in sections.items():
         with watch("segment"):
-            nuclei[name] = prepare_nuclei(root / name, section, segmenter, prefer_given, check_image=check_image)
-        with watch("counts"):
-            settings = _passing_settings(section, nuclei[name], qc, tissue.species, register)
-            passing[name] = f"counts-{fingerprint(settings)}"
-            counts[name] = _counts(
-                root / name, section, nuclei[name], qc, tissue.species, register, artefacts, settings
+            nuclei[key] = prepare_nuclei(
+                root / key, section, settings.segmenter, settings.prefer_given, check_image=settings.check_image
             )
-            registration[name] = _registration(counts[name], name, register)
+        with watch("counts"):
+            decides = _passing_settings(section, nuclei[key], species, settings)
+            passing[key] = f"counts-{fingerprint(decides)}"
+            counts[key] = _counts(root / key, section, nuclei[key], species, settings, decides)
+            registration[key] = _registration(counts[key], section, settings.register)
     with watch("panel"):
-        panel_path = _panel(root, tissue, sections, counts, splitter, panel)
-    features: dict[str, Path] = {}
-    colour: dict[str, Path] = {}
-    for name, section in sections.items():
+        panel = _panel(root, roles, sections, counts, settings)
+    prepared = {}
+    for key, section in sections.items():
         with watch("features"):
-            kept = _passing(load_nuclei(nuclei[name]), counts[name])
-            features[name] = prepare_features(root / name, section, kept, encoder, passing[name])
+            kept = _passing(load_nuclei(nuclei[key]), counts[key])
+            features = prepare_features(root / key, section, kept, settings.encoder, passing[key])
         with watch("colour"):
-            colour[name] = prepare_features(root / name, section, kept, ColourStats(), passing[name], kind="colour")
+            colour = prepare_features(root / key, section, kept, ColourStats(), passing[key], kind="colour")
+        prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, registration[key])
     return PreparedTissue(
-        name=tissue.name,
-        species=tissue.species,
-        sections={
-            name: PreparedSection(section, nuclei[name], counts[name], features[name], colour[name], registration[name])
-            for name, section in sections.items()
-        },
-        train=list(tissue.train),
-        val=list(tissue.val),
-        test=list(tissue.test),
-        panel=panel_path,
+        name=name,
+        species=species,
+        sections=prepared,
+        train=list(roles.train),
+        val=list(roles.val),
+        test=list(roles.test),
+        panel=panel,
+        register=settings.register,
     )
 
 
@@ -237,9 +171,9 @@ def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
 
 @contextmanager
 def _own_threads() -> Iterator[None]:
-    """Leave torch as many threads as it has: features and weights depend on them, and shall not depend on what was in the cache.
+    """Keep torch's number of threads, so that features and weights do not depend on whether this stage was in the cache.
 
-    numba, by which scanpy chooses genes, sets its own number in the OpenMP that both share.
+    numba, with which scanpy chooses genes, changes the number in the OpenMP library that both share.
     """
     n_threads = torch.get_num_threads()
     try:
@@ -251,25 +185,25 @@ def _own_threads() -> Iterator[None]:
 def prepare_nuclei(
     folder: Path, section: Section, segmenter: Segmenter | None, prefer_given: bool, *, check_image: bool = True
 ) -> Path:
-    """The cache file with a section's nuclei, made if it is not there.
+    """The cache file with a section's nuclei, made if needed.
 
     Parameters
     ----------
     folder
-        Where the section's cache files lie.
+        The section's cache folder.
     section
         The section.
     segmenter
-        Finds nuclei in an image; None where given nuclei are the only source.
+        Finds nuclei in an image; None if the section's own nuclei are the only source.
     prefer_given
-        Take the section's own nuclei file, where it has one.
+        Use the section's own nuclei file, if it has one.
     check_image
         Refuse an image that cannot be H&E.
 
     Raises
     ------
     InputError
-        If the image is no H&E, no nucleus is found, or the nuclei file does not fit the image.
+        If the image is not H&E, no nucleus is found, or the nuclei file does not fit the image.
     """
     used = Polygons(section.nuclei) if segmenter is None or (prefer_given and section.nuclei is not None) else segmenter
     settings = {
@@ -290,21 +224,15 @@ def prepare_nuclei(
     return _build(folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {name}")
 
 
-def _passing_settings(
-    section: Section, nuclei: Path, qc: Mapping[str, Any], species: str, register: bool
-) -> dict[str, Any]:
-    """All that decides which nuclei pass QC: features depend on that, and on nothing else that stands in the counts."""
-    bins = section.bins
-    if bins is None:
-        raise InputError(f"section {section.name}: has no bins, and training needs them (binned_outputs/square_002um)")
+def _passing_settings(section: Section, nuclei: Path, species: str, settings: PrepareSettings) -> dict[str, Any]:
+    """Everything that decides which nuclei pass QC: features depend on that, and on nothing else in the counts."""
     return {
+        **required_measurement(section).identity(),
         "version": STAGE_VERSION["counts"],
         "nuclei": nuclei.stem,
-        "matrix": file_identity(bins / "filtered_feature_bc_matrix.h5"),
-        "positions": file_identity(bins / "spatial" / "tissue_positions.parquet"),
-        "qc": dict(qc),
+        "qc": settings.qc.settings(),
         "species": species,
-        **({"registered": STAGE_VERSION["registration"]} if register else {}),
+        **({"registered": STAGE_VERSION["registration"]} if settings.register else {}),
     }
 
 
@@ -312,64 +240,56 @@ def _counts(
     folder: Path,
     section: Section,
     nuclei: Path,
-    qc: Mapping[str, Any],
     species: str,
-    register: bool,
-    artefacts: bool,
-    settings: Mapping[str, Any],
+    settings: PrepareSettings,
+    decides: Mapping[str, Any],
 ) -> Path:
     def make(path: Path) -> None:
-        assert section.bins is not None
         polygons = load_nuclei(nuclei)
-        found = measure_section(section.bins, polygons, section.mpp)
-        grid = corrected(read_positions(section.bins), found, section.mpp) if register else None
-        measured = count_nuclei(section.bins, polygons, species=species, grid=grid)
-        kept = quality_control(measured, mpp=section.mpp, **qc)
+        kept = measured_counts(
+            section, polygons, species=species, register=settings.register, qc=settings.qc, report_shift=True
+        )
         kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
-        kept.uns["prts"]["registration"] = {**found.report(), "corrected": register and found.measured}
-        if artefacts:
+        if settings.artefacts:
             with section.open_slide() as slide:
                 kind = pd.Series(find_artefacts(slide, polygons), index=polygons["cell_id"])
             kept.obs["artefact"] = pd.Categorical(kind.loc[kept.obs_names], categories=list(KINDS))
             kept.uns["prts"]["artefacts"] = log_artefacts(section.name, kept.obs["artefact"])
         write_h5ad(kept, path, compression="gzip")
 
-    settings = {**settings, "registration": STAGE_VERSION["registration"]}
-    if artefacts:
-        settings["artefacts"] = STAGE_VERSION["artefacts"]
-    return _build(folder / f"counts-{fingerprint(settings)}.h5ad", make, what=f"{section.name}: bins to nuclei")
+    decides = {**decides, "registration": STAGE_VERSION["registration"]}
+    if settings.artefacts:
+        decides["artefacts"] = STAGE_VERSION["artefacts"]
+    return _build(folder / f"counts-{fingerprint(decides)}.h5ad", make, what=f"{section.name}: counts of nuclei")
 
 
-def _registration(counts: Path, name: str, register: bool) -> Registration:
-    """What was found when the counts were made, said again in every run that uses them."""
+def _registration(counts: Path, section: Section, register: bool) -> Registration | None:
+    """The displacement found when the counts were made, logged in every run that uses them."""
     from anndata.io import read_elem
 
     with h5py.File(counts) as file:
-        stored = read_elem(file["uns/prts/registration"])
-    found = Registration(**{field.name: np.asarray(stored[field.name]).item() for field in fields(Registration)})
+        if "registration" not in file["uns/prts"]:
+            return None
+        # counts of older versions do not store the um/px here
+        found = Registration.from_report({"mpp": section.mpp, **read_elem(file["uns/prts/registration"])})
     if not found.measured or found.displacement_um <= WARN_UM:
-        logger.info("%s: %s", name, found.sentence())
+        logger.info("%s: %s", section.name, found.sentence())
     elif register:
-        logger.info("%s: %s; corrected", name, found.sentence())
+        logger.info("%s: %s; corrected", section.name, found.sentence())
     else:
-        logger.warning("%s: %s; preprocess.register=true moves them back", name, found.sentence())
+        logger.warning("%s: %s; set the `register` option to correct them", section.name, found.sentence())
     return found
 
 
 def _panel(
-    root: Path,
-    tissue: Tissue,
-    sections: Mapping[str, Section],
-    counts: Mapping[str, Path],
-    splitter: Splitter,
-    panel: PanelBuilder,
+    root: Path, roles: Roles, sections: Mapping[str, Section], counts: Mapping[str, Path], settings: PrepareSettings
 ) -> Path:
-    settings = {
+    decides = {
         "version": STAGE_VERSION["panel"],
         "counts": {name: path.stem for name, path in counts.items()},
-        "roles": [tissue.train, tissue.val, tissue.test],
-        "split": splitter.settings(),
-        "panel": panel.settings(),
+        "roles": [list(names) for names in (roles.train, roles.val, roles.test)],
+        "split": settings.splitter.settings(),
+        "panel": settings.panel.settings(),
     }
 
     def make(path: Path) -> None:
@@ -377,22 +297,22 @@ def _panel(
 
         measured = {name: ad.read_h5ad(file) for name, file in counts.items()}
         xy_um = {name: data.obsm["spatial"] * sections[name].mpp for name, data in measured.items()}
-        parts = splitter(xy_um, Roles(tissue.train, tissue.val, tissue.test))
-        trains = {name: (parts[name] == TRAIN) & ~is_artefact(measured[name].obs) for name in tissue.train}
-        panel([measured[name][rows].copy() for name, rows in trains.items()]).to_json(path)
+        parts = settings.splitter(xy_um, roles)
+        trains = {name: (parts[name] == TRAIN) & ~is_artefact(measured[name].obs) for name in roles.train}
+        settings.panel([measured[name][rows].copy() for name, rows in trains.items()]).to_json(path)
 
-    return _build(root / f"panel-{fingerprint(settings)}.json", make, what="gene panel from the training nuclei")
+    return _build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
 
 
 def prepare_features(
     folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str, *, kind: str | None = None
 ) -> Path:
-    """The feature store of some nuclei of a section, extracted if it is not there; goes on where a killed run stopped.
+    """The feature store of some nuclei of a section, extracted if needed; resumes where a killed run stopped.
 
     Parameters
     ----------
     folder
-        Where the section's cache files lie.
+        The section's cache folder.
     section
         The section.
     nuclei
@@ -400,14 +320,14 @@ def prepare_features(
     encoder
         Reads features from the image.
     source
-        The cache file that says which nuclei these are.
+        Stem of the cache file that says which nuclei these are.
     kind
-        First part of the file's name; `features-<encoder>` if left out.
+        First part of the file's name; `features-<encoder>` by default.
 
     Raises
     ------
     InputError
-        If the encoder's weights are not right.
+        If the encoder's weights are wrong.
     """
     settings = {
         "version": STAGE_VERSION["features"],
@@ -417,28 +337,28 @@ def prepare_features(
         "encoder": encoder.settings(),
         **section.reading(),
     }
-    # `exact` is left out of the name: stores of before there was a choice keep theirs
+    # `exact` is omitted from the name, so that stores from before the option existed keep theirs
     named = {key: value for key, value in encoder.settings().items() if (key, value) != ("sampling", "exact")}
     path = folder / f"{kind or f'features-{encoder.name}'}-{fingerprint({**settings, 'encoder': named})}.h5"
     if not path.exists():
         with lock(path):
             if not path.exists():
-                # not through `_build`: extract keeps its own finished chunks, so that a killed run goes on
+                # not through `_build`: extract keeps its own finished chunks, so that a killed run resumes
                 with section.open_slide() as slide:
                     extract(slide, nuclei, encoder, path, provenance=settings)
     return path
 
 
 def prepare_artefacts(folder: Path, section: Section, nuclei: Path) -> pd.Categorical:
-    """The kind of artefact of each of a section's nuclei, in their order, from the cache; found if it is not there.
+    """The kind of artifact of each of a section's nuclei, in their order; found and cached if needed.
 
-    The slide is looked at in its own colours, as it is in training: the rules compare a nucleus with the others of its slide, so matched
-    colours would add nothing, and they bring pen and folds, which are no colours of tissue, nearer to it.
+    The slide is read in its own colors, as in training: the rules compare a nucleus with the others of its slide, so matched colors would
+    add nothing, and they would make pen and folds look more like tissue.
 
     Parameters
     ----------
     folder
-        Where the section's cache files lie.
+        The section's cache folder.
     section
         The section.
     nuclei

@@ -1,39 +1,62 @@
-"""A tissue as its config describes it: sections, where their files lie, and the role of each."""
+"""A tissue as its config describes it: sections, the places of their files, and the role of each."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from prts.errors import InputError
+from prts.errors import ParameterError, did_you_mean
+from prts.platforms import DEFAULT_PLATFORM, platforms
+from prts.preprocess.counts import MITOCHONDRIAL_PREFIX
 
-SPECIES = ("human", "mouse")
+SPECIES = tuple(MITOCHONDRIAL_PREFIX)
 ROLES = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class SectionSpec:
-    """One section of a tissue config. Paths may not exist yet.
+    """One section of a tissue config. Paths need not exist yet.
 
-    Either `image` is given, or `simulate`: the arguments of `prts.simulate.section.simulate_section`.
+    Attributes
+    ----------
+    name
+        Name of the section.
+    image
+        The full-resolution H&E image; either this or `simulate` is given.
+    mpp
+        um per full-resolution pixel, if the files do not state it.
+    nuclei, spots
+        Nuclei from another tool, measured spots.
+    platform
+        What measured the section, a name in `prts.platforms.platforms`.
+    measurement
+        Arguments of the platform's constructor: all keys of the section's config that are not listed here.
+    simulate
+        Arguments of `prts.simulate.section.simulate_section`.
+    download
+        Where `prts download` gets the files.
     """
 
     name: str
     image: Path | None = None
-    bins: Path | None = None
     mpp: float | None = None
     nuclei: Path | None = None
     spots: Path | None = None
+    platform: str = DEFAULT_PLATFORM
+    measurement: Mapping[str, Any] = field(default_factory=dict)
     simulate: Mapping[str, Any] | None = None
     download: Mapping[str, Any] | None = None
 
 
+_OWN_KEYS = [f.name for f in fields(SectionSpec) if f.name not in ("name", "measurement")]
+
+
 @dataclass(frozen=True)
 class Tissue:
-    """Named sections of one species, and which of them train, validate and test; `markers` are genes worth a figure of their own."""
+    """Named sections of one species and their roles; `markers` are genes whose mean PCC is reported separately."""
 
     name: str
     species: str
@@ -50,14 +73,6 @@ class Tissue:
         return [name for name in self.sections if name in roles]
 
 
-def _refuse_unknown(where: str, given: Mapping[str, Any], known: list[str]) -> None:
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else f" (there are: {', '.join(known)})"
-            raise InputError(f"{where}.{key}: no such key{hint}")
-
-
 def parse_tissue(config: Mapping[str, Any]) -> Tissue:
     """Check a `tissue` config node and turn it into a `Tissue`.
 
@@ -68,55 +83,77 @@ def parse_tissue(config: Mapping[str, Any]) -> Tissue:
 
     Raises
     ------
-    InputError
+    ParameterError
         For unknown or missing keys, an unknown species, or a role that names no section.
     """
-    _refuse_unknown("tissue", config, ["name", "species", "sections", "markers", *ROLES])
+    _refuse_unknown("tissue", "", config, ["name", "species", "sections", "markers", *ROLES])
     for key in ("name", "species", "sections", "train"):
         if not config.get(key):
-            raise InputError(f"tissue.{key}: is required")
+            raise ParameterError("tissue", key, "is required")
     if config["species"] not in SPECIES:
-        raise InputError(f"tissue.species: {config['species']!r} is not one of {', '.join(SPECIES)}")
+        raise ParameterError("tissue", "species", f"{config['species']!r} is not one of {', '.join(SPECIES)}")
     if not isinstance(config["sections"], Mapping):
-        raise InputError(
-            "tissue.sections: must map a section's name to its files, such as {lung1: {image: ..., bins: ...}}"
+        raise ParameterError(
+            "tissue", "sections", "must map a section's name to its files, such as {lung1: {image: ..., bins: ...}}"
         )
     sections = {str(name): _parse_section(str(name), node) for name, node in config["sections"].items()}
-    roles: dict[str, tuple[str, ...]] = {}
-    for role in ROLES:
-        names = config.get(role) or []
-        if isinstance(names, str):
-            raise InputError(f"tissue.{role}: must be a list of sections, such as [{names}]")
-        for name in names:
-            if name not in sections:
-                raise InputError(f"tissue.{role}: {name!r} is not a section (there are: {', '.join(sections)})")
-        roles[role] = tuple(str(name) for name in names)
-    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
-        for name in set(roles[first]) & set(roles[second]):
-            raise InputError(f"tissue.{second}: {name!r} is also in tissue.{first}; a section has one role")
     markers = config.get("markers") or []
     if isinstance(markers, str):
-        raise InputError(f"tissue.markers: must be a list of gene symbols, such as [{markers}]")
+        raise ParameterError("tissue", "markers", f"must be a list of gene symbols, such as [{markers}]")
     return Tissue(
         name=str(config["name"]),
         species=config["species"],
         sections=sections,
         markers=tuple(dict.fromkeys(map(str, markers))),
-        **roles,
+        **_parse_roles(config, sections),
     )
 
 
+def _parse_roles(config: Mapping[str, Any], sections: Mapping[str, SectionSpec]) -> dict[str, tuple[str, ...]]:
+    roles: dict[str, tuple[str, ...]] = {}
+    for role in ROLES:
+        names = config.get(role) or []
+        if isinstance(names, str):
+            raise ParameterError("tissue", role, f"must be a list of sections, such as [{names}]")
+        for name in names:
+            if name not in sections:
+                raise ParameterError("tissue", role, f"{name!r} is not a section; choose from {', '.join(sections)}")
+        roles[role] = tuple(str(name) for name in names)
+    for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
+        for name in set(roles[first]) & set(roles[second]):
+            raise ParameterError("tissue", second, f"{name!r} is also in tissue.{first}; give each section one role")
+    return roles
+
+
 def _parse_section(name: str, node: Any) -> SectionSpec:
-    where = f"tissue.sections.{name}"
     if not isinstance(node, Mapping):
-        raise InputError(f"{where}: must be a mapping with at least image and bins")
-    _refuse_unknown(where, node, [f.name for f in fields(SectionSpec) if f.name != "name"])
-    if bool(node.get("image")) == bool(node.get("simulate")):
-        raise InputError(f"{where}: needs either image (and bins) or simulate")
-    if node.get("image") and not node.get("bins"):
-        raise InputError(f"{where}.bins: is required, the folder binned_outputs/square_002um of the section")
-    paths = {key: Path(str(node[key])) for key in ("image", "bins", "nuclei", "spots") if node.get(key)}
-    mpp = node.get("mpp")
+        raise ParameterError("section", name, "must be a mapping with at least image and bins")
+    given = {str(key): value for key, value in node.items() if value is not None}
+    own = {key: given.pop(key) for key in _OWN_KEYS if key in given}
+    if bool(own.get("image")) == bool(own.get("simulate")):
+        raise ParameterError("section", name, "needs either image (with bins) or simulate")
+    if "image" in own:
+        _check_platform(name, str(own.get("platform", DEFAULT_PLATFORM)), given)
+    else:
+        _refuse_unknown("section", f"{name}.", given, _OWN_KEYS)
+    mpp = own.get("mpp")
     if mpp is not None and not isinstance(mpp, int | float):
-        raise InputError(f"{where}.mpp: {mpp!r} is not a number of um/px")
-    return SectionSpec(name=name, mpp=mpp, simulate=node.get("simulate"), download=node.get("download"), **paths)
+        raise ParameterError("section", f"{name}.mpp", f"{mpp!r} is not a number of um/px")
+    own |= {key: Path(str(own[key])) for key in ("image", "nuclei", "spots") if key in own}
+    return SectionSpec(name=name, measurement=given, **own)
+
+
+def _check_platform(section: str, platform: str, settings: Mapping[str, Any]) -> None:
+    """Check the names of a platform's settings, without making it."""
+    parameters = inspect.signature(platforms[platform]).parameters
+    _refuse_unknown("section", f"{section}.", settings, [*_OWN_KEYS, *parameters])
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in settings:
+            raise ParameterError("section", f"{section}.{key}", f"is required for the platform {platform}")
+
+
+def _refuse_unknown(owner: str, prefix: str, given: Iterable[str], known: list[str]) -> None:
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, known) or f"; choose from {', '.join(known)}"
+            raise ParameterError(owner, f"{prefix}{key}", f"no such key{hint}")

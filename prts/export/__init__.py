@@ -1,1 +1,1 @@
-"""Predictions in the formats of other tools: SpatialData, QuPath GeoJSON, Parquet, CSV."""
+"""Export predictions to other tools: SpatialData, QuPath GeoJSON, Parquet, CSV."""

@@ -1,4 +1,4 @@
-"""A prediction as the GeoJSON that QuPath opens (0.4 or newer: Import objects from file): a detection a nucleus."""
+"""Write a prediction as GeoJSON for QuPath (0.4 or newer, Import objects from file), with one detection per nucleus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.io.cache import atomic
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLASS_COLUMNS = ("cell_type", "type", "broad_type", "cluster", "leiden")
-# Okabe and Ito 2008, then Paul Tol's muted ones; QuPath lets the user change them
+# Okabe and Ito 2008, then Paul Tol's muted scheme; users can change them in QuPath
 _COLOURS = (
     *((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66)),
     *((51, 34, 136), (136, 204, 238), (68, 170, 153), (17, 119, 51), (153, 153, 51), (221, 204, 119)),
@@ -33,38 +33,40 @@ _NULL = re.compile(r'"(?:[^"\\]|\\.)*":null,?')
 
 
 def class_column(prediction: PredictionFile, asked: str | None) -> str | None:
-    """The column of `obs` that classifies nuclei: the one asked for, else the first of `CLASS_COLUMNS` that is there, else None.
+    """The column of `obs` that classifies nuclei: the one requested, else the first of `CLASS_COLUMNS` that exists, else None.
 
     Raises
     ------
     InputError
-        If the column asked for is not there.
+        If the requested column does not exist.
     """
     if asked is None:
         return next((column for column in CLASS_COLUMNS if column in prediction.obs), None)
     if asked not in prediction.obs:
         there = ", ".join(prediction.obs.columns)
-        raise InputError(f"classification={asked}: {prediction.path} has no such column of obs (it has {there})")
+        raise ParameterError(
+            "", "classification", f"{asked} is not a column of obs in {prediction.path}; choose one of {there}"
+        )
     return asked
 
 
 def write_geojson(
     prediction: PredictionFile, columns: NDArray[np.intp], out: Path, classification: str | None = None
 ) -> None:
-    """Write a FeatureCollection of detections, full-resolution px: `id` and name are the `cell_id`.
+    """Write a FeatureCollection of detections in full-resolution pixels; `id` and name are the `cell_id`.
 
-    Measurements are the numbers of `obs` and the expected UMI of the genes at `columns`; a NaN is left out.
+    Measurements are the numeric columns of `obs` and the expected UMI of genes; NaN values are left out.
 
     Parameters
     ----------
     prediction
-        Its polygons must lie beside it.
+        The prediction, with its polygons next to it.
     columns
-        Genes.
+        Columns of the genes.
     out
-        The file.
+        Output file.
     classification
-        A column of `obs`, or None; a nucleus without a value there stays unclassified.
+        Column of `obs`, or None. Nuclei with a missing value are not classified.
     """
     outlines = prediction.nuclei().geometry.to_numpy()
     numbers = prediction.obs.select_dtypes(["number", "bool"]).astype(float)
@@ -91,7 +93,7 @@ def _json(words: NDArray[Any]) -> NDArray[Any]:
 
 
 def _measurements(table: pd.DataFrame) -> NDArray[Any]:
-    """An object of numbers a row, as text. QuPath takes no null, so a NaN has no entry."""
+    """One JSON object per row. QuPath does not accept null, so NaN values are left out."""
     if table.shape[1] == 0:
         return np.full(len(table), "{}", dtype=object)
     text = table.to_json(orient="records", lines=True, double_precision=6).rstrip("\n")
@@ -101,7 +103,7 @@ def _measurements(table: pd.DataFrame) -> NDArray[Any]:
 
 
 def _classes(obs: pd.DataFrame, column: str | None) -> NDArray[Any]:
-    """The `classification` property of each nucleus as text, with a comma before it; empty where there is none."""
+    """The `classification` property of each nucleus as text with a leading comma; empty if unclassified."""
     if column is None:
         return np.full(len(obs), "", dtype=object)
     codes, labels = pd.factorize(obs[column].astype(object).map(str, na_action="ignore"), sort=True)
@@ -109,5 +111,5 @@ def _classes(obs: pd.DataFrame, column: str | None) -> NDArray[Any]:
         f',"classification":{{"name":{json.dumps(label, ensure_ascii=False)},"color":{list(_COLOURS[i % len(_COLOURS)])}}}'
         for i, label in enumerate(labels)
     ]
-    # factorize gives -1 to what is missing: the last text
+    # missing values have code -1, the last text
     return np.array([*texts, ""], dtype=object)[codes]

@@ -1,8 +1,7 @@
-"""A prediction file read a few thousand nuclei at a time, so that exporting a whole slide needs no more memory than that."""
+"""Read a prediction file in chunks of nuclei, so that exporting a whole slide takes little memory."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,8 @@ import scipy.sparse as sp
 from anndata.io import read_elem
 from numpy.typing import NDArray
 
-from prts.errors import InputError
-from prts.io.h5_checks import DAMAGED, require_own_data
+from prts.errors import InputError, ParameterError, did_you_mean
+from prts.io.h5_checks import DAMAGED, check_h5
 from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, require_scale
 from prts.progress import track
@@ -29,7 +28,7 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """What a prediction says of its nuclei and genes; the values themselves stay on disk; made by `open_prediction`.
+    """Nuclei and genes of a prediction, whose values stay on disk; made by `open_prediction`.
 
     Attributes
     ----------
@@ -40,7 +39,7 @@ class PredictionFile:
     uns
         `prts` (provenance) and `spatial` (a small picture).
     xy_px
-        (n_nuclei, 2) centres in full-resolution pixels.
+        Centers in full-resolution pixels, (n_nuclei, 2).
     """
 
     path: Path
@@ -55,18 +54,18 @@ class PredictionFile:
         Raises
         ------
         InputError
-            If the prediction has no such gene; the nearest that it has is named.
+            If the prediction does not have a gene.
         """
         place = self.var.index.get_indexer(pd.Index(genes))
         if (place < 0).any():
             unknown = genes[int(np.flatnonzero(place < 0)[0])]
-            near = difflib.get_close_matches(unknown, self.var.index, n=1, cutoff=0.5)
-            hint = f", did you mean {near[0]!r}?" if near else f" of the {len(self.var)} in var_names"
-            raise InputError(f"genes: {self.path} has no gene {unknown!r}{hint}")
+            raise ParameterError(
+                "", "genes", f"{self.path} has no gene {unknown!r}{did_you_mean(unknown, self.var.index)}"
+            )
         return np.asarray(place, dtype=np.intp)
 
     def chunks(self, columns: NDArray[np.intp], size: int = CHUNK) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """Rows, and the expected UMI there of the genes at `columns`, (b, n_columns), in order."""
+        """Yield slices of rows in order, with the expected UMI of the genes at `columns`, (n_rows, n_columns)."""
         with h5py.File(self.path) as file:
             x = file["X"]
             starts = range(0, len(self.obs), size)
@@ -79,49 +78,49 @@ class PredictionFile:
                 yield rows, values[:, columns]
 
     def nuclei(self) -> gpd.GeoDataFrame:
-        """The polygons of `<name>.nuclei.parquet`, in the order of the nuclei.
+        """Polygons from `<name>.nuclei.parquet`, in the order of the nuclei.
 
         Raises
         ------
         InputError
-            If the file is missing, or lacks a nucleus of the prediction.
+            If the file is missing, or does not contain all nuclei of the prediction.
         """
-        beside = nuclei_path(self.path)
-        if not beside.is_file():
-            raise InputError(f"{beside}: no such file; it holds the polygons and belongs beside {self.path.name}")
-        nuclei = load_nuclei(beside).set_index("cell_id")
+        path = nuclei_path(self.path)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; keep the polygons next to {self.path.name}")
+        nuclei = load_nuclei(path).set_index("cell_id")
         place = nuclei.index.get_indexer(self.obs.index)
         if (place < 0).any():
             missing = self.obs.index[place < 0][0]
-            raise InputError(f"{beside}: has no nucleus {missing!r}; the file written with {self.path.name} is needed")
+            raise InputError(f"{path}: has no nucleus {missing!r}; use the file that was written with {self.path.name}")
         return nuclei.iloc[place].rename_axis("cell_id").reset_index()
 
 
 def open_prediction(path: Path) -> PredictionFile:
-    """Read all of a prediction but its values.
+    """Open a prediction without reading its values.
 
     Raises
     ------
     InputError
-        If the file is missing, no `.h5ad`, or not a prediction on the UMI scale.
+        If the file is missing, is not an .h5ad file, or is not a prediction on the UMI scale.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
     if not h5py.is_hdf5(path):
         raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
-    require_own_data(path)
+    check_h5(path)
     try:
         with h5py.File(path) as file:
             obs, var, uns, xy_px = (read_elem(file[key]) for key in ("obs", "var", "uns", "obsm/spatial"))
             shape = _shape(file["X"])
         obs.index, var.index = obs.index.astype(str), var.index.astype(str)
         xy_px = np.asarray(xy_px, dtype=np.float64).reshape(len(obs), 2)
-    except Exception as error:  # anndata raises whatever a foreign HDF5 file leads it to
+    except Exception as error:  # anndata can raise anything on a malformed HDF5 file
         raise InputError(f"{path}: is not a prediction of `prts predict` ({error})") from error
     require_scale(path, uns)
     if shape != (len(obs), len(var)):
-        raise InputError(f"{path}: X is of {shape}, not of {len(obs)} nuclei x {len(var)} genes; predict again")
+        raise InputError(f"{path}: X has shape {shape} instead of {len(obs)} nuclei x {len(var)} genes; predict again")
     return PredictionFile(path, obs.rename_axis("cell_id"), var, uns, xy_px)
 
 
@@ -131,7 +130,7 @@ def _shape(x: h5py.Group | h5py.Dataset) -> tuple[int, int]:
 
 
 def _rows(x: h5py.Group | h5py.Dataset, rows: slice, width: int) -> NDArray[np.float32]:
-    """Rows of a matrix that is stored dense or as CSR, (b, width)."""
+    """Rows of a matrix that is stored dense or as CSR, (n_rows, width)."""
     if isinstance(x, h5py.Dataset):
         return np.asarray(x[rows], dtype=np.float32)
     pointers = x["indptr"][rows.start : rows.stop + 1]

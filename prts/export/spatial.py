@@ -1,4 +1,4 @@
-"""A prediction as a SpatialData zarr: the image as a pyramid, the nuclei as shapes, and the table that annotates them."""
+"""Write a prediction as a SpatialData zarr: image pyramid, shapes of the nuclei, and the table that annotates them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.io.cache import atomic
 from prts.io.slide import Slide, open_slide
 
@@ -28,12 +28,12 @@ _SMALLEST_PX = 512
 
 
 def find_image(prediction: PredictionFile, image: Path | None) -> Path | None:
-    """The full-resolution image: the one given, else the one the prediction names if it lies beside it, else None.
+    """The full-resolution image: the given one, else the one the prediction names if it is next to it, else None.
 
     Raises
     ------
     InputError
-        If the image given has another size than the one that was predicted.
+        If the given image does not have the size of the image that was predicted.
     """
     about = prediction.uns["prts"]
     path = prediction.path.parent / str(about.get("image", "")) if image is None else image
@@ -43,10 +43,10 @@ def find_image(prediction: PredictionFile, image: Path | None) -> Path | None:
         if (slide.width, slide.height) == (about["width"], about["height"]):
             return path
         if image is None:
-            return None  # another image of the same name
+            return None  # a different image with the same name
         raise InputError(
-            f"image={path}: is {slide.width} x {slide.height} px, the image predicted was {about['width']} x "
-            f"{about['height']}; give that one"
+            f"{path}: is {slide.width} x {slide.height} px, but the predicted image was {about['width']} x {about['height']} px; "
+            "give the image that was predicted"
         )
 
 
@@ -55,14 +55,14 @@ def write_spatialdata(
 ) -> None:
     """Write `images/he`, `shapes/nuclei` and `tables/prediction` in the coordinate systems `global` (px) and `um`.
 
-    Without the full-resolution image, `he` is the small picture that the prediction holds, at its place.
+    Without the full-resolution image, `he` is the small picture in the prediction, scaled to the same coordinates.
 
     Parameters
     ----------
     prediction
-        Its polygons must lie beside it.
+        The prediction, with its polygons next to it.
     columns
-        Genes.
+        Columns of the genes.
     out
         The zarr folder.
     image
@@ -71,25 +71,25 @@ def write_spatialdata(
     Raises
     ------
     InputError
-        If the extra `spatial` is not installed.
+        If spatialdata is not installed.
     """
     try:
         import spatialdata as sd
     except ImportError as error:
-        raise InputError("format=spatialdata: needs the extra `spatial`: pip install 'prts[spatial]'") from error
+        raise ParameterError("", "format", "spatialdata is not installed; pip install 'prts[spatial]'") from error
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale, Sequence
 
     mpp = float(prediction.uns["prts"]["mpp"])
 
     def systems(px: float = 1.0) -> dict[str, Any]:
-        """From an element whose pixel is `px` full-resolution pixels."""
+        """Transformations of an element whose pixels are `px` full-resolution pixels wide."""
         to_px = Identity() if px == 1 else Scale([px, px], axes=("x", "y"))
         return {"global": to_px, "um": Sequence([to_px, Scale([mpp, mpp], axes=("x", "y"))])}
 
     nuclei = prediction.nuclei().set_index("cell_id")
     with warnings.catch_warnings(), atomic(out) as temporary:
-        warnings.simplefilter("ignore")  # of dask and zarr, about their own inner workings
+        warnings.simplefilter("ignore")  # internals of dask and zarr
         slide = None if image is None else open_slide(image, mpp=mpp)
         try:
             if slide is None:
@@ -117,7 +117,7 @@ def write_spatialdata(
 
 
 def _table(prediction: PredictionFile, columns: NDArray[np.intp]) -> ad.AnnData:
-    """The prediction as AnnData whose matrices dask reads, some rows at a time, when they are written."""
+    """The prediction as AnnData with dask matrices, read in chunks of rows when they are written."""
     import anndata as ad
     import h5py
     from anndata.experimental import read_elem_lazy
@@ -147,14 +147,14 @@ def _table(prediction: PredictionFile, columns: NDArray[np.intp]) -> ad.AnnData:
 
 
 def _small_picture(prediction: PredictionFile) -> tuple[NDArray[np.uint8], float]:
-    """The picture in `uns["spatial"]`, (3, height, width), and how many full-resolution pixels one of its pixels is."""
+    """The picture in `uns["spatial"]`, (3, height, width), and the size of its pixels in full-resolution pixels."""
     library = next(iter(prediction.uns["spatial"].values()))
     picture = np.asarray(library["images"]["hires"], dtype=np.uint8)
     return np.moveaxis(picture, -1, 0), 1 / float(library["scalefactors"]["tissue_hires_scalef"])
 
 
 def _lazy_picture(slide: Slide) -> Any:
-    """The slide as a dask array (3, height, width) of uint8 whose blocks are read when they are needed."""
+    """The slide as a lazy dask array of uint8, (3, height, width)."""
     import dask.array as da
 
     def read(block_info: dict[Any, Any]) -> NDArray[np.uint8]:

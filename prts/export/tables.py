@@ -1,4 +1,4 @@
-"""A prediction as one table, a row a nucleus: CSV or Parquet, for whatever reads tables."""
+"""Write a prediction as a CSV or Parquet table with one row per nucleus."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.io.cache import atomic
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 def write_csv(prediction: PredictionFile, columns: NDArray[np.intp], out: Path) -> None:
     """Write `cell_id, x, y` (full-resolution px), the columns of `obs`, and the expected UMI of the genes at `columns`.
 
-    UMI have six significant digits.
+    UMI are written with six significant digits.
 
     Raises
     ------
     InputError
-        If a gene has the name of one of the other columns.
+        If a gene has the same name as another column.
     """
     with atomic(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         for i, frame in enumerate(_frames(prediction, columns)):
@@ -39,7 +39,7 @@ def write_parquet(prediction: PredictionFile, columns: NDArray[np.intp], out: Pa
     Raises
     ------
     InputError
-        If a gene has the name of one of the other columns.
+        If a gene has the same name as another column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -64,12 +64,12 @@ def _frames(prediction: PredictionFile, columns: NDArray[np.intp]) -> Iterator[p
     obs["cell_id"] = obs["cell_id"].astype(object)
     obs.insert(1, "x", prediction.xy_px[:, 0])
     obs.insert(2, "y", prediction.xy_px[:, 1])
-    # categories may differ from chunk to chunk where a table is read back; text does not
+    # as categories, columns would differ between chunks
     categorical = obs.select_dtypes("category").columns
     obs[categorical] = obs[categorical].astype(object)
     genes = prediction.var.index[columns]
     twice = obs.columns.intersection(genes)
     if len(twice):
-        raise InputError(f"genes: {twice[0]!r} is also the name of another column; leave it out with genes=[...]")
+        raise ParameterError("", "genes", f"{twice[0]!r} is also the name of another column; give `genes` without it")
     for rows, umi in prediction.chunks(columns):
         yield pd.concat([obs.iloc[rows].reset_index(drop=True), pd.DataFrame(umi, columns=genes)], axis=1)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.io.cache import atomic
-from prts.io.h5_checks import DAMAGED, require_own_data
+from prts.io.h5_checks import DAMAGED, check_h5
 from prts.io.hdf5 import NewFile
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class StoreReader:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        require_own_data(_existing(self.path))
+        check_h5(_existing(self.path))
         with _opened(self.path) as store:
             self.known = pd.Index(store["cell_id"].asstr()[:])
             shapes = {name: store[name].shape for name in ("global", "local")}

@@ -1,4 +1,4 @@
-"""Cache files: named by a fingerprint of what made them, written whole or not at all, built by one process at a time."""
+"""Cache files: named by a fingerprint of their inputs, written whole or not at all, built by one process at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,31 +23,32 @@ from prts.errors import InputError, chain, full_disk
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
-_PATIENCE_S, _REMINDER_S = 5.0, 600.0  # until a process that waits says so, and says so again
+_PATIENCE_S = 5.0  # before a waiting process says so
+_in_progress: set[Path] = set()  # temporary names of this process
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """What tells one version of a file from another without reading gigabytes.
+    """Identify a version of a file without reading gigabytes.
 
     Parameters
     ----------
     path
-        A file, or a folder (a model folder), whose files are all taken.
+        A file, or a folder, of which all files are identified.
 
     Returns
     -------
-    For a file its size, modification time (ns) and the SHA-256 of its first and last MiB.
+    Size, modification time (ns), and SHA-256 of the first and last MiB of the file.
 
     Raises
     ------
     InputError
-        If there is no such file.
+        If the file does not exist.
     """
     path = Path(path)
     if path.is_dir():
         return {str(p.relative_to(path)): file_identity(p) for p in sorted(path.rglob("*")) if p.is_file()}
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; check the path")
     stat = path.stat()
     digest = hashlib.sha256()
     with path.open("rb") as handle:
@@ -60,7 +60,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """Eight hex digits that change when any of the (JSON-like) settings changes, whatever the order of the keys."""
+    """Eight hex digits that identify (JSON-like) settings, independent of the order of the keys."""
     text = json.dumps(settings, sort_keys=True, default=str, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -73,87 +73,71 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` (same suffix) that takes its place when the block ends well, and vanishes when it does not.
+    """Write a file or folder under a temporary name that replaces `path` if the block succeeds and is removed if it fails.
 
-    The block may write a file or make a folder at the name it gets. A folder is swapped in whole. What a process that was killed left
-    of an earlier attempt is removed first.
+    Inside the block of another `atomic`, `path` itself is used. Leftovers of killed processes are removed first.
 
     Raises
     ------
     InputError
-        If `path` cannot be written: the disk is full, its folder cannot be made or is deleted meanwhile.
+        If `path` cannot be written: the disk is full, or its folder cannot be created or is deleted meanwhile.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{path.parent}: cannot be made a folder ({error.strerror}): choose another place") from error
+        raise InputError(f"{path.parent}: cannot be created ({error.strerror}); choose another folder") from error
+    if not _in_progress.isdisjoint((path, *path.parents)):
+        yield path
+        return
     host = re.sub(r"\W", "-", platform.node())
-    temporary, old = (
-        path.with_name(f".{path.stem}.{host}-{os.getpid()}{mark}.tmp{path.suffix}") for mark in ("", ".old")
-    )
-    stem, suffix = glob.escape(path.stem), glob.escape(path.suffix)
-    # the second: what a block left that itself wrote to a temporary name beside ours
-    for pattern in (f".{stem}.{host}-*.tmp{suffix}", f"..{stem}.{host}-*.tmp.{host}-*.tmp{suffix}"):
-        for left in path.parent.glob(pattern):
-            pid, _, mark = left.name.partition(f"{path.stem}.{host}-")[2].partition(".")
-            if not _is_alive(pid):
-                _put_back(left, path) if mark.startswith("old.tmp") else _remove(left)
+    temporary = path.with_name(f".{path.stem}.{host}-{os.getpid()}.tmp{path.suffix}")
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.{host}-*.tmp{glob.escape(path.suffix)}"):
+        if _is_dead(left.name.removeprefix(f".{path.stem}.{host}-").partition(".")[0]):
+            _remove(left)
+    _in_progress.add(temporary)
     try:
         yield temporary
-        if temporary.is_dir() and path.is_dir():
-            # a folder cannot take another's place in one step; between the two there is none, but never a part of one
-            path.replace(old)
-        temporary.replace(path)
+        _replace(temporary, path)
+    except InputError:
+        raise
     except Exception as error:
-        if (why := _unwritable(error, path, temporary)) is not None:
-            raise UnwritableError(path, why) from error
+        if (why := full_disk(error)) is not None:
+            raise InputError(f"{path}: {why}") from error
+        if any(isinstance(each, FileNotFoundError) and str(temporary) in str(each) for each in chain(error)):
+            raise InputError(
+                f"{path}: its folder was deleted while it was written; run the same command again"
+            ) from error
         raise
     finally:
+        _in_progress.remove(temporary)
         _remove(temporary)
-        _put_back(old, path)
 
 
-class UnwritableError(InputError):
-    """A file that was begun could not be finished, through no fault of its content."""
-
-    def __init__(self, path: Path, why: str) -> None:
-        super().__init__(f"{path}: {why}")
-        self.why = why
-
-
-def _unwritable(error: Exception, path: Path, temporary: Path) -> str | None:
-    """Why writing failed, where that is the disk's doing. Of nested names, the outermost is the one that the user knows."""
-    if isinstance(error, UnwritableError):
-        return error.why
-    if isinstance(error, InputError):
-        return None
-    if (full := full_disk(error)) is not None:
-        return full
-    gone = any(isinstance(each, FileNotFoundError) and str(temporary) in str(each) for each in chain(error))
-    return f"{path.parent} was deleted while it was written; run the same command again" if gone else None
-
-
-def _is_alive(pid: str) -> bool:
-    """Whether another process of this machine still runs; also where it cannot be told."""
+def _replace(temporary: Path, path: Path) -> None:
+    if not (temporary.is_dir() and path.is_dir()):
+        temporary.replace(path)
+        return
+    # A folder cannot replace another in one step: for a moment there is none, but never an incomplete one.
+    old = temporary.with_name(temporary.name.replace(f"-{os.getpid()}.", f"-{os.getpid()}.old."))
+    path.replace(old)
     try:
-        if int(pid) == os.getpid():
-            return False  # in a container, whose processes have the same few ids each time
+        temporary.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    _remove(old)
+
+
+def _is_dead(pid: str) -> bool:
+    """Whether a process of this machine has ended."""
+    try:
         os.kill(int(pid), 0)
     except ProcessLookupError:
-        return False
-    except (ValueError, OSError):
         return True
-    return True
-
-
-def _put_back(old: Path, path: Path) -> None:
-    """Give a folder its name again where no other has taken it, or remove it."""
-    if path.exists():
-        _remove(old)
-    else:
-        with contextlib.suppress(OSError):
-            old.replace(path)
+    except (ValueError, OSError):
+        return False
+    return int(pid) == os.getpid()  # of an earlier process: in containers, ids repeat
 
 
 def _remove(path: Path) -> None:
@@ -166,59 +150,46 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a cache file while building it; other processes wait here, say for whom, and then find it built.
+    """Hold the lock of a cache file while building it; other processes wait, say for whom, and then find it built.
 
-    The lock is the operating system's: it ends with its process, however that ends, and a lock file that is left behind locks nothing.
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises
     ------
     InputError
-        If the lock file cannot be made.
+        If the lock file cannot be created.
     """
     path = Path(path)
-    file = path.with_name(f".{path.name}.lock")
-    held = filelock.FileLock(file)
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _wait(held, path, file)
+        _acquire(held, path)
     except OSError as error:
-        if (full := full_disk(error)) is not None:
-            raise UnwritableError(path, full) from error
-        raise InputError(
-            f"{path}: is not there yet and may not be written ({error.strerror}); change the permissions of {path.parent} or "
-            "choose another place (paths.cache_dir for the cache)"
-        ) from error
+        why = (
+            full_disk(error) or f"does not exist and cannot be written ({error.strerror}); choose another cache folder"
+        )
+        raise InputError(f"{path}: {why}") from error
     try:
-        with contextlib.suppress(OSError):  # on a full disk: a courtesy to those who wait
-            file.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        with contextlib.suppress(OSError):  # on a full disk: only informs those who wait
+            Path(held.lock_file).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         held.release()
 
 
-def _wait(held: filelock.FileLock, path: Path, file: Path) -> None:
-    """Take a lock; where another process holds it, say so after some seconds and then now and again."""
-    began = time.monotonic()
-    patience = _PATIENCE_S
-    while True:
-        try:
-            held.acquire(timeout=patience)
-        except filelock.Timeout:
-            holder = ""
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                holder = file.read_text(encoding="utf-8")
-            logger.warning(
-                "waiting for %s, which makes %s, for %.0f s now (lock file %s; it is free once that process ends)",
-                *(holder or "another process", path.name, time.monotonic() - began, file),
-            )
-            patience = _REMINDER_S
-        else:
-            return
+def _acquire(held: filelock.FileLock, path: Path) -> None:
+    try:
+        held.acquire(timeout=_PATIENCE_S)
+    except filelock.Timeout:
+        with contextlib.suppress(OSError):
+            holder = Path(held.lock_file).read_text(encoding="utf-8", errors="replace") or "another process"
+            logger.warning("%s: waiting for %s, which is writing it (lock file %s)", path, holder, held.lock_file)
+        held.acquire()
 
 
 @contextmanager
 def reading(cache: Path) -> Iterator[None]:
-    """Where a file of the cache is missed that was there before, say that somebody deleted it.
+    """Explain a missing file of the cache: it was deleted meanwhile, as on a scratch disk that is purged.
 
     Raises
     ------
@@ -228,23 +199,22 @@ def reading(cache: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        text = str(error)
-        # as all libraries quote it; the name alone may be part of any other
-        if not any(f"'{folder}{end}" in text for folder in (cache, Path(cache).resolve()) for end in ("'", os.sep)):
+        quoted = (f"'{folder}{end}" for folder in (cache, Path(cache).resolve()) for end in ("'", os.sep))
+        if not any(text in str(error) for text in quoted):
             raise
         raise InputError(
-            f"{cache}: was deleted, or a part of it, while it was read ({text}); run the same command again, it makes what is missing"
+            f"{cache}: files were deleted while they were read ({error}); run the same command again"
         ) from error
 
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Where the disk is full and nobody said which file that concerns, as loggers and their like do, name their folder.
+    """Name the folder that was written where an error says only that the disk is full, as those of loggers do.
 
     Raises
     ------
     InputError
-        Instead of an error that says that there is no room.
+        Instead of an error about a full disk.
     """
     try:
         yield
@@ -252,4 +222,4 @@ def filling(folder: Path) -> Iterator[None]:
         full = full_disk(error)
         if full is None or any(isinstance(each, InputError) for each in chain(error)):
             raise
-        raise UnwritableError(Path(folder), full) from error
+        raise InputError(f"{folder}: {full}") from error

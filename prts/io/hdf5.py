@@ -1,8 +1,7 @@
-"""HDF5 files that are being written, on a disk that may be full.
+"""Write HDF5 files on a disk that may be full.
 
-Where a write fails, HDF5 (1.14) is left with a file that it can neither finish nor close: the process ends in a segmentation fault, and
-nobody is told why. So it never sees a write fail. From the first refusal on, what it writes is kept in memory, and the caller is told at
-the next moment that suits: `NewFile.check`, or when the file is closed.
+If a write fails, HDF5 (1.14) can neither finish nor close the file, and the process ends with a segmentation fault. Here HDF5 never sees a
+write fail: after the first failure its output is kept in memory, and `NewFile.check` or closing the file raises the error.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
 
 
 class NewFile(h5py.File):  # type: ignore[misc]
-    """A new HDF5 file to be written; raises the OSError of a full disk from `check` and `close`, when HDF5 is done with it.
+    """A new HDF5 file whose `check` and `close` raise the OSError of a full disk.
 
     Parameters
     ----------
     path
-        The file; an older one is overwritten.
+        The file; an existing one is overwritten.
     **options
-        Of `h5py.File`.
+        Options of `h5py.File`.
     """
 
     def __init__(self, path: Path, **options: Any) -> None:
@@ -39,23 +38,23 @@ class NewFile(h5py.File):  # type: ignore[misc]
             raise
 
     def check(self) -> None:
-        """Raise what went wrong so far; to be called now and then while much is written.
+        """Raise the error of a failed write, if any; call it now and then while writing much.
 
         Raises
         ------
         OSError
-            As the operating system refused a write.
+            The error of the operating system.
         """
         if self._sink.error is not None:
             raise self._sink.error
 
     def close(self) -> None:
-        """Write what is left.
+        """Write the rest and close the file.
 
         Raises
         ------
         OSError
-            As the operating system refused a write, now or before: the file is not whole.
+            The error of the operating system, now or earlier: the file is incomplete.
         """
         if self._sink.closed:
             return
@@ -67,16 +66,16 @@ class NewFile(h5py.File):  # type: ignore[misc]
 
 
 def write_h5ad(data: ad.AnnData, path: Path, compression: str | None = None) -> None:
-    """`AnnData.write_h5ad` for a disk that may be full.
+    """Write like `AnnData.write_h5ad`, but raise an error if the disk is full.
 
     Parameters
     ----------
     data
-        What to write; text columns become categories, as there.
+        Data to write; text columns become categorical, as in anndata.
     path
         The file.
     compression
-        Of all arrays: gzip, lzf or None.
+        Compression of all arrays: gzip, lzf or None.
     """
     from anndata.io import write_elem
 
@@ -86,13 +85,13 @@ def write_h5ad(data: ad.AnnData, path: Path, compression: str | None = None) -> 
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
         for name in ("X", "raw", "obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
             part = getattr(data, name)
-            if part is not None:  # which older versions of anndata could not read
+            if part is not None:  # older versions of anndata cannot read None
                 write_elem(file, name, dict(part) if isinstance(part, Mapping) else part, dataset_kwargs=options)
                 file.check()
 
 
 class _Sink(io.RawIOBase):
-    """A file that takes everything: what the disk refuses, it remembers."""
+    """A file that accepts all writes and keeps in memory what the disk refuses."""
 
     def __init__(self, path: Path) -> None:
         self.error: OSError | None = None
@@ -125,7 +124,7 @@ class _Sink(io.RawIOBase):
                     done += os.pwrite(self._file, view[done:], self._at + done)
             except OSError as error:
                 self.error = error
-        if self.error is not None:  # also what would find room again: the order of overlapping writes counts
+        if self.error is not None:  # also later writes that would succeed: writes may overlap
             self._refused.append((self._at, bytes(view)))
         self._at += len(view)
         self._end = max(self._end, self._at)

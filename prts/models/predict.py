@@ -159,6 +159,7 @@ def write_prediction(
             "mpp_source": section.mpp_source,
             "species": meta["species"],
             "qc": meta["qc"],
+            "register": bool(meta.get("register", False)),
             "threshold": bundle.rule.threshold,
             "interval_level": None if ranges is None else ranges.level,
             "gate": bundle.rule.gate,

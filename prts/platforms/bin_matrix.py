@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.io.h5_checks import DAMAGED, ENDLESS, endless_strings, holds_its_values
+from prts.io.h5_checks import DAMAGED, fits_in_file
 
 _BARCODE = b"s_002um_00000_00000-1"
 _ROW, _COLUMN = slice(8, 13), slice(14, 19)
@@ -181,8 +181,6 @@ class BinMatrix:
         """Rows and columns of the array, read off the digits of `s_002um_<row>_<column>-1`."""
         if len(barcodes.shape) != 1 or barcodes.dtype.kind not in "SO":
             raise InputError(f"{self.path}: matrix/barcodes must be text; the file is not 10x's")
-        if barcodes.dtype.kind == "O":
-            self._require_strings_that_end()
         rows = np.empty(barcodes.shape[0], np.int32)
         columns = np.empty_like(rows)
         pattern = np.frombuffer(_BARCODE, np.uint8)
@@ -225,13 +223,7 @@ class BinMatrix:
             return np.char.decode(dataset[:], "utf-8").astype(object)
         if h5py.check_string_dtype(dataset.dtype) is None:
             raise InputError(f"{self.path}: {dataset.name[1:]} must be text; the file is not 10x's")
-        self._require_strings_that_end()
         return np.asarray(dataset.asstr()[:], dtype=object)
-
-    def _require_strings_that_end(self) -> None:
-        """Of strings of any length; 10x's own are of one, and have no heap."""
-        if endless_strings(self.path):
-            raise InputError(f"{self.path}: damaged ({ENDLESS}); get a complete copy")
 
     def _get(self, group: h5py.Group, name: str, kind: type) -> Any:
         """A member of a group that lies in this very file: links could make a shared file read another one."""
@@ -248,7 +240,7 @@ class BinMatrix:
             raise InputError(f"{self.path}: {where} is no {kind.__name__.lower()}; the file is not 10x's")
         if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
             raise InputError(f"{self.path}: {where} lies in other files; a file that holds its own data is needed")
-        if isinstance(found, h5py.Dataset) and not holds_its_values(found):
+        if isinstance(found, h5py.Dataset) and not fits_in_file(found):
             raise InputError(f"{self.path}: {where} has more values than the file can hold; get a complete copy")
         return found
 

@@ -1,6 +1,6 @@
-"""The 2 um bins of a Visium HD section: scale factors, positions, and the matrix, read as 10x writes them.
+"""Scale factors and positions of the 2 um bins of a Visium HD section, as Space Ranger writes them.
 
-The folder meant everywhere is `binned_outputs/square_002um` of Space Ranger's output.
+`bins` is always the folder `binned_outputs/square_002um` of Space Ranger's output.
 """
 
 from __future__ import annotations
@@ -17,15 +17,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from prts.errors import InputError
-from prts.platforms.bin_matrix import BinMatrix
-
-__all__ = ["BinGrid", "BinMatrix", "matrix_path", "read_positions", "read_scalefactors"]
 
 BIN_SIZE_UM = 2.0
 _FOLDER = "square_002um"
-_SCALEFACTORS = "spatial/scalefactors_json.json"
-_POSITIONS = "spatial/tissue_positions.parquet"
-_MATRIX = "filtered_feature_bc_matrix.h5"
+SCALEFACTORS = "spatial/scalefactors_json.json"
+POSITIONS = "spatial/tissue_positions.parquet"
+MATRIX = "filtered_feature_bc_matrix.h5"
 
 # A capture area has 3,350 x 3,350 bins; positions are kept on the full grid, which beyond this is no array of bins.
 _MAX_GRID = 1 << 26
@@ -95,7 +92,7 @@ class BinGrid:
 
 def matrix_path(bins: Path) -> Path:
     """The matrix of a folder of bins."""
-    return _file(Path(bins), _MATRIX)
+    return _file(Path(bins), MATRIX)
 
 
 def read_scalefactors(bins: Path) -> dict[str, float]:
@@ -116,7 +113,7 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     InputError
         If the folder is another one, the file is missing or no JSON object of positive numbers, or the bins are not 2 um.
     """
-    path = _file(Path(bins), _SCALEFACTORS)
+    path = _file(Path(bins), SCALEFACTORS)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -152,7 +149,7 @@ def read_positions(bins: Path) -> BinGrid:
         If the file is missing, no parquet or lacks a column; if a position is missing or given twice; if the bins do not
         span a plane.
     """
-    path = _file(Path(bins), _POSITIONS)
+    path = _file(Path(bins), POSITIONS)
     row, col = _numbers(path, "array_row", integer=True), _numbers(path, "array_col", integer=True)
     if len(row) == 0:
         raise InputError(f"{path}: lists no bin; Space Ranger's own file is needed")

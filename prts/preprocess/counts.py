@@ -1,267 +1,265 @@
-"""Counts of nuclei: the 2 um bins whose centre lies in exactly one nucleus, summed per nucleus and gene, and quality control.
-
-The definition is that of the 10x guide "Nuclei Segmentation and Custom Binning", which the paper follows.
-"""
+"""Counts per nucleus as training and evaluation use them: measured by any platform, registered if asked, and quality controlled."""
 
 from __future__ import annotations
 
 import logging
-import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import pandas as pd
-import shapely
-from anndata import AnnData
-from numpy.typing import NDArray
-from scipy.sparse import csr_matrix
+from pydantic import Field
 
-from prts.errors import InputError
-from prts.geometry import lattice_points_within
-from prts.platforms.bin_positions import BinGrid, BinMatrix, matrix_path, read_positions
-from prts.progress import track
+from prts.errors import InputError, ParameterError
+from prts.platforms.base import Registrable
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import geopandas as gpd
+    import pandas as pd
+    from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from prts.platforms.base import Measurement, Registration
+    from prts.section import Section
 
 logger = logging.getLogger(__name__)
 
 MITOCHONDRIAL_PREFIX = {"human": "MT-", "mouse": "mt-"}
-_MAX_NNZ = 20_000_000
-_NO_NUCLEUS, _SHARED = -1, -2
 
 
-def count_nuclei(bins: Path, nuclei: gpd.GeoDataFrame, *, species: str, grid: BinGrid | None = None) -> AnnData:
-    """Sum the 2 um bins of each nucleus, for all nuclei and all genes.
-
-    A bin belongs to the nucleus whose polygon holds its centre (shapely's `within`: a centre on a boundary is in none); a
-    bin in two or more nuclei is dropped; bins that the matrix does not list count for nothing (10x guide). The matrix is
-    streamed: memory is bounded by one chunk of it and the non-zero sums.
+@dataclass(frozen=True)
+class QCSettings:
+    """Limits of quality control; the defaults are the paper's. None means no limit, and every limit is strict.
 
     Parameters
     ----------
-    bins
-        Folder `square_002um` with `filtered_feature_bc_matrix.h5` and `spatial/`.
+    min_umi
+        Nuclei need more UMIs than this over all genes.
+    max_area_um2
+        Nuclei must be smaller than this. 150 um2 is the paper's 2,000 px^2 at its 0.2738 um/px.
+    max_area_px
+        The paper's own rule, in full-resolution px^2; replaces `max_area_um2`.
+    max_pct_mt
+        The mitochondrial share of the UMIs must be below this percentage.
+    """
+
+    min_umi: Annotated[int, Field(ge=0)] | None = 20
+    max_area_um2: Annotated[float, Field(gt=0)] | None = 150.0
+    max_area_px: Annotated[float, Field(gt=0)] | None = None
+    max_pct_mt: Annotated[float, Field(gt=0)] | None = 15.0
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> QCSettings:
+        """Settings from a prediction or a bundle, whose files omit what is not limited."""
+        return cls(
+            **{**dict.fromkeys(asdict(cls())), **{key: np.asarray(value).item() for key, value in stored.items()}}
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All limits, whole numbers as int so that 150 and 150.0 have one fingerprint."""
+        return {
+            key: int(value) if value is not None and value == int(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def measured_counts(
+    section: Section,
+    nuclei: gpd.GeoDataFrame,
+    *,
+    species: str,
+    register: bool = False,
+    qc: QCSettings | None = None,
+    report_shift: bool = False,
+) -> AnnData:
+    """Count what a section measured in some nuclei; preparation, evaluation, analysis and reports all count with this function.
+
+    Parameters
+    ----------
+    section
+        The section, with a measurement.
     nuclei
-        Nuclei with `cell_id`, `geometry` in full-resolution pixels, `area_um2`; (n_nuclei,).
+        Nuclei with `cell_id`, `geometry` in full-resolution pixels and `area_um2`, (n_nuclei,).
+    species
+        "human" or "mouse".
+    register
+        Measure the shift between counts and nuclei and take it back. Platforms that cannot measure it are counted as they are.
+    qc
+        Limits of quality control; the paper's if None.
+    report_shift
+        Measure the shift even if it is not taken back. It is a pass over all counts.
+
+    Returns
+    -------
+    Nuclei that pass quality control x all genes, as `count_nuclei` and `quality_control` return them, with a measured shift in
+    `uns["prts"]["registration"]`.
+
+    Raises
+    ------
+    InputError
+        If the section has no measurement, a file is damaged, the species is not the section's, or no nucleus passes.
+
+    Examples
+    --------
+    >>> measured_counts(section, nuclei, species="human", register=True)  # doctest: +SKIP
+    """
+    measurement = required_measurement(section)
+    registration: Registration | None = None
+    if register or report_shift:
+        if isinstance(measurement, Registrable):
+            registration = measurement.register(nuclei, section.mpp)
+        elif register:
+            logger.warning(
+                "%s: the shift of %s counts cannot be measured; they are counted as they are",
+                section.name,
+                measurement.name,
+            )
+    counts = count_nuclei(measurement, nuclei, species=species, registration=registration if register else None)
+    if registration is not None:
+        counts.uns["prts"]["registration"] = {**registration.report(), "corrected": register and registration.measured}
+    return quality_control(counts, QCSettings() if qc is None else qc, mpp=section.mpp)
+
+
+def required_measurement(section: Section) -> Measurement:
+    """The measurement of a section that must have one.
+
+    Raises
+    ------
+    InputError
+        If it has none.
+    """
+    if section.measurement is None:
+        raise InputError(
+            f"section {section.name}: has no measured counts; give its binned_outputs/square_002um, or the files of another platform"
+        )
+    return section.measurement
+
+
+def count_nuclei(
+    measurement: Measurement, nuclei: gpd.GeoDataFrame, *, species: str, registration: Registration | None = None
+) -> AnnData:
+    """Count all nuclei and all genes, with the figures that quality control needs.
+
+    Parameters
+    ----------
+    measurement
+        What the section measured.
+    nuclei
+        Nuclei with `cell_id`, `geometry` in full-resolution pixels and `area_um2`, (n_nuclei,).
     species
         "human" or "mouse": which genes are mitochondrial (`MT-` or `mt-`).
-    grid
-        Where the bins are, in place of the folder's own positions.
+    registration
+        Shift to take back.
 
     Returns
     -------
-    (n_nuclei, n_genes) with `X` CSR int32 without explicit zeros; `obs_names` = cell_id; obs `area_um2`, `total_counts`,
-    `n_genes_by_counts`, `pct_counts_mt` (percent; 0 without counts); `var` of the matrix; `obsm["spatial"]` centroids
-    (n_nuclei, 2) in full-resolution pixels; where every bin and UMI went in `uns["prts"]`.
+    (n_nuclei, n_genes) with `X` CSR int32; `obs_names` = cell_id; obs `area_um2`, `total_counts`, `n_genes_by_counts`,
+    `pct_counts_mt` (percent; 0 without counts); `var` with `gene_id` and `symbol`; `obsm["spatial"]` centroids in full-resolution
+    pixels; figures of the counting in `uns["prts"]`.
 
     Raises
     ------
     InputError
-        If the species is unknown or not the matrix's, matrix and positions do not belong together, or no nucleus
-        receives a UMI.
+        If the species is unknown or not the section's, or the platform cannot count.
     """
     if species not in MITOCHONDRIAL_PREFIX:
-        raise InputError(f"species: {species!r} is unknown; {' or '.join(MITOCHONDRIAL_PREFIX)} would be right")
-    polygons = np.asarray(nuclei.geometry.array, dtype=object)
-    path = matrix_path(bins)
-    with BinMatrix(path) as matrix:
-        var = matrix.var()
-        mitochondrial = _mitochondrial(var, species, path)
-        owner = nucleus_of_bins(polygons, read_positions(bins) if grid is None else grid, matrix)
-        X, umi = sum_bins(matrix, owner, len(polygons))
-    report = {
-        "species": species,
-        "n_nuclei": len(polygons),
-        "n_bins": len(owner),
-        "n_bins_assigned": int(np.count_nonzero(owner >= 0)),
-        "n_bins_shared_dropped": int(np.count_nonzero(owner == _SHARED)),
-        **umi,
-    }
-    if umi["umi_total"] == 0:
-        raise InputError(f"{path}: holds no UMI at all; a matrix with counts is needed")
-    if umi["umi_assigned"] == 0:
-        raise InputError(
-            f"{bins}: none of {umi['umi_total']} UMIs falls into one of {len(polygons)} nuclei; "
-            "the bins must belong to the same image as the nuclei"
-        )
-    logger.info(
-        "%d of %d bins lie in one nucleus, %d in several (dropped); %d of %d UMIs counted",
-        *(report[key] for key in ("n_bins_assigned", "n_bins", "n_bins_shared_dropped", "umi_assigned", "umi_total")),
-    )
-    total = np.asarray(X.sum(axis=1), dtype=np.int64).ravel()
-    in_mitochondria = np.asarray(X[:, mitochondrial].sum(axis=1), dtype=np.int64).ravel()
-    obs = pd.DataFrame(
-        {
-            "area_um2": nuclei["area_um2"].to_numpy(dtype=np.float64),
-            "total_counts": total,
-            "n_genes_by_counts": np.diff(X.indptr).astype(np.int64),
-            "pct_counts_mt": 100.0 * in_mitochondria / np.maximum(total, 1),
-        },
-        index=pd.Index(nuclei["cell_id"].to_numpy(dtype=object), name="cell_id"),
-    )
-    centroids = shapely.get_coordinates(shapely.centroid(polygons))
-    return AnnData(X, obs=obs, var=var, obsm={"spatial": centroids}, uns={"prts": report})
+        raise ParameterError("", "species", f"{species!r} is not known; choose {' or '.join(MITOCHONDRIAL_PREFIX)}")
+    counts = measurement.counts(nuclei, registration=registration)
+    add_quality_figures(counts, species, measurement.path)
+    return counts
 
 
-def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) -> NDArray[np.int32]:
-    """Which nucleus each bin of the matrix belongs to.
+def add_quality_figures(counts: AnnData, species: str, source: Path) -> None:
+    """Add total counts, genes and the mitochondrial share of each nucleus to `obs`.
 
     Parameters
     ----------
-    polygons
-        Nuclei in full-resolution pixels, (n_nuclei,).
-    grid
-        Positions of the bins.
-    matrix
-        Whose bins are asked for.
-
-    Returns
-    -------
-    (n_bins,) index of the nucleus, -1 for a bin in none, -2 for a bin in several.
+    counts
+        From `Measurement.counts`, (n_nuclei, n_genes).
+    species
+        "human" or "mouse".
+    source
+        The file or folder that messages name.
 
     Raises
     ------
-    InputError
-        If the matrix has bins without a position.
+    ParameterError
+        If the mitochondrial genes are those of another species.
     """
-    row, col = matrix.array_row, matrix.array_col
-    unlisted = int(np.count_nonzero(~grid.lists(row, col)))
-    if unlisted:
-        raise InputError(
-            f"{matrix.path}: {unlisted} of {len(row)} bins are not in spatial/tissue_positions.parquet; matrix and positions "
-            "must come from one run of Space Ranger"
-        )
-    # The residual is the largest along one axis.
-    nucleus, at_row, at_col = lattice_points_within(
-        polygons, grid.affine, grid.n_cols, grid.n_rows, xy=grid.xy, residual=1.5 * grid.residual_px
-    )
-    place = at_row * grid.n_cols + at_col
-    owner = np.full(grid.n_rows * grid.n_cols, _NO_NUCLEUS, dtype=np.int32)
-    owner[place] = nucleus
-    # A nucleus claims a bin once, so whoever does not find itself the owner shares the bin with another.
-    owner[place[owner[place] != nucleus]] = _SHARED
-    of_bin: NDArray[np.int32] = owner[row.astype(np.int64) * grid.n_cols + col]
-    return of_bin
+    mitochondrial = _mitochondrial(counts.var, species, source)
+    X = counts.X
+    total = np.asarray(X.sum(axis=1), dtype=np.int64).ravel()
+    in_mitochondria = np.asarray(X[:, mitochondrial].sum(axis=1), dtype=np.int64).ravel()
+    counts.obs["total_counts"] = total
+    counts.obs["n_genes_by_counts"] = np.diff(X.indptr).astype(np.int64)
+    counts.obs["pct_counts_mt"] = 100.0 * in_mitochondria / np.maximum(total, 1)
+    counts.uns["prts"]["species"] = species
 
 
-def quality_control(
-    counts: AnnData,
-    *,
-    mpp: float,
-    min_umi: int = 20,
-    max_area_um2: float = 150.0,
-    max_area_px: float | None = None,
-    max_pct_mt: float = 15.0,
-) -> AnnData:
-    """Keep nuclei with area < maximum, UMIs > minimum and mitochondrial share < maximum (paper; all three strict).
+def quality_control(counts: AnnData, settings: QCSettings, *, mpp: float) -> AnnData:
+    """Keep nuclei within the limits of area, UMIs and mitochondrial share.
 
     Parameters
     ----------
     counts
         From `count_nuclei`, (n_nuclei, n_genes).
+    settings
+        The limits.
     mpp
-        um/px of the full-resolution image, for `max_area_px`.
-    min_umi
-        Nuclei need more UMIs than this over all genes.
-    max_area_um2
-        The paper's 2,000 px^2 at its 0.2738 um/px.
-    max_area_px
-        The paper's own rule, in full-resolution px^2, in place of `max_area_um2`.
-    max_pct_mt
-        Percent of UMIs.
+        um per full-resolution pixel, for `max_area_px`.
 
     Returns
     -------
-    The nuclei kept, (n_kept, n_genes); thresholds and how many nuclei each rule alone would remove in
-    `uns["prts"]["qc"]`.
+    The nuclei kept, (n_kept, n_genes); limits and the number of nuclei that each rule alone removes in `uns["prts"]["qc"]`.
 
     Raises
     ------
     InputError
         If no nucleus is left.
     """
-    obs = counts.obs
-    area_key, max_area = ("max_area_um2", max_area_um2) if max_area_px is None else ("max_area_px", max_area_px)
-    area = obs["area_um2"].to_numpy() / (1.0 if max_area_px is None else mpp**2)
-    failed = {
-        "area": ~(area < max_area),
-        "umi": ~(obs["total_counts"].to_numpy() > min_umi),
-        "mt": ~(obs["pct_counts_mt"].to_numpy() < max_pct_mt),
+    area = counts.obs["area_um2"].to_numpy()
+    area_limit, areas = ("max_area_um2", area) if settings.max_area_px is None else ("max_area_px", area / mpp**2)
+    rules = {
+        "area": (area_limit, areas),
+        "umi": ("min_umi", counts.obs["total_counts"].to_numpy()),
+        "mt": ("max_pct_mt", counts.obs["pct_counts_mt"].to_numpy()),
     }
-    keep = ~np.logical_or.reduce(list(failed.values()))
-    removed = {f"n_failed_{rule}": int(fails.sum()) for rule, fails in failed.items()}
-    reasons = (
-        f"{removed['n_failed_area']} for {area_key}={max_area:g}, {removed['n_failed_umi']} for min_umi={min_umi}, "
-        f"{removed['n_failed_mt']} for max_pct_mt={max_pct_mt:g} (a nucleus may fail several)"
-    )
+    keep = np.ones(counts.n_obs, dtype=bool)
+    removed, limits, reasons = {}, {}, []
+    for rule, (name, values) in rules.items():
+        limit = getattr(settings, name)
+        if limit is None:
+            removed[f"n_failed_{rule}"] = 0
+            continue
+        passes = values > limit if name.startswith("min") else values < limit
+        keep &= passes
+        limits[name] = limit
+        removed[f"n_failed_{rule}"] = n = int((~passes).sum())
+        reasons.append(f"{n} for {name}={limit:g}")
+    why = f"{', '.join(reasons) or 'no limit is set'} (a nucleus may fail several)"
     if not keep.any():
-        raise InputError(
-            f"quality control keeps none of {len(keep)} nuclei: {reasons}; relax the rule that removes most"
-        )
-    logger.info("quality control keeps %d of %d nuclei; failed: %s", keep.sum(), len(keep), reasons)
+        raise InputError(f"quality control keeps none of {len(keep)} nuclei: {why}; relax the limit that removes most")
+    logger.info("quality control keeps %d of %d nuclei; failed: %s", keep.sum(), len(keep), why)
     kept = counts[keep].copy()
-    thresholds = {"min_umi": min_umi, area_key: max_area, "max_pct_mt": max_pct_mt}
-    report = {"n_nuclei": len(keep), "n_kept": int(keep.sum()), **removed, **thresholds}
+    report = {"n_nuclei": len(keep), "n_kept": int(keep.sum()), **removed, **limits}
     kept.uns["prts"] = {**kept.uns.get("prts", {}), "qc": report}
     return kept
 
 
 def _mitochondrial(var: pd.DataFrame, species: str, path: Path) -> NDArray[np.bool_]:
-    """Which genes are mitochondrial; a matrix that has those of another species only is refused."""
-    of = {name: var["symbol"].str.startswith(prefix).to_numpy() for name, prefix in MITOCHONDRIAL_PREFIX.items()}
+    """Which genes are mitochondrial; counts that have only those of another species are refused."""
+    of = {name: var["symbol"].str.startswith(prefix).to_numpy(bool) for name, prefix in MITOCHONDRIAL_PREFIX.items()}
     for other, genes in of.items():
         if genes.any() and not of[species].any():
-            raise InputError(
-                f"species: {species}, but {path} has no gene {MITOCHONDRIAL_PREFIX[species]}... and {genes.sum()} genes "
-                f"{MITOCHONDRIAL_PREFIX[other]}...; {other} would be right"
+            raise ParameterError(
+                "",
+                "species",
+                f"{species}, but {path} has no gene {MITOCHONDRIAL_PREFIX[species]}... and {genes.sum()} genes "
+                f"{MITOCHONDRIAL_PREFIX[other]}...; choose {other}",
             )
     if not of[species].any():
         logger.warning("%s has no mitochondrial gene (%s...): their share is 0", path, MITOCHONDRIAL_PREFIX[species])
     chosen: NDArray[np.bool_] = of[species]
     return chosen
-
-
-def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tuple[csr_matrix, dict[str, int]]:
-    """Sum the bins of each nucleus.
-
-    Parameters
-    ----------
-    matrix
-        The bins, streamed.
-    owner
-        From `nucleus_of_bins`, (n_bins,).
-    n_nuclei
-        Number of nuclei.
-
-    Returns
-    -------
-    (n_nuclei, n_genes) CSR int32, sorted and without explicit zeros; and how many UMIs there were, were assigned, shared, outside.
-    """
-    parts: list[csr_matrix] = []
-    umi = dict.fromkeys(("umi_total", "umi_assigned", "umi_shared_dropped", "umi_outside"), 0)
-    chunks = track(matrix.chunks(_MAX_NNZ), "counts", total=math.ceil(matrix.nnz / _MAX_NNZ))
-    for start, stop, chunk in chunks:
-        nucleus = owner[start:stop]
-        bin_umi = np.asarray(chunk.sum(axis=1), dtype=np.int64).ravel()
-        umi["umi_total"] += int(bin_umi.sum())
-        umi["umi_assigned"] += int(bin_umi[nucleus >= 0].sum())
-        umi["umi_shared_dropped"] += int(bin_umi[nucleus == _SHARED].sum())
-        umi["umi_outside"] += int(bin_umi[nucleus == _NO_NUCLEUS].sum())
-        bins = np.flatnonzero(nucleus >= 0)
-        ones = np.ones(len(bins), dtype=np.int32)
-        selector = csr_matrix((ones, (nucleus[bins], bins)), shape=(n_nuclei, stop - start))
-        part = selector @ chunk
-        part.sort_indices()
-        parts.append(part)
-        # Like a binary counter: only sums of similar size are added, so each non-zero is moved O(log chunks) times.
-        while len(parts) > 1 and parts[-2].nnz <= 2 * parts[-1].nnz:
-            last = parts.pop()
-            parts[-1] = parts[-1] + last
-    X = csr_matrix((n_nuclei, matrix.n_genes), dtype=np.int32)
-    while parts:
-        X = X + parts.pop()
-    X.eliminate_zeros()
-    return csr_matrix(X, dtype=np.int32), umi

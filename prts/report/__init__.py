@@ -1,1 +1,1 @@
-"""Figures."""
+"""Figures, interactive pages, summaries of sweeps, and loggers."""

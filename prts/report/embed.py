@@ -1,7 +1,7 @@
-"""Arrays as text for a page: nuclei and genes in few bytes, unpacked by the browser when they are shown.
+"""Pack arrays into compact text for the page; the browser unpacks them when they are shown.
 
-Each block is little-endian numbers, deflated (zlib), in base64; `page/data.js` reads them. Measured counts are exact. Predicted UMI are
-log1p values in 256 even steps up to the gene's highest, P(expressed) is in steps of 2 %: finer than a colour can show.
+Each block is an array of little-endian numbers, compressed (zlib) and base64-encoded; `page/data.js` reads them. Measured counts are exact.
+Predicted UMI are stored as log1p in 256 steps up to the gene's maximum, and P(expressed) in steps of 2%: finer than colors can show.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from numpy.typing import NDArray
 
 PROB_STEPS = 50
 PERCENTILE = 99
-# A column of more kinds than the eye tells apart, such as names of nuclei, is no colouring.
+# Columns with more categories than colors can distinguish, such as names of nuclei, are left out.
 _MOST_CATEGORIES = 100
 
 
 def packed(values: NDArray[Any]) -> str:
-    """Deflated little-endian numbers in base64."""
+    """Encode numbers: little-endian, compressed, base64."""
     little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<"))
     return base64.b64encode(zlib.compress(little.tobytes(), 6)).decode("ascii")
 
 
 def packed_text(text: str) -> str:
-    """Deflated UTF-8 in base64."""
+    """Encode text: UTF-8, compressed, base64."""
     return packed(np.frombuffer(text.encode(), np.uint8))
 
 
 def predicted_codes(umi: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """Predicted genes in one byte a nucleus.
+    """Quantize predicted UMI to one byte.
 
     Parameters
     ----------
@@ -46,26 +46,26 @@ def predicted_codes(umi: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArra
     codes
         (n_nuclei, n_genes): log1p(UMI) = code / 255 x highest.
     highest
-        log1p(UMI) of the gene's highest nucleus, (n_genes,); 0 where a gene is predicted nowhere.
+        Maximum of log1p(UMI) per gene, (n_genes,); 0 if a gene is not predicted anywhere.
     """
     level = np.log1p(umi)
     highest = level.max(axis=0, initial=0).astype(np.float64)
     return np.rint(level * (255 / np.where(highest > 0, highest, 1))).astype(np.uint8), highest
 
 
-def beside_blocks(values: NDArray[np.uint8], codes: NDArray[np.uint8]) -> list[str]:
-    """Whole numbers that go with the level, as a block a gene: how far each is from the mean of its level, which packs well.
+def delta_blocks(values: NDArray[np.uint8], codes: NDArray[np.uint8]) -> list[str]:
+    """Encode values that follow the predicted level as differences from the mean at that level, which compress well.
 
     Parameters
     ----------
     values
-        P(expressed) in steps, or an end of an interval, (n_nuclei, n_genes).
+        P(expressed) in steps, or the end of an interval, (n_nuclei, n_genes).
     codes
-        Of `predicted_codes`.
+        Result of `predicted_codes`.
 
     Returns
     -------
-    For each gene 256 bytes, the mean of each code, then a byte a nucleus: value = (mean of its code + byte) mod 256.
+    One block per gene: the mean for each of the 256 codes, then a byte per nucleus with value = (mean of its code + byte) mod 256.
     """
     blocks = []
     for code, value in zip(codes.T, values.T, strict=True):
@@ -76,16 +76,16 @@ def beside_blocks(values: NDArray[np.uint8], codes: NDArray[np.uint8]) -> list[s
 
 
 def measured_blocks(counts: sp.csr_matrix, rows: NDArray[np.intp], n_nuclei: int) -> Iterator[tuple[str, int]]:
-    """Measured genes as whole numbers: a block a gene and the bytes of a number in it.
+    """Encode measured counts: a block per gene, and the number of bytes per count in it.
 
     Parameters
     ----------
     counts
         UMI, (n_measured, n_genes).
     rows
-        Place of each measured nucleus among all, (n_measured,). The others hold the greatest number that the bytes can.
+        Index of each measured nucleus among all nuclei, (n_measured,). Other nuclei get the largest value that fits, for "missing".
     n_nuclei
-        Of all nuclei.
+        Number of all nuclei.
     """
     columns = sp.csc_matrix(counts)
     for gene in range(columns.shape[1]):
@@ -98,7 +98,7 @@ def measured_blocks(counts: sp.csr_matrix, rows: NDArray[np.intp], n_nuclei: int
 
 
 def colour_top(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Upper end of each column's colours: its 99th percentile, or its highest value where that is 0."""
+    """Upper end of the color scale of each column: the 99th percentile, or the maximum if that is 0."""
     if len(values) == 0:
         return np.zeros(values.shape[1])
     top = np.percentile(values, PERCENTILE, axis=0)
@@ -107,22 +107,22 @@ def colour_top(values: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def nucleus_columns(obs: pd.DataFrame, measured: pd.DataFrame | None = None) -> list[dict[str, Any]]:
-    """What a table says of nuclei, column by column, as far as a map can show it.
+    """Encode the columns of a table of nuclei that a map can show.
 
     Parameters
     ----------
     obs
-        A row a nucleus. Numbers become float32; categories, booleans and text of at most 100 kinds become codes (the greatest
-        number stands for missing). Columns that are the same for all, and others, are left out.
+        One row per nucleus. Numbers become float32; categories, booleans and text with at most 100 values become codes (255 for
+        missing). Constant columns and text with more values are left out.
     measured
-        The same columns, or some of them, as the measured side has them: in `measured_block`, with the same labels and colours.
+        Some of the same columns for the measured counts. They go to `measured_block`, with the same labels and colors.
     """
     found = []
     for name, values in obs.items():
-        beside = None if measured is None or name not in measured else measured[name]
+        other = None if measured is None or name not in measured else measured[name]
         if values.nunique(dropna=True) < 2:
             continue
-        column = _categories(values, beside) if _is_category(values) else _numbers(values, beside)
+        column = _categories(values, other) if _is_category(values) else _numbers(values, other)
         if column is not None:
             found.append({"name": str(name), **column})
     return found
@@ -132,8 +132,8 @@ def _is_category(values: pd.Series) -> bool:
     return pd.api.types.is_bool_dtype(values) or not pd.api.types.is_numeric_dtype(values)
 
 
-def _numbers(values: pd.Series, beside: pd.Series | None) -> dict[str, Any]:
-    sides = [side.to_numpy(dtype=np.float32, na_value=np.nan) for side in (values, beside) if side is not None]
+def _numbers(values: pd.Series, other: pd.Series | None) -> dict[str, Any]:
+    sides = [side.to_numpy(dtype=np.float32, na_value=np.nan) for side in (values, other) if side is not None]
     every = np.concatenate(sides)
     every = every[np.isfinite(every)]
     low, high = np.percentile(every, [100 - PERCENTILE, PERCENTILE]).tolist()
@@ -144,8 +144,8 @@ def _numbers(values: pd.Series, beside: pd.Series | None) -> dict[str, Any]:
     return {"kind": "number", "low": low, "high": high, "block": blocks[0], "measured_block": [*blocks, None][1]}
 
 
-def _categories(values: pd.Series, beside: pd.Series | None) -> dict[str, Any] | None:
-    sides = [side.astype("category") for side in (values, beside) if side is not None]
+def _categories(values: pd.Series, other: pd.Series | None) -> dict[str, Any] | None:
+    sides = [side.astype("category") for side in (values, other) if side is not None]
     labels = pd.unique(np.concatenate([side.cat.categories.astype(str) for side in sides]))
     if len(labels) > _MOST_CATEGORIES:
         return None

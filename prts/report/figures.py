@@ -1,7 +1,7 @@
-"""Figures of how good a model is: PCC against its noise ceiling, the ceiling against the truth, training curves.
+"""Figures of model accuracy: PCC against the noise ceiling, the ceiling against simulated truth, and training curves.
 
-Maps of tissue are in `figures_maps`, calibration in `figures_calibration`. Each function saves by the suffix of `out`: .png (300 dpi),
-.pdf or .svg, in which many points are rasterised and text stays text; several paths save one drawing in several formats.
+Tissue maps are in `figures_maps`, calibration in `figures_calibration`. Each function saves in the format of the suffix of `out`: .png
+(300 dpi), .pdf or .svg, with large numbers of points rasterized and text kept as text. Several paths save one drawing in several formats.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from matplotlib.figure import Figure
 
 from prts.errors import InputError
 from prts.evaluation.ceiling import RELIABLE, ceiling_share
-from prts.report.figures_canvas import BLUE, GREY, ORANGE, SEQUENTIAL, STYLE, save
+from prts.report.figures_canvas import BLUE, GREY, ORANGE, SEQUENTIAL, STYLE, add_colorbar, save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_TITLES = {"loss": "loss", "bin": "loss: expressed or not", "reg": "loss: how much", "pcc": "PCC, mean over genes"}
+_TITLES = {"loss": "loss", "bin": "detection loss", "reg": "regression loss", "pcc": "mean PCC over genes"}
 
 
 def pcc_vs_ceiling(per_gene: pd.DataFrame, out: Path | Sequence[Path], *, n_named: int = 8) -> None:
-    """PCC of each gene against what counting noise would let a perfect prediction reach.
+    """PCC of each gene against its noise ceiling, the PCC that a perfect prediction would reach.
 
     Parameters
     ----------
     per_gene
-        `gene, mean_counts, pcc, ceiling` (per_gene.csv). Genes that are constant in the section have no point,
-        those whose ceiling was suppressed as unreliable (0) a grey one.
+        `gene, mean_counts, pcc, ceiling` (per_gene.csv). Genes that are constant in the section are not drawn; genes with an unreliable
+        ceiling (0) are gray.
     out
-        .png, .pdf or .svg; several for several formats.
+        One or more paths with the suffix .png, .pdf or .svg.
     n_named
-        How many genes are named at most: those with the highest PCC that have room for their name.
+        Maximum number of genes to label: those with the highest PCC and room for a label.
     """
     table = per_gene.dropna(subset=["pcc", "ceiling"])
     counts = np.maximum(table["mean_counts"].to_numpy(), 1e-4)
@@ -60,35 +60,35 @@ def pcc_vs_ceiling(per_gene: pd.DataFrame, out: Path | Sequence[Path], *, n_name
             rasterized=len(table) > 2000,
         )
         axes.scatter(np.zeros(noisy.sum()), table["pcc"][noisy], s=7, c=GREY, linewidths=0)
-        figure.colorbar(points, ax=axes, shrink=0.8, aspect=18, label="mean UMI a nucleus").outline.set_linewidth(0.4)
-        _name_genes(axes, table[~noisy], reach, n_named)
+        add_colorbar(figure, points, axes, "mean UMI per nucleus")
+        _label_genes(axes, table[~noisy], reach, n_named)
         n_reliable = int((table["ceiling"] >= RELIABLE).sum())
-        said = []
+        notes = []
         if n_reliable:
             share = ceiling_share(table["pcc"].to_numpy(), table["ceiling"].to_numpy())
-            said.append(f"{share:.0%} of the ceiling\n({n_reliable} genes with a ceiling ≥ {RELIABLE})")
+            notes.append(f"{share:.0%} of the noise ceiling\n({n_reliable} genes with ceiling ≥ {RELIABLE})")
         if noisy.any():
-            said.append(f"grey: ceiling too noisy\nto estimate ({noisy.sum()} genes)")
-        axes.text(0.03, 0.98, "\n".join(said), transform=axes.transAxes, va="top")
+            notes.append(f"gray: ceiling too noisy\nto estimate ({noisy.sum()} genes)")
+        axes.text(0.03, 0.98, "\n".join(notes), transform=axes.transAxes, va="top")
         axes.set(
             xlim=(-0.02, reach),
             ylim=(min(-0.02, table["pcc"].min() * 1.1 if len(table) else 0), reach),
-            xlabel="noise ceiling of the PCC",
-            ylabel="PCC, log1p(UMI)",
+            xlabel="noise ceiling (PCC)",
+            ylabel="PCC of log1p(UMI)",
         )
         save(figure, out)
 
 
 def ceiling_check(tables: Mapping[str, pd.DataFrame], out: Path | Sequence[Path]) -> None:
-    """Estimated noise ceilings against what the true rates of a simulated section reach: a panel a table.
+    """Estimated noise ceilings against the PCC of the true rates of simulated sections, one panel per table.
 
     Parameters
     ----------
     tables
-        By title: `mean_counts, ceiling` (estimated) and `reached` (PCC of the true rates), a row a gene. Genes with a ceiling of 0,
-        suppressed as unreliable, are drawn but not averaged.
+        By title: `mean_counts, ceiling` (estimated) and `reached` (PCC of the true rates), one row per gene. Genes with an unreliable
+        ceiling (0) are drawn but not averaged.
     out
-        .png, .pdf or .svg; several for several formats.
+        One or more paths with the suffix .png, .pdf or .svg.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.7 * len(tables) + 0.6, 2.8), layout="constrained")
@@ -107,30 +107,48 @@ def ceiling_check(tables: Mapping[str, pd.DataFrame], out: Path | Sequence[Path]
                 linewidths=0,
             )
             known = table[table["ceiling"] > 0]
-            text = f"mean {known['ceiling'].mean():.2f} estimated, {known['reached'].mean():.2f} reached\n({len(known)} genes)"
+            means = f"mean: {known['ceiling'].mean():.2f} estimated, {known['reached'].mean():.2f} reached"
+            text = f"{means}\n({len(known)} genes)"
             axes.text(0.97, 0.03, text, transform=axes.transAxes, ha="right", va="bottom")
             axes.set(title=title, xlabel="PCC of the true rates", aspect="equal")
         panels[0].set_ylabel("estimated noise ceiling")
-        figure.colorbar(points, ax=panels, shrink=0.8, aspect=18, label="mean UMI a nucleus").outline.set_linewidth(0.4)
+        add_colorbar(figure, points, panels, "mean UMI per nucleus")
         save(figure, out)
 
 
+def training_figure(run: Path, folder: Path, *, best_epoch: int | None = None) -> None:
+    """Draw the training curves of a run into `folder`, as PNG and PDF, if it kept any.
+
+    Parameters
+    ----------
+    run
+        Run folder; curves are read from csv/metrics.csv.
+    folder
+        Output folder.
+    best_epoch
+        Epoch whose weights were kept, to mark in every panel.
+    """
+    curves = run / "csv" / "metrics.csv"
+    if curves.is_file():
+        training_curves(curves, [folder / "training.png", folder / "training.pdf"], best_epoch=best_epoch)
+
+
 def training_curves(metrics_csv: Path, out: Path | Sequence[Path], *, best_epoch: int | None = None) -> None:
-    """Curves of a training run: one panel a figure, training and validation in it, and the epoch whose weights were kept.
+    """Training curves: one panel per metric, with training, validation and the epoch whose weights were kept.
 
     Parameters
     ----------
     metrics_csv
-        What Lightning's CSV logger wrote: `epoch`, and columns `train/<figure>` and `val/<figure>`.
+        File of Lightning's CSV logger with `epoch` and columns `train/<metric>` and `val/<metric>`.
     out
-        .png, .pdf or .svg; several for several formats.
+        One or more paths with the suffix .png, .pdf or .svg.
     best_epoch
-        The epoch to mark in every panel (which figure chose it is a setting of the run); None marks none.
+        Epoch to mark in every panel; None marks none.
 
     Raises
     ------
     InputError
-        If the file holds no such columns.
+        If the file has no such columns.
     """
     table = pd.read_csv(metrics_csv)
     matches = {column: re.fullmatch(r"(train|val)[/_](.+?)(?:_epoch)?", column) for column in table.columns}
@@ -138,7 +156,7 @@ def training_curves(metrics_csv: Path, out: Path | Sequence[Path], *, best_epoch
     figures = sorted({name for _, name in curves.values()}, key=lambda name: [*_TITLES, name].index(name))
     if not figures or "epoch" not in table:
         raise InputError(
-            f"{metrics_csv}: has no columns epoch, train/... and val/...; expected metrics.csv of a CSV logger"
+            f"{metrics_csv}: has no columns epoch, train/... and val/...; expected metrics.csv of Lightning's CSV logger"
         )
     with mpl.rc_context(STYLE):
         columns = min(4, len(figures))
@@ -154,7 +172,7 @@ def training_curves(metrics_csv: Path, out: Path | Sequence[Path], *, best_epoch
                     marker = "o" if len(values) == 1 else None
                     axes.plot(values.index, values, color=colour, label=label, linewidth=1, marker=marker, markersize=3)
             low, high = axes.dataLim.intervaly
-            if low > 0 and high > 10 * low:  # the first epoch would flatten the rest
+            if low > 0 and high > 10 * low:  # else the first epoch would flatten the rest
                 axes.set_yscale("log")
             if best_epoch is not None:
                 label = f"best epoch ({best_epoch})"
@@ -167,13 +185,17 @@ def training_curves(metrics_csv: Path, out: Path | Sequence[Path], *, best_epoch
         save(figure, out)
 
 
-def _name_genes(axes: Axes, table: pd.DataFrame, reach: float, n_named: int) -> None:
-    """Write names left of the highest points, where there is room: no name over another point or name."""
+def _label_genes(axes: Axes, table: pd.DataFrame, reach: float, n_named: int) -> None:
+    """Label the highest points on their left, unless a label would cover another point or label."""
     x, y = table["ceiling"].to_numpy(), table["pcc"].to_numpy()
     heights: list[float] = []
     for i in np.argsort(-y):
-        beside = (np.abs(y - y[i]) < 0.015 * reach) & (x < x[i]) & (x > x[i] - 0.17 * reach)
-        if len(heights) < n_named and not beside.any() and all(abs(y[i] - other) > 0.03 * reach for other in heights):
+        in_the_way = (np.abs(y - y[i]) < 0.015 * reach) & (x < x[i]) & (x > x[i] - 0.17 * reach)
+        if (
+            len(heights) < n_named
+            and not in_the_way.any()
+            and all(abs(y[i] - other) > 0.03 * reach for other in heights)
+        ):
             heights.append(y[i])
             axes.annotate(
                 table["gene"].iloc[i],

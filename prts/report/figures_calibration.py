@@ -1,4 +1,4 @@
-"""Whether a prediction means what it says: P(expressed) against how often, predicted against measured UMI."""
+"""Calibration of a prediction: P(expressed) against observed frequency, and predicted against measured UMI."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _ROWS, _GENES = 4096, 128
 
 
 def reliability(measured: sp.csr_matrix, prob: NDArray[np.float32]) -> pd.DataFrame:
-    """How often a gene was measured, by what P(expressed) said, over all nuclei and genes.
+    """Observed frequency of detection by predicted P(expressed), over all nuclei and genes.
 
     Parameters
     ----------
     measured
-        (n, g) counts.
+        Counts, (n_nuclei, n_genes).
     prob
-        (n, g) P(expressed).
+        P(expressed), (n_nuclei, n_genes).
 
     Returns
     -------
-    A row a bin of equal width in [0, 1]: `n` pairs of nucleus and gene, their mean `predicted` P and the `observed` share with a
-    count; NaN where a bin is empty.
+    One row per bin of equal width in [0, 1]: number `n` of nucleus-gene pairs, their mean `predicted` probability and the `observed` share
+    with a count; NaN for empty bins.
     """
     sums = np.zeros((3, _BINS))
     for start in range(0, len(prob), _ROWS):
@@ -53,18 +53,18 @@ def reliability(measured: sp.csr_matrix, prob: NDArray[np.float32]) -> pd.DataFr
 
 
 def level_groups(measured: sp.csr_matrix, umi: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Mean UMI of the nuclei of each gene in ten groups by prediction, lowest first, over the gene's measured mean.
+    """Mean UMI of each gene in deciles of its predicted value, relative to the gene's measured mean.
 
     Parameters
     ----------
     measured
-        (n, g) counts.
+        Counts, (n_nuclei, n_genes).
     umi
-        (n, g) predicted UMI.
+        Predicted UMI, (n_nuclei, n_genes).
 
     Returns
     -------
-    (2, 10, n_genes) predicted and measured, of the genes with 100 measured UMI or more.
+    Predicted and measured means, lowest decile first, for genes with at least 100 measured UMI, (2, 10, n_kept_genes).
     """
     total = np.asarray(measured.sum(axis=0)).ravel()
     genes = np.flatnonzero(total >= _MIN_UMI)
@@ -87,16 +87,16 @@ def level_groups(measured: sp.csr_matrix, umi: NDArray[np.float32]) -> NDArray[n
 def calibration(
     out: Path | Sequence[Path], measured: sp.csr_matrix, umi: NDArray[np.float32], prob: NDArray[np.float32]
 ) -> None:
-    """Reliability of P(expressed), and predicted against measured UMI by tenths of the nuclei.
+    """Reliability of P(expressed), and predicted against measured UMI in deciles of nuclei.
 
     Parameters
     ----------
     out
-        .png, .pdf or .svg; several for several formats.
+        One or more paths with the suffix .png, .pdf or .svg.
     measured
-        (n, g) counts, n >= 10.
+        Counts of at least ten nuclei, (n_nuclei, n_genes).
     umi, prob
-        Prediction of the same nuclei and genes, (n, g).
+        Prediction of the same nuclei and genes, (n_nuclei, n_genes).
     """
     bins = reliability(measured, prob)
     with mpl.rc_context(STYLE):
@@ -104,7 +104,7 @@ def calibration(
         (chance, level), (spread, _) = figure.subplots(2, 2, height_ratios=(4, 1), sharex="col")
         _draw_reliability(chance, bins)
         spread.bar((np.arange(_BINS) + 0.5) / _BINS, bins["n"], width=0.9 / _BINS, color=GREY)
-        spread.set(xlabel="predicted P(expressed)", ylabel="pairs", yscale="log", xlim=(0, 1))
+        spread.set(xlabel="predicted P(expressed)", ylabel="nucleus-gene\npairs", yscale="log", xlim=(0, 1))
         figure.delaxes(_)
         grid = level.get_gridspec()
         level.set_subplotspec(grid[:, 1])
@@ -117,15 +117,17 @@ def _draw_reliability(axes: Axes, bins: pd.DataFrame) -> None:
     known = bins[bins["n"] > 0]
     error = float((known["n"] * (known["predicted"] - known["observed"]).abs()).sum() / known["n"].sum())
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
-    axes.plot(known["predicted"], known["observed"], color=BLUE, marker="o", markersize=3, linewidth=1)
+    axes.plot(known["predicted"], known["observed"], color=BLUE, marker="o", markersize=3, linewidth=1, clip_on=False)
     axes.text(0.03, 0.97, f"calibration error {error:.3f}", transform=axes.transAxes, va="top")
-    axes.set(ylabel="share of nuclei with a count", ylim=(0, 1), title="Is it expressed?")
+    axes.set(ylabel="observed share expressed", ylim=(0, 1), title="Detection")
 
 
 def _draw_levels(axes: Axes, groups: NDArray[np.float64]) -> None:
-    axes.set(xlabel="predicted UMI / mean measured UMI", ylabel="measured UMI / mean measured UMI", title="How much?")
+    axes.set(
+        xlabel="predicted UMI / mean measured UMI", ylabel="measured UMI / mean measured UMI", title="Expression level"
+    )
     if not groups.shape[2]:
-        axes.text(0.5, 0.5, f"no gene has {_MIN_UMI} UMI", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, f"no gene has {_MIN_UMI} UMI or more", transform=axes.transAxes, ha="center")
         return
     predicted, measured = groups.mean(axis=2)
     low, high = np.percentile(groups[1], (25, 75), axis=1)
@@ -133,6 +135,6 @@ def _draw_levels(axes: Axes, groups: NDArray[np.float64]) -> None:
     axes.plot([0, reach], [0, reach], color=GREY, linewidth=0.8, linestyle="--")
     axes.vlines(predicted, low, high, color=ORANGE, linewidth=0.8, alpha=0.6)
     axes.plot(predicted, measured, color=ORANGE, marker="o", markersize=3, linewidth=1)
-    text = f"tenths of the nuclei by prediction:\nmean of {groups.shape[2]} genes, bars their quartiles"
+    text = f"deciles of predicted UMI:\nmean of {groups.shape[2]} genes, bars: quartiles"
     axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top")
     axes.set(xlim=(0, 1.08 * predicted.max()), ylim=(0, reach))

@@ -1,12 +1,12 @@
-"""What every figure shares: type and line weights, colours, the map of a piece of tissue, and saving.
+"""Shared parts of all figures: style, colors, color bars and legends, tissue maps, and saving.
 
-Figures are drawn on canvases of their own: no pyplot, no global state, no display.
+Figures are drawn without pyplot: no global state, no display.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ import numpy as np
 import shapely
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from prts.io.slide import Slide
 
-# Viridis is read by colour-blind eyes and in grey; on a light ground its dark end, no expression, still shows the tissue.
+# Viridis works for color-blind readers and in grayscale; on a light background its dark end, no expression, still shows the tissue.
 SEQUENTIAL = "viridis"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito 2008
 STYLE: Any = {
@@ -49,32 +50,32 @@ STYLE: Any = {
     "svg.hashsalt": "prts",
 }
 PANEL_IN = 2.2
-# keeps text readable over tissue and nuclei
+# keeps text readable on top of tissue and nuclei
 NOTE_GROUND: Any = {"boxstyle": "square,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 _DPI = 300
-_OUTLINE_PT = 2.0  # a nucleus smaller than this on paper is drawn as a point
+_OUTLINE_PT = 2.0  # nuclei smaller than this on paper are drawn as points
 
 
 @dataclass(frozen=True)
 class Picture:
-    """RGB pixels (height, width, 3) and the box of the section that they show: x0, y0, x1, y1 in its full-resolution pixels."""
+    """RGB pixels (height, width, 3), and the box of the section they show: x0, y0, x1, y1 in full-resolution pixels."""
 
     pixels: NDArray[np.uint8]
     box_px: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Nuclei:
-    """Where nuclei lie.
+class NucleusPositions:
+    """Positions of nuclei, as drawn on a map.
 
     Attributes
     ----------
     xy_px
-        (n, 2) centres in full-resolution pixels, x right, y down.
+        Centers in full-resolution pixels, x right, y down, (n_nuclei, 2).
     mpp
-        um a full-resolution pixel.
+        um per full-resolution pixel.
     outlines
-        (n,) polygons in full-resolution pixels, or None: nuclei are then points at any zoom.
+        Polygons in full-resolution pixels, (n_nuclei,); None draws points at any zoom.
     """
 
     xy_px: NDArray[np.float64]
@@ -83,7 +84,7 @@ class Nuclei:
 
 
 class Window:
-    """The box of a section that a panel shows, in full-resolution pixels."""
+    """The part of a section that a panel shows, in full-resolution pixels."""
 
     def __init__(self, x0: float, y0: float, x1: float, y1: float) -> None:
         self.low, self.high = np.array([x0, y0], dtype=float), np.array([x1, y1], dtype=float)
@@ -91,33 +92,33 @@ class Window:
 
     @classmethod
     def around(cls, xy_px: NDArray[np.float64]) -> Window:
-        """All nuclei with a margin."""
+        """The window around all nuclei, with a margin."""
         low, high = xy_px.min(axis=0), xy_px.max(axis=0)
         margin = 0.03 * float((high - low).max()) + 1
         return cls(*(low - margin), *(high + margin))
 
     def holds(self, xy_px: NDArray[np.float64], margin_px: float = 0.0) -> NDArray[np.bool_]:
-        """Which points lie inside, or up to `margin_px` outside."""
+        """Whether each point is inside the window, or at most `margin_px` outside."""
         return np.asarray(((xy_px >= self.low - margin_px) & (xy_px <= self.high + margin_px)).all(axis=1))
 
     def show(self, axes: Axes, *, framed: bool) -> None:
-        """Let the axes show this box, y down; a thin frame says where nuclei are cut off."""
+        """Set the axes to this window, y down; a thin frame shows that nuclei are cut off."""
         x, y = (self.low[0], self.high[0]), (self.high[1], self.low[1])
         axes.set(xlim=x, ylim=y, aspect="equal", xticks=[], yticks=[])
         axes.spines[:].set(visible=framed, linewidth=0.4, color=GREY)
 
 
 def read_picture(slide: Slide, window: Window | None = None, side_px: int = 1400) -> Picture:
-    """What the slide shows in a window, or all of it, with at most about `side_px` pixels a side.
+    """Read a window of a slide, or all of it, with at most about `side_px` pixels per side.
 
     Parameters
     ----------
     slide
         The image.
     window
-        In its full-resolution pixels; may reach over its edge.
+        In full-resolution pixels; may extend beyond the image.
     side_px
-        1,400 px are 300 dpi on a panel twice as wide as those of `PANEL_IN`.
+        1,400 px are 300 dpi on a panel twice as wide as `PANEL_IN`.
     """
     if window is None:
         return Picture(slide.thumbnail(side_px), (0, 0, slide.width, slide.height))
@@ -129,13 +130,13 @@ def read_picture(slide: Slide, window: Window | None = None, side_px: int = 1400
 
 
 def draw_picture(axes: Axes, picture: Picture) -> None:
-    """The picture at its place in the section."""
+    """Draw a picture at its position in the section."""
     x0, y0, x1, y1 = picture.box_px
     axes.imshow(picture.pixels, extent=(x0, x1, y1, y0), interpolation="antialiased")
 
 
-def draw_nuclei(axes: Axes, nuclei: Nuclei, values: NDArray[Any], window: Window, top: float) -> Collection:
-    """Nuclei of a window coloured from 0 to `top`: outlines where they are large enough to be seen, else rasterised points."""
+def draw_nuclei(axes: Axes, nuclei: NucleusPositions, values: NDArray[Any], window: Window, top: float) -> Collection:
+    """Draw nuclei with colors from 0 to `top`, as outlines if large enough to be seen, else as rasterized points."""
     diameter_pt = 0.0
     if nuclei.outlines is not None and len(nuclei.outlines):
         typical_px = 2 * np.sqrt(np.median(shapely.area(nuclei.outlines[:1000])) / np.pi)
@@ -164,9 +165,9 @@ def draw_nuclei(axes: Axes, nuclei: Nuclei, values: NDArray[Any], window: Window
 
 
 def _point_diameter(xy: NDArray[np.float64], area: float) -> float:
-    """A diameter that lets nuclei in clumps be told apart and the map still be seen from afar.
+    """Diameter that separates nuclei in dense regions but still fills the map.
 
-    It is the geometric mean of two: the distance at which nearest neighbours touch, and that at which evenly spread ones would.
+    It is the geometric mean of two distances: those at which nearest neighbors touch, and at which evenly spaced nuclei would.
     """
     if len(xy) < 2:
         return 10.0
@@ -175,7 +176,7 @@ def _point_diameter(xy: NDArray[np.float64], area: float) -> float:
 
 
 def draw_scale_bar(axes: Axes, window: Window, mpp: float) -> None:
-    """A bar of a round length, about a fifth of the panel, bottom left."""
+    """Draw a scale bar with a round length, about a fifth of the panel, at the bottom left."""
     exact = window.width * mpp / 5
     step = 10 ** np.floor(np.log10(exact))
     length = max(m * step for m in (1, 2, 5) if m * step <= exact)
@@ -194,23 +195,51 @@ def draw_scale_bar(axes: Axes, window: Window, mpp: float) -> None:
     )
 
 
+def add_colorbar(
+    figure: Figure | SubFigure,
+    colours: Any,
+    axes: Any,
+    label: str,
+    *,
+    shrink: float = 0.8,
+    aspect: float = 18,
+    **options: Any,
+) -> None:
+    """Add a color bar with a thin outline."""
+    bar = figure.colorbar(colours, ax=axes, shrink=shrink, aspect=aspect, label=label, **options)
+    bar.outline.set_linewidth(0.4)
+
+
+def legend_dot(size_pt: float, colour: str, label: str) -> Line2D:
+    """Legend entry: a dot of a size and color."""
+    return Line2D([], [], marker="o", linestyle="", markersize=size_pt, color=colour, label=label)
+
+
+def add_size_legend(figure: Figure, areas: Mapping[str, float], title: str) -> None:
+    """Add a legend for the size of dots, below the axes; areas are in pt^2, as for `Axes.scatter`, by label."""
+    dots = [legend_dot(float(np.sqrt(area)), GREY, label) for label, area in areas.items()]
+    figure.legend(
+        handles=dots, loc="outside lower center", ncols=len(dots), frameon=False, title=title, title_fontsize=7
+    )
+
+
 def save(figure: Figure, out: Path | Sequence[Path]) -> None:
-    """Save a figure by the suffix of each path: .png (300 dpi), .pdf or .svg.
+    """Save a figure in the format of each path's suffix: .png (300 dpi), .pdf or .svg.
 
     Raises
     ------
     InputError
-        If a suffix is none of these.
+        If a path has another suffix.
     """
     paths = [Path(path) for path in ([out] if isinstance(out, Path) else out)]
     for path in paths:
         if path.suffix not in (".png", ".pdf", ".svg"):
-            raise InputError(f"{path}: a figure is saved as .png, .pdf or .svg")
+            raise InputError(f"{path}: cannot save a figure in this format; use .png, .pdf or .svg")
     FigureCanvasAgg(figure)
-    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it tells of every table of every font in a PDF
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs every table of every font in a PDF
     for path in paths:
-        # a PDF or SVG would else carry the time it was made
+        # without this, PDF and SVG contain the time of writing
         metadata = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix)
         with atomic(path) as temporary:
             figure.savefig(temporary, dpi=_DPI, metadata=metadata)
-        figure.set_layout_engine("none")  # solved for the first format; it would cost the others as much again
+        figure.set_layout_engine("none")  # already laid out for the first format

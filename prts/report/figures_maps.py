@@ -1,4 +1,4 @@
-"""Maps of tissue: genes and quality control, of a whole section or a region; H&E, measured, predicted, and a second image."""
+"""Tissue maps of genes and quality control, for a section or a region: H&E, measured, predicted, and a second image."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.io.slide import Slide, image_size, open_slide
 from prts.report.figures_canvas import (
     NOTE_GROUND,
     PANEL_IN,
     STYLE,
-    Nuclei,
+    NucleusPositions,
     Picture,
     Window,
+    add_colorbar,
     draw_nuclei,
     draw_picture,
     draw_scale_bar,
@@ -29,25 +30,25 @@ from prts.report.figures_canvas import (
     save,
 )
 
-_ASPECT = 0.02  # how far the shape of a second image may be from that of the first
+_ASPECT = 0.02  # relative tolerance for the aspect ratio of a second image
 
 
 @dataclass(frozen=True)
 class MapRow:
-    """One row of a figure of maps.
+    """One row of maps.
 
     Attributes
     ----------
     name
-        At its left.
+        Label on the left.
     unit
-        Of the values, for the colour bar.
+        Unit of the values, for the color bar.
     predicted, measured
-        (n,) values, of all nuclei of the section even where the figure shows a region; `measured` None where nothing was measured.
+        Values of all nuclei of the section, even if the figure shows a region, (n_nuclei,); `measured` may be None.
     note
-        Written into the predicted map, such as its PCC.
+        Text on the predicted map, such as the PCC.
     gene
-        Whether the name is a gene's and so in italics.
+        Whether the name is a gene, which is set in italics.
     """
 
     name: str
@@ -65,18 +66,18 @@ def gene_rows(
     pcc: Sequence[float] | None = None,
     unit: str = "log1p(UMI)",
 ) -> list[MapRow]:
-    """A row a gene.
+    """Make one row per gene.
 
     Parameters
     ----------
     genes
         Names.
     predicted, measured
-        (n_nuclei, n_genes) on the scale to show.
+        Values to show, (n_nuclei, n_genes).
     pcc
-        Of each gene; NaN shows none.
+        PCC of each gene; NaN is not shown.
     unit
-        The scale.
+        Unit of the values.
     """
     notes = ["" if pcc is None or not np.isfinite(pcc[i]) else f"PCC {pcc[i]:.2f}" for i in range(len(genes))]
     return [
@@ -89,31 +90,31 @@ def tissue_maps(
     out: Path | Sequence[Path],
     rows: Sequence[MapRow],
     *,
-    nuclei: Nuclei,
+    nuclei: NucleusPositions,
     picture: Picture,
     window: Window | None = None,
     second: tuple[str, Picture] | None = None,
 ) -> None:
-    """Draw rows of views of one piece of tissue: H&E, measured (if any row was), predicted, and a second image if there is one.
+    """Draw H&E, measured, predicted and, optionally, a second image of the same tissue, in one row per gene.
 
-    Measured and predicted have the same colours: from 0 to the 99th percentile of the measured nuclei of the whole section (of the
-    predicted ones, where nothing was measured or all of that range is 0), as the colour bar says. Nuclei are outlines where the zoom
-    lets them be seen, else rasterised points, so that a PDF or SVG of a whole section stays small.
+    Measured and predicted share one color scale, from 0 to the 99th percentile of the measured nuclei of the whole section (of the
+    predicted nuclei if nothing was measured or that percentile is 0). Nuclei are outlines if large enough to be seen, else rasterized
+    points, which keeps a PDF or SVG of a whole section small.
 
     Parameters
     ----------
     out
-        .png, .pdf or .svg; several for several formats.
+        One or more paths with the suffix .png, .pdf or .svg.
     rows
         What to draw.
     nuclei
-        Of the whole section.
+        Nuclei of the whole section.
     picture
-        The H&E, at least of the window.
+        The H&E image, which covers at least the window.
     window
-        What to show; all nuclei where None.
+        The part to show; None shows all nuclei.
     second
-        Title and picture of another image of the same place.
+        Title and picture of another image of the same tissue.
     """
     region = window is not None
     window = window or Window.around(nuclei.xy_px)
@@ -136,11 +137,8 @@ def tissue_maps(
             if row.measured is not None:
                 draw_nuclei(views["Measured"], nuclei, row.measured, window, top)
             maps = [views[title] for title in ("Measured", "Predicted") if title in views]
-            bar = figure.colorbar(
-                shown, ax=axes_of_row[-1] if second else maps, shrink=0.8, aspect=18, extend="max", pad=0.01
-            )
-            bar.set_label(f"{row.unit},\n0 to 99th percentile")
-            bar.outline.set_linewidth(0.4)
+            bar_next_to = axes_of_row[-1] if second else maps
+            add_colorbar(figure, shown, bar_next_to, f"{row.unit}\n(0 to 99th percentile)", extend="max", pad=0.01)
             views["H&E"].set_ylabel(row.name, fontstyle="italic" if row.gene else "normal", fontsize=9)
             if row.note:
                 views["Predicted"].text(
@@ -159,48 +157,48 @@ def region_views(
     rows: Sequence[MapRow],
     *,
     slide: Slide,
-    nuclei: Nuclei,
+    nuclei: NucleusPositions,
     box_px: Sequence[float],
     second: tuple[str, Path] | None = None,
 ) -> None:
-    """Views of a region, with the images read there at the resolution of the figure.
+    """Draw maps of a region, reading the images at the resolution of the figure.
 
     Parameters
     ----------
     out
-        .png, .pdf or .svg; several for several formats.
+        One or more paths with the suffix .png, .pdf or .svg.
     rows
         What to draw; values of all nuclei of the section.
     slide
-        The H&E.
+        The H&E image.
     nuclei
-        Of the whole section; with outlines, which a region has room for.
+        Nuclei of the whole section, with outlines.
     box_px
         x0, y0, x1, y1 in full-resolution pixels of the slide.
     second
-        Title and file of a second image registered to the slide: the same field of view, at any resolution.
+        Title and file of a second image registered to the slide: the same field of view at any resolution.
 
     Raises
     ------
     InputError
-        If the box has no area on the slide or no nucleus, or the second image has another field of view.
+        If the box is empty or contains no nuclei, or the second image has another field of view.
     """
     if len(box_px) != 4 or box_px[0] >= box_px[2] or box_px[1] >= box_px[3]:
-        raise InputError(
-            f"region={list(box_px)}: x0, y0, x1, y1 in full-resolution pixels, x0 < x1 and y0 < y1, are needed"
+        raise ParameterError(
+            "", "region", f"{list(box_px)} must be x0, y0, x1, y1 in full-resolution pixels, with x0 < x1 and y0 < y1"
         )
     window = Window(*(float(edge) for edge in box_px))
     n_inside = int(window.holds(nuclei.xy_px).sum())
     if not n_inside:
-        raise InputError(
-            f"region={list(box_px)}: holds no nucleus; the image is {slide.width} x {slide.height} px, with nuclei from x "
-            f"{nuclei.xy_px[:, 0].min():.0f} to {nuclei.xy_px[:, 0].max():.0f}, y {nuclei.xy_px[:, 1].min():.0f} to "
-            f"{nuclei.xy_px[:, 1].max():.0f}"
+        (x0, y0), (x1, y1) = nuclei.xy_px.min(axis=0), nuclei.xy_px.max(axis=0)
+        raise ParameterError(
+            "",
+            "region",
+            f"{list(box_px)} contains no nuclei; the image is {slide.width} x {slide.height} px, with nuclei at x {x0:.0f} to {x1:.0f} and "
+            f"y {y0:.0f} to {y1:.0f}",
         )
-    beside = None
-    if second is not None:
-        beside = second[0], _registered_picture(second[1], slide, window)
-    tissue_maps(out, rows, nuclei=nuclei, picture=read_picture(slide, window), window=window, second=beside)
+    other = None if second is None else (second[0], _registered_picture(second[1], slide, window))
+    tissue_maps(out, rows, nuclei=nuclei, picture=read_picture(slide, window), window=window, second=other)
 
 
 def _registered_picture(path: Path, slide: Slide, window: Window) -> Picture:
@@ -209,8 +207,8 @@ def _registered_picture(path: Path, slide: Slide, window: Window) -> Picture:
     factor = slide.width / width
     if abs(slide.height / height / factor - 1) > _ASPECT:
         raise InputError(
-            f"{path}: is {width} x {height} px, which is no field of view of {slide.width} x {slide.height} px; an image registered to "
-            f"{slide.path.name}, of the same field at any resolution, is needed"
+            f"{path}: is {width} x {height} px, which does not have the aspect ratio of {slide.path.name} ({slide.width} x {slide.height} "
+            "px); give an image that is registered to it, with the same field of view at any resolution"
         )
     with open_slide(path, mpp=slide.mpp * factor) as other:
         picture = read_picture(other, Window(*(window.low / factor), *(window.high / factor)))
@@ -219,7 +217,7 @@ def _registered_picture(path: Path, slide: Slide, window: Window) -> Picture:
 
 
 def _top(row: MapRow) -> float:
-    """The end of a row's colours."""
+    """Upper end of the color scale of a row."""
     both = [values for values in (row.measured, row.predicted) if values is not None]
     for values in both:
         top = float(np.percentile(values, 99))

@@ -1,7 +1,7 @@
-"""report.html: a prediction on its tissue in one file that asks nothing of any network.
+"""Write report.html: a prediction on its tissue, in one file that works offline.
 
-Names that come from data reach the page as JSON or through jinja2's escaping, and the page's own code puts them in as text only; a
-content security policy forbids every request besides.
+Names from the data reach the page only as JSON or escaped by jinja2, and its scripts insert them as text. A content security policy forbids
+all network requests.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import pandas as pd
 import scipy.sparse as sp
 
 from prts import __version__
-from prts.errors import InputError
+from prts.errors import ParameterError, did_you_mean
 from prts.io.cache import atomic
-from prts.report import text as facts
+from prts.report import text
 from prts.report.embed import (
     PERCENTILE,
     PROB_STEPS,
-    beside_blocks,
     colour_top,
+    delta_blocks,
     measured_blocks,
     nucleus_columns,
     packed,
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST_GENES = 200
-# Nuclei x genes of one file. Up to the first number all genes are shown, if they are more than 200; above the second, 60,000 x 200, fewer
-# genes: rather that than a page that no browser opens.
+# Nuclei x genes on one page. Small sections show more than 200 genes, up to the first number; large sections show fewer, so that the page
+# stays below the second (60,000 nuclei x 200 genes) and still opens in a browser.
 _FEW_VALUES, _MOST_VALUES = 2_000_000, 12_000_000
 _JPEG_QUALITY = 80
 _FOLDER = Path(__file__).parent / "page"
@@ -51,46 +51,45 @@ _SCRIPTS = ("data.js", "map.js", "legend.js", "table.js", "region.js", "main.js"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Measured counts beside a prediction: UMI (m, n_genes) of its genes, and the rows (m,) of its nuclei that they belong to."""
+class MeasuredCounts:
+    """Measured UMI of the predicted genes, (n_measured, n_genes), and the row of each in the prediction, (n_measured,)."""
 
     counts: sp.csr_matrix
     rows: NDArray[np.intp]
 
 
 @dataclass(frozen=True)
-class Page:
-    """What a page is made of.
+class PageContent:
+    """Content of a page.
 
     Attributes
     ----------
     prediction
-        Nuclei x genes (`prts.io.prediction`); every categorical or numeric column of `obs` can be shown on the map.
+        Nuclei x genes (`prts.io.prediction`). Any categorical or numeric column of `obs` can be shown on the map.
     picture
         The whole section, RGB (height, width, 3).
     measured
         Measured counts, or None.
     measured_obs
-        What was found of the nuclei on the measured side, a row a nucleus of the prediction, for columns that `obs` has too (clusters,
-        types).
+        Columns of `obs` as found in the measured counts (clusters, types), one row per predicted nucleus.
     per_gene
-        Table per_gene.csv of the section, or None.
+        per_gene.csv of the section, or None.
     metrics
-        metrics.json of a run, or what an evaluation found (`test/...`).
+        metrics.json of a run, or the scores of an evaluation (`test/...`).
     model
-        model.json of the bundle, as far as known.
+        model.json of the bundle, if known.
     """
 
     prediction: ad.AnnData
     picture: NDArray[np.uint8]
-    measured: Measured | None = None
+    measured: MeasuredCounts | None = None
     measured_obs: pd.DataFrame | None = None
     per_gene: pd.DataFrame | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_page(out: Path, page: Page, *, genes: int | Sequence[str] | None = None) -> Path:
+def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | None = None) -> Path:
     """Write a page.
 
     Parameters
@@ -98,15 +97,15 @@ def write_page(out: Path, page: Page, *, genes: int | Sequence[str] | None = Non
     out
         The .html file.
     page
-        What is in it.
+        Its content.
     genes
-        Which genes the map can show: how many (the best predicted), or their names, which come before the best predicted. 200 unless told,
-        more in sections of less than 10,000 nuclei and fewer in those of more than 60,000. The table lists all.
+        Genes on the map: how many (best predicted first), or their names, which come before the best predicted. By default 200, more in
+        sections of less than 10,000 nuclei and fewer in sections of more than 60,000. The table lists all genes.
 
     Raises
     ------
     InputError
-        If a gene is not one of the prediction's.
+        If a gene is not in the prediction.
     """
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
@@ -116,10 +115,10 @@ def write_page(out: Path, page: Page, *, genes: int | Sequence[str] | None = Non
     chosen = choose_genes(table, page.prediction.n_obs, genes)
     meta, blocks = _data(page, table, chosen)
     about = page.prediction.uns["prts"]
-    figures = facts.of_section(page.metrics, str(about["section"]))
+    metrics = text.section_metrics(page.metrics, str(about["section"]))
     scripts = [get_plotlyjs(), *((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)]
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    text = environment.get_template("page.html").render(
+    content = environment.get_template("page.html").render(
         about=about,
         version=__version__,
         n_nuclei=page.prediction.n_obs,
@@ -128,26 +127,26 @@ def write_page(out: Path, page: Page, *, genes: int | Sequence[str] | None = Non
         measured=page.measured,
         percentile=PERCENTILE,
         picture=_jpeg(page.picture),
-        headline=facts.headline(figures),
-        scores=facts.scores(figures),
-        others=facts.others(figures),
-        training=facts.training(about, page.model),
-        warnings=facts.warnings(about, page.prediction.obs, page.prediction.var, page.model, page.metrics),
+        headline=text.headline(metrics),
+        scores=text.score_table(metrics),
+        others=text.other_metrics(metrics),
+        training=text.model_facts(about, page.model),
+        warnings=text.reader_warnings(about, page.prediction.obs, page.prediction.var, page.model, page.metrics),
         meta=_script_json(meta),
         blocks=_script_json(blocks),
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],  # our own code and plotly's, nothing of the data
+        scripts=[Markup(script) for script in scripts],  # own code and plotly's, no data
     )
     with atomic(out) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8")
     logger.info(
-        "wrote %s: %d nuclei, %d genes on the map, %.1f MB", out, page.prediction.n_obs, len(chosen), len(text) / 1e6
+        "wrote %s: %d nuclei, %d genes on the map, %.1f MB", out, page.prediction.n_obs, len(chosen), len(content) / 1e6
     )
     return out
 
 
-def gene_table(page: Page) -> pd.DataFrame:
-    """All genes in panel order: `gene`, then the figures that are known of each, then `predictable` where the model says so."""
+def gene_table(page: PageContent) -> pd.DataFrame:
+    """All genes in panel order: `gene`, the scores that are known, and `predictable` if the model provides it."""
     var = page.prediction.var
     table = pd.DataFrame({"gene": page.prediction.var_names.astype(str)})
     if page.per_gene is not None:
@@ -165,16 +164,20 @@ def gene_table(page: Page) -> pd.DataFrame:
 
 
 def choose_genes(table: pd.DataFrame, n_nuclei: int, genes: int | Sequence[str] | None) -> NDArray[np.intp]:
-    """Rows of the table whose genes the map can show, the best predicted first.
+    """Choose the genes that the map can show, best predicted first.
 
     Parameters
     ----------
     table
-        Of `gene_table`.
+        Result of `gene_table`.
     n_nuclei
-        Of the prediction.
+        Number of nuclei in the prediction.
     genes
-        As in `write_page`.
+        As for `write_page`.
+
+    Returns
+    -------
+    Rows of the table.
 
     Raises
     ------
@@ -183,14 +186,15 @@ def choose_genes(table: pd.DataFrame, n_nuclei: int, genes: int | Sequence[str] 
     """
     named = [] if genes is None or isinstance(genes, int) else list(genes)
     if isinstance(genes, int) and genes < 1:
-        raise InputError(f"genes={genes}: must be a positive number of genes, or their names")
+        raise ParameterError("", "genes", f"{genes} must be a positive number, or gene names")
     n_nuclei = max(1, n_nuclei)
     most = genes if isinstance(genes, int) else max(MOST_GENES, _FEW_VALUES // n_nuclei)
     most = min(most, max(1, _MOST_VALUES // n_nuclei))
     place = pd.Series(table.index, index=table["gene"])
     for gene in named:
         if gene not in place.index:
-            raise InputError(f"genes: {gene} is not one of the {len(table):,} genes of the prediction")
+            hint = did_you_mean(gene, table["gene"])
+            raise ParameterError("", "genes", f"{gene} is not among the {len(table):,} genes of the prediction{hint}")
     score = next((table[column] for column in ("pcc", "val_pcc") if column in table), table.iloc[:, 1])
     ranked = score.sort_values(ascending=False, kind="stable", na_position="last").index
     first = [int(place[gene]) for gene in dict.fromkeys(named)]
@@ -198,19 +202,19 @@ def choose_genes(table: pd.DataFrame, n_nuclei: int, genes: int | Sequence[str] 
     return np.array(rows[: max(most, len(first))], dtype=np.intp)
 
 
-# Column of the gene table: heading, what it means, digits.
+# Columns of the gene table: heading, explanation, digits.
 _HEADINGS = {
-    "pcc": ("PCC", "Correlation of predicted and measured log1p(UMI) over this section's nuclei", 3),
-    "ceiling": ("Ceiling", "PCC that counting noise leaves to a perfect predictor, on this section", 3),
-    "val_pcc": ("PCC val.", "PCC on the nuclei that training was watched on", 3),
-    "val_ceiling": ("Ceiling val.", "PCC that counting noise leaves to a perfect predictor, on validation", 3),
-    "mean_counts": ("Mean UMI", "Measured UMI, mean over this section's nuclei", 2),
-    "mean_predicted": ("Mean UMI", "Predicted UMI, mean over the nuclei", 2),
+    "pcc": ("PCC", "Correlation of predicted and measured log1p(UMI) over the nuclei of this section", 3),
+    "ceiling": ("Ceiling", "Noise ceiling on this section: the highest PCC possible given counting noise", 3),
+    "val_pcc": ("PCC val.", "PCC on the validation nuclei", 3),
+    "val_ceiling": ("Ceiling val.", "Noise ceiling on the validation nuclei", 3),
+    "mean_counts": ("Mean UMI", "Mean measured UMI per nucleus in this section", 2),
+    "mean_predicted": ("Mean UMI", "Mean predicted UMI per nucleus", 2),
 }
 
 
-def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the page's code reads at once, and the blocks that it unpacks when they are needed."""
+def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata that the page reads at once, and the blocks that it unpacks on demand."""
     prediction = page.prediction
     about = prediction.uns["prts"]
     n = prediction.n_obs
@@ -227,20 +231,17 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
         blocks["measured"], n_bytes = [block for block, _ in pairs], [size for _, size in pairs]
     if "prob" in prediction.layers:
         steps = np.rint(_dense(prediction.layers["prob"], chosen) * PROB_STEPS)
-        blocks["prob"] = beside_blocks(steps.astype(np.uint8), codes)
+        blocks["prob"] = delta_blocks(steps.astype(np.uint8), codes)
     for end in ("lower", "upper") if "upper" in prediction.layers else ():
         counted = np.minimum(_dense(prediction.layers[end], chosen), 255)
-        blocks[end] = beside_blocks(counted.astype(np.uint8), codes)
+        blocks[end] = delta_blocks(counted.astype(np.uint8), codes)
     columns = nucleus_columns(prediction.obs, page.measured_obs)
+    blocks |= _position_blocks(prediction)
     blocks["columns"] = [column.pop("block") for column in columns]
     blocks["measured_columns"] = [column.pop("measured_block") for column in columns]
     for column, block in zip(columns, blocks["measured_columns"], strict=True):
         column["measured"] = block is not None
-    xy = np.asarray(prediction.obsm["spatial"], np.float32)
-    blocks |= {"x": packed(xy[:, 0]), "y": packed(xy[:, 1])}
-    area = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
-    blocks["area"] = packed(area.to_numpy(dtype=np.float32))
-    blocks["ids"] = packed_text(json.dumps([str(name) for name in prediction.obs_names]))
+    xy, area = np.asarray(prediction.obsm["spatial"], np.float32), _areas(prediction)
     diameter_um = 2 * float(np.sqrt(area.median() / np.pi)) if area.notna().any() else 7.0
     keys = [key for key in _HEADINGS if key in table]
     meta = {
@@ -268,8 +269,24 @@ def _data(page: Page, table: pd.DataFrame, chosen: NDArray[np.intp]) -> tuple[di
     return meta, blocks
 
 
+def _areas(prediction: ad.AnnData) -> pd.Series:
+    areas: pd.Series = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
+    return areas
+
+
+def _position_blocks(prediction: ad.AnnData) -> dict[str, str]:
+    """Coordinates, areas and names of the nuclei."""
+    xy = np.asarray(prediction.obsm["spatial"], np.float32)
+    return {
+        "x": packed(xy[:, 0]),
+        "y": packed(xy[:, 1]),
+        "area": packed(_areas(prediction).to_numpy(dtype=np.float32)),
+        "ids": packed_text(json.dumps([str(name) for name in prediction.obs_names])),
+    }
+
+
 def _rows(table: pd.DataFrame, keys: Sequence[str], chosen: NDArray[np.intp]) -> list[list[Any]]:
-    """For each gene its name, its place among those shown (-1 for none), whether it is predictable, and its figures."""
+    """Name, index on the map (-1 if not shown), predictability and scores of each gene."""
     place = np.full(len(table), -1)
     place[chosen] = np.arange(len(chosen))
     predictable = table.get("predictable", pd.Series(True, index=table.index))
@@ -296,10 +313,10 @@ def _jpeg(picture: NDArray[np.uint8]) -> str:
 
 
 def _script_json(value: Any) -> Any:
-    """JSON that is safe inside a script element: no `<`, `>` or `&` in it, and only ASCII."""
+    """JSON that is safe inside a script element: ASCII without `<`, `>` and `&`."""
     from markupsafe import Markup
 
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    encoded = json.dumps(value, allow_nan=False, separators=(",", ":"))
     for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
+        encoded = encoded.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(encoded)

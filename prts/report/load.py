@@ -1,151 +1,192 @@
-"""What a report is made from: a run folder, or a prediction with its image and, where there is one, its measured section."""
+"""Load what a report shows: the test sections of a run, or a prediction with its image and, if measured, its section."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy.spatial import cKDTree
 
-from prts.analysis.measured import measure, measure_section
 from prts.data.nucleus_set import NucleusSet
-from prts.data.prepare import resolve_section
+from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
-from prts.evaluation.scoring import Scored
-from prts.evaluation.section_scores import Evaluation, Matched, evaluate_section
+from prts.evaluation.measured import measure_predicted
+from prts.evaluation.scored_section import ScoredSection
+from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
+from prts.evaluation.settings import EvaluationSettings
+from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
-from prts.preprocess.panel import Panel
-from prts.report.html import Measured, Page
-from prts.section import Section
+from prts.report.html import MeasuredCounts, PageContent
+from prts.section import open_section_folder
 
 if TYPE_CHECKING:
     import anndata as ad
     from numpy.typing import NDArray
 
+    from prts.evaluation.matching import MatchedNuclei
+    from prts.section import Section
+
 logger = logging.getLogger(__name__)
 
 PICTURE_PX = 2400
+_REQUIRED = ("section", "width", "height", "mpp", "threshold")
 
 
 @dataclass(frozen=True)
-class Source:
-    """One predicted section: its file and page, and, if it was measured, what the figures of a run are drawn from."""
+class ReportSource:
+    """A predicted section to report on.
+
+    Attributes
+    ----------
+    path
+        The prediction (.h5ad).
+    page
+        Content of its page.
+    scored
+        Predicted and measured counts with their scores, for the figures; None if nothing was measured.
+    suffix
+        Suffix of the output file names.
+    """
 
     path: Path
-    page: Page
-    scored: Scored | None
-    panel: Panel
+    page: PageContent
+    scored: ScoredSection | None = None
     suffix: str = ""
 
 
-def of_run(folder: Path, evaluation: Mapping[str, Any]) -> list[Source]:
-    """The test sections of a run; the first has no suffix.
+def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]:
+    """Load the test sections of a run; the first has no suffix.
 
     Parameters
     ----------
     folder
-        Of `prts train`.
+        Run folder of `prts train`.
     evaluation
-        The `evaluation` config node, for runs of several test sections, whose per_gene.csv is their mean.
+        For runs with several test sections, which are evaluated again: their per_gene.csv holds the mean over sections.
 
     Raises
     ------
     InputError
-        If the folder is none of a run, or a section of its config is not there any more.
+        If the folder is not a finished run, or a section of its config no longer exists.
     """
-    from omegaconf import OmegaConf
-
     files = {name: folder / name for name in ("config.yaml", "predictions.h5ad", "metrics.json", "per_gene.csv")}
     files["model.json"] = folder / "model" / "model.json"
     for name, path in files.items():
         if not path.is_file():
-            raise InputError(f"run={folder}: has no {name}; expected a run folder of `prts train` that ended well")
-    config: Any = OmegaConf.to_container(OmegaConf.load(files["config.yaml"]), resolve=True)
+            raise InputError(f"{folder}: has no {name}; expected the folder of a finished `prts train` run")
+    config: Any = yaml.safe_load(files["config.yaml"].read_text(encoding="utf-8"))
     tissue = parse_tissue(config["tissue"])
     metrics, model = (json.loads(files[name].read_text(encoding="utf-8")) for name in ("metrics.json", "model.json"))
     per_gene = pd.read_csv(files["per_gene.csv"], converters={"gene": str})  # a gene may be called NAN
-    found = []
     paths = [files["predictions.h5ad"], *sorted(folder.glob("predictions-*.h5ad"))]
+    found = []
     for path in paths:
         prediction = read_prediction(path)
         name = str(prediction.uns["prts"]["section"])
         if name not in tissue.sections:
-            raise InputError(f"{path}: was made on section {name!r}, which is not in {files['config.yaml']}")
+            raise InputError(f"{path}: was predicted for section {name!r}, which is not in {files['config.yaml']}")
         section = resolve_section(tissue.sections[name], tissue.name, Path(config["paths"]["cache_dir"]))
         prediction.uns["prts"].setdefault("qc", config["qc"])
-        matched = measure_section(prediction, nuclei_path(path), section, what=f"run={folder}").matched
-        result = Evaluation({}, per_gene, None)
-        if len(paths) > 1:
-            result = _evaluate(matched, prediction, section, evaluation)
-        found.append(
-            _source(path, prediction, section, matched, result, metrics, model, path.stem.removeprefix("predictions"))
+        prediction.uns["prts"].setdefault("register", config.get("preprocess", {}).get("register", False))
+        matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
+        result = (
+            SectionScores({}, per_gene, None)
+            if len(paths) == 1
+            else _evaluate(matched, prediction, section, evaluation)
         )
+        page = PageContent(
+            prediction,
+            _picture(section),
+            _measured_counts(prediction, matched),
+            per_gene=result.per_gene,
+            metrics=metrics,
+            model=model,
+        )
+        scored = _scored(prediction, section, matched, result)
+        found.append(ReportSource(path, page, scored, path.stem.removeprefix("predictions")))
     return found
 
 
-def of_prediction(
-    path: Path, image: Path, section_folder: Path | None, analysis: Path | None, evaluation: Mapping[str, Any]
-) -> Source:
-    """A prediction on its image.
+def load_prediction(
+    path: Path,
+    image: Path,
+    section_folder: Path | None = None,
+    analysis: Path | None = None,
+    evaluation: EvaluationSettings | None = None,
+) -> ReportSource:
+    """Load a prediction and its image.
 
     Parameters
     ----------
     path
-        The .h5ad.
+        The prediction (.h5ad).
     image
-        The image it was made on.
+        The image it was made from.
     section_folder
-        The section's folder with its bins, if it was measured.
+        Folder of the section with its bins, if it was measured.
     analysis
-        analysis.h5ad of `prts analyze`: its columns of nuclei can be shown on the map.
+        analysis.h5ad of `prts analyze`; its columns can be shown on the map.
     evaluation
-        The `evaluation` config node.
+        For the confidence intervals of a measured section.
 
     Raises
     ------
     InputError
-        If a file is missing or the parts do not belong together.
+        If a file is missing, or the files do not belong together.
     """
     prediction = read_prediction(path)
     about = prediction.uns["prts"]
-    for key in ("section", "width", "height", "mpp", "threshold"):
+    for key in _REQUIRED:
         if key not in about:
-            raise InputError(f"prediction={path}: lacks uns['prts'][{key!r}]; predict again with this prts")
+            raise InputError(f"{path}: uns['prts'] has no {key!r}; predict again with this version of prts")
     with open_slide(image, mpp=float(about["mpp"])) as slide:
-        _same_size(f"image={image}", slide.width, slide.height, about)
+        if (slide.width, slide.height) != (about["width"], about["height"]):
+            raise InputError(
+                f"{image}: is {slide.width} x {slide.height} px, but the prediction was made from {about['width']} x "
+                f"{about['height']} px; give the image that was predicted"
+            )
         picture = slide.thumbnail(PICTURE_PX)
-    beside = None if analysis is None else _join(prediction, analysis)
+    measured_obs = None if analysis is None else _join_analysis(prediction, analysis)
     if section_folder is None:
-        return Source(path, Page(prediction, picture), None, _panel(prediction))
-    measured = measure(prediction, nuclei_path(path), section_folder)
-    section, matched = measured.section, measured.matched
-    result = _evaluate(matched, prediction, section, evaluation)
-    metrics = {f"test/{key}": value for key, value in result.summary.items()}
-    source = _source(path, prediction, section, matched, result, metrics, {}, "", picture)
-    return replace(source, page=replace(source.page, measured_obs=beside))
+        return ReportSource(path, PageContent(prediction, picture))
+    section = open_section_folder(section_folder)
+    matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
+    result = _evaluate(matched, prediction, section, evaluation or EvaluationSettings())
+    page = PageContent(
+        prediction,
+        picture,
+        _measured_counts(prediction, matched),
+        measured_obs=measured_obs,
+        per_gene=result.per_gene,
+        metrics={f"test/{key}": value for key, value in result.summary.items()},
+    )
+    return ReportSource(path, page, _scored(prediction, section, matched, result))
 
 
-def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: Mapping[str, Any]) -> Page:
-    """The page of a test section at the end of training, whose arrays are in memory already.
+def content_after_training(
+    path: Path, scored: ScoredSection, metrics: Mapping[str, Any], model: Mapping[str, Any]
+) -> PageContent:
+    """Page content of a test section at the end of training, when its arrays are still in memory.
 
     Parameters
     ----------
     path
-        The prediction as it was written: its descriptions and its picture are read from there.
+        The prediction file, from which metadata and picture are read.
     scored
-        The section's nuclei, in the order of the prediction.
+        Nuclei of the section, in the order of the prediction.
     metrics
-        The run's.
+        Metrics of the run.
     model
-        Of the bundle.
+        Metadata of the bundle.
     """
     import anndata as ad
     import h5py
@@ -158,38 +199,28 @@ def scored_page(path: Path, scored: Scored, metrics: Mapping[str, Any], model: M
     layers["prob"] = scored.prob
     prediction = ad.AnnData(scored.umi, **parts, obsm={"spatial": xy}, layers=layers)
     picture = parts["uns"]["spatial"][scored.section.name]["images"]["hires"]
-    measured = Measured(scored.nuclei.counts, np.arange(len(scored.nuclei)))
-    return Page(prediction, picture, measured, per_gene=scored.result.per_gene, metrics=metrics, model=model)
+    measured = MeasuredCounts(scored.nuclei.counts, np.arange(len(scored.nuclei)))
+    return PageContent(prediction, picture, measured, per_gene=scored.result.per_gene, metrics=metrics, model=model)
 
 
-def _source(
-    path: Path,
-    prediction: ad.AnnData,
-    section: Section,
-    matched: Matched,
-    result: Evaluation,
-    metrics: Mapping[str, Any],
-    model: Mapping[str, Any],
-    suffix: str,
-    picture: NDArray[np.uint8] | None = None,
-) -> Source:
-    if picture is None:
-        with section.open_slide() as slide:
-            picture = slide.thumbnail(PICTURE_PX)
-    # found by centroid, each matched nucleus is the nearest of the prediction's
-    rows = (
-        prediction.obs_names.get_indexer(matched.cell_id)
-        if matched.by == "cell_id"
-        else cKDTree(prediction.obsm["spatial"]).query(matched.xy_px)[1]
-    )
-    page = Page(
-        prediction,
-        picture,
-        Measured(matched.measured, rows),
-        per_gene=result.per_gene,
-        metrics=metrics,
-        model=model,
-    )
+def _picture(section: Section) -> NDArray[np.uint8]:
+    with section.open_slide() as slide:
+        return slide.thumbnail(PICTURE_PX)
+
+
+def _rows(prediction: ad.AnnData, matched: MatchedNuclei) -> NDArray[np.intp]:
+    """Row of the prediction for each matched nucleus; those matched by centroid are the nearest."""
+    if matched.by == "cell_id":
+        return np.asarray(prediction.obs_names.get_indexer(matched.cell_id), dtype=np.intp)
+    return np.asarray(cKDTree(prediction.obsm["spatial"]).query(matched.xy_px)[1], dtype=np.intp)
+
+
+def _measured_counts(prediction: ad.AnnData, matched: MatchedNuclei) -> MeasuredCounts:
+    return MeasuredCounts(matched.measured, _rows(prediction, matched))
+
+
+def _scored(prediction: ad.AnnData, section: Section, matched: MatchedNuclei, result: SectionScores) -> ScoredSection:
+    rows = _rows(prediction, matched)
     nuclei = NucleusSet(
         section=section.name,
         cell_id=matched.cell_id,
@@ -199,71 +230,51 @@ def _source(
         total_counts=np.asarray(matched.measured.sum(axis=1)).ravel(),
         area_um2=prediction.obs["area_um2"].to_numpy()[rows],
     )
-    umi, prob = _array(matched.predicted), _array(matched.predicted if matched.prob is None else matched.prob)
-    return Source(path, page, Scored(nuclei, section, None, umi, prob, result), _panel(prediction), suffix)
+    umi, prob = _dense(matched.predicted), _dense(matched.predicted if matched.prob is None else matched.prob)
+    return ScoredSection(nuclei, section, None, umi, prob, result)
 
 
-def _evaluate(matched: Matched, prediction: ad.AnnData, section: Section, evaluation: Mapping[str, Any]) -> Evaluation:
-    return evaluate_section(
-        matched.measured,
-        matched.predicted,
-        matched.prob,
-        genes=matched.genes,
-        threshold=float(prediction.uns["prts"]["threshold"]),
-        xy_um=matched.xy_px * section.mpp,
-        block_um=evaluation["block_um"],
-        n_replicates=evaluation["bootstrap"],
-    )
+def _evaluate(
+    matched: MatchedNuclei, prediction: ad.AnnData, section: Section, evaluation: EvaluationSettings
+) -> SectionScores:
+    threshold = float(prediction.uns["prts"]["threshold"])
+    predicted = PredictedCounts(matched.predicted, matched.genes, matched.prob, threshold)
+    return score_section(matched.measured, predicted, xy_um=matched.xy_px * section.mpp, settings=evaluation)
 
 
-def _same_size(what: str, width: int, height: int, about: Mapping[str, Any]) -> None:
-    if (width, height) != (about["width"], about["height"]):
-        raise InputError(
-            f"{what}: its image is {width} x {height} px, the prediction's was {about['width']} x {about['height']}; "
-            "give what was predicted"
-        )
+def _join_analysis(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
+    """Add the columns of an analysis to the nuclei of the prediction, and return those of measured.h5ad next to it, if any.
 
-
-def _join(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
-    """Add the columns of an analysis to the prediction's nuclei, and return those of measured.h5ad beside it, where there is one.
-
-    Nuclei that the analysis left out have none.
+    Nuclei that are not in the analysis have missing values.
     """
-    obs = _obs(path)
+    obs = _read_obs(path)
     shared = prediction.obs_names.isin(obs.index)
     if not shared.any():
-        raise InputError(
-            f"analysis={path}: none of its nuclei is in the prediction; give the analysis of this prediction"
-        )
+        raise InputError(f"{path}: shares no nuclei with the prediction; give the analysis of this prediction")
     new = obs[[column for column in obs.columns if column not in prediction.obs]]
     prediction.obs = prediction.obs.join(new)
     logger.info("analysis: %d of %d nuclei, columns %s", shared.sum(), len(shared), ", ".join(map(str, new.columns)))
     measured = path.with_name("measured.h5ad")
     if not measured.is_file():
         return None
-    beside = _obs(measured)
-    return beside[[column for column in new.columns if column in beside]].reindex(prediction.obs_names)
+    of_measured = _read_obs(measured)
+    columns = [column for column in new.columns if column in of_measured]
+    return of_measured[columns].reindex(prediction.obs_names)
 
 
-def _obs(path: Path) -> pd.DataFrame:
+def _read_obs(path: Path) -> pd.DataFrame:
     import h5py
     from anndata.io import read_elem
 
     if not path.is_file() or not h5py.is_hdf5(path):
-        raise InputError(f"analysis={path}: no such .h5ad file; expected analysis.h5ad of `prts analyze`")
+        raise InputError(f"{path}: no such .h5ad file; expected analysis.h5ad of `prts analyze`")
     with h5py.File(path) as file:
         if "obs" not in file:
-            raise InputError(f"analysis={path}: has no obs; expected analysis.h5ad of `prts analyze`")
+            raise InputError(f"{path}: has no obs; expected analysis.h5ad of `prts analyze`")
         obs: pd.DataFrame = read_elem(file["obs"])
     obs.index = obs.index.astype(str)
     return obs
 
 
-def _panel(prediction: ad.AnnData) -> Panel:
-    names = tuple(prediction.var_names.astype(str))
-    ids = tuple(prediction.var["gene_id"].astype(str)) if "gene_id" in prediction.var else names
-    return Panel(names, ids, "prediction", {})
-
-
-def _array(matrix: Any) -> NDArray[np.float32]:
+def _dense(matrix: Any) -> NDArray[np.float32]:
     return np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float32)

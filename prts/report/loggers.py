@@ -1,24 +1,21 @@
-"""Where a training run reports to: curves while it trains, test figures, the per-gene table and the figures when it is done.
+"""Loggers of a training run: curves during training, then test metrics, the per-gene table and figures.
 
-Loggers are Lightning's. A run opens those that its config names, and closes them whatever happens, so that the next job of a sweep starts
-its own.
+The loggers are Lightning's. A run opens its own and closes them in any case, so that the next job of a sweep can start its own.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prts.errors import InputError
 from prts.io.cache import lock
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -26,26 +23,63 @@ _EXTRAS = {"tensorboard": ("tensorboard", "loggers"), "wandb": ("wandb", "logger
 _HPARAM_METRICS = ("val/pcc_mean", "test/pcc_mean", "test/ceiling_share", "test/auroc", "test/mcc")
 
 
+@dataclass(frozen=True)
+class LoggerSpec:
+    """A logger that is built when training starts.
+
+    Attributes
+    ----------
+    build
+        Class or function that makes a Lightning logger, such as `pytorch_lightning.loggers.CSVLogger`.
+    settings
+        Its arguments. Arguments that are missing get defaults that suit the run: folder, name, and group of the sweep.
+    """
+
+    build: Callable[..., Any]
+    settings: Mapping[str, Any]
+
+
 class RunLoggers:
-    """The loggers of one run; a context that closes them, as failed if it is left by an exception.
+    """Loggers of one run, as a context manager that closes them; as failed if an exception is raised.
 
     Parameters
     ----------
-    cfg
-        The run's whole config; its node `logger` names the loggers.
+    loggers
+        Loggers by name: csv, tensorboard, wandb, mlflow, or any other Lightning logger.
     folder
-        The run folder.
+        Run folder.
+    hyperparameters
+        Logged by every logger.
+    title
+        Name of the run.
+    sweep
+        Folder of the sweep that the run belongs to, if any.
 
     Raises
     ------
     InputError
         If the package of a logger is not installed.
+
+    Examples
+    --------
+    >>> from pytorch_lightning.loggers import CSVLogger  # doctest: +SKIP
+    >>> with RunLoggers({"csv": LoggerSpec(CSVLogger, {"name": "csv"})}, "run/") as loggers:  # doctest: +SKIP
+    ...     trainer = Trainer(logger=loggers.start())
     """
 
-    def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        self._cfg, self._folder = cfg, Path(folder)
+    def __init__(
+        self,
+        loggers: Mapping[str, LoggerSpec],
+        folder: str | Path,
+        *,
+        hyperparameters: Mapping[str, Any] | None = None,
+        title: str = "prts",
+        sweep: Path | None = None,
+    ) -> None:
+        self._specs, self._folder = dict(loggers), Path(folder)
+        self._hyperparameters, self._title, self._sweep = dict(hyperparameters or {}), title, sweep
         self._loggers: dict[str, Any] = {}
-        for name in cfg.logger or {}:
+        for name in self._specs:
             package, extra = _EXTRAS.get(name, ("", ""))
             if package and importlib.util.find_spec(package) is None:
                 raise InputError(f"logger={name}: {package} is not installed; pip install 'prts[{extra}]'")
@@ -61,40 +95,30 @@ class RunLoggers:
             try:
                 item.finalize("failed" if failed else "success")
             finally:
-                if name == "wandb":  # an unfinished run would swallow the next job of a sweep
+                if name == "wandb":  # an unfinished run would absorb the next job of a sweep
                     import wandb
 
                     wandb.finish(exit_code=int(failed))
 
     def start(self) -> list[Any]:
-        """Open the loggers, note the config in each, and return them for Lightning's Trainer."""
-        from hydra.utils import instantiate
-        from omegaconf import OmegaConf
-
+        """Open the loggers, log the hyperparameters, and return the loggers for Lightning's Trainer."""
         import prts._torchvision  # noqa: F401  (first: Lightning imports torchvision)
 
-        if not self._cfg.logger:
-            return []
-        config = OmegaConf.to_container(self._cfg, resolve=True)
-        assert isinstance(config, dict)
-        sweep, title = _place(self._cfg)
-        for name, node in self._cfg.logger.items():
-            settings = {key: value for key, value in node.items() if value is not None}
-            given = {**self._defaults(name, sweep, title), **settings}
-            # jobs that start at once would each set up mlflow's database
-            with lock(self._root(sweep) / "mlflow.db") if name == "mlflow" else nullcontext():
-                item = instantiate(given)
-                item.log_hyperparams({key: value for key, value in config.items() if key != "logger"})
+        for name, spec in self._specs.items():
+            # mlflow creates its database on first use: jobs that start at the same time would collide
+            with lock(self._root / "mlflow.db") if name == "mlflow" else nullcontext():
+                item = spec.build(**{**self._defaults(name), **spec.settings})
+                item.log_hyperparams(self._hyperparameters)
             self._loggers[name] = item
         return list(self._loggers.values())
 
     def results(self, metrics: Mapping[str, Any]) -> None:
-        """Send what the run folder holds now, per_gene.csv and figures/, and the final metrics.
+        """Log the final metrics, per_gene.csv and figures/ of the run folder.
 
         Parameters
         ----------
         metrics
-            As in metrics.json.
+            Content of metrics.json.
         """
         figures = sorted((self._folder / "figures").glob("*.png"))
         numbers = {
@@ -105,32 +129,23 @@ class RunLoggers:
             if name in senders:
                 senders[name](item, numbers, self._folder / "per_gene.csv", figures)
 
-    def _root(self, sweep: Path | None) -> Path:
-        return sweep or self._folder
+    @property
+    def _root(self) -> Path:
+        return self._sweep or self._folder
 
-    def _defaults(self, name: str, sweep: Path | None, title: str) -> dict[str, Any]:
+    def _defaults(self, name: str) -> dict[str, Any]:
+        group = self._sweep.name if self._sweep else None
         if name == "wandb":
-            return {"save_dir": str(self._folder), "name": title, "group": sweep.name if sweep else None}
+            return {"save_dir": str(self._folder), "name": self._title, "group": group}
         if name == "mlflow":
-            root = self._root(sweep).absolute()
+            root = self._root.absolute()
             return {
-                "experiment_name": sweep.name if sweep else "prts",
-                "run_name": title,
+                "experiment_name": group or "prts",
+                "run_name": self._title,
                 "tracking_uri": f"sqlite:///{root / 'mlflow.db'}",
                 "artifact_location": (root / "mlartifacts").as_uri(),
             }
         return {"save_dir": str(self._folder)}
-
-
-def _place(cfg: DictConfig) -> tuple[Path | None, str]:
-    """The folder of the sweep that this run is a job of, if any, and a name for the run."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
-        return None, str(cfg.tissue.name)
-    hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir), f"{hydra.job.num} {hydra.job.override_dirname}".strip()
 
 
 def _to_tensorboard(item: Any, numbers: Mapping[str, float], per_gene: Path, figures: list[Path]) -> None:
@@ -166,7 +181,7 @@ def _to_mlflow(item: Any, numbers: Mapping[str, float], per_gene: Path, figures:
 
 
 def _markdown(table: Any) -> str:
-    """A table as TensorBoard draws text."""
+    """A table as Markdown, which TensorBoard renders."""
     rows = [
         [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row]
         for row in table.itertuples(index=False)

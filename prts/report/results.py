@@ -1,6 +1,6 @@
-"""What a training leaves of its test sections in the run folder: predictions, figures, pages.
+"""Write the test sections of a training run into the run folder: predictions, figures and pages.
 
-The first section has the plain file names, the others have theirs in it.
+Files of the first section have plain names; those of further sections end in the section's name.
 """
 
 from __future__ import annotations
@@ -9,36 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 from prts.io.nuclei import load_nuclei
 from prts.models.predict import Chunk, write_prediction
+from prts.report.figures import training_figure
 from prts.report.html import write_page
-from prts.report.load import scored_page
-from prts.report.run import run_figures
+from prts.report.load import content_after_training
+from prts.report.section_figures import scored_figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from prts.data.datamodule import PRTSDataModule
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.models.bundle import Bundle
 
 
 def write_predictions(
-    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[Scored], folder: Path, best_epoch: int | None
+    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[ScoredSection], folder: Path, best_epoch: int | None
 ) -> None:
-    """predictions.h5ad and figures/, predictions-<section>.h5ad and figures beside them.
+    """Write predictions.h5ad and figures/; further sections go to predictions-<section>.h5ad.
 
     Parameters
     ----------
     datamodule
-        Knows the prepared sections and the panel.
+        Prepared sections and panel.
     bundle
-        What predicted.
+        The model that predicted.
     test
-        What it predicted.
+        Its predictions.
     folder
-        The run folder.
+        Run folder.
     best_epoch
-        The epoch whose weights the model has, marked in the training curves.
+        Epoch whose weights were kept, to mark in the training curves.
     """
     for suffix, scored in _with_suffix(test):
         prepared = datamodule.tissue.sections[scored.nuclei.section]
@@ -47,32 +48,25 @@ def write_predictions(
         chunks = [Chunk(scored.umi, scored.prob, ood)]
         out = folder / f"predictions{suffix}.h5ad"
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
-        run_figures(
-            folder / "figures",
-            scored,
-            datamodule.panel,
-            outlines=polygons.geometry.to_numpy(),
-            curves=folder / "csv" / "metrics.csv",
-            best_epoch=best_epoch,
-            suffix=suffix,
-        )
+        scored_figures(folder / "figures", scored, datamodule.panel.genes, polygons.geometry.to_numpy(), suffix=suffix)
+    training_figure(folder, folder / "figures", best_epoch=best_epoch)
 
 
-def write_pages(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any], folder: Path) -> None:
-    """report.html and report-<section>.html.
+def write_pages(bundle: Bundle, test: Sequence[ScoredSection], metrics: dict[str, Any], folder: Path) -> None:
+    """Write report.html and report-<section>.html, after `write_predictions`.
 
     Parameters
     ----------
     bundle, test, folder
-        As for `write_predictions`, after it.
+        As for `write_predictions`.
     metrics
-        As in metrics.json.
+        Content of metrics.json.
     """
     for suffix, scored in _with_suffix(test):
-        page = scored_page(folder / f"predictions{suffix}.h5ad", scored, metrics, bundle.metadata)
+        page = content_after_training(folder / f"predictions{suffix}.h5ad", scored, metrics, bundle.metadata)
         write_page(folder / f"report{suffix}.html", page)
 
 
-def _with_suffix(test: Sequence[Scored]) -> Iterator[tuple[str, Scored]]:
+def _with_suffix(test: Sequence[ScoredSection]) -> Iterator[tuple[str, ScoredSection]]:
     for i, scored in enumerate(test):
         yield "" if i == 0 else f"-{scored.nuclei.section}", scored

@@ -1,4 +1,4 @@
-"""The summary of a multirun: summary.csv, and summary.html, one page that needs nothing but itself."""
+"""Summarize a multirun: summary.csv, and summary.html, a self-contained page."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prts.report.jobs import OBJECTIVE, read_jobs
 logger = logging.getLogger(__name__)
 
 _MOST_BARS = 16
-_ZERO = ("gene_mean", "permuted")  # baselines that score about 0 by construction: in summary.csv only
+_ZERO = ("gene_mean", "permuted")  # baselines that score about 0 by design; in summary.csv only
 _FIGURES = {
     "test/pcc_mean": "test PCC",
     "test/ceiling_share": "share of ceiling",
@@ -44,21 +44,25 @@ td.n,th.n{text-align:right}tr.best td{background:#fff4e5;font-weight:600}td.reas
 
 
 def summarise(folder: Path) -> pd.DataFrame:
-    """Write summary.csv and summary.html of a multirun into its folder; done again, they take up what was added.
+    """Write summary.csv and summary.html of a multirun into its folder, replacing earlier ones.
 
     Parameters
     ----------
     folder
-        Of the multirun.
+        Folder of the multirun.
 
     Returns
     -------
-    What `prts.report.jobs.read_jobs` read: a row a job.
+    One row per job (`prts.report.jobs.read_jobs`).
 
     Raises
     ------
     InputError
-        If the folder holds no job.
+        If the folder contains no jobs.
+
+    Examples
+    --------
+    >>> summarise("multirun/2026-11-22_09-30-00")  # doctest: +SKIP
     """
     folder = Path(folder)
     jobs, keys = read_jobs(folder)
@@ -70,17 +74,17 @@ def summarise(folder: Path) -> pd.DataFrame:
 
 
 def settings_of(jobs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Finished jobs with the name of their setting, and the settings: means over the seeds, the best by validation first.
+    """Group finished jobs by setting, and average over seeds.
 
     Parameters
     ----------
     jobs, keys
-        From `read_jobs`.
+        Result of `read_jobs`.
 
     Returns
     -------
-    The finished jobs with a column `setting` (what varies between jobs, but for tissue and seed), and a row a tissue and setting:
-    means of the metrics, `n` seeds, and `jobs`, their names. Settings are in the order of their validation PCC within a tissue.
+    The finished jobs with a column `setting` (what varies between jobs except tissue and seed); and one row per tissue and setting with
+    the mean metrics, the number `n` of seeds and the names of the `jobs`, sorted by validation PCC within each tissue.
     """
     varying = [key for key in keys if jobs[key].nunique(dropna=False) > 1]
     records: list[Any] = jobs[varying].to_dict("records") if varying else []
@@ -98,7 +102,7 @@ def settings_of(jobs: pd.DataFrame, keys: Sequence[str]) -> tuple[pd.DataFrame, 
 
 
 def best_by_validation(settings: pd.DataFrame) -> dict[str, str]:
-    """By tissue, the setting whose validation PCC, mean over its seeds, is highest; test figures have no say."""
+    """Setting with the highest validation PCC (mean over seeds) of each tissue; test metrics are not used."""
     known = settings.dropna(subset=[OBJECTIVE])
     first = known.drop_duplicates("tissue")
     return dict(zip(first["tissue"], first["setting"], strict=True))
@@ -123,14 +127,14 @@ def _page(name: str, jobs: pd.DataFrame, keys: Sequence[str]) -> str:
     failed = jobs[jobs["status"] != "done"]
     count = f"{len(done)} of {len(jobs)} jobs done"
     if len(failed):
-        count += f', <span class="failed">{len(failed)} not</span> (listed at the end)'
+        count += f', <span class="failed">{len(failed)} did not finish</span> (see the end of the page)'
     constant = [f"{key}={jobs[key].iloc[0]}" for key in keys if jobs[key].nunique(dropna=False) == 1]
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>Sweep {_text(name)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>Sweep {_text(name)}</h1><p>{count}. ",
-        f"Same in all: <code>{_text(' '.join(constant))}</code></p>" if constant else "</p>",
+        f"Shared settings: <code>{_text(' '.join(constant))}</code></p>" if constant else "</p>",
     ]
     if "warning/split" in done:
         parts += [f'<p class="failed">{_text(text)}</p>' for text in done["warning/split"].dropna().unique()]
@@ -154,14 +158,14 @@ def _best(settings: pd.DataFrame, best: dict[str, str]) -> str:
         for baseline in _baselines(settings):
             difference = f"baseline/{baseline}/difference"
             if _known(row, difference):
-                lines.append(f"test PCC minus baseline {_text(baseline)}: {_interval(row, difference, signed=True)}")
+                lines.append(f"difference to baseline {_text(baseline)}: {_interval(row, difference, signed=True)}")
         lines.append(f"job {_text(row['jobs'])}")
         cards.append(
             f'<div class="card"><b>★ {_text(tissue)}: {_text(setting)}</b><br>'
             + "<br>".join(filter(None, lines))
             + "</div>"
         )
-    note = "Chosen by the validation PCC alone; the test figures are those of the setting so chosen."
+    note = "Chosen by validation PCC alone; test metrics are shown for the chosen setting."
     return f'<h2>Best by validation</h2><p class="quiet">{note}</p><div class="cards">{"".join(cards)}</div>'
 
 
@@ -171,7 +175,7 @@ def _bar_figure(done: pd.DataFrame, settings: pd.DataFrame, best: dict[str, str]
     if "test/pcc_mean" not in settings:
         return ""
     shown = settings.groupby("tissue", sort=False).head(_MOST_BARS)
-    if len(shown) == len(settings):  # all fit: in the order they were asked for
+    if len(shown) == len(settings):  # all fit: keep the order in which they were requested
         place = {setting: i for i, setting in enumerate(dict.fromkeys(done["setting"]))}
         shown = shown.sort_values("setting", key=lambda names: names.map(place), kind="stable")
     table = shown.reindex(columns=["tissue", "setting", "test/pcc_mean", "test/pcc_mean_low", "test/pcc_mean_high"])
@@ -185,10 +189,10 @@ def _bar_figure(done: pd.DataFrame, settings: pd.DataFrame, best: dict[str, str]
         lines[tissue] = {b: float(row[f"baseline/{b}/pcc_mean"]) for b in _baselines(settings)}
         lines[tissue]["ceiling"] = float(row.get("test/ceiling_mean", math.nan))
     seeds = done[["tissue", "setting", "test/pcc_mean"]].rename(columns={"test/pcc_mean": "pcc"})
-    few = "" if len(shown) == len(settings) else f" The {_MOST_BARS} best by validation are shown."
+    few = "" if len(shown) == len(settings) else f" Only the {_MOST_BARS} best by validation are shown."
     caption = (
-        "Mean over genes of the correlation on log1p(UMI), mean over the seeds, with the mean of their block-bootstrap 95 % intervals "
-        f"(none where several sections are tested); ★ and dark: best by validation. Baselines and ceiling are those of that setting.{few}"
+        "PCC of log1p(UMI), averaged over genes and seeds; error bars: mean 95% block-bootstrap interval (not available for several test "
+        f"sections). ★ and dark blue: best by validation; baselines and noise ceiling are those of this setting.{few}"
     )
     return _figure("Test PCC by setting", bars(table, seeds, lines, best), caption)
 
@@ -203,14 +207,12 @@ def _heat_figures(done: pd.DataFrame, keys: Sequence[str]) -> str:
     figures = []
     for tissue, of_tissue in done.groupby("tissue", sort=False):
         means = of_tissue.groupby(varying, sort=False)[OBJECTIVE].mean().rename("value").reset_index()
-        if len(means) < 0.5 * math.prod(sizes):  # no grid: drawn at random, as by Optuna
+        if len(means) < 0.5 * math.prod(sizes):  # not a grid but random samples, as with Optuna
             continue
         caption = (
-            "Validation PCC, mean over the seeds"
+            "Validation PCC, mean over seeds"
             if len(varying) == 2
-            else (
-                "Validation PCC, mean over the seeds: each cell is the best over all settings of the other parameters"
-            )
+            else "Validation PCC, mean over seeds; each cell shows the best over all values of the other parameters"
         )
         figures.append(_figure(f"Grid: {tissue}", heat_maps(means, varying, "validation PCC"), f"{caption}. ★: best."))
     return "".join(figures)
@@ -235,9 +237,9 @@ def _table(settings: pd.DataFrame, best: dict[str, str]) -> str:
         )
         rows.append(f"<tr{' class=best' if chosen else ''}>{line}</tr>")
     first = "<th>tissue</th><th>setting</th><th>seeds</th><th>jobs</th>"
-    note = "By validation PCC; means over the seeds; columns named like a baseline are its test PCC; seconds are those of the fit."
+    note = "Sorted by validation PCC; means over seeds. Columns named after a baseline show its test PCC; seconds are training time."
     return (
-        f'<h2>All settings</h2><p class="quiet">{note} Every figure of every job is in <code>summary.csv</code>.</p>'
+        f'<h2>All settings</h2><p class="quiet">{note} All metrics of all jobs are in <code>summary.csv</code>.</p>'
         f'<div class="scroll"><table><thead><tr>{first}{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
@@ -254,9 +256,9 @@ def _failed(failed: pd.DataFrame) -> str:
             f'<tr>{words}<td><code>{_text(overrides)}</code></td><td class="reason">{_text(row["reason"])}</td></tr>'
         )
     head = "<tr><th>job</th><th>status</th><th>overrides</th><th>reason</th></tr>"
-    note = "The traceback of a job is in its folder's <code>error.txt</code>."
+    note = "See <code>error.txt</code> in the folder of a job for its traceback."
     return (
-        f'<h2>Jobs that did not end well</h2><p class="quiet">{note}</p>'
+        f'<h2>Failed jobs</h2><p class="quiet">{note}</p>'
         f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 

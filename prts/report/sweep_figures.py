@@ -1,4 +1,4 @@
-"""Figures of a sweep as SVG text: bars with intervals by tissue, heat maps of a grid."""
+"""Figures of a sweep as SVG text: bars with intervals per tissue, and heat maps of a grid."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import pandas as pd
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from prts.report.figures_canvas import BLUE, ORANGE, add_colorbar
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#999999"  # Okabe and Ito 2008
 _LINES = {"ridge": "#d55e00", "colour": "#009e73", "morphology": "#cc79a7", "position": "#e69f00"}
 _STYLE: Any = {
     "font.size": 8,
@@ -28,31 +29,31 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "svg.fonttype": "path",
     "svg.hashsalt": "prts",
-    "text.parse_math": False,  # a $ in an override is a $
+    "text.parse_math": False,  # overrides may contain $
 }
 
 
 def bars(
     settings: pd.DataFrame, seeds: pd.DataFrame, lines: Mapping[str, Mapping[str, float]], best: Mapping[str, str]
 ) -> str:
-    """Test PCC of each setting, a panel a tissue: bar and interval, the seeds as dots, baselines and ceiling as lines.
+    """Test PCC of each setting, one panel per tissue: bars with intervals, seeds as dots, baselines and noise ceiling as lines.
 
     Parameters
     ----------
     settings
-        `tissue, setting, pcc, low, high`: a row a bar, in the order to draw.
+        `tissue, setting, pcc, low, high`: one row per bar, in the order to draw.
     seeds
-        `tissue, setting, pcc`: a row a job.
+        `tissue, setting, pcc`: one row per job.
     lines
-        By tissue, the heights of named lines; `ceiling` is drawn dashed.
+        Heights of named lines by tissue; `ceiling` is dashed.
     best
-        By tissue, the setting that validation chose.
+        Setting that was chosen by validation, by tissue.
     """
     tissues = list(settings["tissue"].unique())
     counts = [int((settings["tissue"] == tissue).sum()) for tissue in tissues]
     with mpl.rc_context(_STYLE):
         ratios = [0.4 * n + 0.3 for n in counts]
-        widen = max(1.0, 4.5 / sum(ratios))  # a few bars still make a figure
+        widen = max(1.0, 4.5 / sum(ratios))  # a minimum width for few bars
         figure = Figure(figsize=(widen * sum(ratios) + 1.9, 3.6), layout="constrained")
         panels = figure.subplots(1, len(tissues), sharey=True, squeeze=False, width_ratios=ratios)[0]
         for axes, tissue in zip(panels, tissues, strict=True):
@@ -85,8 +86,8 @@ def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, b
     error = np.abs(settings[["low", "high"]].to_numpy(dtype=float).T - height)
     chosen = (settings["setting"] == best).to_numpy()
     axes.axhline(0, color="black", linewidth=0.6)
-    axes.bar(x, height, width=0.62, color=np.where(chosen, _BLUE, "#b8cfe0"), zorder=1)
-    known = np.isfinite(error).all(axis=0)  # a mean over several test sections has no interval
+    axes.bar(x, height, width=0.62, color=np.where(chosen, BLUE, "#b8cfe0"), zorder=1)
+    known = np.isfinite(error).all(axis=0)  # means over several test sections have no interval
     if known.any():
         axes.errorbar(
             x[known],
@@ -97,23 +98,30 @@ def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, b
             elinewidth=0.8,
             capsize=2,
             zorder=3,
-            label="95 % interval",
+            label="95% interval",
         )
     place = dict(zip(settings["setting"], x, strict=True))
     for setting, group in seeds.groupby("setting"):
         if setting in place and len(group) > 1:
             spread = place[setting] + np.linspace(-0.16, 0.16, len(group))
             axes.scatter(
-                spread, group["pcc"], s=9, facecolor="white", edgecolor="black", linewidth=0.6, zorder=4, label="a seed"
+                spread,
+                group["pcc"],
+                s=9,
+                facecolor="white",
+                edgecolor="black",
+                linewidth=0.6,
+                zorder=4,
+                label="single seed",
             )
     for i in np.flatnonzero(chosen):
         top = max(height[i], settings["high"].fillna(-1).iloc[i])
         axes.annotate(
-            "★", (i, top), (0, 3), textcoords="offset points", ha="center", color=_ORANGE, fontfamily="DejaVu Sans"
+            "★", (i, top), (0, 3), textcoords="offset points", ha="center", color=ORANGE, fontfamily="DejaVu Sans"
         )
     labels = [_values_alone(setting) for setting in settings["setting"]]
     keys = {keys for keys, _ in labels}
-    if len(keys) == 1 and (common := keys.pop()):  # said once below, not at each bar
+    if len(keys) == 1 and (common := keys.pop()):  # named once below instead of at each bar
         axes.set_xlabel(common)
         names = [values for _, values in labels]
     else:
@@ -124,7 +132,7 @@ def _bars_of_a_tissue(axes: Axes, settings: pd.DataFrame, seeds: pd.DataFrame, b
 
 
 def _values_alone(setting: str) -> tuple[str, str]:
-    """`a=1 b=2` as `a / b` and `1 / 2`; a setting of one parameter is a value already."""
+    """Split `a=1 b=2` into `a / b` and `1 / 2`; settings of a single parameter are just a value."""
     parts = [part.partition("=") for part in setting.split(" ")]
     if not all(equals for _, equals, _ in parts):
         return "", setting
@@ -132,16 +140,16 @@ def _values_alone(setting: str) -> tuple[str, str]:
 
 
 def heat_maps(values: pd.DataFrame, keys: Sequence[str], figure_of: str) -> str:
-    """The best value at each pair of settings of two parameters, over all settings of the others: one map a pair.
+    """One heat map per pair of parameters, with the best value over all settings of the others.
 
     Parameters
     ----------
     values
-        A row a setting: the parameters `keys` as strings, and `value`.
+        One row per setting: the parameters `keys` as strings, and `value`.
     keys
-        Two parameters or more.
+        Two or more parameters.
     figure_of
-        Name of the value, for the colour bar.
+        Name of the value, for the color bar.
     """
     pairs = list(itertools.combinations(keys, 2))
     columns = min(3, len(pairs))
@@ -167,13 +175,12 @@ def heat_maps(values: pd.DataFrame, keys: Sequence[str], figure_of: str) -> str:
             axes.tick_params(length=0)
         for axes in panels[len(pairs) :]:
             axes.set_visible(False)
-        bar = figure.colorbar(picture, ax=panels.tolist(), shrink=0.7, aspect=24, label=figure_of)
-        bar.outline.set_linewidth(0.4)
+        add_colorbar(figure, picture, panels.tolist(), figure_of, shrink=0.7, aspect=24)
         return _svg(figure)
 
 
 def _ordered(labels: pd.Index) -> list[str]:
-    """Numbers by value, words as they are."""
+    """Sort numbers by value; keep the order of words."""
     try:
         return sorted(labels, key=float)
     except ValueError:

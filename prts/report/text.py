@@ -1,4 +1,4 @@
-"""What a page says in words and figures: scores beside baselines and ceiling, what the model learnt from, what to beware of."""
+"""Text of the page: scores next to baselines and ceiling, facts about the model, and warnings."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from numpy.typing import NDArray
 from prts.models.ood import PARTLY, SPOILT, STRANGE
 from prts.preprocess.artefacts import is_artefact
 
-# What each baseline of a run is, in a few words (`prts.evaluation.comparison`).
+# Baselines of a run (`prts.evaluation.baselines`).
 _BASELINES = {
     "ridge": "ridge regression on the same inputs",
-    "morphology": "ridge regression on nucleus shape and crowding",
-    "colour": "ridge regression on 12 colour statistics of the tile",
-    "position": "mean of the nearest training nuclei of this section",
-    "gene_mean": "the mean of each gene, everywhere the same",
-    "permuted": "ridge regression on shuffled counts: must be about 0",
+    "morphology": "ridge regression on nucleus shape and density",
+    "colour": "ridge regression on 12 color statistics of the tile",
+    "position": "mean of the nearest training nuclei in this section",
+    "gene_mean": "mean of each gene, the same for all nuclei",
+    "permuted": "ridge regression on shuffled counts; should be about 0",
 }
-_COARSER = 1.05  # um/px over those the encoder reads, from which the image is enlarged
+_COARSER = 1.05  # um/px of the image relative to the encoder's, above which the page warns
 _OTHERS = {
     "pcc_median": "median PCC",
     "spot_pcc_mean": "PCC over spots",
-    "auroc": "AUROC of “expressed”",
-    "mcc": "MCC of “expressed”",
+    "auroc": "AUROC, expressed or not",
+    "mcc": "MCC, expressed or not",
     "rmse_mean": "RMSE",
     "skill_mean": "skill",
-    "moran_agreement": "agreement of Moran's I",
+    "moran_agreement": "Moran's I agreement",
 }
 
 
 @dataclass(frozen=True)
-class Score:
-    """A line of the table of scores: figures as text, and the ends of its bar in per cent of the axis."""
+class ScoreRow:
+    """A row of the table of scores: numbers as text, and its bar and interval in percent of the axis."""
 
     kind: str
     name: str
@@ -52,24 +52,24 @@ class Score:
     high: float | None = None
 
 
-def of_section(metrics: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """The test figures of one section of a run without their prefix; of a run with one test section these are all there are."""
+def section_metrics(metrics: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """Test metrics of one section of a run, without prefix; a run with one test section has no metrics by section."""
     own = f"test/{section}/"
     prefix = own if any(key.startswith(own) for key in metrics) else "test/"
     found = {key.removeprefix(prefix): value for key, value in metrics.items() if key.startswith(prefix)}
     mine = f"baseline/{section}/"
     prefix = mine if any(key.startswith(mine) for key in metrics) else "baseline/"
-    beside = {f"baseline/{key.removeprefix(prefix)}": v for key, v in metrics.items() if key.startswith(prefix)}
-    return found | beside
+    baselines = {f"baseline/{key.removeprefix(prefix)}": v for key, v in metrics.items() if key.startswith(prefix)}
+    return found | baselines
 
 
-def scores(figures: Mapping[str, Any]) -> list[Score]:
-    """The model, its baselines from the best down, and the noise ceiling.
+def score_table(figures: Mapping[str, Any]) -> list[ScoreRow]:
+    """Scores of the model, of its baselines (best first), and the noise ceiling.
 
     Parameters
     ----------
     figures
-        Of `of_section`. Without a PCC in it there is nothing to tell.
+        Result of `section_metrics`. Without a PCC, the table is empty.
     """
     if not _known(figures, "pcc_mean"):
         return []
@@ -78,18 +78,20 @@ def scores(figures: Mapping[str, Any]) -> list[Score]:
     if low is not None and high is not None:
         text += f" [{number(low)}, {number(high)}]"
     hvg50, spots = (number(figures.get(key)) for key in ("hvg50_pcc_mean", "spot_pcc_mean"))
-    lines = [Score("model", "prts", "this model", figures["pcc_mean"], text, "", hvg50, spots, low=low, high=high)]
+    lines = [ScoreRow("model", "prts", "this model", figures["pcc_mean"], text, "", hvg50, spots, low=low, high=high)]
     names = [key.split("/")[1] for key in figures if key.startswith("baseline/") and key.endswith("/pcc_mean")]
     for name in sorted(names, key=lambda name: -(figures[f"baseline/{name}/pcc_mean"] or 0)):
         of = {key: figures.get(f"baseline/{name}/{key}") for key in ("pcc_mean", "hvg50_pcc_mean", "spot_pcc_mean")}
         pcc, hvg50, spots = of["pcc_mean"], number(of["hvg50_pcc_mean"]), number(of["spot_pcc_mean"])
         difference, words = _difference(figures, name), name.replace("_", " ")
         value = math.nan if pcc is None else pcc
-        lines.append(Score("baseline", words, _BASELINES.get(name, ""), value, number(pcc), difference, hvg50, spots))
+        lines.append(
+            ScoreRow("baseline", words, _BASELINES.get(name, ""), value, number(pcc), difference, hvg50, spots)
+        )
     if _known(figures, "ceiling_mean"):
         ceiling = figures["ceiling_mean"]
-        note = "what counting noise leaves to a perfect predictor"
-        lines.append(Score("ceiling", "noise ceiling", note, ceiling, number(ceiling), "", "", ""))
+        note = "highest PCC possible given counting noise"
+        lines.append(ScoreRow("ceiling", "noise ceiling", note, ceiling, number(ceiling), "", "", ""))
     reach = max([line.high or line.pcc for line in lines if math.isfinite(line.pcc)]) * 1.02 or 1.0
 
     def share(value: float | None) -> float | None:
@@ -100,32 +102,32 @@ def scores(figures: Mapping[str, Any]) -> list[Score]:
 
 
 def headline(figures: Mapping[str, Any]) -> str:
-    """The result in one sentence."""
+    """Summary of the result in one sentence."""
     if not _known(figures, "pcc_mean"):
         return ""
-    words = f"Mean correlation of predicted and measured expression over {figures['n_genes']:,.0f} genes in "
-    words += f"{figures['n_cells']:,.0f} nuclei: {number(figures['pcc_mean'])}"
+    words = f"Mean correlation between predicted and measured expression: {number(figures['pcc_mean'])}"
     if _known(figures, "pcc_mean_low"):
-        words += f" (95 % interval {number(figures['pcc_mean_low'])} to {number(figures['pcc_mean_high'])})"
+        words += f" (95% CI {number(figures['pcc_mean_low'])} to {number(figures['pcc_mean_high'])})"
+    words += f", over {figures['n_genes']:,.0f} genes and {figures['n_cells']:,.0f} nuclei"
     if _known(figures, "ceiling_share"):
-        words += f", {figures['ceiling_share']:.0%} of what counting noise allows"
+        words += f". This is {figures['ceiling_share']:.0%} of the maximum that counting noise allows"
     return words + "."
 
 
-def others(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Further figures, each with its name."""
+def other_metrics(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Other metrics with their labels."""
     return [(label, number(figures[key])) for key, label in _OTHERS.items() if _known(figures, key)]
 
 
-def training(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the model learnt from and how, as terms and their descriptions.
+def model_facts(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the model was trained on and how, as terms and descriptions.
 
     Parameters
     ----------
     about
         `uns["prts"]` of a prediction.
     model
-        model.json of its bundle, as far as known.
+        model.json of its bundle, if known.
     """
     of = {**about.get("model", {}), **model}
     nuclei = model.get("split", {}).get("sections", {})
@@ -150,31 +152,30 @@ def training(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tuple[s
     weights = str(of.get("weights_sha256", ""))
     found.append(("weights (SHA-256)", weights[:16] + "…" if weights else ""))
     found.append(("this slide", str(about.get("verdict", ""))))
-    found.append(("slide was read", _turned(about.get("orientation", {}))))
+    found.append(("orientation", _orientation(about.get("orientation", {}))))
     return [(term, words) for term, words in found if words]
 
 
-def warnings(
+def reader_warnings(
     about: Mapping[str, Any], obs: pd.DataFrame, var: pd.DataFrame, model: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> list[str]:
-    """What a reader must know before trusting the maps.
+    """What to know before trusting the maps.
 
     Parameters
     ----------
     about
         `uns["prts"]` of the prediction.
     obs, var
-        Its nuclei (`ood`, `artefact`) and genes (`predictable`), as far as those columns are there.
+        Its nuclei (`ood`, `artefact`) and genes (`predictable`); all of these columns are optional.
     model
-        model.json of its bundle, as far as known.
+        model.json of its bundle, if known.
     metrics
-        metrics.json of the run, if it is one.
+        metrics.json of the run, if there is one.
     """
-    found = []
-    told = {key.removeprefix("warning/"): text for key, text in metrics.items() if key.startswith("warning/")}
+    of_run = {key.removeprefix("warning/"): text for key, text in metrics.items() if key.startswith("warning/")}
     if model.get("split", {}).get("warning"):
-        told["split"] = model["split"]["warning"]
-    found += [f"{about_what.capitalize()}: {text}" for about_what, text in told.items()]
+        of_run["split"] = model["split"]["warning"]
+    found = [f"{topic.capitalize()}: {text}" for topic, text in of_run.items()]
     if "ood" in obs and not pd.api.types.is_bool_dtype(obs["ood"]) and "verdict" in about:
         strange = float((obs["ood"] > STRANGE).mean())
         if strange >= PARTLY:
@@ -182,34 +183,34 @@ def warnings(
     wanted = about.get("features", {}).get("encoder", {}).get("mpp")
     if wanted and about["mpp"] > _COARSER * wanted:
         found.append(
-            f"Resolution: the image has {about['mpp']:.3g} µm/px, the model reads {wanted:g}: it was enlarged "
-            f"{about['mpp'] / wanted:.2g} times, and detail that the model knows from training may be missing."
+            f"Resolution: the image has {about['mpp']:.3g} µm/px, but the model was trained at {wanted:g} µm/px. The image was enlarged "
+            f"{about['mpp'] / wanted:.2g} times, so it may lack detail that the model relies on."
         )
     if "ood" in obs and pd.api.types.is_bool_dtype(obs["ood"]) and obs["ood"].any():
         found.append(
-            f"{_of_nuclei(obs['ood'].to_numpy())} look unlike anything in training (out of distribution): "
-            "their predictions are extrapolations."
+            f"Out of distribution: {_of_nuclei(obs['ood'].to_numpy())} are unlike the training data; their predictions are "
+            "extrapolations."
         )
     spoilt = is_artefact(obs)
     if spoilt.any() and spoilt.mean() >= SPOILT:
         kinds = obs["artefact"][spoilt].value_counts()
         found.append(
-            f"{_of_nuclei(spoilt)} lie on what looks like an artefact "
-            f"({', '.join(f'{n:,} {kind}' for kind, n in kinds.items() if n)})."
+            f"Artifacts: {_of_nuclei(spoilt)} are on a likely artifact "
+            f"({', '.join(f'{kind}: {n:,}' for kind, n in kinds.items() if n)})."
         )
     if "predictable" in var:
         grey = ~var["predictable"].fillna(False).to_numpy(dtype=bool)
         if grey.any():
             found.append(
-                f"{int(grey.sum()):,} of {len(var):,} genes were not predictable on validation; they are grey in the table."
+                f"Genes: {int(grey.sum()):,} of {len(var):,} were not predictable on the validation data; they are gray in the table."
             )
     return found
 
 
-def _turned(orientation: Mapping[str, Any]) -> str:
-    """How a prediction says that its slide was read, in words; nothing where it lay upright."""
+def _orientation(orientation: Mapping[str, Any]) -> str:
+    """How the slide was rotated and mirrored before prediction; empty if it was not."""
     angle, flip = int(orientation.get("rotate", 0)), str(orientation.get("flip", "none"))
-    words = [f"turned by {angle}° counter-clockwise"] if angle else []
+    words = [f"rotated {angle}° counterclockwise"] if angle else []
     words += {"horizontal": ["mirrored left to right"], "vertical": ["mirrored top to bottom"]}.get(flip, [])
     return ", then ".join(words)
 
@@ -219,7 +220,7 @@ def _of_nuclei(which: NDArray[np.bool_]) -> str:
 
 
 def number(value: Any, digits: int = 3) -> str:
-    """A figure as text with a true minus sign; nothing where there is none."""
+    """A number as text with a true minus sign; empty if missing."""
     if value is None or not np.isfinite(value):
         return ""
     return f"{value:.{digits}f}".replace("-", "\u2212")

@@ -1,4 +1,4 @@
-"""Artefacts of a section and its slide, drawn onto a rendered image, and which pixels each of them spoils."""
+"""Draw artifacts (folds, blur, bubbles, pen) onto a rendered image and record which pixels they affect."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from scipy import ndimage
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-KINDS = ("none", "fold", "blur", "bubble", "pen")
+ARTEFACT_KINDS = ("none", "fold", "blur", "bubble", "pen")
 
 _INKS = np.array([[30.0, 40.0, 150.0], [20.0, 120.0, 60.0], [20.0, 20.0, 25.0]])
 
 
-def plant(image: NDArray[np.uint8], mpp: float, n: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw `n` folds, blurred patches, bubbles and pen strokes each, in this order, at random places.
+def draw_artefacts(image: NDArray[np.uint8], mpp: float, n: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Draw `n` folds, then as many blurred patches, bubbles and pen strokes, at random positions.
 
     Parameters
     ----------
     image
-        RGB, (rows, columns, 3); changed in place.
+        RGB, (rows, columns, 3); modified in place.
     mpp
         um per pixel.
     n
-        Of each kind.
+        Number of artifacts of each kind.
     rng
-        Decides on places, sizes and inks.
+        Source of positions, sizes and inks.
 
     Returns
     -------
-    Index into `KINDS` of what lies on top, (rows, columns).
+    Index into `ARTEFACT_KINDS` of the topmost artifact at each pixel, (rows, columns).
     """
     rows, cols = image.shape[:2]
     y, x = (np.arange(side, dtype=np.float32) * mpp for side in (rows, cols))
     kind = np.zeros((rows, cols), np.uint8)
-    for number, name in enumerate(KINDS[1:], start=1):
+    for number, name in enumerate(ARTEFACT_KINDS[1:], start=1):
         for _ in range(n):
             cx, cy, angle = (
                 rng.uniform(0.15, 0.85) * cols * mpp,

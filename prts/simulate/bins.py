@@ -1,9 +1,8 @@
-"""The tilted lattice of 2 um bins, and the files in which 10x delivers what they caught."""
+"""Counts of 2 um bins in the files that Space Ranger writes."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 import prts
 from prts.io.hdf5 import NewFile
+from prts.simulate.lattice import BIN_UM
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,52 +21,14 @@ if TYPE_CHECKING:
     from scipy import sparse
 
     from prts.simulate.draw_counts import BinCounts
-    from prts.simulate.tissue import Layout
+    from prts.simulate.lattice import BinLattice
 
-    Floats = NDArray[np.float64]
-
-BIN_UM = 2.0
 GENOME = "simulated"
-
-
-@dataclass(frozen=True)
-class Lattice:
-    """Where the bins lie: bin (row, col) is centred `origin_um + R(tilt) [col, row] BIN_UM` (+ shift, as the files report it)."""
-
-    n_rows: int
-    n_cols: int
-    origin_um: tuple[float, float]
-    tilt: float
-    """Radians; positive turns columns downwards."""
-    shift_um: tuple[float, float]
-
-    def to_um(self, row: NDArray[np.generic], col: NDArray[np.generic]) -> Floats:
-        """True centres (n, 2), x and y in um."""
-        cos, sin = np.cos(self.tilt), np.sin(self.tilt)
-        x, y = np.asarray(col, float) * BIN_UM, np.asarray(row, float) * BIN_UM
-        return np.stack([self.origin_um[0] + x * cos - y * sin, self.origin_um[1] + x * sin + y * cos], axis=-1)
-
-    def from_um(self, xy_um: Floats) -> Floats:
-        """Column and row (n, 2), not rounded."""
-        cos, sin = np.cos(self.tilt), np.sin(self.tilt)
-        x, y = (xy_um - np.asarray(self.origin_um)).T / BIN_UM
-        return np.stack([x * cos + y * sin, y * cos - x * sin], axis=-1)
-
-
-def make_lattice(layout: Layout, tilt_deg: float, shift_um: tuple[float, float]) -> Lattice:
-    """A square capture area about the middle of the image that leaves a thin strip of the image uncovered."""
-    tilt = np.deg2rad(tilt_deg)
-    n_cols, n_rows = (int(0.94 * side / BIN_UM) for side in (layout.width_um, layout.height_um))
-    cos, sin = np.cos(tilt), np.sin(tilt)
-    half_x, half_y = (n_cols - 1) / 2 * BIN_UM, (n_rows - 1) / 2 * BIN_UM
-    middle_x, middle_y = 0.49 * layout.width_um, 0.5 * layout.height_um
-    origin = (middle_x - half_x * cos + half_y * sin, middle_y - half_x * sin - half_y * cos)
-    return Lattice(n_rows, n_cols, origin, float(tilt), shift_um)
 
 
 def write_bins(
     folder: Path,
-    lattice: Lattice,
+    lattice: BinLattice,
     counts: BinCounts,
     truth: ad.AnnData,
     mpp: float,
@@ -78,11 +40,11 @@ def write_bins(
     Parameters
     ----------
     folder
-        The folder to fill; made.
+        The folder to create and fill.
     lattice, counts
-        What to write.
+        Positions and counts of the bins.
     truth
-        Its genes: names and a column `gene_id`.
+        The section's genes: names and a column `gene_id`.
     mpp
         um per full-resolution pixel.
     shape
@@ -131,7 +93,7 @@ def _barcodes(row: NDArray[np.int32], col: NDArray[np.int32]) -> NDArray[np.byte
 
 
 def _arrow_strings(text: NDArray[np.bytes_]) -> pa.Array:
-    """Strings of one length without a Python object each."""
+    """Strings of equal length, without one Python object per string."""
     offsets = np.arange(len(text) + 1, dtype=np.int32) * text.dtype.itemsize
     return pa.StringArray.from_buffers(len(text), pa.py_buffer(offsets), pa.py_buffer(text))
 

@@ -1,4 +1,4 @@
-"""The UMIs of a simulated section: how many each nucleus has of each gene, and in which bins they are caught."""
+"""Draw the UMIs of a simulated section and the bins that capture them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 from scipy import sparse
 from scipy.spatial import cKDTree
 
-from prts.simulate.bins import BIN_UM, Lattice
-from prts.simulate.fields import sample
+from prts.simulate.fields import sample_field
 from prts.simulate.gene_programs import true_rates
-from prts.simulate.nuclei import Nuclei, lattice_around
+from prts.simulate.lattice import BIN_UM, BinLattice
+from prts.simulate.nuclei import SimulatedNuclei, lattice_around
 from prts.simulate.tissue import GRID_UM, TYPES, Layout
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _CHUNK_ENTRIES = 10_000_000
 
 @dataclass(frozen=True)
 class BinCounts:
-    """The section's UMIs and where they went."""
+    """UMIs of a section by bin."""
 
     in_tissue: NDArray[np.bool_]
     """(rows, columns) of the lattice."""
@@ -41,12 +41,18 @@ class BinCounts:
 
 
 def draw_counts(
-    layout: Layout, nuclei: Nuclei, truth: ad.AnnData, lattice: Lattice, diffusion_um: float, rng: np.random.Generator
+    layout: Layout,
+    nuclei: SimulatedNuclei,
+    truth: ad.AnnData,
+    lattice: BinLattice,
+    diffusion_um: float,
+    rng: np.random.Generator,
 ) -> BinCounts:
     """Draw every UMI of the section and put it into a bin.
 
-    A nucleus's UMIs are negative binomial around `true_rates` and start in a bin whose centre lies within it; those of its cytoplasm,
-    with the same programme, start in a bin that is nearest to it and in no nucleus. Both then diffuse. Ambient UMIs fall anywhere.
+    The UMIs of a nucleus are negative binomial around `true_rates` and start in a bin whose center is inside the nucleus. Those of its
+    cytoplasm follow the same rates and start in a bin outside all nuclei that is closest to it. Both then diffuse. Ambient UMIs land
+    anywhere in the tissue.
 
     Parameters
     ----------
@@ -55,9 +61,9 @@ def draw_counts(
     lattice
         The bins.
     diffusion_um
-        Standard deviation, in each direction, of a UMI's way from where it was to where it was caught; 0 keeps it in its bin.
+        Standard deviation, per direction, of the distance between origin and capture of a UMI; 0 keeps each UMI in its bin.
     rng
-        Decides on everything here.
+        Source of all randomness here.
 
     Returns
     -------
@@ -66,7 +72,7 @@ def draw_counts(
     shape = (lattice.n_rows, lattice.n_cols)
     row, col = (a.ravel() for a in np.indices(shape, dtype=np.int32))
     centres = lattice.to_um(row, col)
-    in_tissue = _inside(layout, centres) & sample(layout.outline, GRID_UM, centres).astype(bool)
+    in_tissue = _inside(layout, centres) & sample_field(layout.outline, GRID_UM, centres).astype(bool)
     nuclear, cytoplasm = _homes(nuclei, lattice, centres, in_tissue, layout)
     share = np.array([t.cytoplasm_umi for t in TYPES])[nuclei.kind]
     share = np.where(cytoplasm.size > 0, share, 0.0)
@@ -111,7 +117,7 @@ class _Homes:
     size: Ints
 
     def pick(self, cell: Ints, rng: np.random.Generator) -> Ints:
-        """One of the bins of each cell, at random (any bin for a cell that has none)."""
+        """A random bin of each cell (an arbitrary bin for a cell without any)."""
         at = self.start[cell] + (rng.random(len(cell)) * self.size[cell]).astype(np.int64)
         return np.asarray(self.bins[np.minimum(at, len(self.bins) - 1)])
 
@@ -123,7 +129,7 @@ def _grouped(cell: Ints, bins: Ints, n: int) -> _Homes:
 
 
 def _homes(
-    nuclei: Nuclei, lattice: Lattice, centres: Floats, in_tissue: NDArray[np.bool_], layout: Layout
+    nuclei: SimulatedNuclei, lattice: BinLattice, centres: Floats, in_tissue: NDArray[np.bool_], layout: Layout
 ) -> tuple[_Homes, _Homes]:
     """Bins of each nucleus and of the cytoplasm around it."""
     at = lattice.from_um(nuclei.xy_um)
@@ -131,7 +137,7 @@ def _homes(
     flat = row * lattice.n_cols + col
     dx, dy = (centres[flat] - nuclei.xy_um[index]).T
     within = nuclei.depth(index, dx, dy) < 1
-    # A nucleus too small to hold a centre has the nearest bin (clipped to the lattice: what lies beyond is lost, not moved).
+    # A nucleus too small to contain a bin center gets the nearest bin.
     without = np.setdiff1d(np.arange(len(nuclei)), index[within])
     nearest = np.clip(np.rint(at[without]).astype(np.int64), 0, [lattice.n_cols - 1, lattice.n_rows - 1])
     nuclear = _grouped(
@@ -139,7 +145,7 @@ def _homes(
         np.concatenate([flat[within], nearest[:, 1] * lattice.n_cols + nearest[:, 0]]),
         len(nuclei),
     )
-    free = in_tissue & (sample(layout.clearance, GRID_UM, centres) > 0)
+    free = in_tissue & (sample_field(layout.clearance, GRID_UM, centres) > 0)
     free[flat[within]] = False
     free_bins = np.flatnonzero(free)
     distance, owner = cKDTree(nuclei.xy_um).query(centres[free_bins], distance_upper_bound=_CYTOPLASM_UM)
@@ -172,10 +178,10 @@ def _negative_binomial(
 def _caught(
     home: Ints, gene: Ints, shape: tuple[int, int], n_genes: int, diffusion_um: float, rng: np.random.Generator
 ) -> Ints:
-    """Key (bin x genes + gene) of each UMI that is still in the capture area after diffusion."""
+    """Key (bin x genes + gene) of each UMI that diffusion leaves in the capture area."""
     row, col = np.divmod(home, shape[1])
     if diffusion_um > 0:
-        # From anywhere in the bin, in units of bins.
+        # Starting anywhere in the bin, in units of bins.
         way = rng.random((2, len(home)), np.float32) - np.float32(0.5)
         way += np.float32(diffusion_um / BIN_UM) * rng.standard_normal((2, len(home)), np.float32)
         row, col = row + np.rint(way[0]).astype(np.int64), col + np.rint(way[1]).astype(np.int64)
@@ -184,7 +190,7 @@ def _caught(
 
 
 def _tally(key: Ints, in_tissue: NDArray[np.bool_], n_genes: int) -> sparse.csr_matrix:
-    """Count equal keys; sorted keys are a CSR matrix already."""
+    """Count equal keys; sorted, they are the entries of a CSR matrix in order."""
     key.sort()
     first = np.flatnonzero(np.diff(key, prepend=-1))
     data = np.diff(first, append=len(key)).astype(np.int32)

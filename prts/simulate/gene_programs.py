@@ -1,11 +1,12 @@
-"""Genes and what drives them: type, domain, gradients (which the image shows) and a cell-level part (which it cannot show).
+"""Gene programs: effects of cell type, domain and gradients (visible in the image) and of cell-level factors (invisible).
 
-The programme depends on `program_seed` and the number of genes only, so sections of one tissue share it. A nucleus c expects of gene g
+The programs depend only on `program_seed` and the number of genes, so that sections of one tissue share them. The expected UMI count of
+gene g in nucleus c is
 
     X[c, g] = depth[c] * exp(log_rate[c, g] - log_total[c])
     log_rate[c, g] = type[g, kind(c)] + domain[g, domain(c)] + gradient[g] . gradient(c) + latent[g] . latent(c)
 
-with log_total the log of the sum over genes, so that a nucleus's rates add up to its depth.
+where log_total is the log of the sum over genes, so that the rates of a nucleus add up to its depth.
 """
 
 from __future__ import annotations
@@ -25,37 +26,37 @@ if TYPE_CHECKING:
     import geopandas as gpd
     from numpy.typing import NDArray
 
-    from prts.simulate.nuclei import Nuclei
+    from prts.simulate.nuclei import SimulatedNuclei
 
     Floats = NDArray[np.float32]
 
 N_LATENT = 5
-"""Cell-level factors; the last one is stress and drives the mitochondrial genes."""
+"""Number of cell-level factors; the last one is stress, which drives the mitochondrial genes."""
 MEDIAN_UMI = 150.0
-"""Median over nuclei of the UMIs that the bins within them are expected to hold."""
+"""Median expected number of UMIs in the bins inside a nucleus."""
 
 DENSE_ENTRIES = 20_000_000
-"""A section with more cells x genes keeps its factors in truth.h5ad, but not the rates they give."""
+"""Sections with more cells x genes store the factors in truth.h5ad but not the rates."""
 
 _MITO = ("ND1", "ND2", "CO1", "CO2", "ATP8", "ATP6", "CO3", "ND3", "ND4L", "ND4", "ND5", "ND6", "CYB")
 _MITO_SHARE = 0.05
 _DEPTH_SD = 0.40
 _AREA_POWER = 0.6
-# A nucleus loses more UMIs to its surroundings by diffusion (1 um) than it gains: measured on sections of 2,000 to 20,000 nuclei.
+# Makes up for the UMIs that nuclei lose by diffusion (1 um); measured on sections of 2,000 to 20,000 nuclei.
 _DEPTH_BEFORE_SPILL = 1.12
 
 
 @dataclass(frozen=True)
-class Programme:
-    """Genes and their effects, all in natural logarithms."""
+class GenePrograms:
+    """Genes and their effects on the log rate (natural logarithm)."""
 
     names: NDArray[np.object_]
     ids: NDArray[np.object_]
     mitochondrial: NDArray[np.bool_]
     marker_of: NDArray[np.int8]
-    """Index of the type whose marker the gene is, else -1."""
+    """Index of the cell type that the gene marks, or -1."""
     kind: Floats
-    """(genes, types), the abundance included."""
+    """(genes, types), including the abundance of the gene."""
     domain: Floats
     gradient: Floats
     latent: Floats
@@ -63,26 +64,22 @@ class Programme:
     """Size (r) of the negative binomial: variance = mean + mean^2 / r."""
 
     def markers(self) -> dict[str, list[str]]:
-        """Names of each type's marker genes."""
+        """Marker genes of each cell type."""
         return {name: self.names[self.marker_of == k].tolist() for k, name in enumerate(TYPE_NAMES)}
 
 
-def make_programme(genes: int, *, species: str = "human", program_seed: int = 0) -> Programme:
-    """Draw the genes of a tissue.
+def draw_gene_programs(genes: int, *, species: str = "human", program_seed: int = 0) -> GenePrograms:
+    """Draw the genes of a tissue and their effects.
 
     Parameters
     ----------
     genes
-        How many: 13 mitochondrial ones (fewer below 260 genes), 1.5 % markers for each type (at least 2), the rest named SIM0001
-        and so on.
+        Number of genes: 13 mitochondrial ones (fewer below 260 genes), 1.5 % markers per cell type (at least 2), and the rest, named
+        SIM0001, SIM0002, ...
     species
         `human` (MT-ND1) or `mouse` (mt-Nd1).
     program_seed
-        Sections with the same seed and number of genes share everything returned here.
-
-    Returns
-    -------
-    The programme.
+        Sections with the same seed and number of genes share their programs.
     """
     rng = np.random.default_rng([program_seed, 11])
     n_mito = min(len(_MITO), genes // 20)
@@ -110,7 +107,7 @@ def make_programme(genes: int, *, species: str = "human", program_seed: int = 0)
     gradient = np.where(rng.random((genes, N_GRADIENTS)) < 0.35, 0.50, 0.03) * rng.standard_normal((genes, N_GRADIENTS))
     latent = 0.22 * rng.standard_normal((genes, N_LATENT))
     latent[:, -1] = np.where(is_mito, 0.40, 0.03 * rng.standard_normal(genes))
-    return Programme(
+    return GenePrograms(
         names=names,
         ids=np.array([f"SIMG{k:011d}" for k in range(1, genes + 1)], dtype=object),
         mitochondrial=is_mito,
@@ -124,31 +121,31 @@ def make_programme(genes: int, *, species: str = "human", program_seed: int = 0)
 
 
 def make_truth(
-    nuclei: Nuclei, outlines: gpd.GeoDataFrame, programme: Programme, rng: np.random.Generator
+    nuclei: SimulatedNuclei, outlines: gpd.GeoDataFrame, programs: GenePrograms, rng: np.random.Generator
 ) -> ad.AnnData:
-    """Draw depth and cell-level factors of each nucleus and put the factors of all rates into one object, without the rates.
+    """Draw the depth and cell-level factors of each nucleus and collect the factors of all rates.
 
     Parameters
     ----------
     nuclei
         The n nuclei of a section.
     outlines
-        Their ids and areas: a larger one holds more bins, so more UMIs.
-    programme
-        The genes.
+        Their ids and areas: a larger nucleus contains more bins, and so more UMIs.
+    programs
+        The genes and their effects.
     rng
-        Decides on the cell-level part.
+        Source of depths and cell-level factors.
 
     Returns
     -------
-    AnnData (n, genes) without X; `true_rates` reads it.
+    AnnData (n, genes) without X; `true_rates` computes the rates.
     """
     n = len(nuclei)
     area_um2 = outlines["area_um2"].to_numpy()
     shown = MEDIAN_UMI * _DEPTH_BEFORE_SPILL * (area_um2 / np.median(area_um2)) ** _AREA_POWER
     depth = shown * np.exp(_DEPTH_SD * rng.standard_normal(n))
     latent = rng.standard_normal((n, N_LATENT)).astype(np.float32)
-    # A few damaged cells, which quality control should find.
+    # A few damaged cells for quality control to find.
     latent[:, -1] += 4.0 * (rng.random(n) < 0.02)
     obs = pd.DataFrame(
         {
@@ -162,47 +159,46 @@ def make_truth(
     )
     var = pd.DataFrame(
         {
-            "gene_id": programme.ids,
-            "mitochondrial": programme.mitochondrial,
-            "marker_of": pd.Categorical.from_codes(programme.marker_of, pd.Index(TYPE_NAMES)),
-            "dispersion": programme.dispersion,
+            "gene_id": programs.ids,
+            "mitochondrial": programs.mitochondrial,
+            "marker_of": pd.Categorical.from_codes(programs.marker_of, pd.Index(TYPE_NAMES)),
+            "dispersion": programs.dispersion,
         },
-        index=programme.names,
+        index=programs.names,
     )
     truth = ad.AnnData(obs=obs, var=var)
     truth.obsm["gradient"] = nuclei.gradients.astype(np.float32)
     truth.obsm["latent"] = latent
-    truth.varm["type"] = programme.kind
-    truth.varm["domain"] = programme.domain
-    truth.varm["gradient"] = programme.gradient
-    truth.varm["latent"] = programme.latent
+    truth.varm["type"] = programs.kind
+    truth.varm["domain"] = programs.domain
+    truth.varm["gradient"] = programs.gradient
+    truth.varm["latent"] = programs.latent
     return truth
 
 
 def true_rates(truth: ad.AnnData, genes: Sequence[str] | None = None, *, image: bool = False) -> Floats:
-    """Expected UMIs of each nucleus and gene, from the factors in a truth.h5ad.
+    """Expected UMIs per nucleus and gene, computed from the factors in truth.h5ad.
 
     Parameters
     ----------
     truth
-        What `make_truth` made, or a slice of its nuclei.
+        Result of `make_truth`, or a subset of its nuclei.
     genes
-        Names of the wanted genes, default all.
+        Names of genes; all by default.
     image
-        What a perfect reader of the image expects: type, domain, gradients and area known; the cell-level factors and the depth
-        replaced by their expectation (the gamma noise of the counts is left out of both).
+        Return what a perfect reader of the image would expect: type, domain, gradients and area are known, while cell-level factors
+        and depth are replaced by their expectation (neither includes the gamma noise of the counts).
 
     Returns
     -------
-    (n, genes) float32. The counts of a nucleus's own UMIs are negative binomial around it; diffusion, ambient UMIs and neighbours come
-    on top.
+    (n, genes) float32. The UMIs of a nucleus are negative binomial around it; diffusion, ambient UMIs and neighbors are added on top.
     """
     kind, domain = truth.obs["cell_type"].cat.codes.to_numpy(), truth.obs["domain"].cat.codes.to_numpy()
     latent = np.asarray(truth.varm["latent"])
-    # Type and domain as one-hot columns make the whole rate one matrix product.
+    # With type and domain as one-hot columns, the log rate is one matrix product.
     cells: list[Any] = [np.eye(len(TYPE_NAMES))[kind], np.eye(len(DOMAIN_NAMES))[domain], truth.obsm["gradient"]]
     effects: list[Any] = [truth.varm["type"], truth.varm["domain"], truth.varm["gradient"]]
-    # The mean of a log-normal factor lies above its median.
+    # The mean of a log-normal factor is above its median.
     cells.append(np.ones((truth.n_obs, 1)) if image else truth.obsm["latent"])
     effects.append(0.5 * (latent**2).sum(axis=1, keepdims=True) if image else latent)
     rate = np.hstack(cells).astype(np.float32) @ np.hstack(effects).astype(np.float32).T

@@ -1,4 +1,4 @@
-"""The nuclei of a simulated section: one outline function that the image, the bins and the polygons all use; positions without overlap."""
+"""Nuclei of a simulated section: their shapes, shared by image, bins and polygons, and their positions without overlap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import shapely
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from prts.simulate.fields import sample
+from prts.simulate.fields import sample_field
 from prts.simulate.tissue import DUCT, GRID_UM, SURFACE, TYPE_SHARES, TYPES, VESSEL, Layout
 
 if TYPE_CHECKING:
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     Index = NDArray[np.intp]
 
 HARMONICS = 4
-"""Number of harmonics (2, 3, ...) that an outline deviates from an ellipse by."""
+"""Number of harmonics (2, 3, ...) by which an outline deviates from an ellipse."""
 VERTICES = 40
 _REPULSION_ROUNDS = 30
 
 
 @dataclass(frozen=True)
-class Nuclei:
-    """All nuclei of a section; every array has the n nuclei along its first axis.
+class SimulatedNuclei:
+    """Nuclei of a simulated section; the first axis of every array is the n nuclei.
 
-    An outline is an ellipse (half axes `half_um`) times `1 + sum_k cos_k cos(kt) + sin_k sin(kt)` at parametric angle t, then bent
-    (y += bend x^2, in the frame of its long axis) and turned by `angle`.
+    An outline is an ellipse (half axes `half_um`) scaled by `1 + sum_k cos_k cos(kt) + sin_k sin(kt)` at parametric angle t, then bent
+    (y += bend x^2 along its long axis) and rotated by `angle`.
     """
 
     xy_um: Floats
@@ -43,24 +43,24 @@ class Nuclei:
     """Index into TYPES."""
     domain: NDArray[np.int8]
     gradients: Floats
-    """(n, N_GRADIENTS) values at the centre."""
+    """(n, N_GRADIENTS) values at the center."""
 
     def __len__(self) -> int:
         return len(self.kind)
 
-    def __getitem__(self, index: Any) -> Nuclei:
-        """A selection."""
+    def __getitem__(self, index: Any) -> SimulatedNuclei:
+        """Select nuclei, as in indexing an array."""
         return replace(self, **{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
 
     def depth(self, index: Index, dx: Floats, dy: Floats) -> Floats:
-        """Position relative to the outline: 0 at the centre, 1 on the outline, proportional between.
+        """Position relative to the outline: 0 at the center, 1 on the outline, proportional in between.
 
         Parameters
         ----------
         index
             Nucleus of each point.
         dx, dy
-            Offset (um) of each point from the centre of its nucleus.
+            Offset (um) of each point from the center of its nucleus.
         """
         cos, sin = np.cos(self.angle)[index], np.sin(self.angle)[index]
         p = dx * cos + dy * sin
@@ -70,7 +70,7 @@ class Nuclei:
         return np.asarray(radius / (1 + _wobble(self.wobble[index], z / radius)))
 
     def reach_um(self) -> Floats:
-        """Radius (um) around each centre that surely holds the nucleus."""
+        """Radius (um) of a circle around each center that contains the nucleus."""
         long = self.half_um[:, 0] * (1 + np.abs(self.wobble).sum(axis=1))
         return np.asarray(long + np.abs(self.bend) * long**2 + 0.1)
 
@@ -88,7 +88,7 @@ class Nuclei:
 
 
 def _wobble(amplitude: NDArray[np.complex128], unit: NDArray[np.complex128]) -> Floats:
-    """Deviation from the ellipse at the angle of a unit complex number: no trigonometry, powers only."""
+    """Deviation from the ellipse at the angle of a unit complex number, from powers instead of trigonometry."""
     total = np.zeros(unit.shape)
     power = unit
     for k in range(HARMONICS):
@@ -98,20 +98,20 @@ def _wobble(amplitude: NDArray[np.complex128], unit: NDArray[np.complex128]) -> 
 
 
 def lattice_around(centre: Floats, reach: Floats, shape: tuple[int, int]) -> tuple[Index, Index, Index]:
-    """Points of an integer lattice in a square around each centre.
+    """Points of an integer lattice in a square around each center.
 
     Parameters
     ----------
     centre
-        (n, 2) column and row, where lattice point (c, r) lies at exactly c, r.
+        (n, 2) column and row; lattice point (c, r) is at exactly c, r.
     reach
         (n,) half the side of each square.
     shape
-        Rows and columns of the lattice; points outside it are left out.
+        Rows and columns of the lattice; points outside are omitted.
 
     Returns
     -------
-    Row, column and index of the centre, of every point of every square.
+    Row, column and index of the center, for every point of every square.
     """
     low = np.maximum(np.ceil(centre - reach[:, None]), 0).astype(np.intp)
     high = np.minimum(np.floor(centre + reach[:, None]), np.array([shape[1], shape[0]]) - 1).astype(np.intp)
@@ -123,25 +123,25 @@ def lattice_around(centre: Floats, reach: Floats, shape: tuple[int, int]) -> tup
     return row + low[index, 1], col + low[index, 0], index
 
 
-def place_nuclei(layout: Layout, cells: int, rng: np.random.Generator) -> Nuclei:
-    """Draw types and shapes for a section's nuclei and place them apart from one another.
+def place_nuclei(layout: Layout, cells: int, rng: np.random.Generator) -> SimulatedNuclei:
+    """Draw types and shapes of nuclei and place them without overlap.
 
     Parameters
     ----------
     layout
         The section.
     cells
-        How many.
+        Number of nuclei.
     rng
-        Decides on everything here.
+        Source of all randomness here.
 
     Returns
     -------
-    Nuclei, of which neighbours touch but hardly overlap.
+    Nuclei, of which neighbors touch but hardly overlap.
     """
     xy_um = _quasi_random(layout, cells, rng)
-    domain = sample(layout.domain, GRID_UM, xy_um).astype(np.int8)
-    clearance = sample(layout.clearance, GRID_UM, xy_um).astype(np.float64)
+    domain = sample_field(layout.domain, GRID_UM, xy_um).astype(np.int8)
+    clearance = sample_field(layout.clearance, GRID_UM, xy_um).astype(np.float64)
     chance = np.cumsum(TYPE_SHARES, axis=1)[domain]
     kind = np.minimum((rng.random(cells)[:, None] > chance).sum(axis=1), len(TYPES) - 1).astype(np.int8)
     # The endothelium is the innermost layer of a vessel's wall.
@@ -155,7 +155,7 @@ def place_nuclei(layout: Layout, cells: int, rng: np.random.Generator) -> Nuclei
 
 
 def _quasi_random(layout: Layout, cells: int, rng: np.random.Generator) -> Floats:
-    """Points of the R2 sequence thinned to the layout's density, (cells, 2) um: evener than independent draws."""
+    """Points of the R2 sequence thinned to the layout's density, (cells, 2) um: more even than independent draws."""
     top = float(layout.density.max())
     area = layout.width_um * layout.height_um
     n = int(1.3 * area * top) + 1000
@@ -165,23 +165,23 @@ def _quasi_random(layout: Layout, cells: int, rng: np.random.Generator) -> Float
         unit = np.stack([i / golden, i / golden**2], axis=1) + rng.random(2)
         xy = (unit % 1.0) * [layout.width_um, layout.height_um]
         xy += rng.normal(0, 0.25 / np.sqrt(top), xy.shape)
-        kept = xy[rng.random(n) * top < sample(layout.density, GRID_UM, xy)]
+        kept = xy[rng.random(n) * top < sample_field(layout.density, GRID_UM, xy)]
         if len(kept) >= cells:
-            # The sequence fills the plane evenly in any stretch of it, so a random subset is not needed, and would be worse.
+            # Any stretch of the sequence covers the plane evenly; a random subset would be less even.
             return np.asarray(kept[:cells])
         n = int(n * 1.3)
 
 
 def _shapes(
     layout: Layout, xy_um: Floats, domain: NDArray[np.int8], kind: NDArray[np.int8], rng: np.random.Generator
-) -> Nuclei:
-    """Outlines from the types' distributions; long axes follow fibres or point to the nearest edge."""
+) -> SimulatedNuclei:
+    """Shapes drawn per cell type; long axes follow the fibers or point to the nearest edge."""
     n = len(kind)
     table = {
         f: np.array([getattr(t, f) for t in TYPES])[kind]
         for f in ("diameter_um", "size_sd", "elongation", "irregular", "sagitta_um")
     }
-    gradients = np.stack([sample(g, GRID_UM, xy_um) for g in layout.gradients], axis=1).astype(np.float64)
+    gradients = np.stack([sample_field(g, GRID_UM, xy_um) for g in layout.gradients], axis=1).astype(np.float64)
     radius = 0.5 * table["diameter_um"] * np.exp(table["size_sd"] * rng.standard_normal(n) + 0.03 * gradients[:, 1])
     stretch = np.sqrt(np.maximum(table["elongation"] * np.exp(0.12 * rng.standard_normal(n)), 1.02))
     half = np.stack([radius * stretch, radius / stretch], axis=1)
@@ -194,20 +194,20 @@ def _shapes(
     slope = _angle(ndimage.gaussian_filter(layout.across, 1.5), xy_um) + np.pi / 2
     edge = _angle(ndimage.gaussian_filter(layout.clearance, 2.0), xy_um)
     along = np.array([t.along for t in TYPES])[kind]
-    # Around a vessel the wall's own direction counts, not that of the stroma beyond.
+    # Nuclei in a vessel follow its wall, not the stroma around it.
     slope = np.where(domain == VESSEL, edge + np.pi / 2, slope)
     lined = (along == "edge") & np.isin(domain, (DUCT, SURFACE))
     angle = np.where(along == "fibre", slope, np.where(lined, edge, rng.uniform(0, np.pi, n)))
-    return Nuclei(xy_um, half, angle + 0.16 * rng.standard_normal(n), bend, wobble, kind, domain, gradients)
+    return SimulatedNuclei(xy_um, half, angle + 0.16 * rng.standard_normal(n), bend, wobble, kind, domain, gradients)
 
 
 def _angle(field: NDArray[np.float32], xy_um: Floats) -> Floats:
     """Direction in which a field rises fastest at each point."""
     down, right = (np.asarray(slope) for slope in np.gradient(field))
-    return np.asarray(np.arctan2(sample(down, GRID_UM, xy_um), sample(right, GRID_UM, xy_um)), np.float64)
+    return np.asarray(np.arctan2(sample_field(down, GRID_UM, xy_um), sample_field(right, GRID_UM, xy_um)), np.float64)
 
 
-def _separate(nuclei: Nuclei, layout: Layout, rng: np.random.Generator) -> Nuclei:
+def _separate(nuclei: SimulatedNuclei, layout: Layout, rng: np.random.Generator) -> SimulatedNuclei:
     """Push touching nuclei apart within their domain, then shrink the few that still overlap."""
     xy = nuclei.xy_um.copy()
     xy += rng.normal(0, 1e-3, xy.shape)
@@ -215,13 +215,15 @@ def _separate(nuclei: Nuclei, layout: Layout, rng: np.random.Generator) -> Nucle
     me = np.repeat(np.arange(len(nuclei)), neighbours - 1)
     for _ in range(_REPULSION_ROUNDS):
         other, gap, d = _gaps(nuclei, xy, me, neighbours)
-        # A little air between them, half of the way each.
+        # Leave a small gap; each nucleus moves half of the way.
         push = np.where(gap < 0.35, 0.5 * (0.35 - gap), 0)[:, None] * d
         step = np.zeros_like(xy)
         np.add.at(step, me, -push)
         length = np.linalg.norm(step, axis=1, keepdims=True)
         new = xy + step * np.minimum(1, 2.5 / np.maximum(length, 1e-9))
-        stays = (sample(layout.domain, GRID_UM, new) == nuclei.domain) & (sample(layout.clearance, GRID_UM, new) > 2.0)
+        stays = (sample_field(layout.domain, GRID_UM, new) == nuclei.domain) & (
+            sample_field(layout.clearance, GRID_UM, new) > 2.0
+        )
         xy[stays] = new[stays]
     other, gap, d = _gaps(nuclei, xy, me, neighbours)
     distance = np.linalg.norm(xy[other] - xy[me], axis=1)
@@ -230,8 +232,8 @@ def _separate(nuclei: Nuclei, layout: Layout, rng: np.random.Generator) -> Nucle
     return replace(nuclei, xy_um=xy, half_um=nuclei.half_um * np.maximum(shrink, 0.7)[:, None])
 
 
-def _gaps(nuclei: Nuclei, xy: Floats, me: Index, neighbours: int) -> tuple[Index, Floats, Floats]:
-    """For every nucleus and its nearest: who they are, the gap (um, negative: overlap) on the line between, its direction (unit)."""
+def _gaps(nuclei: SimulatedNuclei, xy: Floats, me: Index, neighbours: int) -> tuple[Index, Floats, Floats]:
+    """Neighbors of every nucleus, the gap (um, negative if they overlap) on the line between them, and its unit direction."""
     other = cKDTree(xy).query(xy, neighbours)[1][:, 1:].ravel()
     d = xy[other] - xy[me]
     distance = np.maximum(np.linalg.norm(d, axis=1), 1e-6)

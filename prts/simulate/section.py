@@ -1,10 +1,11 @@
-"""One simulated section, written as 10x lays out a real one, with its truth beside it."""
+"""Simulate a Visium HD section with known truth, in the layout of Space Ranger."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,19 +15,20 @@ import pandas as pd
 import tifffile
 from PIL import Image
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.io.cache import atomic
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import make_nuclei, write_nuclei
+from prts.io.outputs import check_out_folder
 from prts.progress import track
-from prts.simulate.artefacts import KINDS as PLANTED
-from prts.simulate.artefacts import plant
-from prts.simulate.bins import make_lattice, write_bins
+from prts.simulate.artefacts import ARTEFACT_KINDS, draw_artefacts
+from prts.simulate.bins import write_bins
 from prts.simulate.draw_counts import BinCounts, draw_counts
-from prts.simulate.gene_programs import DENSE_ENTRIES, Programme, make_programme, make_truth, true_rates
-from prts.simulate.nuclei import Nuclei, place_nuclei
-from prts.simulate.stain import BAND, render, shifted_stain
-from prts.simulate.tissue import build_layout
+from prts.simulate.gene_programs import DENSE_ENTRIES, GenePrograms, draw_gene_programs, make_truth, true_rates
+from prts.simulate.lattice import make_lattice
+from prts.simulate.nuclei import SimulatedNuclei, place_nuclei
+from prts.simulate.stain import BAND_ROWS, render, shifted_stain
+from prts.simulate.tissue import Layout, build_layout
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -39,56 +41,95 @@ _OWN = {"tissue_image.tif", "binned_outputs", "truth.h5ad", "truth_nuclei.parque
 _LOWRES_PX = 600
 
 
-def simulate_section(
-    out: Path,
-    *,
-    cells: int = 2000,
-    genes: int = 1000,
-    seed: int = 0,
-    mpp: float = 0.5,
-    name: str | None = None,
-    stain: float = 0.0,
-    tilt_deg: float = 1.3,
-    shift_um: Sequence[float] = (0.0, 0.0),
-    diffusion_um: float = 1.0,
-    species: str = "human",
-    program_seed: int = 0,
-    artefacts: int = 0,
-) -> Path:
-    """Simulate a section of a tissue; the same arguments give the same bytes.
+@dataclass(frozen=True)
+class SimulationSettings:
+    """Settings of a simulated section.
 
-    `truth.h5ad` holds the nuclei (type, domain, depth, area, position) and genes with the factors of their rates, which
-    `prts.simulate.gene_programs.true_rates` multiplies out; in a section of up to 20 million nuclei x genes also the rates
-    themselves: X, and `layers["image_rate"]`, what a perfect reader of the image expects. `truth_nuclei.parquet` holds the outlines.
+    Parameters
+    ----------
+    cells
+        Number of nuclei, at least 50; it determines the area of the tissue (about 270 um2 per nucleus).
+    genes
+        Number of genes, at least 50. A different number is a different tissue, even with the same `program_seed`.
+    seed
+        Seed of geometry, nuclei, counts and image.
+    mpp
+        um per pixel of the image, 0.1 to 1.
+    stain
+        Shift of stain and scanner from the reference (0), -2 to 2: see `prts.simulate.stain.shifted_stain`.
+    tilt_deg
+        Angle between rows of bins and rows of pixels, -20 to 20.
+    shift_um
+        Error (x, y) of the reported positions of the bins.
+    diffusion_um
+        Standard deviation, per direction, of the distance between origin and capture of a UMI, 0 to 20.
+    program_seed
+        Seed of the genes and their effects; sections of one tissue share it.
+    species
+        `human` or `mouse`; decides how mitochondrial genes are spelled.
+    name
+        Name of the section in `truth.h5ad`; the name of its folder by default.
+    artefacts
+        Number of folds, and as many blurred patches, bubbles and pen strokes, 0 to 100. `truth.obs["artefact"]` marks affected nuclei.
+
+    Raises
+    ------
+    ParameterError
+        If a value is out of range.
+    """
+
+    cells: int = 2000
+    genes: int = 1000
+    seed: int = 0
+    mpp: float = 0.5
+    stain: float = 0.0
+    tilt_deg: float = 1.3
+    shift_um: tuple[float, float] = (0.0, 0.0)
+    diffusion_um: float = 1.0
+    program_seed: int = 0
+    species: str = "human"
+    name: str | None = None
+    artefacts: int = 0
+
+    def __post_init__(self) -> None:
+        whole = {"cells": (50, 10**7), "genes": (50, 10**6), "artefacts": (0, 100)}
+        whole |= dict.fromkeys(("seed", "program_seed"), (0, 2**63))
+        real = {"mpp": (0.1, 1.0), "stain": (-2.0, 2.0), "tilt_deg": (-20.0, 20.0), "diffusion_um": (0.0, 20.0)}
+        for key, (low, high) in whole.items():
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+                raise ParameterError("", key, f"{value!r} is not valid; give a whole number of at least {low}")
+            object.__setattr__(self, key, int(value))
+        for key, limits in real.items():
+            object.__setattr__(self, key, _real(key, getattr(self, key), *limits))
+        if not isinstance(self.shift_um, list | tuple) or len(self.shift_um) != 2:
+            raise ParameterError("", "shift_um", f"{self.shift_um!r} is not valid; give [x, y] in um")
+        object.__setattr__(self, "shift_um", tuple(_real("shift_um", value, -1000, 1000) for value in self.shift_um))
+        if self.species not in ("human", "mouse"):
+            raise ParameterError("", "species", f"{self.species!r} is not supported; choose human or mouse")
+
+
+def _real(name: str, value: object, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ParameterError("", name, f"{value!r} is not valid; give a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def simulate_section(out: Path, settings: SimulationSettings | None = None, **keywords: Any) -> Path:
+    """Simulate a section of a tissue; the same settings give the same bytes.
+
+    `truth.h5ad` contains the nuclei (type, domain, depth, area, position), the genes, and the factors of their rates, which
+    `prts.simulate.gene_programs.true_rates` multiplies. Up to 20 million nuclei x genes it also contains the rates (X) and what a
+    perfect reader of the image would expect (`layers["image_rate"]`). `truth_nuclei.parquet` contains the outlines.
 
     Parameters
     ----------
     out
-        The folder to write; an earlier simulated section there is replaced.
-    cells
-        Number of nuclei, at least 50; the tissue's area follows (about 270 um2 a nucleus).
-    genes
-        Number of genes, at least 50. Another number is another tissue, also for the same `program_seed`.
-    seed
-        Of geometry, nuclei, counts and image.
-    mpp
-        um per pixel of the image, 0.1 to 1.
-    name
-        Of the section, kept in `truth.h5ad`; the folder's name if left out.
-    stain
-        Shift of the stain and the scanner from the reference (0), from -2 to 2: see `prts.simulate.stain.shifted_stain`.
-    tilt_deg
-        Angle between the bins' rows and the image's, -20 to 20.
-    shift_um
-        x and y by which the bins' reported positions are off.
-    diffusion_um
-        Standard deviation of a UMI's way to its bin, per direction, 0 to 20.
-    species
-        `human` or `mouse`: spelling of the mitochondrial genes.
-    program_seed
-        Of the genes and what drives them: sections that are to be one tissue share it.
-    artefacts
-        Number of folds, blurred patches, bubbles and pen strokes each, 0 to 100; the nuclei in them are marked in `truth.obs["artefact"]`.
+        Folder to write; an earlier simulated section there is replaced.
+    settings
+        Settings of the section; the defaults if omitted.
+    **keywords
+        Fields of `SimulationSettings`, instead of `settings`.
 
     Returns
     -------
@@ -97,96 +138,92 @@ def simulate_section(
     Raises
     ------
     InputError
-        If an argument makes no sense, or `out` holds anything but a simulated section.
+        If a value is out of range, or `out` contains files that do not belong to a simulated section.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = simulate_section(Path(tempfile.mkdtemp()) / "section", cells=50, genes=50)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['binned_outputs', 'tissue_image.tif', 'truth.h5ad', 'truth_nuclei.parquet']
     """
+    if settings is not None and keywords:
+        raise TypeError("settings and keywords are mutually exclusive")
+    given = settings or SimulationSettings(**keywords)
     folder = Path(out).resolve()
-    parameters: dict[str, Any] = {
-        "cells": _whole("cells", cells, 50, 10**7),
-        "genes": _whole("genes", genes, 50, 10**6),
-        "seed": _whole("seed", seed, 0, 2**63),
-        "mpp": _real("mpp", mpp, 0.1, 1.0),
-        "stain": _real("stain", stain, -2.0, 2.0),
-        "tilt_deg": _real("tilt_deg", tilt_deg, -20.0, 20.0),
-        "shift_um": _pair("shift_um", shift_um),
-        "diffusion_um": _real("diffusion_um", diffusion_um, 0.0, 20.0),
-        "program_seed": _whole("program_seed", program_seed, 0, 2**63),
-        "species": species,
-        "name": folder.name if name is None else str(name),
-    }
-    if _whole("artefacts", artefacts, 0, 100):
-        parameters["artefacts"] = (
-            artefacts  # left out of a section without, whose bytes stay what they were before there were any
-        )
-    if species not in ("human", "mouse"):
-        raise InputError(f"species: {species!r} is neither human nor mouse")
     _refuse_foreign(folder)
 
-    layout_rng, nuclei_rng, cells_rng, umi_rng, image_rng = (
-        np.random.default_rng([seed, stream]) for stream in range(5)
-    )
-    layout = build_layout(cells, layout_rng)
-    nuclei = place_nuclei(layout, cells, nuclei_rng)
+    rngs = [np.random.default_rng([given.seed, stream]) for stream in range(5)]
+    layout = build_layout(given.cells, rngs[0])
+    nuclei = place_nuclei(layout, given.cells, rngs[1])
     outlines = make_nuclei(
-        nuclei.polygons(mpp), mpp, cell_id=_cell_ids(cells), score=np.ones(cells), source="simulated nuclei"
+        nuclei.polygons(given.mpp),
+        given.mpp,
+        cell_id=_cell_ids(given.cells),
+        score=np.ones(given.cells),
+        source="simulated nuclei",
     )
-    programme = make_programme(genes, species=species, program_seed=program_seed)
-    truth = make_truth(nuclei, outlines, programme, cells_rng)
-    lattice = make_lattice(layout, tilt_deg, parameters["shift_um"])
-    counts = draw_counts(layout, nuclei, truth, lattice, diffusion_um, umi_rng)
-    shape = (math.ceil(layout.height_um / mpp), math.ceil(layout.width_um / mpp))
-    _annotate(truth, nuclei, programme, counts, parameters)
+    programs = draw_gene_programs(given.genes, species=given.species, program_seed=given.program_seed)
+    truth = make_truth(nuclei, outlines, programs, rngs[2])
+    lattice = make_lattice(layout, given.tilt_deg, given.shift_um)
+    counts = draw_counts(layout, nuclei, truth, lattice, given.diffusion_um, rngs[3])
+    shape = (math.ceil(layout.height_um / given.mpp), math.ceil(layout.width_um / given.mpp))
+    _annotate(truth, nuclei, programs, counts, _parameters(given, folder))
 
     with atomic(folder) as temporary:
         lowres = min(1.0, _LOWRES_PX / max(shape))
-        write_bins(temporary / BINS, lattice, counts, truth, mpp, shape, lowres)
-        bands = render(layout, nuclei, shape, mpp, shifted_stain(stain), image_rng)
-        if artefacts:
-            whole = np.concatenate(list(bands))
-            kind = plant(whole, mpp, artefacts, np.random.default_rng([seed, 5]))
-            col, row = (truth.obsm["spatial"].astype(int) - (truth.obsm["spatial"] == shape[::-1])).T
-            truth.obs["artefact"] = pd.Categorical(np.array(PLANTED)[kind[row, col]], categories=list(PLANTED))
-            bands = (whole[top : top + BAND] for top in range(0, shape[0], BAND))
-        _write_image(temporary, bands, shape, mpp, lowres)
+        write_bins(temporary / BINS, lattice, counts, truth, given.mpp, shape, lowres)
+        bands = _render(layout, nuclei, truth, shape, given, rngs[4])
+        _write_image(temporary, bands, shape, given.mpp, lowres)
         write_nuclei(outlines, temporary / "truth_nuclei.parquet")
         write_h5ad(truth, temporary / "truth.h5ad")
     logger.info(
-        "%s: %s nuclei, %s genes, %s UMIs in %s bins, image %d x %d px of %g um",
-        *(out, f"{cells:,}", f"{genes:,}", f"{counts.umi_drawn - counts.umi_lost:,}", f"{counts.counts.shape[0]:,}"),
-        *(shape[1], shape[0], mpp),
+        "%s: %s nuclei, %s genes, %s UMIs in %s bins, image of %d x %d px at %g um/px",
+        *(out, f"{given.cells:,}", f"{given.genes:,}", f"{counts.umi_drawn - counts.umi_lost:,}"),
+        *(f"{counts.counts.shape[0]:,}", shape[1], shape[0], given.mpp),
     )
     return Path(out)
 
 
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
-        raise InputError(f"{name}: {value!r} is no whole number of at least {low}")
-    return int(value)
-
-
-def _real(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise InputError(f"{name}: {value!r} is no number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _pair(name: str, value: object) -> tuple[float, float]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise InputError(f"{name}: {value!r} is not [x, y] in um")
-    return _real(name, value[0], -1000, 1000), _real(name, value[1], -1000, 1000)
+def _parameters(settings: SimulationSettings, folder: Path) -> dict[str, Any]:
+    """The settings as `truth.h5ad` records them."""
+    parameters = asdict(settings)
+    parameters["name"] = folder.name if settings.name is None else str(settings.name)
+    if not settings.artefacts:  # sections without artifacts keep the bytes they had before there were any
+        del parameters["artefacts"]
+    return parameters
 
 
 def _refuse_foreign(out: Path) -> None:
-    """Only a simulated section may be replaced: nothing that somebody put there himself."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out: {out} is a file; a folder is written: choose another name")
+    """Replace only simulated sections, never files of the user."""
+    check_out_folder(out, "the section")
     if out == Path.cwd():
-        raise InputError(f"out: {out} is the current folder; name a folder to make")
+        raise ParameterError("", "out", f"{out} is the current folder; give a new folder")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
     if held and ("truth.h5ad" not in held or held - _OWN):
         foreign = min(held - _OWN, default=min(held))
-        raise InputError(
-            f"out: {out} holds {foreign}, which is not of a simulated section: choose another folder or empty it"
+        raise ParameterError(
+            "", "out", f"{out} contains {foreign}, which is not part of a simulated section; choose another folder"
         )
+
+
+def _render(
+    layout: Layout,
+    nuclei: SimulatedNuclei,
+    truth: ad.AnnData,
+    shape: tuple[int, int],
+    settings: SimulationSettings,
+    rng: np.random.Generator,
+) -> Iterable[NDArray[np.uint8]]:
+    """Bands of the image; artifacts are drawn onto the whole image and noted in `truth`."""
+    bands = render(layout, nuclei, shape, settings.mpp, shifted_stain(settings.stain), rng)
+    if not settings.artefacts:
+        return bands
+    whole = np.concatenate(list(bands))
+    kind = draw_artefacts(whole, settings.mpp, settings.artefacts, np.random.default_rng([settings.seed, 5]))
+    col, row = (truth.obsm["spatial"].astype(int) - (truth.obsm["spatial"] == shape[::-1])).T
+    truth.obs["artefact"] = pd.Categorical(np.array(ARTEFACT_KINDS)[kind[row, col]], categories=list(ARTEFACT_KINDS))
+    return (whole[top : top + BAND_ROWS] for top in range(0, shape[0], BAND_ROWS))
 
 
 def _cell_ids(n: int) -> NDArray[np.object_]:
@@ -194,12 +231,12 @@ def _cell_ids(n: int) -> NDArray[np.object_]:
 
 
 def _annotate(
-    truth: ad.AnnData, nuclei: Nuclei, programme: Programme, counts: BinCounts, parameters: dict[str, Any]
+    truth: ad.AnnData, nuclei: SimulatedNuclei, programs: GenePrograms, counts: BinCounts, parameters: dict[str, Any]
 ) -> None:
-    """Positions, markers, parameters; the rates where they are not too many."""
+    """Add positions, markers and parameters, and the rates unless there are too many."""
     mpp = parameters["mpp"]
     truth.obsm["spatial"] = nuclei.xy_um / mpp
-    truth.uns["markers"] = {kind: np.array(names, dtype=object) for kind, names in programme.markers().items()}
+    truth.uns["markers"] = {kind: np.array(names, dtype=object) for kind, names in programs.markers().items()}
     truth.uns["prts"] = {
         "parameters": {
             key: np.array(value) if isinstance(value, tuple) else value for key, value in parameters.items()
@@ -215,15 +252,15 @@ def _annotate(
 def _write_image(
     folder: Path, bands: Iterable[NDArray[np.uint8]], shape: tuple[int, int], mpp: float, lowres: float
 ) -> None:
-    """The full-resolution TIFF, tile by tile as it is rendered, and the small PNG."""
+    """Write the full-resolution TIFF tile by tile as it is rendered, and the small PNG."""
     small = np.zeros((*(math.ceil(side * lowres) for side in shape), 3))
     weight = np.zeros((*small.shape[:2], 1))
 
     def tiles() -> Iterator[NDArray[np.uint8]]:
-        for number, band in enumerate(track(bands, "image", total=math.ceil(shape[0] / BAND))):
-            _add_small(small, weight, band, number * BAND, lowres)
-            whole = np.pad(band, ((0, BAND - band.shape[0]), (0, -band.shape[1] % BAND), (0, 0)), mode="edge")
-            yield from (np.ascontiguousarray(whole[:, x : x + BAND]) for x in range(0, whole.shape[1], BAND))
+        for number, band in enumerate(track(bands, "image", total=math.ceil(shape[0] / BAND_ROWS))):
+            _add_small(small, weight, band, number * BAND_ROWS, lowres)
+            whole = np.pad(band, ((0, BAND_ROWS - band.shape[0]), (0, -band.shape[1] % BAND_ROWS), (0, 0)), mode="edge")
+            yield from (np.ascontiguousarray(whole[:, x : x + BAND_ROWS]) for x in range(0, whole.shape[1], BAND_ROWS))
 
     per_cm = (10_000 / mpp, 10_000 / mpp)
     with tifffile.TiffWriter(folder / "tissue_image.tif", bigtiff=shape[0] * shape[1] > 10**9) as tif:
@@ -231,7 +268,7 @@ def _write_image(
             tiles(),
             shape=(*shape, 3),
             dtype=np.uint8,
-            tile=(BAND, BAND),
+            tile=(BAND_ROWS, BAND_ROWS),
             photometric="rgb",
             compression="jpeg",
             compressionargs={"level": 90},
@@ -246,7 +283,7 @@ def _write_image(
 def _add_small(
     small: NDArray[np.float64], weight: NDArray[np.float64], band: NDArray[np.uint8], top: int, scale: float
 ) -> None:
-    """Add a band to the sums of the pixels of the small image."""
+    """Add a band to the pixel sums of the small image."""
     rows = ((np.arange(band.shape[0]) + top + 0.5) * scale).astype(np.intp)
     cols = ((np.arange(band.shape[1]) + 0.5) * scale).astype(np.intp)
     row_at, col_at = (np.flatnonzero(np.diff(a, prepend=-1)) for a in (rows, cols))

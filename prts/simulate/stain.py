@@ -1,4 +1,4 @@
-"""The H&E image of a simulated section, in bands: stain amounts from the layout and nuclei, colour through Beer-Lambert, optics, camera."""
+"""Render the H&E image of a simulated section in bands: stain amounts, Beer-Lambert colors, optics, camera noise."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from prts.simulate.fields import Bilinear, noise_tile, repeat_tile, sample, smooth_field
-from prts.simulate.nuclei import Nuclei, lattice_around
+from prts.simulate.fields import Bilinear, noise_tile, repeat_tile, sample_field, smooth_field
+from prts.simulate.nuclei import SimulatedNuclei, lattice_around
 from prts.simulate.tissue import DUCT, GRID_UM, SURFACE, TUMOUR, TYPES, VESSEL, Layout
 
 if TYPE_CHECKING:
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-BAND = 512
-"""Rows of pixels rendered at once."""
+BAND_ROWS = 512
+"""Rows of pixels rendered at a time."""
 
 _FINE_UM = 1.0
 _LN10 = np.float32(np.log(10))
-# Optical density per unit of stain in red, green, blue: haematoxylin and eosin half-way between Ruifrok & Johnston 2001 and a measured
-# section (Macenko et al. 2009), haemoglobin by eye.
+# Optical density per unit of stain in red, green, blue: hematoxylin and eosin halfway between Ruifrok & Johnston 2001 and a measured
+# section (Macenko et al. 2009), hemoglobin by eye.
 _STAINS = np.array([[0.61, 0.72, 0.34], [0.17, 0.84, 0.48], [0.18, 0.78, 0.68]])
-# Amount of stain in what lies between the cells, per domain: eosin, haematoxylin, share of fibres.
+# Stain between the cells, by domain: eosin, hematoxylin, fraction of fibers.
 _MATRIX = np.array(
     [
         [0.25, 0.035, 1.0],
@@ -41,29 +41,29 @@ _MATRIX = np.array(
         [0.0, 0.0, 0.0],
     ]
 )
-# Sides of the noise tiles: a small common multiple would show as a pattern, and large primes are slow to transform.
+# Sides of the noise tiles: a small common multiple would be visible as a pattern, and large primes are slow to transform.
 _GRAIN_PX, _CLUMP_PX, _COARSE_PX, _FIBRE_PX, _CAMERA_PX = 720, 675, 1000, 1024, 768
 
 
 @dataclass(frozen=True)
 class Stain:
-    """How a laboratory stains and scans."""
+    """Stain and scanner of a laboratory."""
 
     haematoxylin: float = 1.0
     eosin: float = 1.0
     turn: float = 0.0
-    """Moves both stains' colours: positive to red, negative to blue."""
+    """Shifts the color of both stains: positive toward red, negative toward blue."""
     white: tuple[float, float, float] = (243.0, 242.0, 244.0)
     blur_um: float = 0.32
 
 
 def shifted_stain(shift: float) -> Stain:
-    """The stain of another day, laboratory or scanner.
+    """The stain on another day, in another laboratory, or with another scanner.
 
     Parameters
     ----------
     shift
-        0 is the reference, 1 as far as good laboratories differ (paler nuclei, stronger and redder eosin), -1 the other way.
+        0 is the reference; 1 is as far as good laboratories differ (paler nuclei, stronger and redder eosin), -1 is the opposite.
     """
     return Stain(
         haematoxylin=float(np.exp(-0.12 * shift)),
@@ -75,7 +75,7 @@ def shifted_stain(shift: float) -> Stain:
 
 
 class _Tiles(NamedTuple):
-    """Periodic noise of several grains; sizes in um become pixels once, here."""
+    """Periodic noise tiles of several grain sizes."""
 
     grain: Floats
     clump: Floats
@@ -86,7 +86,7 @@ class _Tiles(NamedTuple):
 
 
 def render(
-    layout: Layout, nuclei: Nuclei, shape: tuple[int, int], mpp: float, stain: Stain, rng: np.random.Generator
+    layout: Layout, nuclei: SimulatedNuclei, shape: tuple[int, int], mpp: float, stain: Stain, rng: np.random.Generator
 ) -> Iterator[NDArray[np.uint8]]:
     """Render a section from top to bottom.
 
@@ -99,24 +99,30 @@ def render(
     mpp
         um per pixel.
     stain
-        Colours and optics; a slight jitter of the colours comes on top.
+        Colors and optics; the colors are slightly jittered.
     rng
-        Decides on textures and noise.
+        Source of textures and noise.
 
     Yields
     ------
-    Bands of at most BAND rows, (rows, columns, 3) uint8, the same whatever their height: no seams.
+    Bands of at most BAND_ROWS rows, (rows, columns, 3) uint8; the image does not depend on their height.
     """
     canvas = _Canvas(layout, nuclei, shape, mpp, stain, rng)
-    for top in range(0, shape[0], BAND):
-        yield canvas.band(top, min(BAND, shape[0] - top))
+    for top in range(0, shape[0], BAND_ROWS):
+        yield canvas.band(top, min(BAND_ROWS, shape[0] - top))
 
 
 class _Canvas:
-    """What the bands share."""
+    """State shared by all bands."""
 
     def __init__(
-        self, layout: Layout, nuclei: Nuclei, shape: tuple[int, int], mpp: float, stain: Stain, rng: np.random.Generator
+        self,
+        layout: Layout,
+        nuclei: SimulatedNuclei,
+        shape: tuple[int, int],
+        mpp: float,
+        stain: Stain,
+        rng: np.random.Generator,
     ) -> None:
         self.layout, self.nuclei, self.shape, self.mpp, self.stain = layout, nuclei, shape, mpp, stain
         order = np.argsort(nuclei.xy_um[:, 1], kind="stable")
@@ -134,7 +140,7 @@ class _Canvas:
         self.table["cytoplasm_eosin"] *= np.exp(0.10 * rng.standard_normal(n) + 0.05 * g0).astype(np.float32)
         self.table["cytoplasm_haematoxylin"] *= np.exp(0.15 * rng.standard_normal(n)).astype(np.float32)
         self.nucleoli_um = rng.normal(0, 0.22, (n, 2, 2)) * self.nuclei.half_um[:, None, 1:]
-        # About half of the nuclei show a second nucleolus; the others have both in one place.
+        # About half of the nuclei have a second nucleolus; in the others both coincide.
         self.nucleoli_um[:, 1] = np.where(rng.random((n, 1)) < 0.5, self.nucleoli_um[:, 0], self.nucleoli_um[:, 1])
         self.tiles = _Tiles(
             grain=noise_tile(rng, _GRAIN_PX, 0.28 / mpp),
@@ -154,14 +160,14 @@ class _Canvas:
         self.lamp = rng.uniform(0, 6.3, 2)
 
     def band(self, top: int, n_rows: int) -> NDArray[np.uint8]:
-        """Rows top.. of the image."""
+        """Render `n_rows` rows from `top`."""
         halo = int(4 * self.stain.blur_um / self.mpp) + 2
         row0, rows, cols = top - halo, n_rows + 2 * halo, self.shape[1]
         haematoxylin, eosin, red = self._amounts(row0, rows, cols)
         light = np.empty((n_rows, cols, 3), np.float32)
         y = (np.arange(top, top + n_rows, dtype=np.float32)[:, None] + 0.5) * self.mpp
         x = (np.arange(cols, dtype=np.float32) + 0.5) * self.mpp
-        # Fields of view of the scanner, a little brighter in their middle.
+        # Fields of view of the scanner are slightly brighter in the middle.
         lamp = (
             1 + 0.008 * np.cos(2 * np.pi * y / 410 + self.lamp[0]) + 0.008 * np.cos(2 * np.pi * x / 530 + self.lamp[1])
         )
@@ -178,7 +184,7 @@ class _Canvas:
         return np.asarray(np.clip(light + 0.5, 0, 255), np.uint8)
 
     def _amounts(self, row0: int, rows: int, cols: int) -> tuple[Floats, Floats, Floats]:
-        """Amounts of the three stains in each pixel."""
+        """Amounts of hematoxylin, eosin and hemoglobin in each pixel."""
         tiles, mpp = self.tiles, self.mpp
         y_um, x_um = (np.arange(row0, row0 + rows) + 0.5) * mpp, (np.arange(cols) + 0.5) * mpp
         fine_row0, fine = self._cells(y_um[0], y_um[-1])
@@ -191,7 +197,7 @@ class _Canvas:
         thick = tiles.thick[(across * 1.9).astype(np.intp) % _FIBRE_PX, (along * 1.3).astype(np.intp) % _FIBRE_PX]
         grain = repeat_tile(tiles.grain, row0, rows, cols)
         coarse = repeat_tile(tiles.coarse, row0, rows, cols)
-        # Strands, and clefts where the tissue has torn along them.
+        # Strands, with clefts where the tissue has torn along them.
         matrix *= np.maximum(1 + fibres * (0.30 * thin + 0.22 * thick), 0.1) * (
             1 - 0.9 * fibres * np.clip(1.6 * (-thick - 1.0), 0, 1)
         )
@@ -210,7 +216,7 @@ class _Canvas:
         return haematoxylin * thickness, eosin * thickness, self._red(row0, rows, cols)
 
     def _cells(self, top_um: float, bottom_um: float) -> tuple[int, list[Floats]]:
-        """Cytoplasm and matrix at 1 um: first row, and eosin, haematoxylin, matrix eosin, fibres, membrane."""
+        """Cytoplasm and matrix at 1 um: first row, and eosin, hematoxylin, matrix eosin, fibers, membrane."""
         row0 = int(top_um / _FINE_UM) - 2
         y = (np.arange(row0, int(bottom_um / _FINE_UM) + 3) + 0.5) * _FINE_UM
         x = (np.arange(int(np.ceil(self.layout.width_um / _FINE_UM)) + 1) + 0.5) * _FINE_UM
@@ -228,8 +234,8 @@ class _Canvas:
         reach = self.table["reach_um"][own]
         rough = repeat_tile(self.tiles.coarse, row0, *shape).ravel()
         mine = np.clip((reach + 1.1 * rough - first) / 1.6 + 0.5, 0, 1)
-        # Epithelium and tumour end where their domain does.
-        here = sample(self.layout.domain, GRID_UM, np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
+        # Epithelium and tumor end at the border of their domain.
+        here = sample_field(self.layout.domain, GRID_UM, np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2))
         mine *= ~self.confined[own] | (here == self.nuclei.domain[own])
         with np.errstate(invalid="ignore"):  # inf - inf on glass
             rim = np.nan_to_num(np.exp(-(((second - first) / 1.1) ** 2)) * (second < 40))
@@ -243,7 +249,7 @@ class _Canvas:
         return row0, out
 
     def _nuclei(self, row0: int, rows: int, cols: int) -> tuple[Floats, Floats]:
-        """Share of each pixel that is nucleus, and its haematoxylin."""
+        """Fraction of each pixel covered by nuclei, and their hematoxylin."""
         mpp, tiles = self.mpp, self.tiles
         y = self.nuclei.xy_um[:, 1]
         first, last = np.searchsorted(y, [row0 * mpp - 25, (row0 + rows) * mpp + 25])
@@ -272,7 +278,7 @@ class _Canvas:
         return shares.reshape(rows, cols), stain.reshape(rows, cols)
 
     def _red(self, row0: int, rows: int, cols: int) -> Floats:
-        """Haemoglobin: discs, paler in the middle."""
+        """Hemoglobin: discs, paler in the middle."""
         centre = self.red_xy / self.mpp - 0.5 - [0, row0]
         near = (centre[:, 1] > -30 / self.mpp) & (centre[:, 1] < rows + 30 / self.mpp)
         centre, radius = centre[near], self.red_radius[near]
@@ -298,7 +304,7 @@ _LOOKS = (
 
 
 def _red_cells(layout: Layout, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Centres (um) and radii of red blood cells in the lumens of some vessels."""
+    """Centers (um) and radii (um) of red blood cells in the lumens of some vessels."""
     clotted = smooth_field(rng, layout.domain.shape, GRID_UM, 200) > -0.4
     rows, cols = np.nonzero((layout.lumen == VESSEL) & (layout.clearance < -3.5) & clotted)
     taken = rng.random(len(rows)) < 1.3 * GRID_UM**2 / 42
@@ -309,6 +315,6 @@ def _red_cells(layout: Layout, rng: np.random.Generator) -> tuple[NDArray[np.flo
         distance, other = cKDTree(xy).query(xy, 2)
         d = xy - xy[other[:, 1]]
         moved = xy + d / np.maximum(distance[:, 1:], 1e-6) * np.maximum(6.2 - distance[:, 1:], 0) * 0.4
-        free = sample(layout.clearance, GRID_UM, moved) < -2.5
+        free = sample_field(layout.clearance, GRID_UM, moved) < -2.5
         xy[free] = moved[free]
     return xy, 3.2 + 0.25 * rng.standard_normal(len(xy))

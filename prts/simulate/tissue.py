@@ -1,4 +1,4 @@
-"""The simulated tissue: cell types, domains, and the layout of one section (outline, layers, ducts, vessels, clusters)."""
+"""Simulated tissue: cell types, domains, and the layout of a section (outline, layers, ducts, vessels, clusters)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 GRID_UM = 2.0
-"""Pitch of the layout's maps."""
+"""Grid spacing of the layout's maps."""
 
 
 @dataclass(frozen=True)
 class CellType:
-    """What a type looks like. Optical densities are decadic, per stain (1 is a dark nucleus in haematoxylin)."""
+    """Appearance of a cell type. Optical densities are base 10, per stain (1 is a dark nucleus in hematoxylin)."""
 
     name: str
     diameter_um: float
-    """Of the disc with the nucleus's median area."""
+    """Diameter of a disc with the median area of the nucleus."""
     size_sd: float
-    """Log-normal deviation of the diameter."""
+    """Log-normal standard deviation of the diameter."""
     elongation: float
     irregular: float
-    """Deviation of the outline's harmonics, as a share of the radius."""
+    """Standard deviation of the harmonics of the outline, as a fraction of the radius."""
     sagitta_um: float
-    """How far the ends of the nucleus are bent aside."""
+    """How far the ends of the nucleus are bent sideways."""
     haematoxylin: float
     clumps: float
     """Contrast of coarse chromatin."""
@@ -44,11 +44,11 @@ class CellType:
     cytoplasm_haematoxylin: float
     membrane: float
     reach_um: float
-    """Distance from the centre up to which the cytoplasm hides the matrix."""
+    """Distance from the center up to which cytoplasm covers the matrix."""
     cytoplasm_umi: float
-    """UMIs in the cytoplasm for one in the nucleus."""
+    """UMIs in the cytoplasm per UMI in the nucleus."""
     along: str
-    """Long axis: `fibre`, `edge` (towards the nearest lumen or surface) or `any`."""
+    """Direction of the long axis: `fibre`, `edge` (toward the nearest lumen or surface) or `any`."""
 
 
 TYPES = (
@@ -69,7 +69,7 @@ EMPTY = -1
 """Glass and lumens."""
 
 UM2_PER_NUCLEUS = np.array([560.0, 185.0, 95.0, 62.0, 170.0, 430.0, 95.0])
-"""Tissue area for one nucleus, per domain."""
+"""Tissue area per nucleus, by domain."""
 
 TYPE_SHARES = np.array(
     [  # EPI   TUM   FIB   LYM   PLA   END   MAC   SMC
@@ -82,15 +82,15 @@ TYPE_SHARES = np.array(
         [0.90, 0.00, 0.02, 0.06, 0.00, 0.00, 0.02, 0.00],
     ]
 )
-"""Share of each type among the nuclei of each domain, shape (domains, types)."""
+"""Fraction of each cell type among the nuclei of each domain, (domains, types)."""
 
 N_GRADIENTS = 2
-"""The first also tints the eosin and thins the cells out, the second darkens and swells nuclei."""
+"""The first gradient also tints the eosin and lowers the cell density; the second darkens and enlarges nuclei."""
 
 _UM2_PER_NUCLEUS_OVERALL = 270.0
 _OUTLINE_SHARE = 0.66
 _ASPECT = 1.15
-# One structure per this much tissue; radius range; thickness of the wall (0: solid).
+# Domain, tissue area (um2) per structure, range of radii (um), thickness of the wall (um, 0: solid).
 _STRUCTURES = (
     (LYMPHOID, 0.35e6, (55.0, 95.0), 0.0),
     (DUCT, 0.13e6, (45.0, 80.0), 27.0),
@@ -100,41 +100,37 @@ _STRUCTURES = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Maps of one section on a grid of GRID_UM: value [row, column] at ((column + .5) GRID_UM, (row + .5) GRID_UM)."""
+    """Maps of a section on a grid of GRID_UM: value [row, column] at ((column + .5) GRID_UM, (row + .5) GRID_UM)."""
 
     width_um: float
     height_um: float
     domain: NDArray[np.int8]
     """Index into DOMAIN_NAMES, or EMPTY."""
     outline: NDArray[np.bool_]
-    """Inside the outer border of the tissue, lumens included."""
+    """Inside the outer border of the tissue, including lumens."""
     clearance: Floats
-    """Distance (um) to the nearest glass or lumen; negative in there."""
+    """Distance (um) to the nearest glass or lumen; negative inside these."""
     lumen: NDArray[np.int8]
-    """Domain whose lumen this is, else EMPTY."""
+    """Domain that encloses the lumen, or EMPTY."""
     across: Floats
-    """Stream function (um): collagen and muscle fibres run along its level lines."""
+    """Stream function (um): collagen and muscle fibers run along its level lines."""
     along: Floats
-    """Coordinate (um) along the fibres."""
+    """Coordinate (um) along the fibers."""
     gradients: Floats
-    """(N_GRADIENTS, rows, columns), zero mean and unit deviation over the tissue, clipped at 2."""
+    """(N_GRADIENTS, rows, columns), zero mean and unit deviation over the tissue, clipped to -2..2."""
     density: Floats
-    """Nuclei per um2; 0 too near to an edge."""
+    """Nuclei per um2; 0 close to an edge."""
 
 
 def build_layout(cells: int, rng: np.random.Generator) -> Layout:
-    """Lay out a section that has room for a number of nuclei.
+    """Lay out a section with room for a number of nuclei.
 
     Parameters
     ----------
     cells
-        Number of nuclei; the area follows from it, the size of ducts, vessels and clusters does not (unless they would not fit).
+        Number of nuclei; it determines the area, but not the size of ducts, vessels and clusters (unless they would not fit).
     rng
-        Decides on the geometry.
-
-    Returns
-    -------
-    The maps.
+        Source of the geometry.
     """
     height_um = float(np.sqrt(cells * _UM2_PER_NUCLEUS_OVERALL / _OUTLINE_SHARE / _ASPECT))
     width_um = _ASPECT * height_um
@@ -147,11 +143,11 @@ def build_layout(cells: int, rng: np.random.Generator) -> Layout:
     depth = GRID_UM * ndimage.distance_transform_edt(np.pad(outline, 1))[1:-1, 1:-1].astype(np.float32)
     domain = np.where(outline, np.int8(STROMA), np.int8(EMPTY))
 
-    # Nests of tumour, parted by thin septa of stroma.
+    # Tumor nests separated by thin septa of stroma.
     nests = smooth_field(rng, shape, GRID_UM, 420 * scale) + 0.15 * smooth_field(rng, shape, GRID_UM, 50 * scale)
     septa = np.abs(smooth_field(rng, shape, GRID_UM, 170 * scale)) < 0.11
     domain[outline & (nests > np.quantile(nests[outline], 0.60)) & ~septa & (depth > 40 * scale)] = TUMOUR
-    # Layers: muscle below, an epithelium on the upper surface.
+    # Layers: muscle at the bottom, epithelium on the upper surface.
     border = 0.76 + 0.035 * smooth_field(rng, shape, GRID_UM, 500 * scale)
     domain[outline & (y_um / height_um > border)] = MUSCLE
     skin = (26 + 4 * smooth_field(rng, shape, GRID_UM, 120)) * max(scale, 0.5)
@@ -163,7 +159,7 @@ def build_layout(cells: int, rng: np.random.Generator) -> Layout:
     inside = ndimage.distance_transform_edt(np.pad(solid, 1))[1:-1, 1:-1]
     outside = ndimage.distance_transform_edt(~solid)
     clearance = (GRID_UM * (inside - outside)).astype(np.float32)
-    # Half a square each way makes the zero level the border itself.
+    # Half a square in either direction puts the zero level on the border itself.
     clearance -= np.float32(0.5 * GRID_UM) * np.sign(clearance)
 
     angle = rng.uniform(-0.5, 0.5)
@@ -199,14 +195,14 @@ def _outline(x: Floats, y: Floats, rng: np.random.Generator) -> Floats:
             k * theta + np.float32(rng.uniform(0, 6.3))
         )
     radius = np.clip(radius, 0.55, 0.93)
-    # A superellipse: fuller than an ellipse, as a trimmed block is.
+    # A superellipse is fuller than an ellipse, like a trimmed tissue block.
     return np.asarray(radius - (np.abs(u) ** 2.8 + np.abs(v) ** 2.8) ** (1 / 2.8), np.float32)
 
 
 def _gradient(
     rng: np.random.Generator, shape: tuple[int, int], x: Floats, y: Floats, solid: NDArray[np.bool_], scale: float
 ) -> Floats:
-    """One smooth field: a slope over the section and slow waves."""
+    """A smooth field: a slope across the section plus slow waves."""
     angle = rng.uniform(0, 2 * np.pi)
     field = 2.2 * (x * np.cos(angle) + y * np.sin(angle)) + 0.6 * smooth_field(rng, shape, GRID_UM, 600 * scale)
     return np.asarray(np.clip((field - field[solid].mean()) / field[solid].std(), -2, 2), np.float32)
@@ -220,7 +216,7 @@ def _add_structures(
     scale: float,
     rng: np.random.Generator,
 ) -> None:
-    """Draw ducts, vessels and lymphoid clusters into the maps, apart from one another (a few dozen, one at a time)."""
+    """Draw a few dozen ducts, vessels and lymphoid clusters into the maps, at a distance from each other."""
     tissue_um2 = float(outline.sum()) * GRID_UM**2
     placed: list[tuple[float, float, float]] = []
     for kind, um2_each, radii, wall in _STRUCTURES:
@@ -254,7 +250,7 @@ def _add_structure(
     wall: float,
     rng: np.random.Generator,
 ) -> None:
-    """One lobed disc of a domain, hollow where it has a wall."""
+    """Draw a lobed disc of a domain, hollow if it has a wall."""
     reach = int(radius * 1.6 / GRID_UM) + 2
     window = (slice(max(row - reach, 0), row + reach + 1), slice(max(col - reach, 0), col + reach + 1))
     rows, cols = np.ogrid[window[0].start : window[0].stop, window[1].start : window[1].stop]

@@ -107,11 +107,11 @@ def test_wrong_tables_are_refused_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused("name,symbols\na,b\n", "has the columns name, symbols; a marker table needs `type` and `gene`")
-    refused("type,gene\n" + "".join(f"T,{g}\n" for g in MOUSE), "are of another species than human")
-    refused("type,gene\nT,OTHER1\nT,OTHER2\n", "shares no gene with the section")
-    refused("species,type,gene\nMouse,T,GENE1\n", "has no marker of human")
-    refused("type,gene,tissue\nT,GENE1,Lung\n", "are none of the tissues", tissues=["Brain"])
-    refused("type,gene\nT,GENE1\n", "has no column of tissues", tissues=["Brain"])
+    refused("type,gene\n" + "".join(f"T,{g}\n" for g in MOUSE), "are not human; give a table of human markers")
+    refused("type,gene\nT,OTHER1\nT,OTHER2\n", "shares no genes with the section")
+    refused("species,type,gene\nMouse,T,GENE1\n", "has no human markers")
+    refused("type,gene,tissue\nT,GENE1,Lung\n", "annotate tissues: Brain not found", tissues=["Brain"])
+    refused("type,gene\nT,GENE1\n", "has no tissue column", tissues=["Brain"])
     with pytest.raises(InputError, match="no such file"):
         read_markers(tmp_path / "nowhere.csv", species="human", genes=HUMAN)
     with pytest.raises(InputError, match="does not look like human symbols"):

@@ -156,7 +156,7 @@ def test_a_mouse_section_is_looked_up_by_human_symbols(gmt: Path) -> None:
     assert table.iloc[0]["name"] == "planted process"
     assert table.iloc[0]["genes"].split() == sorted(mouse[:6])
     assert table.iloc[0]["n_background"] == 150  # genes without a human counterpart cannot be found
-    with pytest.raises(InputError, match=r"none of its sets holds two of the section's genes.*orthologs"):
+    with pytest.raises(InputError, match=r"no set contains two of the section's genes.*orthologs"):
         enrich_gmt({"0": mouse[:6]}, mouse, gmt, species="mouse")
 
 
@@ -222,10 +222,13 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path, go: tuple[Path, Pat
     (tmp_path / "empty.tsv").write_text("GENE1\tno term\n")
     (tmp_path / "bad.obo").write_text("no ontology\n")
     wrong = [
-        (lambda: enrich_gmt(lists, GENES, tmp_path / "bad.gmt"), "is no .gmt"),
+        (lambda: enrich_gmt(lists, GENES, tmp_path / "bad.gmt"), "not a .gmt file"),
         (lambda: enrich_gmt(lists, GENES, tmp_path / "no.gmt"), "no such file"),
-        (lambda: enrich_go(lists, GENES, go[0], tmp_path / "empty.tsv"), "holds no annotation"),
-        (lambda: enrich_go(lists, GENES, tmp_path / "bad.obo", go[1]), "holds no term|cannot be read as an ontology"),
+        (lambda: enrich_go(lists, GENES, go[0], tmp_path / "empty.tsv"), "contains no annotations"),
+        (
+            lambda: enrich_go(lists, GENES, tmp_path / "bad.obo", go[1]),
+            "contains no terms|cannot be read as an ontology",
+        ),
         (lambda: enrich_go(lists, GENES, tmp_path / "no.obo", go[1]), "no such file"),
         (lambda: enrich_go(lists, ["other1", "other2"], *go), "annotates none of the section's genes"),
     ]

@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse as sp
 
 from prts.analysis.clusters import ClusterSettings
-from prts.analysis.spots import compare_spots, filter_spots, read_visium
+from prts.analysis.spots import SpotSettings, compare_spots, filter_spots, read_visium
 from prts.errors import InputError
 from prts.io.spots import Spots
 
@@ -62,10 +62,10 @@ def test_sums_of_the_nuclei_inside_are_the_spots() -> None:
 def test_spots_outside_the_limits_are_left_out() -> None:
     counts = sp.csr_matrix(np.array([[5, 0, 0], [5, 5, 0], [100, 1, 1], [5, 4, 1]]))
     spots = Spots(ad.AnnData(counts), np.zeros((4, 2)), 1.0)
-    kept = filter_spots(spots, min_counts=9, max_counts=50, min_genes=2, max_genes=3)
+    kept = filter_spots(spots, SpotSettings(min_counts=9, max_counts=50, min_genes=2, max_genes=3))
     assert kept.counts.X.sum(axis=1).ravel().tolist() == [[10, 10]]
-    with pytest.raises(InputError, match=r"none of 4 has 1000-100000 UMIs \(there are 5-102\)"):
-        filter_spots(spots)
+    with pytest.raises(InputError, match=r"none of the 4 spots has 1000-100000 UMI \(found 5-102\)"):
+        filter_spots(spots, SpotSettings())
 
 
 def test_no_nucleus_in_a_spot_is_refused() -> None:
@@ -119,5 +119,5 @@ def test_genuine_visium_folders_are_read(prts_data: Path, section: str) -> None:
     assert spots.counts.n_vars == 49
     assert (positions.loc[names, 1] == 1).all()
     assert (spots.xy == positions.loc[names, [5, 4]].to_numpy()).all()
-    with pytest.raises(InputError, match="folder of a Visium run is needed"):
+    with pytest.raises(InputError, match="folder of a Visium run"):
         read_visium(folder / "spatial")

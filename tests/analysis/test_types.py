@@ -33,7 +33,7 @@ def test_the_classifier_gives_the_type_with_the_largest_likelihood() -> None:
 
 
 def test_one_type_only_is_refused() -> None:
-    with pytest.raises(InputError, match="nothing to tell apart"):
+    with pytest.raises(InputError, match="a classifier needs at least two"):
         TypeClassifier(np.ones((3, 2)), pd.Series(["a", "a", None]))
 
 

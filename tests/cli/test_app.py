@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from prts.cli.app import COMMANDS, config_dir, quote_paths, run
+from prts.cli.app import COMMANDS, config_dir, run
 from prts.cli.main import main
+from prts.cli.overrides import quote_paths
 
 TISSUES = ("demo", "her2st", "brain", "lung", "breast")
 ABLATIONS = ("full", "local_only", "global_only")
@@ -46,7 +47,7 @@ def test_a_grid_over_paths_stays_a_grid(tmp_path, monkeypatch):
         (["tisue=lung"], ["tisue", "did you mean 'tissue'"]),
         (["trainer.max_epoch=3"], ["trainer.max_epoch", "did you mean 'trainer.max_epochs'"]),
         (["max_epochs=3"], ["max_epochs", "did you mean 'trainer.max_epochs'"]),
-        (["trainer.max_epochs=many"], ["trainer.max_epochs=many", "int"]),
+        (["trainer.max_epochs=many"], ["trainer.max_epochs: 'many'", "a whole number"]),
         (["tissue=demo,lnug", "-m"], ["tissue=lnug", "did you mean 'lung'"]),
         (["seed=[1"], ["seed=[1", "not a valid override"]),
         (["--epochs"], ["--epochs", "no such flag"]),

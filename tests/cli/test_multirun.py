@@ -8,10 +8,11 @@ import sys
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prts.cli.app import config_dir, verdict
+from prts.cli.app import config_dir
+from prts.cli.exit_status import exit_status_of
 from prts.cli.jobs import _cause
+from prts.cli.loggers import run_loggers
 from prts.errors import InputError
-from prts.report.loggers import RunLoggers
 
 TINY = [
     *("tissue.sections.train.simulate.cells=250", "tissue.sections.val.simulate.cells=250"),
@@ -50,14 +51,14 @@ def test_no_two_jobs_of_the_loss_grid_are_one_loss():
 def test_a_job_that_dies_says_how():
     assert _cause(-9).startswith("killed: by SIGKILL")
     assert _cause(1).startswith("failed: ")
-    assert verdict(InputError("x: is wrong")) == (2, "x: is wrong")
-    assert verdict(ValueError("no\nmore")) == (1, "ValueError: no")
+    assert exit_status_of(InputError("x: is wrong")) == (2, "x: is wrong")
+    assert exit_status_of(ValueError("no\nmore")) == (1, "ValueError: no")
 
 
 def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
     cfg = composed("logger=tensorboard", hydra=False)
     closed = []
-    with pytest.raises(FloatingPointError), RunLoggers(cfg, tmp_path) as loggers:
+    with pytest.raises(FloatingPointError), run_loggers(cfg, tmp_path) as loggers:
         for item in loggers.start():
             item.finalize = closed.append
         raise FloatingPointError("loss is NaN")
@@ -67,7 +68,7 @@ def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
 def test_a_logger_that_is_not_installed_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"logger=wandb: wandb is not installed; pip install 'prts\[loggers\]'"):
-        RunLoggers(composed("logger=wandb", hydra=False), tmp_path)
+        run_loggers(composed("logger=wandb", hydra=False), tmp_path)
 
 
 @pytest.mark.slow

@@ -19,13 +19,13 @@ from PIL import Image
 
 from prts.cli.app import config_dir, run
 from prts.cli.predict import _segmenter, _weights
-from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.features.encoders import Classical
 from prts.features.encoders.tokens import torch_device
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.orientation import Orientation
 from prts.models.bundle import Bundle, load_bundle, save_bundle
+from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.preprocess.artefacts import KINDS
@@ -52,7 +52,6 @@ def write_bundle(folder: Path) -> Path:
         "tile": 256,
         "pooling": "nucleus",
         "input": {"use": ["local", "global"], "widths": {"local": 192, "global": 384}},
-        "loss": {},
         "segmentation": {"name": "watershed", "arguments": {}},
         "qc": {},
         "tissue": "demo",
@@ -62,8 +61,11 @@ def write_bundle(folder: Path) -> Path:
         "seed": 0,
         "validation": {},
     }
-    scaler = make_scaler("log1p", 1)
-    parts = {"net": PRTSNet(576, 1, hidden=(4,)), "scaler": scaler, "rule": OutputRule("none", 0.5)}
+    parts = {
+        "net": PRTSNet(576, 1, hidden=(4,)),
+        "likelihood": Paper(target="log1p").allocate(1),
+        "rule": OutputRule("none", 0.5),
+    }
     save_bundle(folder, **parts, genes=[("A", "idA")], metadata=metadata)
     return folder
 
@@ -239,11 +241,11 @@ def test_a_region_and_an_orientation_go_together(slide: Slide) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["rotate=45"], "rotate=45: no such rotation (there are: 0, 90, 180, 270, degrees counter-clockwise)"),
-        (["rotate=left"], "rotate=left: takes a value of type int"),
-        (["flip=both"], "flip=both: no such reflection (there are: none, horizontal, vertical)"),
-        (["artefacts=2"], "artefacts=2: takes a value of type bool"),
-        (["max_pixels=none"], "max_pixels=none: a whole number of pixels is needed"),
+        (["rotate=45"], "rotate: 45 is not accepted; give 0, 90, 180 or 270"),
+        (["rotate=left"], "rotate: 'left' is not accepted; give 0, 90, 180 or 270"),
+        (["flip=both"], "flip: 'both' is not accepted; give none, horizontal or vertical"),
+        (["artefacts=2"], "artefacts: 2 is not accepted; give true or false"),
+        (["max_pixels=none"], "max_pixels: 'none' is not accepted; give a whole number of at least 1, or null"),
     ],
 )
 def test_a_wrong_value_is_one_line_and_exit_2(

@@ -9,6 +9,7 @@ from prts.evaluation.bootstrap import spatial_blocks
 from prts.evaluation.ceiling import noise_ceiling
 from prts.evaluation.expression import pearson_per_gene
 from prts.io.nuclei import load_nuclei
+from prts.platforms.visium_hd import VisiumHD
 from prts.preprocess.counts import count_nuclei
 from prts.preprocess.panel import Panel
 from prts.simulate.section import BINS, simulate_section
@@ -22,7 +23,7 @@ MPP = 0.5
 def section(tmp_path_factory):
     folder = simulate_section(tmp_path_factory.mktemp("sim") / "a", cells=2000, genes=400, seed=5, mpp=MPP)
     truth = ad.read_h5ad(folder / "truth.h5ad")
-    counted = count_nuclei(folder / BINS, load_nuclei(folder / "truth_nuclei.parquet"), species="human")
+    counted = count_nuclei(VisiumHD(folder / BINS), load_nuclei(folder / "truth_nuclei.parquet"), species="human")
     panel = Panel(tuple(truth.var_names), tuple(truth.var["gene_id"]), "truth", {})
     return truth, panel.align(counted[truth.obs_names]), spatial_blocks(truth.obsm["spatial"] * MPP)[0]
 

@@ -192,9 +192,9 @@ def test_a_large_prediction_is_never_dense_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("form", "more", "words"),
     [
-        ("geojsn", [], ["format=geojsn", "did you mean 'geojson'"]),
+        ("geojsn", [], ["format: geojsn", "did you mean 'geojson'"]),
         ("csv", ["genes=[Plp2]"], ["Plp2", "did you mean 'Plp1'"]),
-        ("geojson", ["classification=leiden"], ["classification=leiden", "area_um2"]),
+        ("geojson", ["classification=leiden"], ["classification: leiden", "area_um2"]),
         ("csv", ["prediction=nowhere.h5ad"], ["nowhere.h5ad: no such file"]),
         ("spatialdata", ["image=nowhere.tif"], ["nowhere.tif: no such file"]),
     ],
@@ -211,14 +211,14 @@ def test_wrong_input_is_one_line_and_leaves_nothing(prediction, tmp_path, capsys
 def test_an_image_of_another_size_is_refused(prediction, tmp_path, capsys):
     tifffile.imwrite(tmp_path / "other.tif", np.zeros((50, 60, 3), np.uint8), photometric="rgb")
     assert export(prediction, "spatialdata", tmp_path / "out", f"image={tmp_path / 'other.tif'}") == 2
-    assert "is 60 x 50 px, the image predicted was 1500 x 1100" in capsys.readouterr().err
+    assert "is 60 x 50 px, but the predicted image was 1500 x 1100 px" in capsys.readouterr().err
 
 
 def test_what_is_there_is_replaced_only_when_told(prediction, tmp_path, capsys):
     out = tmp_path / "t.csv"
     out.write_text("mine")
     assert export(prediction, "csv", out) == 2
-    assert "overwrite=true" in capsys.readouterr().err
+    assert "exists; choose another name, or set `overwrite`" in capsys.readouterr().err
     assert out.read_text() == "mine"
     assert export(prediction, "csv", out, "overwrite=true") == 0
     assert len(pd.read_csv(out)) == 60
@@ -256,7 +256,7 @@ def test_a_gene_named_like_another_column_is_refused(tmp_path, capsys):
         ("X/indptr", 1_000_000, "X is damaged"),
         ("uns/prts/scale", "log1p", "log1p"),
         ("obsm/spatial", "a", "is not a prediction"),
-        ("obs", h5py.ExternalLink("other.h5ad", "obs"), "is a link to elsewhere"),
+        ("obs", h5py.ExternalLink("other.h5ad", "obs"), "is a link"),
     ],
 )
 def test_a_file_that_is_no_sound_prediction_is_refused(tmp_path, name, value, why):

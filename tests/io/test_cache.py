@@ -86,7 +86,7 @@ def test_one_builds_and_the_others_wait_and_use_it(start: Start, tmp_path: Path)
     for other in others:  # all three are there, and wait
         assert other.stderr is not None
         line = other.stderr.readline()
-        assert f"waiting for process {first.pid} on {platform.node()}, which makes f.txt" in line
+        assert f"{path}: waiting for process {first.pid} on {platform.node()}, which is writing it" in line
         assert str(path.with_name(".f.txt.lock")) in line
     assert not path.exists()
     go_on(first)
@@ -122,31 +122,6 @@ def test_a_lock_file_of_a_dead_process_locks_nothing(tmp_path: Path, caplog: pyt
         assert path.with_name(".f.txt.lock").read_text() == f"process {os.getpid()} on {platform.node()}"
     assert time.monotonic() - began < 1
     assert not caplog.records
-
-
-def test_who_waits_says_so_again(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "f.txt"
-    first = start(path, "slow")
-    assert said(first) == "builds"
-    monkeypatch.setattr(cache, "_PATIENCE_S", 0.1)
-    monkeypatch.setattr(cache, "_REMINDER_S", 0.2)
-
-    waits: list[logging.LogRecord] = []
-
-    class Ends(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            waits.append(record)
-            if len(waits) == 3:
-                first.kill()
-
-    handler = Ends(logging.WARNING)
-    logging.getLogger("prts.io.cache").addHandler(handler)
-    try:
-        with lock(path):
-            pass
-    finally:
-        logging.getLogger("prts.io.cache").removeHandler(handler)
-    assert 3 <= len(waits) <= 4
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -198,7 +173,7 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
     dead.wait()
     path = tmp_path / "a.b.h5"
     left = [f".a.b.{host}-{pid}.tmp.h5" for pid in (dead.pid, os.getpid())]
-    left += [f"..a.b.{host}-{dead.pid}.tmp.{host}-{dead.pid}.tmp.h5"]
+    left += [f".a.b.{host}-{dead.pid}.old.tmp.h5"]
     others = [f".a.b.{host}-{os.getppid()}.tmp.h5", f".a.b.elsewhere-{dead.pid}.tmp.h5", f".x.{host}-{dead.pid}.tmp.h5"]
     for name in (*left, *others):
         (tmp_path / name).mkdir()
@@ -228,19 +203,6 @@ def test_a_folder_whose_place_could_not_be_taken_has_its_name_again(
     assert [file.name for file in tmp_path.iterdir()] == ["model"] and (path / "weights").read_text() == "old"
 
 
-def test_a_folder_that_a_dead_process_took_away_has_its_name_again(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    host = re.sub(r"\W", "-", platform.node())
-    old = tmp_path / f".model.{host}-{dead.pid}.old.tmp"
-    old.mkdir()
-    (old / "weights").write_text("old")
-    with pytest.raises(RuntimeError), atomic(tmp_path / "model"):
-        assert not old.exists()
-        raise RuntimeError
-    assert [file.name for file in tmp_path.iterdir()] == ["model"] and (tmp_path / "model" / "weights").is_file()
-
-
 def test_a_full_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=r"/folder: the disk is full; free some space") as caught,
@@ -257,7 +219,9 @@ def test_a_full_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
 def test_a_folder_that_is_deleted_while_it_is_written_to_is_named(tmp_path: Path, when: str) -> None:
     folder = tmp_path / "cache"
     with (
-        pytest.raises(InputError, match=r"cache was deleted while it was written; run the same command again"),
+        pytest.raises(
+            InputError, match=r"cache/f: its folder was deleted while it was written; run the same command again"
+        ),
         atomic(folder / "f") as temporary,
     ):
         if when == "after":
@@ -269,9 +233,9 @@ def test_a_folder_that_is_deleted_while_it_is_written_to_is_named(tmp_path: Path
 
 
 def test_what_is_missing_elsewhere_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="was deleted, or a part of it, while it was read"), reading(tmp_path / "c"):
+    with pytest.raises(InputError, match="c: files were deleted while they were read"), reading(tmp_path / "c"):
         (tmp_path / "c" / "x").read_text()
-    with pytest.raises(InputError, match="was deleted"), reading(tmp_path / "c"):
+    with pytest.raises(InputError, match="were deleted"), reading(tmp_path / "c"):
         h5py.File(tmp_path / "c" / "x.h5")
     for elsewhere in (tmp_path / "d" / "x", tmp_path / "cc", tmp_path / "c.txt"):
         with pytest.raises(FileNotFoundError), reading(tmp_path / "c"):
@@ -283,7 +247,7 @@ def test_what_is_missing_elsewhere_is_not_blamed_on_the_cache(tmp_path: Path) ->
 def test_a_cache_that_is_no_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(InputError, match=r"file/x/f: is not there yet and may not be written"),
+        pytest.raises(InputError, match=r"file/x/f: does not exist and cannot be written"),
         lock(tmp_path / "file" / "x" / "f"),
     ):
         pass

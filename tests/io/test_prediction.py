@@ -213,7 +213,7 @@ def test_out_must_be_the_name_of_an_h5ad_file(tmp_path):
         check_out(tmp_path / "p.h5")
     with pytest.raises(InputError, match="is a folder"):
         check_out(tmp_path / "folder.h5ad")
-    with pytest.raises(InputError, match="cannot be made a folder"):
+    with pytest.raises(InputError, match="cannot be created"):
         write(tmp_path / "file" / "p.h5ad", np.ones((2, 2)), np.ones((2, 2)))
 
 
@@ -246,7 +246,7 @@ def test_reading_what_is_no_prediction(tmp_path, values):
     write(tmp_path / "p.h5ad", *values)
     with h5py.File(tmp_path / "p.h5ad", "a") as file:
         file["X/indices"][3] = 1_000_000
-    with pytest.raises(InputError, match="X contradicts itself"):
+    with pytest.raises(InputError, match="X is inconsistent"):
         read_prediction(tmp_path / "p.h5ad")
     write(tmp_path / "p.h5ad", *values)
     with h5py.File(tmp_path / "p.h5ad", "a") as file:

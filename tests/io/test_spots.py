@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import pytest
 from scipy.sparse import csr_matrix, issparse
 
 from prts.errors import InputError
-from prts.io.h5_checks import endless_strings
 from prts.io.spots import read_spots
 
 COUNTS = np.array([[0, 3, 1], [2, 0, 0]])
@@ -67,7 +65,7 @@ def put(where: str, key: str, value: object) -> Callable[[ad.AnnData], None]:
         (change(X=-COUNTS), "negative"),
         (change(X=np.where(COUNTS > 0, COUNTS, np.nan)), "raw UMI counts"),
         (change(X=None), "no counts"),
-        (change(var_names=["X", "X", "Z"]), "twice"),
+        (change(var_names=["X", "X", "Z"]), "duplicate"),
         (delete("obsm", "spatial"), "spatial"),
         (put("obsm", "spatial", np.zeros((2, 3))), "spatial"),
         (put("obsm", "spatial", np.full((2, 2), np.nan)), "spatial"),
@@ -96,10 +94,10 @@ def test_a_sparse_matrix_that_points_out_of_itself_is_refused(tmp_path: Path) ->
     path = tmp_path / "spots.h5ad"
     spots().write_h5ad(path)
     edit(path, "X/indices", np.full(np.count_nonzero(COUNTS), 3_000_000, np.int32))
-    with pytest.raises(InputError, match=r"spots\.h5ad: X contradicts itself"):
+    with pytest.raises(InputError, match=r"spots\.h5ad: X is inconsistent"):
         read_spots(path)
     edit(path, "X/indices", np.full(np.count_nonzero(COUNTS), b"abc", "V3"))
-    with pytest.raises(InputError, match=r"spots\.h5ad: X contradicts itself"):
+    with pytest.raises(InputError, match=r"spots\.h5ad: X is inconsistent"):
         read_spots(path)
 
 
@@ -107,63 +105,8 @@ def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "spots.h5ad"
     spots().write_h5ad(path)
     edit(path, "obsm/spatial", None, shape=(2, 1 << 40), dtype="f8", chunks=(1, 1024))
-    with pytest.raises(InputError, match="obsm/spatial has more values than the file can hold"):
+    with pytest.raises(InputError, match="obsm/spatial claims more values than the file holds"):
         read_spots(path)
-    spots().write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        file["X"].attrs["shape"] = [1 << 56, COUNTS.shape[1]]
-    with pytest.raises(InputError, match="X has more values than the file can hold"):
-        read_spots(path)
-
-
-def test_attributes_on_which_hdf5_crashes_are_not_read(tmp_path: Path) -> None:
-    path = tmp_path / "spots.h5ad"
-    spots().write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        del file["varp"].attrs["encoding-type"]
-        sequences = h5py.h5t.vlen_create(h5py.h5t.STD_I32LE)
-        h5py.h5a.create(file["varp"].id, b"encoding-type", sequences, h5py.h5s.create(h5py.h5s.SCALAR))
-    with pytest.raises(InputError, match="varp has an attribute of a kind"):
-        read_spots(path)
-
-
-@pytest.mark.parametrize("where", ["uns/again", "uns/deep"])
-def test_groups_without_an_end_are_refused(where: str, tmp_path: Path) -> None:
-    """Python's limit of recursion, met within h5py, would leave its lock locked for all other threads."""
-    path = tmp_path / "spots.h5ad"
-    spots().write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        if where == "uns/again":
-            file[where] = file["uns"]
-        else:
-            file.create_group("/".join(["uns/deep", *("a" * 400)]))
-    with pytest.raises(InputError, match="is in several places, or too deep"):
-        read_spots(path)
-    free = []
-    thread = threading.Thread(
-        target=lambda: free.append(h5py._objects.phil.acquire(False) and not h5py._objects.phil.release())
-    )
-    thread.start()
-    thread.join()
-    assert free == [True]
-
-
-def test_zeros_among_strings_do_not_hang_hdf5(tmp_path: Path) -> None:
-    path = tmp_path / "spots.h5ad"
-    spots().write_h5ad(path)
-    data = bytearray(path.read_bytes())
-    heap = data.index(b"GCOL") + 16
-    data[heap : heap + 64] = bytes(64)
-    path.write_bytes(data)
-    with pytest.raises(InputError, match="zeros in a heap of strings"):
-        read_spots(path)
-
-
-def test_heaps_within_heaps_take_no_longer_than_the_file_is_long(tmp_path: Path) -> None:
-    unit = b"GCOL\1\0\0\0" + (1 << 40).to_bytes(8, "little") + bytes(8) + (32).to_bytes(8, "little")
-    path = tmp_path / "heaps"
-    path.write_bytes(unit * (1 << 17))  # 4 MB; to walk each to the end takes a day
-    assert endless_strings(path)
 
 
 def test_what_is_no_h5ad(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import scipy.sparse as sp
 import shapely
 
 from prts.errors import InputError
+from prts.platforms import bin_counts
 from prts.platforms.bin_matrix import BinMatrix
-from prts.preprocess import counts as module
-from prts.preprocess.counts import count_nuclei, quality_control
+from prts.platforms.visium_hd import VisiumHD
+from prts.preprocess.counts import QCSettings, count_nuclei, quality_control
 
 MPP = 0.5
 AFFINE = np.array([[4.0, -0.1, 3.0], [0.1, 4.0, 2.0]])  # 2 um bins at 0.5 um/px, tilted
@@ -84,7 +85,7 @@ def by_hand(tmp_path):
 
 
 def test_by_hand(by_hand, tmp_path):
-    counts = count_nuclei(*by_hand, species="human")
+    counts = count_nuclei(VisiumHD(by_hand[0]), by_hand[1], species="human")
     assert counts.X.toarray().tolist() == [[1, 2, 4, 3], [0, 5, 0, 0], [0, 0, 0, 0]]
     assert counts.X.format == "csr"
     assert counts.X.dtype == np.int32
@@ -107,7 +108,7 @@ def test_by_hand(by_hand, tmp_path):
         "umi_shared_dropped": 36,
         "umi_outside": 2,
     }
-    kept = quality_control(counts, mpp=MPP, min_umi=4, max_area_um2=1e6, max_pct_mt=50)
+    kept = quality_control(counts, QCSettings(min_umi=4, max_area_um2=1e6, max_pct_mt=50), mpp=MPP)
     kept.write_h5ad(tmp_path / "counts.h5ad")
     again = ad.read_h5ad(tmp_path / "counts.h5ad")
     assert again.uns["prts"]["qc"] == kept.uns["prts"]["qc"]
@@ -146,8 +147,8 @@ def test_work_one_pass_over_the_matrix(tmp_path, monkeypatch, max_nnz, n_chunks)
 
     monkeypatch.setattr(BinMatrix, "_open", watch)
     monkeypatch.setattr(BinMatrix, "chunks", chunks)
-    monkeypatch.setattr(module, "_MAX_NNZ", max_nnz)
-    counts = count_nuclei(bins, make([around(1, 1, 3, 3), around(5, 5, 2, 4)]), species="human")
+    monkeypatch.setattr(bin_counts, "_MAX_NNZ", max_nnz)
+    counts = count_nuclei(VisiumHD(bins), make([around(1, 1, 3, 3), around(5, 5, 2, 4)]), species="human")
     assert counts.X.sum() == (9 + 8) * 4
     for dataset in watched.values():
         np.testing.assert_array_equal(dataset.reads, 1)
@@ -191,8 +192,8 @@ def test_equals_geopandas_join(tmp_path, monkeypatch, seed, max_nnz):
     bins = write_bins(tmp_path, X, row=row, col=col, symbols=symbols, positions=positions)
     centres = shapely.points(rng.uniform(-20, 220, (60, 2)))
     nuclei = make(shapely.buffer(centres, rng.uniform(3, 15, 60), quad_segs=3))  # many overlap, some miss the bins
-    monkeypatch.setattr(module, "_MAX_NNZ", max_nnz)
-    counts = count_nuclei(bins, nuclei, species="human")
+    monkeypatch.setattr(bin_counts, "_MAX_NNZ", max_nnz)
+    counts = count_nuclei(VisiumHD(bins), nuclei, species="human")
     assert as_dict(counts) == slow_counts(bins, nuclei)
     assert counts.X.has_canonical_format
     umi = counts.uns["prts"]
@@ -208,50 +209,54 @@ def test_a_centre_on_the_boundary_is_in_no_nucleus(tmp_path):
     positions = pd.read_parquet(table)
     positions["pxl_row_in_fullres"], positions["pxl_col_in_fullres"] = row * 4.0, col * 4.0
     positions.to_parquet(table)
-    counts = count_nuclei(bins, make([shapely.box(0, 0, 4, 8), shapely.box(0, 0, 9, 9)]), species="human")
+    counts = count_nuclei(VisiumHD(bins), make([shapely.box(0, 0, 4, 8), shapely.box(0, 0, 9, 9)]), species="human")
     assert counts.X.toarray().ravel().tolist() == [0, 4]
 
 
 @pytest.mark.parametrize(
     ("symbols", "species", "message"),
     [
-        (SYMBOLS, "rat", "human or mouse would be right"),
-        (SYMBOLS, "mouse", "human would be right"),
-        (["A", "TWIN", "TWIN", "mt-Co1"], "human", "mouse would be right"),
+        (SYMBOLS, "rat", "choose human or mouse"),
+        (SYMBOLS, "mouse", "choose human"),
+        (["A", "TWIN", "TWIN", "mt-Co1"], "human", "choose mouse"),
     ],
 )
 def test_wrong_species(tmp_path, symbols, species, message):
     bins = write_bins(tmp_path, np.ones((4, 4)), row=[0, 0, 1, 1], col=[0, 1, 0, 1], symbols=symbols)
     with pytest.raises(InputError, match=message):
-        count_nuclei(bins, make([around(0, 0)]), species=species)
+        count_nuclei(VisiumHD(bins), make([around(0, 0)]), species=species)
 
 
 def test_no_mitochondrial_gene_is_said(tmp_path, caplog):
     bins = write_bins(tmp_path, np.ones((4, 1)), row=[0, 0, 1, 1], col=[0, 1, 0, 1], symbols=["A"])
     with caplog.at_level(logging.WARNING):
-        assert count_nuclei(bins, make([around(0, 0)]), species="mouse").obs["pct_counts_mt"].tolist() == [0.0]
+        assert count_nuclei(VisiumHD(bins), make([around(0, 0)]), species="mouse").obs["pct_counts_mt"].tolist() == [
+            0.0
+        ]
     assert "no mitochondrial gene" in caplog.text
 
 
 def test_bins_of_another_image(by_hand):
     bins, nuclei = by_hand
     with pytest.raises(InputError, match="none of 53 UMIs falls into one of 3 nuclei"):
-        count_nuclei(bins, make(shapely.transform(nuclei.geometry.to_numpy(), lambda xy: xy + 1000)), species="human")
+        count_nuclei(
+            VisiumHD(bins), make(shapely.transform(nuclei.geometry.to_numpy(), lambda xy: xy + 1000)), species="human"
+        )
     with pytest.raises(InputError, match="none of 53 UMIs falls into one of 0 nuclei"):
-        count_nuclei(bins, nuclei[:0], species="human")
+        count_nuclei(VisiumHD(bins), nuclei[:0], species="human")
 
 
 def test_empty_matrix(tmp_path):
     bins = write_bins(tmp_path, np.zeros((4, 4)), row=[0, 0, 1, 1], col=[0, 1, 0, 1], symbols=SYMBOLS)
-    with pytest.raises(InputError, match="holds no UMI at all"):
-        count_nuclei(bins, make([around(0, 0)]), species="human")
+    with pytest.raises(InputError, match="contains no UMI"):
+        count_nuclei(VisiumHD(bins), make([around(0, 0)]), species="human")
 
 
 def test_bins_without_position(tmp_path):
     listed = (np.array([0, 0, 1]), np.array([0, 1, 0]))
     bins = write_bins(tmp_path, np.ones((2, 4)), row=[0, 1], col=[0, 1], symbols=SYMBOLS, positions=listed)
     with pytest.raises(InputError, match="1 of 2 bins are not in"):
-        count_nuclei(bins, make([around(0, 0)]), species="human")
+        count_nuclei(VisiumHD(bins), make([around(0, 0)]), species="human")
 
 
 @pytest.fixture
@@ -270,7 +275,7 @@ def five():
 
 
 def test_limits_are_strict(five):
-    kept = quality_control(five, mpp=0.5)
+    kept = quality_control(five, QCSettings(), mpp=0.5)
     assert list(kept.obs_names) == ["a", "e"]
     assert kept.X.toarray().tolist() == [[1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
     assert kept.uns["prts"]["n_bins"] == 7
@@ -288,8 +293,8 @@ def test_limits_are_strict(five):
 
 
 def test_area_limit_in_pixels(five):
-    assert list(quality_control(five, mpp=0.5, max_area_px=600.0).obs_names) == ["a", "e"]  # 150 um2
-    kept = quality_control(five, mpp=0.5, max_area_px=600.1)
+    assert list(quality_control(five, QCSettings(max_area_px=600.0), mpp=0.5).obs_names) == ["a", "e"]  # 150 um2
+    kept = quality_control(five, QCSettings(max_area_px=600.1), mpp=0.5)
     assert list(kept.obs_names) == ["a", "b", "e"]
     assert kept.uns["prts"]["qc"]["max_area_px"] == 600.1
     assert "max_area_um2" not in kept.uns["prts"]["qc"]
@@ -299,7 +304,7 @@ def test_nothing_left(five):
     with pytest.raises(
         InputError, match="none of 5 nuclei: 1 for max_area_um2=150, 5 for min_umi=1000, 1 for max_pct_mt"
     ):
-        quality_control(five, mpp=0.5, min_umi=1000)
+        quality_control(five, QCSettings(min_umi=1000), mpp=0.5)
 
 
 @pytest.mark.real
@@ -309,14 +314,14 @@ def test_real_section_equals_geopandas_join(prts_data):
     section = prts_data / "her2st_hd" / "C2"
     bins = section / "binned_outputs" / "square_002um"
     nuclei = read_nuclei(section / "nucleus_segmentations.geojson.gz", mpp=0.688, width=100_000, height=100_000)
-    counts = count_nuclei(bins, nuclei, species="human")
+    counts = count_nuclei(VisiumHD(bins), nuclei, species="human")
     assert as_dict(counts) == slow_counts(bins, nuclei)
-    kept = quality_control(counts, mpp=0.688)
+    kept = quality_control(counts, QCSettings(), mpp=0.688)
     assert 100 < kept.obs["total_counts"].median() < 200
 
 
 @pytest.mark.real
 def test_genuine_empty_matrix_is_refused(prts_data):
     bins = prts_data / "visium_hd_schema" / "binned_outputs" / "square_002um"
-    with pytest.raises(InputError, match="holds no UMI"):
-        count_nuclei(bins, make([shapely.box(0, 0, 50_000, 50_000)]), species="mouse")
+    with pytest.raises(InputError, match="contains no UMI"):
+        count_nuclei(VisiumHD(bins), make([shapely.box(0, 0, 50_000, 50_000)]), species="mouse")

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from prts.report import analysis_charts as charts
 from prts.report import analysis_figures as figures
 from prts.report.figures_canvas import GREY
 
@@ -42,7 +43,7 @@ def test_a_group_is_drawn_where_its_nuclei_lie(tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [["measured", "predicted"], ["predicted"]])
 def test_shares_are_drawn_with_and_without_a_measurement(tmp_path: Path, columns: list[str]) -> None:
     table = pd.DataFrame({"name": ["A", "B"], **{column: [0.75, 0.25] for column in columns}})
-    figures.type_shares([tmp_path / "s.png"], table, {"A": "#ff0000", "B": "#0000ff"})
+    charts.type_shares([tmp_path / "s.png"], table, {"A": "#ff0000", "B": "#0000ff"})
     pixels = np.asarray(Image.open(tmp_path / "s.png").convert("RGB")).astype(int)
     # slices of the pies: three quarters and one quarter
     red = ((pixels[..., 0] > 250) & (pixels[..., 1:].max(axis=-1) < 5)).sum()
@@ -60,7 +61,7 @@ def test_enrichment_and_confusion_are_drawn(tmp_path: Path) -> None:
             "n_found": [5, 20],
         }
     )
-    figures.enrichment_dots([tmp_path / "e.png"], table)
+    charts.enrichment_dots([tmp_path / "e.png"], table)
     counts = pd.DataFrame([[3, 1], [0, 0]], index=["A", "B"], columns=["A", "B"])
-    figures.confusion_matrix([tmp_path / "c.png"], counts, "types")
+    charts.confusion_matrix([tmp_path / "c.png"], counts, "types")
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("e.png", "c.png"))

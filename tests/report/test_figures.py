@@ -35,12 +35,12 @@ def test_pcc_vs_ceiling(tmp_path, drawn, monkeypatch):
     np.testing.assert_allclose(axes.collections[1].get_offsets(), [[0, 0.2]])  # grey: its ceiling is not known
     texts = [t.get_text() for t in axes.texts]
     assert texts[:2] == ["a", "b"]
-    assert texts[2].startswith("42% of the ceiling\n(2 genes")
-    assert texts[2].endswith("grey: ceiling too noisy\nto estimate (1 genes)")
+    assert texts[2].startswith("42% of the noise ceiling\n(2 genes")
+    assert texts[2].endswith("gray: ceiling too noisy\nto estimate (1 genes)")
     monkeypatch.setattr(ceiling, "RELIABLE", 0.5)
     monkeypatch.setattr(figures, "RELIABLE", 0.5)
     pcc_vs_ceiling(per_gene, tmp_path / "c.png")  # as metrics.json has it, under its one threshold
-    assert drawn[1].axes[0].texts[-1].get_text().startswith("50% of the ceiling\n(1 genes with a ceiling ≥ 0.5)")
+    assert drawn[1].axes[0].texts[-1].get_text().startswith("50% of the noise ceiling\n(1 genes with ceiling ≥ 0.5)")
     pcc_vs_ceiling(per_gene[per_gene["gene"] == "d"], tmp_path / "none.png")  # nothing to show is no error
 
 
@@ -56,7 +56,7 @@ def test_training_curves_from_lightnings_csv(tmp_path, drawn):
     pd.DataFrame(rows).to_csv(tmp_path / "metrics.csv", index=False)
     training_curves(tmp_path / "metrics.csv", tmp_path / "t.png", best_epoch=2)
     loss, pcc = drawn[0].axes
-    assert (loss.get_title(), pcc.get_title()) == ("loss", "PCC, mean over genes")
+    assert (loss.get_title(), pcc.get_title()) == ("loss", "mean PCC over genes")
     lines = {line.get_label(): line for line in loss.lines}
     np.testing.assert_array_equal(lines["training"].get_xydata(), [[0, 4], [1, 2], [2, 1]])
     np.testing.assert_array_equal(lines["validation"].get_ydata(), [3, 2.5, 2.7])
@@ -84,4 +84,4 @@ def test_a_panel_of_estimated_against_reached_ceilings_a_table(tmp_path, drawn):
     assert (left.get_title(), right.get_title()) == ("drawn", "measured")
     np.testing.assert_allclose(left.collections[0].get_offsets(), table[["reached", "ceiling"]])
     # the suppressed gene has a point and no part in the means
-    assert left.texts[0].get_text() == "mean 0.60 estimated, 0.50 reached\n(2 genes)" == right.texts[0].get_text()
+    assert left.texts[0].get_text() == "mean: 0.60 estimated, 0.50 reached\n(2 genes)" == right.texts[0].get_text()

@@ -15,9 +15,17 @@ from PIL import Image
 from prts.errors import InputError
 from prts.io.slide import open_slide
 from prts.report import figures, figures_calibration, figures_maps
-from prts.report.figures_canvas import Nuclei, Picture, Window, read_picture
+from prts.report.figures import training_figure
+from prts.report.figures_canvas import NucleusPositions, Picture, Window, read_picture
 from prts.report.figures_maps import MapRow, gene_rows, region_views, tissue_maps
-from prts.report.run import Region, best_and_different, map_figures, run_figures, telling_region
+from prts.report.section_figures import (
+    MapData,
+    Region,
+    diverse_top_genes,
+    informative_region,
+    map_figures,
+    scored_figures,
+)
 
 
 @pytest.fixture
@@ -36,7 +44,7 @@ def section():
     measured[:, 1] = 0
     xy = rng.random((400, 2)) * [3600, 2000] + [200, 300]
     return SimpleNamespace(
-        nuclei=Nuclei(xy, 0.5, shapely.buffer(shapely.points(xy), 8, quad_segs=2)),
+        nuclei=NucleusPositions(xy, 0.5, shapely.buffer(shapely.points(xy), 8, quad_segs=2)),
         picture=Picture(rng.integers(0, 255, (60, 100, 3), dtype=np.uint8), (0, 0, 4000, 2400)),
         measured=measured,
         predicted=measured * 0.4 + rng.random((400, 2)) * 0.2,
@@ -65,7 +73,7 @@ def test_measured_and_predicted_share_place_and_colours(tmp_path, drawn, section
     assert [t.get_text() for t in panels[0, 2].texts] == ["PCC 0.42"]
     assert not panels[1, 2].texts
     bars = [a for a in drawn[0].axes[6:] if a.get_ylabel()]
-    assert [a.get_ylabel() for a in bars] == ["log1p(UMI),\n0 to 99th percentile"] * 2
+    assert [a.get_ylabel() for a in bars] == ["log1p(UMI)\n(0 to 99th percentile)"] * 2
 
 
 def test_all_panels_show_the_same_piece_of_tissue_with_y_down(tmp_path, drawn, section):
@@ -170,10 +178,10 @@ def test_a_wrong_region_or_second_image_is_one_line(tmp_path, section, slide):
     common = {"slide": slide, "nuclei": section.nuclei}
     with pytest.raises(InputError, match="x0 < x1"):
         region_views(tmp_path / "r.png", rows, box_px=(10, 10, 10, 20), **common)
-    with pytest.raises(InputError, match="holds no nucleus"):
+    with pytest.raises(InputError, match="contains no nuclei"):
         region_views(tmp_path / "r.png", rows, box_px=(0, 0, 20, 20), **common)
     Image.fromarray(np.zeros((500, 500, 3), np.uint8)).save(tmp_path / "ihc.png")
-    with pytest.raises(InputError, match="no field of view of 4000 x 2400 px"):
+    with pytest.raises(InputError, match=r"does not have the aspect ratio of .*\(4000 x 2400 px\)"):
         region_views(
             tmp_path / "r.png", rows, box_px=(500, 500, 2000, 2000), second=("IHC", tmp_path / "ihc.png"), **common
         )
@@ -183,7 +191,7 @@ def test_the_region_chosen_is_where_values_vary():
     rng = np.random.default_rng(0)
     xy = rng.random((3000, 2)) * [4000, 2000]
     values = np.where((xy[:, :1] > 3000) & (xy[:, 1:] > 1000), rng.choice([0.0, 5.0], (3000, 1)), 1.0)
-    x0, y0, x1, y1 = telling_region(Nuclei(xy, 0.5), values, side_um=250)
+    x0, y0, x1, y1 = informative_region(NucleusPositions(xy, 0.5), values, side_um=250)
     assert (x1 - x0, y1 - y0) == (500, 500)
     assert x0 > 2950 and y0 > 950
 
@@ -192,8 +200,8 @@ def test_genes_alike_are_shown_once():
     rng = np.random.default_rng(0)
     a, b, c, d = rng.poisson(3, (4, 500))
     values = np.column_stack([a, a, a, b, b, c, d])
-    assert best_and_different(np.arange(7, 0, -1).astype(float), values).tolist() == [0, 3, 5, 6]
-    assert best_and_different(np.arange(3, 0, -1).astype(float), values[:, :3]).tolist() == [0, 1, 2]
+    assert diverse_top_genes(np.arange(7, 0, -1).astype(float), values).tolist() == [0, 3, 5, 6]
+    assert diverse_top_genes(np.arange(3, 0, -1).astype(float), values[:, :3]).tolist() == [0, 1, 2]
 
 
 def test_a_run_writes_every_figure_and_marks_the_epoch_that_it_kept(tmp_path, drawn, section, slide):
@@ -208,16 +216,10 @@ def test_a_run_writes_every_figure_and_marks_the_epoch_that_it_kept(tmp_path, dr
         umi=umi,
         prob=umi,
     )
-    pd.DataFrame({"epoch": [0, 1], "val/loss": [1.0, 2.0]}).to_csv(tmp_path / "metrics.csv", index=False)
-    run_figures(
-        tmp_path / "f",
-        scored,
-        SimpleNamespace(genes=tuple("abcde")),
-        outlines=section.nuclei.outlines,
-        curves=tmp_path / "metrics.csv",
-        best_epoch=1,
-        suffix="-s1.2",
-    )
+    (tmp_path / "csv").mkdir()
+    pd.DataFrame({"epoch": [0, 1], "val/loss": [1.0, 2.0]}).to_csv(tmp_path / "csv" / "metrics.csv", index=False)
+    scored_figures(tmp_path / "f", scored, tuple("abcde"), section.nuclei.outlines, suffix="-s1.2")
+    training_figure(tmp_path, tmp_path / "f", best_epoch=1)
     names = ["calibration-s1.2", "gene_maps-s1.2", "pcc_vs_ceiling-s1.2", "qc_maps-s1.2", "region-s1.2", "training"]
     assert sorted(p.name for p in (tmp_path / "f").iterdir()) == [f"{n}.{s}" for n in names for s in ("pdf", "png")]
     assert [line.get_label() for line in drawn[-1].axes[0].lines] == ["validation", "best epoch (1)"]
@@ -231,20 +233,20 @@ def test_a_sparse_prediction_alone_is_drawn_by_rank(tmp_path, drawn, section, sl
     rng = np.random.default_rng(0)
     umi = sp.csr_matrix(rng.poisson(1.0, (400, 5)).astype(np.float32))
     rank = np.array([0.1, 0.5, np.nan, 0.3, 0.2])
-    map_figures(tmp_path, slide, section.nuclei, list("abcde"), umi, umi.toarray() / 10, rank=rank)
+    map_figures(tmp_path, slide, MapData(section.nuclei, list("abcde"), umi, umi.toarray() / 10, rank))
     assert [a.get_ylabel() for a in drawn[1].axes[:8:2]] == ["b", "d", "e", "a"]
     np.testing.assert_allclose(drawn[1].axes[1].collections[0].get_array(), np.log1p(umi.toarray()[:, 1]))
 
 
 def test_genes_and_region_as_asked_for(tmp_path, drawn, section, slide):
     umi = np.random.default_rng(0).poisson(1.0, (400, 5)).astype(np.float32)
-    arguments = (tmp_path / "f", slide, section.nuclei, list("abcde"), umi, umi / 10)
+    data = MapData(section.nuclei, list("abcde"), umi, umi / 10, rank=np.arange(5.0))
     region = Region(box_px=(1000, 600, 2000, 1200), genes=["c", "a"])
-    map_figures(*arguments, rank=np.arange(5.0), region=region)
+    map_figures(tmp_path / "f", slide, data, region=region)
     assert [a.get_ylabel() for a in drawn[0].axes[:6:2]] == ["c", "a", "e"]
     assert drawn[0].axes[0].get_xlim() == (1000, 2000)
     assert [a.get_ylabel() for a in drawn[1].axes[:8:2]] == ["c", "a", "e", "d"]
-    for wrong, words in ((Region(genes=["a", "z"]), "no gene 'z'"), (Region(box_px=(0, 0, 9, 9)), "no nucleus")):
+    for wrong, words in ((Region(genes=["a", "z"]), "no gene 'z'"), (Region(box_px=(0, 0, 9, 9)), "no nuclei")):
         with pytest.raises(InputError, match=words):
-            map_figures(tmp_path / "g", *arguments[1:], rank=np.arange(5.0), region=wrong)
+            map_figures(tmp_path / "g", slide, data, region=wrong)
     assert not (tmp_path / "g").exists()

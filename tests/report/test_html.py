@@ -12,17 +12,17 @@ import scipy.sparse as sp
 from prts.cli.app import run
 from prts.errors import InputError
 from prts.preprocess.artefacts import KINDS
-from prts.report import text as facts
+from prts.report import text as page_text
 from prts.report.embed import (
     PROB_STEPS,
-    beside_blocks,
     colour_top,
+    delta_blocks,
     measured_blocks,
     nucleus_columns,
     packed,
     predicted_codes,
 )
-from prts.report.html import Measured, Page, choose_genes, gene_table, write_page
+from prts.report.html import MeasuredCounts, PageContent, choose_genes, gene_table, write_page
 
 EVIL = ["<script>alert(1)</script>", "</script>", "A&amp;B", '" onload="x']
 
@@ -58,9 +58,9 @@ def prediction(n: int = 60, genes: tuple[str, ...] = ("Plp1", "Ttr", "Apoe")) ->
     )
 
 
-def page(**parts: object) -> Page:
+def page(**parts: object) -> PageContent:
     picture = np.full((80, 100, 3), 230, np.uint8)
-    return Page(parts.pop("prediction", None) or prediction(), picture, **parts)  # type: ignore[arg-type]
+    return PageContent(parts.pop("prediction", None) or prediction(), picture, **parts)  # type: ignore[arg-type]
 
 
 def embedded(text: str, name: str) -> dict:
@@ -87,7 +87,7 @@ def test_probabilities_come_back_and_those_that_follow_from_the_level_cost_nothi
     follows, free = 1 - np.exp(-umi), rng.uniform(size=umi.shape).astype(np.float32)
     sizes = []
     for prob in (follows, free):
-        (block,) = beside_blocks(np.rint(prob * PROB_STEPS).astype(np.uint8), codes)
+        (block,) = delta_blocks(np.rint(prob * PROB_STEPS).astype(np.uint8), codes)
         np.testing.assert_allclose(probability(block, codes[:, 0]), prob[:, 0], atol=0.5 / PROB_STEPS + 1e-6)
         sizes.append(len(block))
     assert sizes[0] < 0.5 * sizes[1]
@@ -142,9 +142,9 @@ def test_named_genes_come_first_then_the_best_predicted():
     assert choose_genes(table, 10, ["b"]).tolist() == [1, 2, 3, 0]
     assert choose_genes(table, 6_000_000, None).tolist() == [2, 3]  # 12 million values at most
     assert choose_genes(table, 6_000_000, list("abd")).tolist() == [0, 1, 3]
-    with pytest.raises(InputError, match="genes: e is not one of the 4 genes"):
+    with pytest.raises(InputError, match="genes: e is not among the 4 genes"):
         choose_genes(table, 10, ["e"])
-    with pytest.raises(InputError, match="genes=0"):
+    with pytest.raises(InputError, match="genes: 0 must be"):
         choose_genes(table, 10, 0)
 
 
@@ -171,7 +171,9 @@ def test_the_page_holds_the_values_of_every_gene(tmp_path):
     shown = prediction()
     counts = sp.csr_matrix(np.random.default_rng(1).poisson(1, (20, 3)).astype(np.int32))
     rows = np.arange(0, 60, 3)
-    text = write_page(tmp_path / "report.html", page(prediction=shown, measured=Measured(counts, rows))).read_text()
+    text = write_page(
+        tmp_path / "report.html", page(prediction=shown, measured=MeasuredCounts(counts, rows))
+    ).read_text()
     meta, blocks = embedded(text, "meta"), embedded(text, "blocks")
     assert [gene["name"] for gene in meta["genes"]] == ["Ttr", "Plp1", "Apoe"]  # by val_pcc
     for place, column in enumerate([1, 0, 2]):
@@ -237,7 +239,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_scores_stand_beside_baselines_and_ceiling():
-    figures = facts.of_section(
+    figures = page_text.section_metrics(
         {
             "test/pcc_mean": 0.3, "test/pcc_mean_low": 0.25, "test/pcc_mean_high": 0.34, "test/ceiling_mean": 0.6,
             "test/ceiling_share": 0.5, "test/n_genes": 1000, "test/n_cells": 5312, "val/pcc_mean": 0.9,
@@ -246,65 +248,70 @@ def test_scores_stand_beside_baselines_and_ceiling():
         },
         "s1",
     )  # fmt: skip
-    lines = facts.scores(figures)
+    lines = page_text.score_table(figures)
     assert [line.name for line in lines] == ["prts", "colour", "ridge", "gene mean", "noise ceiling"]
     assert lines[0].text == "0.300 [0.250, 0.340]"
     assert lines[2].difference == "+0.100 [0.050, 0.150]"
     assert lines[4].bar == pytest.approx(100 / 1.02, abs=0.01)
     assert lines[0].bar == pytest.approx(50 / 1.02, abs=0.01)
-    assert "1,000 genes in 5,312 nuclei: 0.300 (95 % interval 0.250 to 0.340), 50% of what" in facts.headline(figures)
-    assert facts.scores({}) == []
+    assert page_text.headline(figures) == (
+        "Mean correlation between predicted and measured expression: 0.300 (95% CI 0.250 to 0.340), over 1,000 genes and 5,312 nuclei. "
+        "This is 50% of the maximum that counting noise allows."
+    )
+    assert page_text.score_table({}) == []
 
 
 def test_of_several_test_sections_each_page_has_its_own_figures():
     metrics = {"test/a/pcc_mean": 0.1, "test/b/pcc_mean": 0.3, "test/pcc_mean": 0.2, "baseline/b/ridge/pcc_mean": 0.25}
     metrics |= {"baseline/ridge/pcc_mean": 0.2}
-    figures = facts.of_section(metrics, "b")
+    figures = page_text.section_metrics(metrics, "b")
     assert figures["pcc_mean"] == 0.3
     assert figures["baseline/ridge/pcc_mean"] == 0.25
-    assert facts.of_section(metrics, "c")["pcc_mean"] == 0.2
+    assert page_text.section_metrics(metrics, "c")["pcc_mean"] == 0.2
 
 
 def test_warnings_say_what_to_beware_of():
     shown = prediction()
     about = shown.uns["prts"]
-    assert facts.warnings(about, shown.obs, shown.var, {}, {}) == []
+    assert page_text.reader_warnings(about, shown.obs, shown.var, {}, {}) == []
     shown.obs["ood"] = np.arange(60) < 6
     shown.obs["artefact"] = pd.Categorical(["fold"] * 5 + ["none"] * 55, categories=list(KINDS))  # as many as usual
     shown.var["predictable"] = [True, False, False]
-    found = facts.warnings(about | {"mpp": 1.0}, shown.obs, shown.var, {}, {"warning/split": "cells at random"})
-    assert [words.split()[0] for words in found] == ["Split:", "Resolution:", "6", "2"]
-    assert "1 µm/px, the model reads 0.5: it was enlarged 2 times" in found[1]
-    assert found[2].startswith("6 of 60 nuclei (10.0%)")
+    found = page_text.reader_warnings(
+        about | {"mpp": 1.0}, shown.obs, shown.var, {}, {"warning/split": "cells at random"}
+    )
+    assert [words.split()[0] for words in found] == ["Split:", "Resolution:", "Out", "Genes:"]
+    assert "1 µm/px, but the model was trained at 0.5 µm/px. The image was enlarged 2 times" in found[1]
+    assert found[2].startswith("Out of distribution: 6 of 60 nuclei (10.0%)")
     shown.obs["ood"] = np.where(np.arange(60) < 12, 0.99, 0.5)  # a fifth is strange
-    assert facts.warnings(about | {"verdict": "parts are unlike"}, shown.obs, shown.var, {}, {})[0] == (
+    assert page_text.reader_warnings(about | {"verdict": "parts are unlike"}, shown.obs, shown.var, {}, {})[0] == (
         "Out of distribution: parts are unlike."
     )
     shown.obs["ood"] = np.where(np.arange(60) < 3, 0.99, 0.5)  # as usual
-    assert len(facts.warnings(about | {"verdict": "as usual"}, shown.obs, shown.var, {}, {})) == 1
+    assert len(page_text.reader_warnings(about | {"verdict": "as usual"}, shown.obs, shown.var, {}, {})) == 1
     shown.obs["artefact"] = pd.Categorical(["pen"] * 9 + ["fold"] * 12 + ["none"] * 39, categories=list(KINDS))
-    assert facts.warnings(about, shown.obs, shown.var, {}, {})[0] == (
-        "21 of 60 nuclei (35.0%) lie on what looks like an artefact (12 fold, 9 pen)."
+    assert page_text.reader_warnings(about, shown.obs, shown.var, {}, {})[0] == (
+        "Artifacts: 21 of 60 nuclei (35.0%) are on a likely artifact (fold: 12, pen: 9)."
     )
 
 
 def test_the_page_says_how_the_slide_was_read():
     about = prediction().uns["prts"]
-    assert "slide was read" not in dict(facts.training(about, {}))
-    assert "slide was read" not in dict(facts.training(about | {"orientation": {"rotate": 0, "flip": "none"}}, {}))
-    turned = facts.training(about | {"orientation": {"rotate": 90, "flip": "horizontal"}}, {})
-    assert dict(turned)["slide was read"] == "turned by 90° counter-clockwise, then mirrored left to right"
+    assert "orientation" not in dict(page_text.model_facts(about, {}))
+    assert "orientation" not in dict(page_text.model_facts(about | {"orientation": {"rotate": 0, "flip": "none"}}, {}))
+    turned = page_text.model_facts(about | {"orientation": {"rotate": 90, "flip": "horizontal"}}, {})
+    assert dict(turned)["orientation"] == "rotated 90° counterclockwise, then mirrored left to right"
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "run, prediction: give one of them"),
-        (["run=a", "prediction=b.h5ad"], "run, prediction: give one of them"),
+        ([], "run, prediction: give either"),
+        (["run=a", "prediction=b.h5ad"], "run, prediction: give either"),
         (["prediction=none.h5ad", "out=o"], "image: is required"),
         (["prediction=none.h5ad", "image=i.tif", "out=o"], "none.h5ad: no such file"),
-        (["run=.", "image=i.tif"], "image: goes with prediction="),
-        (["run=."], "run=.: has no config.yaml"),
+        (["run=.", "image=i.tif"], "image: only applies to prediction=FILE"),
+        (["run=."], ".: has no config.yaml"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(arguments, words, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import scipy.sparse as sp
 
-from prts.report.html import Measured, Page, write_page
+from prts.report.html import MeasuredCounts, PageContent, write_page
 
 pytestmark = pytest.mark.slow
 
@@ -103,9 +103,9 @@ def section() -> dict[str, Any]:
         }
     )
     picture = np.full((400, 400, 3), (238, 210, 224), np.uint8)
-    measured = Measured(sp.csr_matrix(counts[rows]), rows)
+    measured = MeasuredCounts(sp.csr_matrix(counts[rows]), rows)
     metrics = {"test/pcc_mean": 0.3, "test/n_genes": 4, "test/n_cells": N}
-    page = Page(prediction, picture, measured, per_gene=per_gene, metrics=metrics)
+    page = PageContent(prediction, picture, measured, per_gene=per_gene, metrics=metrics)
     return {"page": page, "umi": umi, "counts": counts, "rows": rows, "xy": xy, "left": left}
 
 
@@ -402,7 +402,7 @@ def test_a_picture_is_saved(opened, tmp_path):
 
 def test_without_measured_counts_the_image_stands_beside_the_prediction(browser, section, tmp_path):
     page = section["page"]
-    alone = Page(page.prediction, page.picture)
+    alone = PageContent(page.prediction, page.picture)
     file = write_page(tmp_path / "alone.html", alone)
     opened = visit(browser, file)
     assert opened.js("() => prts.map.panels().map(p => p.what)") == ["image", "predicted"]

@@ -132,9 +132,9 @@ def test_a_grid_of_four_parameters_has_a_map_for_each_pair(tmp_path):
     for number, values in enumerate(itertools.product((0.5, 1), (2, 5, 10), (1, 3), (5, 20, 80))):
         job(tmp_path, number, dict(zip(keys, values, strict=True)), metrics=figures(0.2 + number / 1000, 0.2))
     page = page_of(tmp_path)
-    assert "Grid: demo" in page and "the best over all settings of the other parameters" in page
+    assert "Grid: demo" in page and "the best over all values of the other parameters" in page
     # 36 settings do not fit: the best by validation are drawn
-    assert "The 16 best by validation are shown" in page
+    assert "Only the 16 best by validation are shown" in page
     assert "★ w_0=1 alpha_w=10 lambda_1=3 lambda_2=80" in page
 
 
@@ -171,8 +171,8 @@ def test_a_mean_over_test_sections_has_no_interval(tmp_path, monkeypatch):
     job(tmp_path, 1, {"ablation": "a"}, tissue="one", metrics=figures(0.3, 0.2))
     assert "test PCC 0.300, noise ceiling" in page_of(tmp_path)
     two, one = kept[0].axes
-    assert "95 % interval" not in two.get_legend_handles_labels()[1]
-    assert "95 % interval" in one.get_legend_handles_labels()[1]
+    assert "95% interval" not in two.get_legend_handles_labels()[1]
+    assert "95% interval" in one.get_legend_handles_labels()[1]
 
 
 def test_a_folder_without_jobs_is_named(tmp_path):

@@ -157,7 +157,7 @@ def test_image_states_its_resolution(folder: Path) -> None:
     assert image[:20, :20].mean(axis=(0, 1)).min() > 225
 
 
-def test_sections_of_a_tissue_share_the_programme_only(folder: Path, tmp_path: Path) -> None:
+def test_sections_of_a_tissue_share_only_the_gene_programs(folder: Path, tmp_path: Path) -> None:
     one = ad.read_h5ad(folder / "truth.h5ad")
     two = ad.read_h5ad(simulate_section(tmp_path / "b", cells=60, genes=150, seed=9) / "truth.h5ad")
     assert one.var.equals(two.var)
@@ -209,7 +209,7 @@ def test_only_a_simulated_section_is_replaced(tmp_path: Path, monkeypatch: pytes
     real = tmp_path / "real"
     real.mkdir()
     (real / "tissue_image.tif").write_bytes(b"real")
-    with pytest.raises(InputError, match="not of a simulated section"):
+    with pytest.raises(InputError, match="not part of a simulated section"):
         simulate_section(real, cells=60, genes=50)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
@@ -234,7 +234,7 @@ def test_the_section_opens_as_any_other(folder: Path) -> None:
     from prts.section import open_section_folder
 
     opened = open_section_folder(folder)
-    assert opened.mpp == 0.5 and opened.bins is not None
+    assert opened.mpp == 0.5 and opened.measurement is not None
     # Its true nuclei are not found by accident.
     assert opened.nuclei is None
 

@@ -1,4 +1,4 @@
-"""Nuclei, image and rates: each against an independent, slower way to the same thing."""
+"""SimulatedNuclei, image and rates: each against an independent, slower way to the same thing."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from sklearn.ensemble import RandomForestClassifier
 
 from prts.io.nuclei import make_nuclei
 from prts.simulate import stain as stain_module
-from prts.simulate.bins import Lattice
 from prts.simulate.draw_counts import _negative_binomial
 from prts.simulate.fields import Bilinear, noise_tile, repeat_tile, smooth_field
-from prts.simulate.gene_programs import make_programme, make_truth, true_rates
-from prts.simulate.nuclei import Nuclei, lattice_around, place_nuclei
+from prts.simulate.gene_programs import draw_gene_programs, make_truth, true_rates
+from prts.simulate.lattice import BinLattice
+from prts.simulate.nuclei import SimulatedNuclei, lattice_around, place_nuclei
 from prts.simulate.stain import Stain, render, shifted_stain
 from prts.simulate.tissue import DOMAIN_NAMES, GRID_UM, TYPE_NAMES, TYPE_SHARES, TYPES, Layout, build_layout
 
@@ -29,7 +29,7 @@ class Scene:
 
     def __init__(self, seed: int, cells: int = 700, stain: Stain | None = None) -> None:
         self.layout: Layout = build_layout(cells, np.random.default_rng([seed, 0]))
-        self.nuclei: Nuclei = place_nuclei(self.layout, cells, np.random.default_rng([seed, 1]))
+        self.nuclei: SimulatedNuclei = place_nuclei(self.layout, cells, np.random.default_rng([seed, 1]))
         self.polygons = self.nuclei.polygons(MPP)
         self.shape = (int(self.layout.height_um / MPP), int(self.layout.width_um / MPP))
         bands = render(self.layout, self.nuclei, self.shape, MPP, stain or Stain(), np.random.default_rng([seed, 2]))
@@ -139,7 +139,7 @@ def test_glass_and_lumens_are_white(scene: Scene) -> None:
 
 def test_bands_have_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     scene = Scene(1, 60)
-    monkeypatch.setattr(stain_module, "BAND", 97)
+    monkeypatch.setattr(stain_module, "BAND_ROWS", 97)
     bands = render(scene.layout, scene.nuclei, scene.shape, MPP, Stain(), np.random.default_rng([1, 2]))
     assert np.abs(np.concatenate(list(bands)).astype(int) - scene.image).max() <= 1
 
@@ -179,7 +179,7 @@ def test_a_simple_reader_of_the_image_tells_types_apart(scene: Scene) -> None:
 @pytest.fixture(scope="module")
 def truth(scene: Scene):
     outlines = make_nuclei(scene.polygons, MPP, cell_id=np.arange(700).astype(str))
-    return make_truth(scene.nuclei, outlines, make_programme(200), np.random.default_rng(0))
+    return make_truth(scene.nuclei, outlines, draw_gene_programs(200), np.random.default_rng(0))
 
 
 def test_rates_follow_their_formula(truth) -> None:
@@ -214,16 +214,16 @@ def test_image_rate_is_the_mean_over_what_no_image_shows(truth) -> None:
     np.testing.assert_allclose(true_rates(one, image=True)[0], expected, rtol=0.12)
 
 
-def test_programme_has_the_genes_it_should() -> None:
-    programme = make_programme(1000)
-    assert len(set(programme.names)) == len(set(programme.ids)) == 1000
-    assert sum(n.startswith("MT-") for n in programme.names) == programme.mitochondrial.sum() == 13
-    for kind, names in programme.markers().items():
-        at = np.isin(programme.names, names)
-        mine = programme.kind[at, TYPE_NAMES.index(kind)]
-        others = np.delete(programme.kind[at], TYPE_NAMES.index(kind), axis=1)
+def test_gene_programs_have_the_genes_it_should() -> None:
+    programs = draw_gene_programs(1000)
+    assert len(set(programs.names)) == len(set(programs.ids)) == 1000
+    assert sum(n.startswith("MT-") for n in programs.names) == programs.mitochondrial.sum() == 13
+    for kind, names in programs.markers().items():
+        at = np.isin(programs.names, names)
+        mine = programs.kind[at, TYPE_NAMES.index(kind)]
+        others = np.delete(programs.kind[at], TYPE_NAMES.index(kind), axis=1)
         assert (mine > others.mean(axis=1)).all()
-    assert len(make_programme(50).names) == 50
+    assert len(draw_gene_programs(50).names) == 50
 
 
 def test_mitochondrial_share_and_spread_of_means(truth) -> None:
@@ -248,7 +248,7 @@ def test_counts_are_negative_binomial() -> None:
 
 @given(st.floats(-0.3, 0.3), st.integers(0, 3000), st.integers(0, 3000))
 def test_lattice_goes_there_and_back(tilt: float, row: int, col: int) -> None:
-    lattice = Lattice(4000, 4000, (12.5, -3.0), tilt, (0.0, 0.0))
+    lattice = BinLattice(4000, 4000, (12.5, -3.0), tilt, (0.0, 0.0))
     there = lattice.to_um(np.array([row]), np.array([col]))
     np.testing.assert_allclose(lattice.from_um(there), [[col, row]], atol=1e-8)
 

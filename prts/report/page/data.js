@@ -1,5 +1,5 @@
 "use strict";
-// The page's data: what is known at once (meta), and blocks that are unpacked when they are first needed (prts/report/embed.py writes them).
+// Data of the page: metadata, and blocks that are unpacked when first needed (written by prts/report/embed.py).
 const prts = (() => {
   const json = (id) => JSON.parse(document.getElementById(id).textContent);
   const meta = json("prts-meta");
@@ -25,7 +25,7 @@ const prts = (() => {
 
   const has = { measured: meta.n_measured > 0, prob: "prob" in blocks, interval: "upper" in blocks };
 
-  // Codes of a gene, and what each code stands for: log1p(UMI) by code, NaN where it says "not measured".
+  // Codes of a gene, and the log1p(UMI) of each code; NaN means "not measured".
   const predictedCodes = (gene) => block("predicted", gene, Uint8Array);
   const measuredCodes = (gene) => block("measured", gene, meta.genes[gene].bytes === 1 ? Uint8Array : Uint16Array);
   const predictedLevels = (gene) => Float32Array.from({ length: 256 }, (_, code) => (code / 255) * meta.genes[gene].highest);
@@ -39,13 +39,13 @@ const prts = (() => {
     const none = missing(gene);
     return Float32Array.from(await measuredCodes(gene), (code) => (code === none ? NaN : Math.log1p(code)));
   }
-  // the mean of each predicted code, then how far each nucleus is from it
-  async function beside(name, gene) {
+  // the mean for each predicted code, then the difference of each nucleus from it
+  async function deltas(name, gene) {
     const [codes, bytes] = await Promise.all([predictedCodes(gene), block(name, gene, Uint8Array)]);
     return Float32Array.from(codes, (code, i) => (bytes[code] + bytes[256 + i]) & 255);
   }
-  const prob = async (gene) => (await beside("prob", gene)).map((step) => step / meta.prob_steps);
-  const interval = (gene) => Promise.all([beside("lower", gene), beside("upper", gene)]);
+  const prob = async (gene) => (await deltas("prob", gene)).map((step) => step / meta.prob_steps);
+  const interval = (gene) => Promise.all([deltas("lower", gene), deltas("upper", gene)]);
   async function column(index, what = "predicted") {
     const name = what === "measured" && meta.columns[index].measured ? "measured_columns" : "columns";
     if (meta.columns[index].kind === "number") return block(name, index, Float32Array);
@@ -67,7 +67,7 @@ const prts = (() => {
       else if (value === true) made.setAttribute(key, "");
       else if (value !== false && value !== null) made.setAttribute(key, value);
     }
-    made.append(...children); // text stays text, whatever a gene or a section is called
+    made.append(...children); // inserted as text, so that names cannot contain markup
     return made;
   };
   const say = (text) => { document.getElementById("status").textContent = text; };

@@ -1,12 +1,12 @@
 "use strict";
-// What the colours mean, and the picture of a map as a file.
+// Legend of the map, and saving the map as a picture.
 prts.legend = (() => {
   const { meta, element, number } = prts;
   const box = document.getElementById("legend");
 
   function words(panel, state) {
     if (state.colour === "prob") return `${panel.label}: P(expressed)` + (state.view === "both" || state.view === "measured" ? "; measured: expressed or not" : "");
-    if (state.colour === "interval") return `${panel.label}: width in UMI of the interval that holds ${Math.round(100 * meta.interval)} % of counts`;
+    if (state.colour === "interval") return `${panel.label}: width of the ${Math.round(100 * meta.interval)}% prediction interval, UMI`;
     if (state.colour.startsWith("column:")) return panel.label;
     const of = panel.what === "predicted" && (state.own || !prts.has.measured) ? "predicted" : "measured";
     return `${panel.label}: log1p(UMI), 0 to ${meta.percentile}th percentile of ${of} nuclei`;
@@ -17,7 +17,7 @@ prts.legend = (() => {
     return [number(panel.low, ramp ? 0 : digits), (state.colour === "prob" ? "" : "≥ ") + number(panel.high, digits)];
   };
 
-  // The scales to show: one for panels that share their colours.
+  // Color scales to show: one if the panels share it.
   function scales(panels, state) {
     const coloured = panels.filter((panel) => panel.values && !panel.labels);
     const apart = coloured.length === 2 && coloured[0].high !== coloured[1].high;
@@ -34,7 +34,7 @@ prts.legend = (() => {
     const kinds = panels.find((panel) => panel.labels);
     if (kinds) made.push(categories(kinds, state));
     if (state.colour === "expression" && state.view !== "image" && prts.has.measured && state.view !== "predicted" && meta.n_measured < meta.n)
-      made.push(element("span", { class: "quiet" }, `Measured: ${meta.n_measured.toLocaleString("en")} of ${meta.n.toLocaleString("en")} nuclei; the others have no counts that pass quality control.`));
+      made.push(element("span", { class: "quiet" }, `Measured: ${meta.n_measured.toLocaleString("en")} of ${meta.n.toLocaleString("en")} nuclei; the others did not pass quality control.`));
     box.replaceChildren(...made);
   }
 
@@ -44,12 +44,12 @@ prts.legend = (() => {
       await prts.map.render();
       box.querySelectorAll("button")[code]?.focus();
     };
-    return element("div", { class: "kinds", role: "group", "aria-label": `${panel.label}: choose which to show` },
+    return element("div", { class: "kinds", role: "group", "aria-label": `${panel.label}: choose which ones to show` },
       ...panel.labels.map((label, code) => element("button", { type: "button", "aria-pressed": String(!state.hidden.has(code)), onclick: toggle(code) },
         element("span", { class: "swatch", style: `background:${prts.map.kinds[code % prts.map.kinds.length]}` }), label)));
   }
 
-  // The map as it stands, with its titles, scale bar and legend.
+  // The current map with titles, scale bar and legend.
   async function picture() {
     const { div, title, bar, panels, state, viridis, kinds } = prts.map;
     const full = div._fullLayout, factor = 2, head = 34;

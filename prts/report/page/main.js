@@ -1,5 +1,5 @@
 "use strict";
-// What the controls do.
+// Behavior of the controls.
 (() => {
   const { meta, has, element } = prts;
   const { state } = prts.map;
@@ -20,7 +20,7 @@
     $("gene").value = name;
     prts.table.mark(gene);
     await render();
-    prts.say(`The map shows ${name}.`);
+    prts.say(`Showing ${name}.`);
   };
 
   function find() {
@@ -30,7 +30,7 @@
     const gene = place.get(wanted) ?? meta.genes.findIndex(({ name }) => name.toLowerCase() === lower);
     if (gene >= 0) prts.choose(gene);
     else prts.say(meta.table.some(([name]) => name.toLowerCase() === lower)
-      ? `${wanted} is not among the ${meta.genes.length} genes that this page can map.` : `There is no gene ${wanted} in this prediction.`);
+      ? `${wanted} is not among the ${meta.genes.length} genes on the map.` : `This prediction has no gene ${wanted}.`);
   }
 
   function controls() {

@@ -1,5 +1,5 @@
 "use strict";
-// The map: nuclei as WebGL points (plotly.js) over the picture, one panel or two whose axes are one and the same.
+// The map: nuclei as WebGL points (plotly.js) on top of the picture, in one panel or two with linked axes.
 prts.map = (() => {
   const { meta } = prts;
   const div = document.getElementById("map");
@@ -7,7 +7,7 @@ prts.map = (() => {
   const overlay = document.getElementById("overlay");
   const tooltip = document.getElementById("tooltip");
   const viridis = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
-  // Okabe and Ito (2008) in an order that puts what eosin and haematoxylin would hide last, then as many more as stay apart
+  // Okabe and Ito (2008), ordered so that colors similar to H&E come last, then further distinct colors
   const kinds = ["#0072b2", "#e69f00", "#009e73", "#f0e442", "#d55e00", "#56b4e9", "#222222", "#a6d854", "#8c564b", "#00d5c8",
     "#cc79a7", "#7f7f7f", "#bcbd22", "#aec7e8", "#ffbb78", "#9467bd", "#98df8a", "#ff9896", "#c49c94", "#ffffff"];
   const titles = { measured: "Measured", predicted: "Predicted", image: "H&E" };
@@ -19,7 +19,7 @@ prts.map = (() => {
     hidden: new Set(), range: null,
   };
   let x = null, y = null, area = null, ids = null;
-  let panels = []; // what is drawn: {what, values, low, high, colours, label}
+  let panels = []; // what is drawn: {what, values, low, high, labels, label}
   let turn = 0, size = smallest, listening = false, hovered = null;
 
   const wide = () => frame.clientWidth >= 700;
@@ -60,7 +60,7 @@ prts.map = (() => {
     return { what, values: shown, low: 0, high: high || 1, label: gene.name };
   }
 
-  // A column of nuclei has one map, unless the measured side has the same column.
+  // A column of obs has a single map unless it was also found in the measured counts.
   const single = () => state.colour === "interval" || state.colour.startsWith("column:") && !meta.columns[Number(state.colour.slice(7))].measured;
   const wanted = () => {
     if (single() && state.view !== "image") return ["predicted"];
@@ -114,8 +114,8 @@ prts.map = (() => {
   async function render() {
     const mine = ++turn;
     const next = await Promise.all(wanted().map(values));
-    if (mine !== turn) return; // a later choice overtook this one
-    // one panel has another shape than two: a whole section is fitted anew
+    if (mine !== turn) return; // a later choice was faster
+    // one panel has a different aspect ratio than two: fit the whole section again
     if (next.length !== panels.length && atHome()) state.range = null;
     panels = next;
     await Plotly.react(div, panels.map(trace), layout(), config);
@@ -126,9 +126,9 @@ prts.map = (() => {
   }
 
   const axes = () => ({ x: div._fullLayout.xaxis, y: div._fullLayout.yaxis });
-  const scale = () => { const { x } = axes(); return x._length / Math.abs(x.range[1] - x.range[0]); }; // screen px a picture px
+  const scale = () => { const { x } = axes(); return x._length / Math.abs(x.range[1] - x.range[0]); }; // screen px per picture px
 
-  // Nuclei keep their size on the tissue: points grow with the zoom.
+  // Points grow with the zoom, like the nuclei on the tissue.
   async function follow() {
     const { x, y } = axes();
     state.range = { x: x.range.slice(), y: y.range.slice() };
@@ -177,7 +177,7 @@ prts.map = (() => {
     return select([[x.range[0], y.range[0]], [x.range[1], y.range[0]], [x.range[1], y.range[1]], [x.range[0], y.range[1]]]);
   };
 
-  // Panel titles, the scale bar, and the ring around the nucleus under the mouse, in every panel.
+  // Panel titles, scale bar, and a ring around the nucleus under the mouse, in every panel.
   function overlaid() {
     const { element } = prts;
     const full = div._fullLayout;
@@ -192,7 +192,7 @@ prts.map = (() => {
   }
   const title = (panel) => (single() && state.colour !== "interval" && panel.what !== "image" ? panel.label : titles[panel.what]);
   function bar() {
-    const exact = (100 / scale()) * meta.mpp; // um of about 100 px
+    const exact = (100 / scale()) * meta.mpp; // um in about 100 px
     const step = 10 ** Math.floor(Math.log10(exact));
     const um = [5, 2, 1].map((m) => m * step).find((v) => v <= exact);
     return { px: (um / meta.mpp) * scale(), text: um >= 1000 ? `${um / 1000} mm` : `${um} µm` };
@@ -214,7 +214,7 @@ prts.map = (() => {
       for (const what of column.measured ? ["measured", "predicted"] : ["predicted"]) {
         const value = (await prts.column(index, what))[i];
         lines.push([column.measured ? `${column.name}, ${what}` : column.name,
-          Number.isNaN(value) ? "none" : column.labels ? column.labels[value] : String(Number(value.toPrecision(4)))]);
+          Number.isNaN(value) ? "n/a" : column.labels ? column.labels[value] : String(Number(value.toPrecision(4)))]);
       }
     } else {
       lines.push([gene.name, ""]);
@@ -225,11 +225,11 @@ prts.map = (() => {
       lines.push(["predicted", `${number(Math.expm1((await prts.predicted(state.gene))[i]), 2)} UMI`]);
       if (prts.has.interval) {
         const [lower, upper] = await prts.interval(state.gene);
-        lines.push([`${Math.round(100 * meta.interval)} % of counts`, `${lower[i]} to ${upper[i]} UMI`]);
+        lines.push([`${Math.round(100 * meta.interval)}% interval`, `${lower[i]} to ${upper[i]} UMI`]);
       }
       if (prts.has.prob) lines.push(["P(expressed)", number((await prts.prob(state.gene))[i], 2)]);
     }
-    if (hovered !== i) return; // the mouse has gone on to another nucleus
+    if (hovered !== i) return; // the mouse has moved to another nucleus
     tooltip.replaceChildren(...lines.map(([name, value]) => element("div", {}, element("span", {}, name), element("b", {}, value))));
     tooltip.hidden = false;
     const first = overlay.querySelector(".panel");

@@ -1,5 +1,5 @@
 "use strict";
-// A region of the tissue against the rest: which genes are higher, or lower, inside.
+// Compare a selected region with the rest: which genes are higher or lower inside.
 prts.region = (() => {
   const { meta, element, number } = prts;
   const box = document.getElementById("region");
@@ -7,7 +7,7 @@ prts.region = (() => {
   let found = null, turn = 0;
   const order = { by: "predicted", down: true };
 
-  // Even-odd rule: a point is inside where a ray from it crosses the outline an odd number of times.
+  // Even-odd rule: a point is inside if a ray from it crosses the outline an odd number of times.
   function inside(polygon, x, y) {
     const mask = new Uint8Array(x.length);
     for (let a = 0, b = polygon.length - 1; a < polygon.length; b = a++) {
@@ -18,7 +18,7 @@ prts.region = (() => {
     return mask;
   }
 
-  // Mean UMI inside and outside, and their difference in standard deviations of log1p(UMI), from how often each code occurs.
+  // Mean UMI inside and outside, and their difference in standard deviations of log1p(UMI), from a histogram of codes.
   function compare(codes, mask, level, none) {
     const size = level.length, counts = [new Float64Array(size), new Float64Array(size)];
     for (let i = 0; i < codes.length; i++) if (codes[i] !== none) counts[mask[i]][codes[i]]++;
@@ -45,7 +45,7 @@ prts.region = (() => {
     if (n === 0 || n === mask.length) {
       found = null;
       box.hidden = true;
-      prts.say(n ? "All nuclei are in the selection: there is nothing to compare with." : "No nucleus is in the selection.");
+      prts.say(n ? "The selection contains all nuclei; select fewer to compare them with the rest." : "The selection contains no nuclei.");
       return;
     }
     prts.say("Comparing …");
@@ -61,7 +61,7 @@ prts.region = (() => {
     }
     found = { genes, n, out: mask.length - n };
     list();
-    prts.say(`${n.toLocaleString("en")} nuclei selected; the genes that differ most are listed below the map.`);
+    prts.say(`${n.toLocaleString("en")} nuclei selected. The genes that differ most are listed below the map.`);
   }
 
   function ranked() {
@@ -85,12 +85,12 @@ prts.region = (() => {
       element("th", { scope: "row" }, element("button", { type: "button", onclick: () => prts.choose(row.gene) }, meta.genes[row.gene].name)),
       ...sources.flatMap((s) => [number(row[s].inside, 2), number(row[s].outside, 2), number(row[s].effect, 2)].map((text) => element("td", { class: "n" }, text)))));
     box.replaceChildren(
-      element("h3", {}, `Selection: ${found.n.toLocaleString("en")} nuclei against ${found.out.toLocaleString("en")} others`),
+      element("h3", {}, `Selection: ${found.n.toLocaleString("en")} nuclei vs. ${found.out.toLocaleString("en")} others`),
       element("div", { class: "bar" }, ...controls),
       element("div", { class: "scroll" }, element("table", {},
         element("caption", { class: "hidden" }, "Genes that differ most between the selection and the rest"),
         element("thead", {}, ...top), element("tbody", {}, ...lines))),
-      element("p", { class: "quiet" }, `Inside, outside: mean UMI a nucleus. Difference: of mean log1p(UMI), in standard deviations over all nuclei. Of the ${meta.genes.length} genes on the map.`));
+      element("p", { class: "quiet" }, `Inside, outside: mean UMI per nucleus. Difference: in mean log1p(UMI), in standard deviations over all nuclei. Includes the ${meta.genes.length} genes on the map.`));
     box.hidden = false;
   }
 

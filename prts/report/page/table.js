@@ -1,5 +1,5 @@
 "use strict";
-// The table of all genes: sorted by its headings, filtered by name, each gene a button that shows it on the map.
+// Table of all genes: sorted by clicking a heading, filtered by name; clicking a gene shows it on the map.
 prts.table = (() => {
   const { meta, element, number } = prts;
   const head = document.querySelector("#genes thead"), body = document.querySelector("#genes tbody");
@@ -8,16 +8,16 @@ prts.table = (() => {
   let sorted = { column: meta.headings.length ? 1 : 0, down: meta.headings.length > 0 };
 
   function line(row) {
-    const button = element("button", { type: "button", disabled: row.place < 0, title: row.place < 0 ? `${row.name}: not among the genes that this page can map` : row.name,
+    const button = element("button", { type: "button", disabled: row.place < 0, title: row.place < 0 ? `${row.name} is not included in the map` : row.name,
       onclick: () => prts.choose(row.place) }, row.name);
-    const made = element("tr", { class: row.predictable ? "" : "grey", title: row.predictable ? null : "not predictable on validation" },
+    const made = element("tr", { class: row.predictable ? "" : "grey", title: row.predictable ? null : "not predictable on the validation data" },
       element("th", { scope: "row" }, button));
     columns.slice(1).forEach((column, i) => made.append(element("td", { class: "n" }, number(row.cells[i + 1], column.digits))));
     return made;
   }
 
   function sort(column) {
-    // names start from A, figures from the highest
+    // names sort from A, numbers from the highest
     sorted = { column, down: sorted.column === column ? !sorted.down : column > 0 };
     arrange();
     prts.say(`Genes sorted by ${columns[column].label}, ${sorted.down ? "highest first" : "lowest first"}.`);
@@ -26,7 +26,7 @@ prts.table = (() => {
     const { column, down } = sorted, sign = down ? -1 : 1;
     rows.sort((a, b) => {
       const [p, q] = [a.cells[column], b.cells[column]];
-      if (p === null || q === null) return (p === null) - (q === null); // unknown figures last, whichever way
+      if (p === null || q === null) return (p === null) - (q === null); // missing values last in either direction
       return sign * (column === 0 ? p.localeCompare(q, "en", { numeric: true }) : p - q);
     });
     body.append(...rows.map((row) => row.line));

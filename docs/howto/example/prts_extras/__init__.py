@@ -1,0 +1,1 @@
+"""Members of the registries of prts from another package."""

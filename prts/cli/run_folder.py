@@ -1,0 +1,81 @@
+"""The folder that Hydra makes for a run or a multirun of `prts train`, and the log file in it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.experimental.callback import Callback
+
+from prts.errors import full_disk
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+class RunFolder(Callback):
+    """Hydra callback that tells the command line which folder was made: its name holds the time of the start."""
+
+    sweep: ClassVar[Path | None] = None
+    run: ClassVar[Path | None] = None
+    # what the folder of the run held before; None if it did not exist
+    before: ClassVar[frozenset[str] | None] = None
+
+    @classmethod
+    def forget(cls) -> None:
+        """Start a new command."""
+        cls.sweep = cls.run = cls.before = None
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the folder of a run and what is in it."""
+        run = Path(config.hydra.run.dir).absolute()
+        type(self).run = run
+        type(self).before = frozenset(path.name for path in run.iterdir()) if run.is_dir() else None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Note the folder of a multirun."""
+        type(self).sweep = Path(config.hydra.sweep.dir).absolute()
+
+
+def remove_bare_run() -> None:
+    """Remove what Hydra made for a run that ended before it had anything to keep; never what was there before."""
+    folder, before = RunFolder.run, RunFolder.before
+    if folder is None or not folder.is_dir() or before:
+        return
+    if {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
+        shutil.rmtree(folder / ".hydra", ignore_errors=True)
+        (folder / "train.log").unlink(missing_ok=True)
+        if before is None:
+            folder.rmdir()
+
+
+def remove_bare_sweep() -> bool:
+    """Remove what Hydra made for a multirun that started no job; returns whether there was none."""
+    folder = RunFolder.sweep
+    if folder is None or not folder.is_dir():
+        return True
+    if any(folder.rglob(".hydra/overrides.yaml")):
+        return False
+    if [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+        shutil.rmtree(folder)
+    return True
+
+
+class RunLog(logging.FileHandler):
+    """The log file of a run. On a full disk it loses lines; the run ends with the first file that matters."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        """Drop a line that a full disk does not take."""
+        if full_disk(sys.exc_info()[1]) is None:
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Drop the lines that a full disk does not take."""
+        try:
+            super().close()
+        except OSError as error:
+            if full_disk(error) is None:
+                raise

@@ -1,0 +1,508 @@
+"""The keys of every command with their kinds, ranges and choices.
+
+Each command has one dataclass. Hydra composes against its keys (`register`), which refuses unknown ones; `prts.cli.config.check` then
+checks the values against the annotations. Defaults stay in configs/*.yaml; a default here marks a key that may be left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import MISSING, dataclass, field, is_dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+
+@dataclass(frozen=True)
+class Built:
+    """Marks a mapping from which something is built: a member of a registry (`name:`) or any class (`_target_:`).
+
+    Its keys are those of the constructor.
+
+    Parameters
+    ----------
+    owner
+        What its parameters belong to in errors.
+    several
+        Whether it is a mapping of such mappings.
+    limits
+        A dataclass with ranges that the constructor's annotations do not state.
+    """
+
+    owner: str
+    several: bool = False
+    limits: type | None = None
+
+
+Mapping = dict[str, Any]
+FilePath = Annotated[str, Field(min_length=1, description="a path")]
+Name = Annotated[str, Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NotNegative = Annotated[float, Field(ge=0, le=1e9)]
+Mpp = Annotated[float, Field(ge=0.05, le=5)]
+Species = Literal["human", "mouse"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:1")]
+
+
+@dataclass
+class Paths:
+    """`configs/paths`."""
+
+    data_dir: FilePath
+    cache_dir: FilePath
+
+
+@dataclass
+class Evaluation:
+    """`configs/evaluation`."""
+
+    block_um: Positive
+    bootstrap: Annotated[int, Field(ge=2, le=1_000_000)]
+
+
+@dataclass
+class QualityControl:
+    """`configs/qc`."""
+
+    min_umi: NotNegative
+    max_area_um2: Positive | None
+    max_pct_mt: Annotated[float, Field(ge=0, le=100)]
+    max_area_px: Positive | None = None
+
+
+@dataclass
+class Preprocess:
+    """`preprocess` of `prepare` and `train`."""
+
+    artefacts: bool
+    register: bool
+
+
+@dataclass
+class Simulation:
+    """The arguments of a simulated section."""
+
+    cells: Annotated[int, Field(ge=50, le=10**7)]
+    genes: Annotated[int, Field(ge=50, le=10**6)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    mpp: Annotated[float, Field(ge=0.1, le=1)]
+    name: Name | None
+    stain: Annotated[float, Field(ge=-2, le=2)]
+    tilt_deg: Annotated[float, Field(ge=-20, le=20)]
+    shift_um: tuple[float, float]
+    diffusion_um: Annotated[float, Field(ge=0, le=20)]
+    species: Species
+    artefacts: Annotated[int, Field(ge=0, le=100)]
+    program_seed: Annotated[int, Field(ge=0, lt=2**63)]
+
+
+@dataclass
+class DownloadedFiles:
+    """`download` of a section."""
+
+    folder: FilePath
+    urls: Annotated[list[Name], Field(min_length=1)]
+    md5: dict[str, str] | None = None
+
+
+@dataclass
+class SectionFiles:
+    """What is known of a section's keys; `prts.data.tissue` refuses others."""
+
+    image: FilePath | None
+    bins: FilePath | None
+    nuclei: FilePath | None
+    spots: FilePath | None
+    mpp: Mpp | None
+    simulate: Mapping | None
+    download: DownloadedFiles | None
+
+
+@dataclass
+class Tissue:
+    """`configs/tissue`."""
+
+    name: Name
+    species: Species
+    sections: Annotated[Mapping, Field(min_length=1, description="a mapping of section names to their files")]
+    train: Annotated[list[str], Field(min_length=1)]
+    val: list[str] | None = None
+    test: list[str] | None = None
+    markers: list[str] | None = None
+
+
+@dataclass
+class SegmentationLimits:
+    """Of any segmenter: whether nuclei that a section has come first."""
+
+    prefer_given: bool
+
+
+@dataclass
+class SeedLimits:
+    """Of anything random."""
+
+    seed: Seed
+
+
+@dataclass
+class NetworkLimits:
+    """Of `model.net`."""
+
+    hidden: list[Annotated[int, Field(ge=1, le=65_536)]]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+@dataclass
+class OptimizerLimits:
+    """Of `model.optimizer`; other settings are tried by constructing it."""
+
+    lr: Annotated[float, Field(gt=0, le=1e3)]
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)]
+
+
+@dataclass
+class SchedulerLimits:
+    """Of `model.scheduler`; other settings are tried by constructing it."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    patience: Whole
+
+
+@dataclass
+class OutputSettings:
+    """`model.output`."""
+
+    gate: Literal["auto", "none", "soft", "hard"]
+    threshold: Share | Literal["auto"]
+    min_umi: NotNegative
+
+
+@dataclass
+class Model:
+    """`configs/model`."""
+
+    net: Annotated[Mapping, Built("network", limits=NetworkLimits)]
+    optimizer: Annotated[Mapping, Built("optimizer", limits=OptimizerLimits)]
+    output: OutputSettings
+    scheduler: Annotated[Mapping, Built("scheduler", limits=SchedulerLimits)] | None = None
+    baseline: Literal["gene_mean", "position", "colour", "morphology", "ridge", "permuted"] | None = None
+
+
+@dataclass
+class TrainerLimits:
+    """Of `trainer`: an untrained network is never shipped, and the settings that prts itself reads."""
+
+    max_epochs: Annotated[int, Field(ge=1, le=10**6)]
+    min_epochs: Annotated[int, Field(ge=0, le=10**6)] | None
+    max_steps: Annotated[int, Field(ge=1)] | Literal[-1]
+    precision: Annotated[str, Field(min_length=1)] | Literal[16, 32, 64]
+    limit_train_batches: Annotated[float, Field(gt=0)] | None
+    limit_val_batches: Annotated[float, Field(gt=0)] | None
+    gradient_clip_val: NotNegative | None
+    log_every_n_steps: Count
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)]
+
+
+@dataclass
+class CallbackLimits:
+    """Of any callback."""
+
+    monitor: Name
+    mode: Literal["min", "max"]
+    patience: Whole
+
+
+@dataclass
+class Data:
+    """`data` of `train`."""
+
+    use: Annotated[list[Literal["local", "global", "morphology"]], Field(min_length=1)]
+    target: Name
+    permute: bool
+    batch_size: Count
+    num_workers: Annotated[int, Field(ge=0, le=1024)]
+
+
+@dataclass
+class Prepare:
+    """`prts prepare`."""
+
+    paths: Paths
+    segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
+    qc: QualityControl
+    panel: Annotated[Mapping, Built("panel", limits=SeedLimits)]
+    encoder: Annotated[Mapping, Built("encoder")]
+    split: Annotated[Mapping, Built("split", limits=SeedLimits)]
+    tissue: Tissue
+    preprocess: Preprocess
+    check_image: bool
+    max_pixels: Annotated[int, Field(ge=1)] | None
+
+
+@dataclass
+class Train(Prepare):
+    """`prts train`."""
+
+    model: Model
+    loss: Annotated[Mapping, Built("likelihood")]
+    evaluation: Evaluation
+    trainer: Annotated[Mapping, Built("trainer", limits=TrainerLimits)]
+    data: Data
+    callbacks: Annotated[Mapping, Built("callbacks", several=True, limits=CallbackLimits)]
+    seed: Seed
+    report: bool
+    resume: bool
+    patch_pooling: Literal["nucleus", "center2x2"]
+    logger: Annotated[Mapping, Built("logger", several=True)] | None = None
+
+
+@dataclass
+class Simulate(Simulation):
+    """`prts simulate`."""
+
+    out: FilePath
+
+
+@dataclass
+class EncoderRuntime:
+    """`encoder` of `predict`: where its weights are and how it runs; the rest is the bundle's."""
+
+    weights: FilePath | None
+    device: Device
+    compile: bool | Literal["auto"]
+
+
+@dataclass
+class Predict:
+    """`prts predict`."""
+
+    paths: Paths
+    bundle: FilePath
+    image: FilePath
+    out: FilePath
+    nuclei: FilePath | None
+    mpp: Mpp | None
+    stain: Name
+    rotate: Literal[0, 90, 180, 270]
+    flip: Literal["none", "horizontal", "vertical"]
+    roi: (
+        Annotated[
+            Annotated[str, Field(pattern=r"[^-+.\deE]")]  # as typed, or a file whose name is not a number
+            | Annotated[list[float], Field(min_length=4, max_length=4)]
+            | Annotated[list[tuple[float, float]], Field(min_length=3)],
+            Field(description="[x0,y0,x1,y1], a polygon [[x,y],[x,y],[x,y]] or a GeoJSON file"),
+        ]
+        | None
+    )
+    check_scale: bool
+    intervals: bool | None
+    artefacts: bool
+    check_image: bool
+    max_pixels: Annotated[int, Field(ge=1)] | None
+    encoder: EncoderRuntime
+    segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
+
+
+@dataclass
+class Registration:
+    """`preprocess` of `evaluate`."""
+
+    register: bool
+
+
+@dataclass
+class Evaluate:
+    """`prts evaluate`."""
+
+    prediction: FilePath
+    section: FilePath
+    out: FilePath
+    evaluation: Evaluation
+    preprocess: Registration
+    max_pixels: Annotated[int, Field(ge=1)] | None
+    qc: QualityControl | None = None
+
+
+@dataclass
+class Clusters:
+    """`clusters` of `analyze`."""
+
+    n_top_genes: Annotated[int, Field(ge=2, le=2**31 - 1)]
+    n_pcs: Count
+    n_neighbors: Annotated[int, Field(ge=2, le=2**31 - 1)]
+    resolution: Positive
+    min_share: Annotated[float, Field(ge=0, lt=1)]
+    min_cells: Annotated[int, Field(ge=2, le=2**31 - 1)] | None
+    seed: Seed
+
+
+@dataclass
+class Annotate:
+    """`annotate` of `analyze`."""
+
+    tissues: list[str]
+    min_log2fc: NotNegative
+    max_p: Share
+    n_markers: Count
+    min_genes: Count
+
+
+@dataclass
+class Enrich:
+    """`enrich` of `analyze`."""
+
+    gmt: str | list[str]
+    obo: FilePath | None
+    annotations: FilePath | None
+    max_p: Share
+    n_markers: Count
+
+
+@dataclass
+class Spots:
+    """`spots` of `analyze`."""
+
+    min_counts: NotNegative
+    max_counts: Positive
+    min_genes: Whole
+    max_genes: Count
+    n_top_genes: Annotated[int, Field(ge=2, le=2**31 - 1)]
+    n_pcs: Count
+    resolution: Positive
+
+
+@dataclass
+class Analyze:
+    """`prts analyze`."""
+
+    prediction: FilePath
+    out: FilePath
+    section: FilePath | None
+    train_section: FilePath | None
+    train_nuclei: FilePath | None
+    markers: FilePath | None
+    orthologs: FilePath | None
+    visium: FilePath | None
+    max_pixels: Annotated[int, Field(ge=1)] | None
+    clusters: Clusters
+    annotate: Annotate
+    enrich: Enrich
+    spots: Spots
+    figures: list[Literal["png", "pdf", "svg"]]
+    broad: dict[str, list[str]] | None = None
+    segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
+
+
+@dataclass
+class Report:
+    """`prts report`."""
+
+    evaluation: Evaluation
+    run: FilePath | None
+    prediction: FilePath | None
+    image: FilePath | None
+    section: FilePath | None
+    analysis: FilePath | None
+    genes: Annotated[Count | str | list[str], Field(description="a number of genes or their names, as [A,B]")] | None
+    region: (
+        Annotated[tuple[float, float, float, float], Field(description="[x0,y0,x1,y1] in full-resolution px")] | None
+    )
+    second: FilePath | None
+    out: FilePath | None
+    max_pixels: Annotated[int, Field(ge=1)] | None
+
+
+@dataclass
+class Export:
+    """`prts export`."""
+
+    prediction: FilePath
+    format: Literal["spatialdata", "geojson", "parquet", "csv"]
+    out: FilePath
+    genes: Annotated[str | Annotated[list[str], Field(min_length=1)], Field(description="gene names, as [A,B]")] | None
+    image: FilePath | None
+    classification: Name | None
+    overwrite: bool
+    max_pixels: Annotated[int, Field(ge=1)] | None
+
+
+@dataclass
+class Download:
+    """`prts download`."""
+
+    paths: Paths
+    tissue: Tissue
+    segmentation: Any = None
+    panel: Any = None
+    encoder: Any = None
+    split: Any = None
+
+
+@dataclass
+class Doctor:
+    """`prts doctor`."""
+
+    paths: Paths
+    bundle: FilePath | None
+
+
+COMMANDS: dict[str, type] = {
+    "simulate": Simulate,
+    "prepare": Prepare,
+    "train": Train,
+    "predict": Predict,
+    "evaluate": Evaluate,
+    "analyze": Analyze,
+    "report": Report,
+    "export": Export,
+    "download": Download,
+    "doctor": Doctor,
+}
+
+
+def annotated_fields(kind: type) -> dict[str, Any]:
+    """The annotations of a dataclass of this module, by field, with their ranges."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+
+
+def optional(kind: type) -> set[str]:
+    """The fields of a dataclass that a config may lack."""
+    return {item.name for item in dataclasses.fields(kind) if item.default is not MISSING}
+
+
+def register() -> None:
+    """Tell Hydra the keys of every command, as `<command>_schema`, which each primary config names first."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    for command, kind in COMMANDS.items():
+        store.store(name=f"{command}_schema", node=_keys(kind))
+
+
+def _keys(kind: type) -> type:
+    """A dataclass with the same keys and values of any kind.
+
+    OmegaConf has no ranges or choices and converts values (`"3"` to 3, 150 to 150.0): it learns the keys only, and pydantic checks
+    the values as they were written.
+    """
+    name = f"{kind.__name__}Keys"
+    if name not in globals():
+        fields: list[tuple[str, Any, Any]] = []
+        for key, hint in annotated_fields(kind).items():
+            if is_dataclass(hint):
+                keys = _keys(typing.cast(type, hint))
+                fields.append((key, keys, field(default_factory=keys)))
+            else:
+                fields.append((key, Any, field(default=None if key in optional(kind) else "???")))
+        made = dataclasses.make_dataclass(name, fields)
+        # found under this address when a job is sent to another process
+        made.__module__, globals()[name] = __name__, made
+    found: type = globals()[name]
+    return found

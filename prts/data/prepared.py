@@ -1,0 +1,112 @@
+"""How sections are prepared, and what a prepared tissue consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from prts.preprocess.counts import QCSettings
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from prts.data.splits import Splitter
+    from prts.features.encoders import Encoder
+    from prts.platforms.base import Registration
+    from prts.preprocess.panel import Panel
+    from prts.section import Section
+    from prts.segmentation.segment import Segmenter
+
+
+class PanelBuilder(Protocol):
+    """Chooses the genes, such as `prts.preprocess.panel.PaperPanel`."""
+
+    def __call__(self, counts: Sequence[AnnData]) -> Panel:
+        """Choose from the training sections' counts."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the panel apart from the counts."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """How sections are prepared.
+
+    Parameters
+    ----------
+    segmenter
+        Finds nuclei in an image.
+    splitter
+        Says which nuclei train: the panel sees no others.
+    panel
+        Chooses the genes.
+    encoder
+        Reads features from the image.
+    cache_dir
+        Folder for `<tissue>/<section>/...`.
+    prefer_given
+        Use a section's own nuclei file, if it has one, instead of segmenting.
+    qc
+        Limits of quality control.
+    register
+        Take back the shift between counts and nuclei. It is measured either way, where the platform can.
+    artefacts
+        Find artifacts among the nuclei, and choose genes and train without them.
+    check_image
+        Refuse images that cannot be H&E.
+    """
+
+    segmenter: Segmenter
+    splitter: Splitter
+    panel: PanelBuilder
+    encoder: Encoder
+    cache_dir: Path
+    prefer_given: bool = True
+    qc: QCSettings = field(default_factory=QCSettings)
+    register: bool = False
+    artefacts: bool = False
+    check_image: bool = True
+
+
+@dataclass(frozen=True)
+class PreparedSection:
+    """A section and its cache files.
+
+    Attributes
+    ----------
+    section
+        The section.
+    nuclei
+        All nuclei.
+    counts
+        Nuclei that pass quality control x all genes.
+    features, colour
+        Features and color statistics of these nuclei.
+    registration
+        Displacement of the counts before any correction; None if the platform cannot measure it.
+    """
+
+    section: Section
+    nuclei: Path
+    counts: Path
+    features: Path
+    colour: Path
+    registration: Registration | None
+
+
+@dataclass(frozen=True)
+class PreparedTissue:
+    """A tissue whose sections are ready for training; `register` says whether their counts were corrected."""
+
+    name: str
+    species: str
+    sections: dict[str, PreparedSection]
+    train: list[str]
+    val: list[str]
+    test: list[str]
+    panel: Path
+    register: bool = False
