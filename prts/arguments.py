@@ -189,9 +189,12 @@ def parameters(factory: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]
     A constructor that passes `**kwargs` on to its base class has the base's parameters as well.
     """
     functions = [factory]
-    if "__signature__" in getattr(factory, "__dict__", {}):  # stated by hand, types and all
-        given = inspect.signature(factory).parameters.values()
-        return {each.name: Parameter(each.annotation, each.default is each.empty) for each in given}, False
+    for kind in getattr(factory, "__mro__", (factory,)):
+        if "__signature__" in getattr(kind, "__dict__", {}):  # stated by hand, types and all
+            given = inspect.signature(kind).parameters.values()
+            return {each.name: Parameter(each.annotation, each.default is each.empty) for each in given}, False
+        if "__init__" in getattr(kind, "__dict__", {}):
+            break
     if inspect.isclass(factory):
         functions = [
             vars(kind)["__init__"] for kind in factory.__mro__ if "__init__" in vars(kind) and kind is not object

@@ -306,7 +306,7 @@ def test_no_weights_says_where_they_are(tmp_path):
         ({"tile_px": 16}, "encoder.tile_px: 16"),
         ({"tile_px": 250}, "encoder.tile_px: 250 is not a multiple of the patch, 16 px"),
         ({"sampling": "grid", "tile_px": 64}, "encoder.stride: 128 leaves gaps between tiles of 64 px"),
-        ({"poling": "nucleus"}, "encoder.poling: no such setting, did you mean 'pooling'"),
+        ({"poling": "nucleus"}, "encoder.poling: vit256 has no such setting, did you mean 'pooling'"),
     ],
 )
 def test_wrong_options_are_refused(checkpoint, options, why):
