@@ -122,8 +122,8 @@ def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["ablation=local384"], r"encoder\.local_width: .* has no such setting"),
-        (["encoder=timm", "ablation=local384"], r"encoder\.local_width: .* has no such setting"),
+        (["ablation=local384"], r"encoder.local_width: .* has no such setting"),
+        (["encoder=timm", "ablation=local384"], r"encoder.local_width: .* has no such setting"),
         (["loss=poisson", "ablation=no_weights"], "likelihood alpha_w: no such setting"),
         (["loss=poisson", "data.target=minmax"], "data target: 'minmax' does not go with the poisson"),
         (
