@@ -98,7 +98,7 @@ def compare_networks(data: str, batches: int, rounds: int) -> dict[str, Any]:
 
     import torch
 
-    from prts.features.encoders.tokens import attend_plainly
+    from prts.features.token_network import attend_plainly
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # else what an earlier process compiled is taken over

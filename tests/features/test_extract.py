@@ -164,7 +164,7 @@ def test_kill_9_loses_at_most_a_chunk(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [16, 64])
 def test_work_pixels_are_read_once_and_tiles_encoded_in_full_batches(fake_slide, nuclei_at, tmp_path, batch_size):
-    """A tile of its own for each of 600 nuclei is 65,536 px a nucleus; read once, it is the area of the slide and a margin."""
+    """A separate tile for each of 600 nuclei would be 65,536 px per nucleus; read once, it is the area of the slide and a margin."""
     slide = fake_slide(height=1000, width=1000)
     nuclei = nuclei_at(np.random.default_rng(5).uniform(0, 2000, (600, 2)))
     calls = []
