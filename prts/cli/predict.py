@@ -26,11 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prts.cli.app import plain, require
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from omegaconf import DictConfig
 
     from prts.models.bundle import Bundle
@@ -149,32 +147,27 @@ def _weights(cfg: DictConfig, bundle: Bundle) -> Path | None:
 
 
 def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]:
-    """The segmenter asked for, or that of training; and whether given nuclei come first."""
-    from hydra.utils import instantiate
-
-    from prts.segmentation.stardist import StarDist
-    from prts.segmentation.watershed import Watershed
+    """The segmenter given, or that of training; and whether given nuclei are preferred."""
+    from prts.cli.prepare import chosen_segmenter
+    from prts.segmentation.segment import recorded_segmenter
 
     if cfg.get("segmentation") is not None:
-        node = plain(cfg.segmentation)
-        prefer_given = node.pop("prefer_given")
+        segmenter, prefer_given = chosen_segmenter(plain(cfg.segmentation))
         if cfg.nuclei is not None and not prefer_given:
-            raise InputError("nuclei, segmentation: both are given; leave one away")
-        return instantiate(node), prefer_given
+            raise InputError("nuclei, segmentation: are mutually exclusive; omit one")
+        return segmenter, prefer_given
     if cfg.nuclei is not None:
         return None, True
-    trained = bundle.metadata["segmentation"]
-    # by name from this list: a bundle names no code to import
-    segmenters: dict[str, Callable[..., Segmenter]] = {"stardist": StarDist, "watershed": Watershed}
-    if trained["name"] not in segmenters:
+    try:
+        segmenter_of_training = recorded_segmenter(bundle.metadata["segmentation"])
+    except ParameterError as error:
         raise InputError(
-            "nuclei: is required, since this bundle was trained on given nuclei; name their file, or segment with segmentation=stardist "
+            f"{cfg.bundle}: its segmenter cannot be built by this version of prts ({error}); choose one with segmentation=stardist or "
+            "segmentation=watershed, or give nuclei=FILE"
+        ) from error
+    if segmenter_of_training is None:
+        raise InputError(
+            "nuclei: is required because this bundle was trained on given nuclei; give their file, or segment with segmentation=stardist "
             "or segmentation=watershed"
         )
-    try:
-        return segmenters[trained["name"]](**trained["arguments"]), False
-    except TypeError as error:
-        raise InputError(
-            f"{cfg.bundle}: segmentation.arguments in its model.json are not for this version of prts ({error}); choose with "
-            "segmentation=stardist or segmentation=watershed, or give nuclei=FILE"
-        ) from error
+    return segmenter_of_training, False

@@ -64,10 +64,10 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
 
 def chosen_segmenter(node: dict[str, Any]) -> tuple[Segmenter, bool]:
     """The segmenter of a plain `segmentation` node, and whether a section's own nuclei are preferred."""
-    from hydra.utils import instantiate
+    from prts.segmentation import segmenters
 
     prefer_given = bool(node.pop("prefer_given"))
-    return instantiate(node), prefer_given
+    return segmenters.build(node), prefer_given
 
 
 def main(cfg: DictConfig) -> None:

@@ -69,9 +69,9 @@ class Evaluation:
 class QualityControl:
     """`configs/qc`."""
 
-    min_umi: NotNegative
+    min_umi: NotNegative | None
     max_area_um2: Positive | None
-    max_pct_mt: Annotated[float, Field(ge=0, le=100)]
+    max_pct_mt: Positive | None
     max_area_px: Positive | None = None
 
 
@@ -110,6 +110,7 @@ class SectionFiles:
     nuclei: FilePath | None
     spots: FilePath | None
     mpp: Mpp | None
+    platform: Name | None
     simulate: Mapping | None
     download: Mapping | None
 
@@ -289,7 +290,7 @@ class Predict:
 class Registration:
     """`preprocess` of `evaluate`."""
 
-    register: bool
+    register: bool | None
 
 
 @dataclass

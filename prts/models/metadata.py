@@ -16,6 +16,7 @@ from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
 from prts.preprocess.stain import sample_slides, statistics
+from prts.segmentation.segment import describe_segmenter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,4 +122,4 @@ def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str,
     prefer_given = node.pop("prefer_given")
     if prefer_given and any(datamodule.tissue.sections[name].section.nuclei for name in _train_sections(datamodule)):
         return {"name": "given", "arguments": {}}
-    return {"name": str(node.pop("_target_")).rsplit(".", 1)[-1].lower(), "arguments": node}
+    return describe_segmenter(node)
