@@ -60,7 +60,7 @@ def _predict(cfg: DictConfig) -> None:
     from prts.models.predict import predict_store, write_prediction
     from prts.models.scale import check_scale
     from prts.preprocess.artefacts import log_artefacts
-    from prts.preprocess.stain import matched
+    from prts.preprocess.stains.base import match_stain
     from prts.section import open_section
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
@@ -73,7 +73,7 @@ def _predict(cfg: DictConfig) -> None:
     image = Path(cfg.image)
     section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
     region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
-    seen = matched(section.reoriented(orientation), str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
+    seen = match_stain(section.reoriented(orientation), str(cfg.stain), bundle.metadata.get("stain"))
     encoder = encoder_from_settings(
         bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device, compile=cfg.encoder.compile
     )

@@ -35,7 +35,7 @@ _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class StainTransform(Protocol):
-    """What changes the colours of pixels as they are read, such as `prts.preprocess.stain.StainMatching`."""
+    """What changes the colours of pixels as they are read, such as `prts.preprocess.stains.base.StainMatching`."""
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The same pixels in other colours, (..., 3)."""

@@ -15,7 +15,7 @@ from prts.evaluation.scoring import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
-from prts.preprocess.stain import sample_slides, statistics
+from prts.preprocess.stains.base import sample_slides, statistics
 from prts.segmentation.segment import describe_segmenter
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from prts.models.bundle import Bundle, load_bundle, save_bundle
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.preprocess.artefacts import KINDS
-from prts.preprocess.stain import sample_slides, statistics
+from prts.preprocess.stains.base import sample_slides, statistics
 from prts.section import open_section
 from prts.segmentation.watershed import Watershed
 from prts.simulate.section import simulate_section
@@ -96,7 +96,9 @@ def test_the_segmenter_of_training_is_made_again_or_refused_in_one_line() -> Non
 
     segmenter, prefer_given = _segmenter(config(), trained(mpp=0.25))
     assert segmenter == Watershed(mpp=0.25) and not prefer_given
-    with pytest.raises(InputError, match=r"model: its segmenter cannot be built .*depth.*segmentation=stardist") as caught:
+    with pytest.raises(
+        InputError, match=r"model: its segmenter cannot be built .*depth.*segmentation=stardist"
+    ) as caught:
         _segmenter(config(), trained(depth=3))
     assert "\n" not in str(caught.value)
 
