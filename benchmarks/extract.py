@@ -98,7 +98,7 @@ def compare_networks(data: str, batches: int, rounds: int) -> dict[str, Any]:
 
     import torch
 
-    from prts.features.tokens import attend_plainly
+    from prts.features.encoders.tokens import attend_plainly
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # else what an earlier process compiled is taken over
@@ -180,7 +180,7 @@ def section(data: str, n: int | None = None) -> tuple[Path, float, Any]:
     outlines = folder / "nucleus_segmentations.geojson.gz"
     nuclei = read_nuclei(outlines, mpp=opened.mpp, width=opened.width, height=opened.height)
     if n is not None:
-        order = plan_tiles(nuclei, opened.mpp, 0.5).order
+        order = plan_tiles(nuclei, opened.mpp, 0.5, 256).order
         middle = len(order) // 2
         nuclei = nuclei.iloc[np.sort(order[middle : middle + n])].reset_index(drop=True)
     return image, opened.mpp, nuclei

@@ -56,7 +56,7 @@ def compare(data: str, strides: list[int], n_exact: int, n_grid: int, rounds: in
     for stride, encoder in grids.items():
         ways[stride] = lambda encoder=encoder: extract_seconds(slide, mpp, square, encoder)
     seconds = interleave(ways, rounds)
-    tiles = {stride: len(plan_grid(square, mpp, exact.mpp, int(stride)).origin) for stride in grids}
+    tiles = {stride: len(plan_grid(square, mpp, exact.mpp, exact.tile_px, int(stride)).origin) for stride in grids}
     return {
         "exact": n_exact / seconds["exact"],
         "grid": {stride: {"tiles": n, "tiles_a_second": n / seconds[stride]} for stride, n in tiles.items()},
@@ -73,7 +73,7 @@ def tiles_of_area(strides: list[int]) -> dict[str, int]:
 
     xy = np.random.default_rng(0).uniform(0, SIDE_MM * 1000 / 0.5, (NUCLEI, 2))
     nuclei = gpd.GeoDataFrame(geometry=shapely.buffer(shapely.points(xy), 7.0, quad_segs=4))
-    return {str(stride): len(plan_grid(nuclei, 0.5, 0.5, stride).origin) for stride in strides}
+    return {str(stride): len(plan_grid(nuclei, 0.5, 0.5, 256, stride).origin) for stride in strides}
 
 
 def _square(nuclei: Any, n: int) -> Any:

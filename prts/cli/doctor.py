@@ -95,7 +95,7 @@ def _folders(cfg: DictConfig) -> Iterator[Check]:
 
 
 def _bundle(cfg: DictConfig) -> Iterator[Check]:
-    from prts.features.encoders import weights_of
+    from prts.features.encoders import weights_status
     from prts.models.bundle import load_bundle
 
     try:
@@ -106,7 +106,8 @@ def _bundle(cfg: DictConfig) -> Iterator[Check]:
     about = bundle.metadata
     trained = f"{len(bundle.genes)} genes, trained on {about['tissue']} {', '.join(about['train_sections'])}"
     yield "PASS", "bundle", f"{cfg.bundle}: {trained}"
-    yield weights_of(about["encoder"], about["encoder_weights"])
+    found, text = weights_status(about["encoder"], about["encoder_weights"])
+    yield "PASS" if found else "WARN", "weights", text
     yield _segmentation(about["segmentation"])
     yield from _provenance(about)
 

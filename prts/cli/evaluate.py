@@ -28,8 +28,10 @@ logger = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
     from prts.evaluation.measured import measure_predicted
-    from prts.evaluation.scoring import json_ready
-    from prts.evaluation.section_scores import evaluate_section, spot_pcc
+    from prts.evaluation.section_scores import PredictedCounts, score_section
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.evaluation.spot_scores import spot_pcc
+    from prts.evaluation.summaries import json_ready
     from prts.io.cache import atomic
     from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei
@@ -54,15 +56,12 @@ def main(cfg: DictConfig) -> None:
         qc=None if cfg.get("qc") is None else QCSettings(**plain(cfg.qc)),
         register=cfg.preprocess.register,
     ).matched
-    result = evaluate_section(
+    threshold = float(prediction.uns["prts"]["threshold"])
+    result = score_section(
         matched.measured,
-        matched.predicted,
-        matched.prob,
-        genes=matched.genes,
-        threshold=float(prediction.uns["prts"]["threshold"]),
+        PredictedCounts(matched.predicted, matched.genes, matched.prob, threshold),
         xy_um=matched.xy_px * section.mpp,
-        block_um=cfg.evaluation.block_um,
-        n_replicates=cfg.evaluation.bootstrap,
+        settings=EvaluationSettings(**plain(cfg.evaluation)),
     )
     summary = dict(result.summary)
     if section.spots is not None:

@@ -49,7 +49,7 @@ def main(cfg: DictConfig) -> None:
 def _predict(cfg: DictConfig) -> None:
     from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
     from prts.features.encoders import encoder_from_settings
-    from prts.features.tokens import torch_device
+    from prts.features.encoders.tokens import torch_device
     from prts.io.cache import fingerprint, sha256_file
     from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei
@@ -131,14 +131,14 @@ def _predict(cfg: DictConfig) -> None:
 
 def _weights(cfg: DictConfig, bundle: Bundle) -> Path | None:
     """The encoder's weights file: the one given, else the one that training read; None where the encoder finds its own or needs none."""
-    from prts.features.encoders import weights_of
+    from prts.features.encoders import weights_status
 
     if cfg.encoder.weights is not None:
         return Path(cfg.encoder.weights)
     settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
     if recorded is None or Path(recorded).is_file():
         return None if recorded is None else Path(recorded)
-    if weights_of(settings, None)[0] == "PASS":
+    if weights_status(settings).found:
         return None
     raise InputError(
         f"encoder.weights: is required, since {recorded} of training is not on this machine; give {Path(recorded).name} with sha256 "

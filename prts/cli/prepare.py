@@ -43,6 +43,7 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
 
     from prts.data.prepare import PrepareSettings, prepare_tissue
     from prts.data.tissue import parse_tissue
+    from prts.features.encoders import encoders
     from prts.io.limits import allow_pixels
     from prts.preprocess.counts import QCSettings
 
@@ -55,7 +56,7 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
         **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
-        encoder=instantiate(cfg.encoder),
+        encoder=encoders.build(plain(cfg.encoder)),
         cache_dir=Path(cfg.paths.cache_dir),
         check_image=cfg.check_image,
     )

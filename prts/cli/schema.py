@@ -102,6 +102,15 @@ class Simulation:
 
 
 @dataclass
+class DownloadedFiles:
+    """`download` of a section."""
+
+    folder: FilePath
+    urls: Annotated[list[Name], Field(min_length=1)]
+    md5: dict[str, str] | None = None
+
+
+@dataclass
 class SectionFiles:
     """What is known of a section's keys; `prts.data.tissue` refuses others."""
 
@@ -112,7 +121,7 @@ class SectionFiles:
     mpp: Mpp | None
     platform: Name | None
     simulate: Mapping | None
-    download: Mapping | None
+    download: DownloadedFiles | None
 
 
 @dataclass
@@ -136,6 +145,13 @@ class SegmentationLimits:
 
 
 @dataclass
+class SeedLimits:
+    """Of anything random."""
+
+    seed: Seed
+
+
+@dataclass
 class NetworkLimits:
     """Of `model.net`."""
 
@@ -149,6 +165,14 @@ class OptimizerLimits:
 
     lr: Annotated[float, Field(gt=0, le=1e3)]
     weight_decay: Annotated[float, Field(ge=0, le=1e3)]
+
+
+@dataclass
+class SchedulerLimits:
+    """Of `model.scheduler`; other settings are tried by constructing it."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    patience: Whole
 
 
 @dataclass
@@ -167,8 +191,8 @@ class Model:
     net: Annotated[Mapping, Built("network", limits=NetworkLimits)]
     optimizer: Annotated[Mapping, Built("optimizer", limits=OptimizerLimits)]
     output: OutputSettings
-    scheduler: Annotated[Mapping, Built("scheduler")] | None = None
-    baseline: Name | None = None
+    scheduler: Annotated[Mapping, Built("scheduler", limits=SchedulerLimits)] | None = None
+    baseline: Literal["gene_mean", "position", "colour", "morphology", "ridge", "permuted"] | None = None
 
 
 @dataclass
@@ -213,9 +237,9 @@ class Prepare:
     paths: Paths
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
     qc: QualityControl
-    panel: Annotated[Mapping, Built("panel")]
+    panel: Annotated[Mapping, Built("panel", limits=SeedLimits)]
     encoder: Annotated[Mapping, Built("encoder")]
-    split: Annotated[Mapping, Built("split")]
+    split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
     check_image: bool
@@ -231,11 +255,11 @@ class Train(Prepare):
     evaluation: Evaluation
     trainer: Annotated[Mapping, Built("trainer", limits=TrainerLimits)]
     data: Data
+    callbacks: Annotated[Mapping, Built("callbacks", several=True, limits=CallbackLimits)]
     seed: Seed
     report: bool
     resume: bool
     patch_pooling: Literal["nucleus", "center2x2"]
-    callbacks: Annotated[Mapping, Built("callbacks", several=True, limits=CallbackLimits)] | None = None
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
 
 

@@ -24,14 +24,14 @@ from prts.geometry import lattice_points_within
 Polygons = NDArray[np.object_]
 Floats = NDArray[np.float64]
 
-CROP = 64  # px at 0.5 um, the central 32 um: nuclei are some 20 px wide
+CROP = 64  # px, the central 32 um at 0.5 um per pixel: nuclei are about 20 px wide
 
 _RING = 8  # px
 _RIM = 2  # px
 _RADIAL_EDGES = (0.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0)  # px
 _REGIONS = ("nucleus", "ring")
 _PERCENTILES = (10, 50, 90)
-_UM = 0.5  # per px
+_MPP = 0.5
 _SHAPE = (
     *(
         "log_area_um2",
@@ -83,15 +83,17 @@ LOCAL_BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def local_blocks(channels: torch.Tensor, polygons: Polygons) -> dict[str, torch.Tensor]:
+def local_blocks(channels: torch.Tensor, polygons: Polygons, mpp: float = _MPP) -> dict[str, torch.Tensor]:
     """All local blocks of some nuclei.
 
     Parameters
     ----------
     channels
-        (b, 6, 256, 256): `CHANNELS` of the tiles at 0.5 um a pixel.
+        (b, 6, tile_px, tile_px): `CHANNELS` of the tiles.
     polygons
-        Shapely polygons in pixels of their tile, (b,). What lies outside the central 32 um counts for the shape only.
+        Shapely polygons in pixels of their tile, (b,). What is outside the central 64 px only counts for the shape.
+    mpp
+        um per pixel.
 
     Returns
     -------
@@ -125,7 +127,7 @@ def local_blocks(channels: torch.Tensor, polygons: Polygons) -> dict[str, torch.
     tile_he = channels[:, 3:5].mean(dim=(2, 3))
     rest = _or(~nucleus & ~ring, ring)[:, None].float()
     mean_he = moments[0][:, 3:5, 0]
-    area = torch.from_numpy(shapely.area(polygons) * _UM**2).float()
+    area = torch.from_numpy(shapely.area(polygons) * mpp**2).float()
     return {
         "colour": torch.stack(colour, dim=1),
         "contrast": moments[0][..., 0] - moments[1][..., 0],
@@ -154,13 +156,13 @@ def local_blocks(channels: torch.Tensor, polygons: Polygons) -> dict[str, torch.
             ],
             dim=1,
         ),
-        "shape": shape_columns(polygons),
+        "shape": shape_columns(polygons, mpp),
         "hu": hu_moments(nucleus),
     }
 
 
 def nucleus_masks(polygons: Polygons, edge: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels of the central crop whose centres lie in the polygon, and the share of the polygon's area that is there.
+    """Pixels of the central crop whose centers are in the polygon, and the share of the polygon's area in the crop.
 
     Parameters
     ----------
@@ -171,10 +173,10 @@ def nucleus_masks(polygons: Polygons, edge: int) -> tuple[torch.Tensor, torch.Te
 
     Returns
     -------
-    (b, 64, 64) bool, with the centre pixel set where a polygon holds no pixel centre; (b,) 0 to 1.
+    (b, 64, 64) bool, with the center pixel set if a polygon contains no pixel center; (b,) 0 to 1.
     """
     n = len(polygons)
-    # The crops side by side in one long strip are one lattice; a polygon wider than its crop is cut off again below.
+    # Side by side in one long strip, the crops are one lattice; a polygon wider than its crop is cut off below.
     strip = polygons.copy()
     xy, owner = shapely.get_coordinates(strip, return_index=True)
     strip = shapely.set_coordinates(strip, xy - edge + np.stack([owner * CROP, np.zeros(len(owner))], axis=1))
@@ -189,7 +191,7 @@ def nucleus_masks(polygons: Polygons, edge: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _or(region: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """The region, or another one for the nuclei where it is empty."""
+    """The region, or another one for nuclei where it is empty."""
     return torch.where(region.any(dim=(1, 2))[:, None, None], region, otherwise)
 
 
@@ -229,10 +231,10 @@ def _coherence(along: torch.Tensor, down: torch.Tensor, inside: torch.Tensor) ->
     return coherence(*tx.weighted(products, inside)[:, 0].unbind(1))
 
 
-def shape_columns(polygons: Polygons) -> torch.Tensor:
+def shape_columns(polygons: Polygons, mpp: float = _MPP) -> torch.Tensor:
     """Shape of the polygons themselves, exact: (b, 17), the labels of the block `shape`.
 
-    Axes are those of the ellipse with the same second moments, which Green's theorem gives from the vertices.
+    Axes are those of the ellipse with the same second moments, which Green's theorem gives from the vertices. `mpp` is um per pixel.
     """
     area = shapely.area(polygons)
     perimeter = shapely.length(polygons)
@@ -248,10 +250,10 @@ def shape_columns(polygons: Polygons) -> torch.Tensor:
     # A polygon without direction (a square, a disc) has 0 for both.
     direction = np.where(spread > 1e-9, spread, np.inf)
     columns = [
-        np.log10(area * _UM**2),
-        np.log10(perimeter * _UM),
-        major * _UM / 10.0,
-        minor * _UM / 10.0,
+        np.log10(area * mpp**2),
+        np.log10(perimeter * mpp),
+        major * mpp / 10.0,
+        minor * mpp / 10.0,
         eccentricity,
         area / shapely.area(hull),
         4.0 * np.pi * area / perimeter**2,
@@ -259,7 +261,7 @@ def shape_columns(polygons: Polygons) -> torch.Tensor:
         area / shapely.area(box),
         sides[:, 0] / sides[:, 1],
         *radius,
-        2.0 * np.sqrt(area / np.pi) * _UM / 10.0,
+        2.0 * np.sqrt(area / np.pi) * mpp / 10.0,
         1.0 - area / filled,
         eccentricity * (xx - yy) / direction,
         eccentricity * 2.0 * xy / direction,

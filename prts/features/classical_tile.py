@@ -1,4 +1,4 @@
-"""Global columns of the classical encoder: stain and texture of the whole 128 um tile."""
+"""Global columns of the classical encoder: stain and texture of the whole tile."""
 
 from __future__ import annotations
 
@@ -40,13 +40,15 @@ GLOBAL_BLOCKS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def global_blocks(channels: torch.Tensor) -> dict[str, torch.Tensor]:
+def global_blocks(channels: torch.Tensor, mpp: float = 0.5) -> dict[str, torch.Tensor]:
     """All global blocks of some tiles.
 
     Parameters
     ----------
     channels
-        (b, 6, 256, 256): `CHANNELS` at 0.5 um a pixel.
+        (b, 6, tile_px, tile_px): `CHANNELS` of the tiles, tile_px a multiple of 32. Names such as `um2` are for 0.5 um per pixel.
+    mpp
+        um per pixel.
 
     Returns
     -------
@@ -63,15 +65,16 @@ def global_blocks(channels: torch.Tensor) -> dict[str, torch.Tensor]:
     empty = (um2[:, :3].mean(dim=1) < EMPTY).float()
     fine = um1[:, :1] - tx.blur(um1[:, :1])
     moments = tx.moments(um2, everywhere)
+    side = um2.shape[-1] // 4
     return {
         "colour": torch.cat([moments, tx.percentiles(um2, None, _PERCENTILES)], dim=2),
         "histogram": histogram,
         "joint": tx.histogram(joint[:, None], 36).view(-1, 6, 6),
-        "grid": um2[:, 3:5].reshape(len(um2), 2, 4, 16, 4, 16).mean(dim=(3, 5)),
+        "grid": um2[:, 3:5].reshape(len(um2), 2, 4, side, 4, side).mean(dim=(3, 5)),
         "ring": _rings(um2, tx.halve(fine.abs())[:, 0], dark, empty),
         **_pyramid(channels[:, 3:5]),
         "correlation": _correlations(um2[:, 3:5], (1, 2, 4, 8)),
-        "blobs": _blobs(tx.blur(um2[:, 3:4])),
+        "blobs": _blobs(tx.blur(um2[:, 3:4]), 4.0 * mpp),
         "tissue": torch.stack(
             [
                 empty.mean(dim=(1, 2)),
@@ -171,12 +174,12 @@ def _correlations(he: torch.Tensor, lags: tuple[int, ...]) -> torch.Tensor:
     return torch.stack(out, dim=1)
 
 
-def _blobs(smooth_h: torch.Tensor) -> torch.Tensor:
-    """(b, 6): peaks of H per 1,000 um2 in 4 zones of 16 um, mean and sd of H at the peaks (0 without peaks)."""
+def _blobs(smooth_h: torch.Tensor, um: float) -> torch.Tensor:
+    """(b, 6): peaks of H per 1,000 um2 in 4 zones, mean and sd of H at the peaks (0 without peaks); `um` per pixel."""
     size = smooth_h.shape[-1]
     peak = (tx.local_maxima(smooth_h) & (smooth_h > DARK_H / 2)).float()
     zone = tx.rings(size, tuple(size / 8 * k for k in range(5)))
-    density = tx.weighted(peak, zone.expand(len(peak), -1, -1, -1))[..., 0] * 250.0  # a pixel is 4 um2
+    density = tx.weighted(peak, zone.expand(len(peak), -1, -1, -1))[..., 0] * (1000.0 / um**2)
     count = peak.sum(dim=(1, 2, 3)).clamp_min(1.0)
     mean = (peak * smooth_h).sum(dim=(1, 2, 3)) / count
     square = (peak * smooth_h * smooth_h).sum(dim=(1, 2, 3)) / count

@@ -1,7 +1,7 @@
-"""Twelve numbers of colour: what a baseline sees that knows the stain around a nucleus and nothing of its structure.
+"""Twelve numbers of color: the features of a baseline that knows the stain around a nucleus and nothing of its structure.
 
 The columns are mean and standard deviation of the optical density (-log10 of transmitted light) of red, green and blue, in the 128 um
-tile (`global`, 6) and within the nucleus (`local`, 6; its central pixel, where it is too small to hold one).
+tile (`global`, 6) and within the nucleus (`local`, 6; its central pixel, if it is too small to contain one).
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ from numpy.typing import NDArray
 
 from prts.features import texture as tx
 from prts.features.classical_nucleus import CROP, nucleus_masks
-
-Floats = NDArray[np.float32]
+from prts.features.encoders.base import Encoder, Floats
 
 COLUMNS = tuple(f"{channel}_{figure}" for figure in ("mean", "sd") for channel in ("red", "green", "blue"))
 
 
-class ColourStats:
-    """Mean and spread of colour in tile and nucleus, as an encoder, so that the store of features is written, found and resumed as any.
+class ColourStats(Encoder):
+    """Mean and spread of color in tile and nucleus, as an encoder, so that its store is written, found and resumed like any other.
 
     Parameters
     ----------
     batch_size
-        Nuclei worked on at once.
+        Nuclei computed at once.
     """
 
     name = "colour"
-    tile_px = 256
-    mpp = 0.5
-    pooling = "nucleus"
-    weights_sha256: str | None = None
     global_width = len(COLUMNS)
     local_width = len(COLUMNS)
     # Raised when a column changes.
@@ -45,9 +40,6 @@ class ColourStats:
     def settings(self) -> dict[str, Any]:
         """Everything that changes the numbers."""
         return {"name": self.name, "version": self.version, "mpp": self.mpp, "tile": self.tile_px}
-
-    def load(self) -> None:
-        """Nothing to load."""
 
     def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
         """Tile (b, 6) and nucleus (b, 6) of tiles (b, 256, 256, 3) and polygons (b,) in pixels of their tile."""

@@ -15,16 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import shapely
-import torch
 from numpy.typing import NDArray
 
 from prts import __version__
 from prts.errors import InputError
 from prts.features.chunk_store import Parts
-from prts.features.grid import plan_grid
 from prts.features.store import Rows, write_store
-from prts.features.tiles import TILE, TilePlan, cut_tiles, plan_tiles
-from prts.features.tokens import TokenEncoder
+from prts.features.tiles import TilePlan, cut_tiles
 from prts.io.cache import file_identity, fingerprint
 from prts.progress import track
 
@@ -38,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Tiles. What a kill can cost: about 15 s of a ViT on two CPU cores.
+# Tiles. At most this much is lost when a run is killed: about 15 s of a ViT on two CPU cores.
 CHUNK = 512
-# Batches cut ahead of the encoder, so that the reading of a band hides behind the encoding of the one before.
+# Batches cut ahead of the encoder, so that a band is read while the one before is encoded.
 _BATCHES_AHEAD = 8
 
 
@@ -49,8 +46,9 @@ def extract(
 ) -> None:
     """Extract the features of all nuclei into a store.
 
-    Finished chunks lie in `<out>.parts/` until the store is complete; a run that was killed goes on from them and ends with the same
-    bytes as one that was not. Parts of other nuclei, another encoder or another image are thrown away.
+    Finished chunks are kept in `<out>.parts/` until the store is complete. A run that was killed resumes from them and ends with the same
+    bytes as one that was not, if it resumes on the same machine: it forms the same batches. With other batches, or on another processor,
+    features differ by rounding. Parts of other nuclei, another encoder or another image are discarded.
 
     Parameters
     ----------
@@ -59,27 +57,26 @@ def extract(
     nuclei
         The nuclei, polygons in full-resolution pixels.
     encoder
-        What turns tiles into vectors; a token encoder with `sampling` set to `grid` shares them among nuclei (`prts.features.grid`).
+        Turns tiles into vectors, and decides which tiles the nuclei need (`Encoder.plan`).
     out
         The store to write.
     provenance
-        JSON-like, kept as the store's attribute `provenance`.
+        As JSON, kept as the attribute `provenance` of the store.
 
     Raises
     ------
     InputError
-        If there are no nuclei, a nucleus lies outside the tile around its own centroid, or the encoder's weights are not right.
+        If there are no nuclei, a nucleus is outside the tile around its own centroid, or the encoder's weights are wrong.
     """
     if len(nuclei) == 0:
-        raise InputError(f"{out.name}: there are no nuclei to extract features of")
+        raise InputError(f"{out.name}: no nuclei to extract features of; check the nuclei file or the segmentation")
     started = time.perf_counter()
     settings = encoder.settings()
-    plan = _plan(slide, nuclei, encoder)
+    plan = encoder.plan(nuclei, slide.mpp)
     cell_ids = nuclei["cell_id"].to_numpy(dtype=object)[plan.order]
     _check_reach(plan, cell_ids)
     encoder.load()  # before anything is written: the weights may be wrong
-    if isinstance(encoder, TokenEncoder):
-        encoder.compile_for(len(plan.origin))
+    encoder.compile_for(len(plan.origin))
     chunks = _Chunks(plan, encoder)
     identity = _identity(slide, nuclei, encoder)
     parts = Parts(out.with_name(f"{out.name}.parts"), chunks.sizes, identity)
@@ -111,24 +108,19 @@ def extract(
     logger.info("%s: %d nuclei in %.1f s (%.1f nuclei/s, %d tiles)", out.name, done, seconds, done / seconds, n_tiles)
 
 
-def _plan(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> TilePlan:
-    if isinstance(encoder, TokenEncoder) and encoder.sampling == "grid":
-        return plan_grid(nuclei, slide.mpp, encoder.mpp, encoder.stride)
-    return plan_tiles(nuclei, slide.mpp, encoder.mpp)
-
-
 def _check_reach(plan: TilePlan, cell_ids: NDArray[np.object_]) -> None:
-    """A ring-shaped polygon wider than a tile can miss the tile around its centroid; no patch would be its own."""
-    reaches = shapely.relate_pattern(plan.polygons, shapely.box(0, 0, TILE, TILE), "T********")
+    """Refuse a ring-shaped polygon that misses the tile around its centroid, and so overlaps no patch."""
+    side = plan.tile_px
+    reaches = shapely.relate_pattern(plan.polygons, shapely.box(0, 0, side, side), "T********")
     if len(outside := np.flatnonzero(~reaches)):
         raise InputError(
-            f"nuclei: cell_id {cell_ids[outside[0]]!r} does not reach the {TILE} px tile around its own centroid; "
-            "a nucleus is a compact polygon some 10 um wide"
+            f"nuclei: cell_id {cell_ids[outside[0]]!r} does not reach the {side} px tile around its own centroid; "
+            "give nuclei as compact polygons, about 10 um wide"
         )
 
 
 def _identity(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> str:
-    """Fingerprint of everything that the numbers, their order and their rounding follow from."""
+    """Fingerprint of everything that the numbers, their order and their rounding depend on."""
     digest = hashlib.sha256(json.dumps(nuclei["cell_id"].tolist()).encode())
     _, coordinates, offsets = shapely.to_ragged_array(np.asarray(nuclei.geometry.array, dtype=object))
     for array in (coordinates, *offsets):
@@ -141,14 +133,14 @@ def _identity(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> str:
             "slide": image,
             "chunk": CHUNK,
             "batch_size": encoder.batch_size,
-            "compiled": isinstance(encoder, TokenEncoder) and encoder.compiled,
+            "compiled": encoder.compiled,
             "version": __version__,
         }
     )
 
 
 class _Chunks:
-    """The tiles of a plan, some hundred at a time. A chunk holds their global vectors and the local vectors of the nuclei in them."""
+    """The tiles of a plan in chunks of some hundred. A chunk holds their global vectors and the local vectors of the nuclei in them."""
 
     def __init__(self, plan: TilePlan, encoder: Encoder) -> None:
         n = len(plan.origin)
@@ -173,7 +165,7 @@ class _Chunks:
         for source in np.unique(wanted // CHUNK):
             here = wanted // CHUNK == source
             vectors[here] = self._vectors(parts, source)[wanted[here] - source * CHUNK]
-        # In the order of the corners, whatever tiles came first: the same sum to the last bit.
+        # In the order of the corners, not of the tiles: the same sum to the last bit.
         index, weight = index.reshape(self.plan.around[nuclei].shape), self.plan.weight[nuclei]
         pooled = weight[:, :1] * vectors[index[:, 0]]
         for corner in range(1, weight.shape[1]):
@@ -205,32 +197,21 @@ def _encode(
     ]
     pooled: list[NDArray[np.float32]] = []
     local: list[NDArray[np.float32]] = []
-    device = encoder.device if isinstance(encoder, TokenEncoder) else None
-    cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches], device)
+    cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches], encoder.device)
     with contextlib.closing(_ahead(cut, _BATCHES_AHEAD)) as groups:
         pairs = zip(batches, groups, strict=True)
         for (k, batch), tiles in track(pairs, description, total=len(batches)):
-            for vectors, of in zip((pooled, local), _vectors(encoder, plan, tiles, batch), strict=True):
+            nuclei = plan.nuclei(batch)
+            made = encoder.encode_planned(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
+            for vectors, of in zip((pooled, local), made, strict=True):
                 vectors.append(of.ravel())
             if batch.stop == chunks.tiles[k].stop:
                 parts.write(k, np.concatenate(pooled + local))
                 pooled, local = [], []
 
 
-def _vectors(
-    encoder: Encoder, plan: TilePlan, tiles: torch.Tensor, batch: slice
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Global vectors of a batch of tiles and local vectors of the nuclei in them."""
-    nuclei = plan.nuclei(batch)
-    if not isinstance(encoder, TokenEncoder):
-        return encoder.encode(tiles.numpy(), plan.polygons[nuclei])
-    if encoder.sampling == "grid":
-        return encoder.encode_shared(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
-    return encoder.encode(tiles, plan.polygons[nuclei])
-
-
 def _ahead(items: Iterator[T], n: int) -> Generator[T]:
-    """The same items, up to n of them made beforehand in a thread of their own."""
+    """The same items, up to n of them made ahead in another thread."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiles") as pool:
         pending = deque(pool.submit(next, items, None) for _ in range(n))
         try:

@@ -14,8 +14,8 @@ Polygons = NDArray[np.object_]
 def patch_overlap(polygons: Polygons, tile: int = 256, patch: float = 16) -> Bools:
     """Which patches of its tile each nucleus overlaps.
 
-    A patch counts when its interior meets the interior of the polygon, that is, when they share an area: a nucleus that only touches a
-    patch's edge does not overlap it. What reaches out of the tile is clipped. (Paper, Methods: "patches that overlap the nucleus".)
+    A patch counts if its interior meets the interior of the polygon, that is, if they share an area: a nucleus that only touches a patch's
+    edge does not overlap it. What is outside the tile is clipped. (Paper, Methods: "patches that overlap the nucleus".)
 
     Parameters
     ----------
@@ -33,13 +33,13 @@ def patch_overlap(polygons: Polygons, tile: int = 256, patch: float = 16) -> Boo
     Raises
     ------
     ValueError
-        If a polygon lies outside its tile.
+        If a polygon is outside its tile.
     """
     grid = round(tile / patch)
     bounds = shapely.bounds(polygons) / patch
     first = np.clip(np.floor(bounds[:, :2]), 0, grid).astype(np.int64)
     stop = np.clip(np.ceil(bounds[:, 2:]), 0, grid).astype(np.int64)
-    # Only patches that meet the bounding box are asked of GEOS: a handful, not 256.
+    # GEOS only tests patches that meet the bounding box: a handful, not 256.
     n_cols, n_rows = np.maximum(stop - first, 0).T
     which = np.repeat(np.arange(len(polygons)), n_cols * n_rows)
     place = np.arange(len(which)) - np.repeat(np.cumsum(n_cols * n_rows) - n_cols * n_rows, n_cols * n_rows)
@@ -52,7 +52,7 @@ def patch_overlap(polygons: Polygons, tile: int = 256, patch: float = 16) -> Boo
     overlap[which[meets], row[meets], col[meets]] = True
     outside = np.flatnonzero(~overlap.any(axis=(1, 2)))
     if len(outside):
-        raise ValueError(f"{len(outside)} polygons lie outside their tile, the first at position {outside[0]}")
+        raise ValueError(f"{len(outside)} polygons are outside their tile, the first at position {outside[0]}")
     return overlap
 
 
@@ -64,7 +64,7 @@ def pool_local(tokens: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
     tokens
         (b, rows, columns, channels), row 0 at the top of the tile.
     overlap
-        (b, rows, columns), as `patch_overlap` gives it.
+        (b, rows, columns), from `patch_overlap`.
 
     Returns
     -------
@@ -75,26 +75,26 @@ def pool_local(tokens: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bij,bijc->bc", weight, tokens.float())
 
 
-def patches_around(centres: NDArray[np.float64], tile: int, patch: float) -> Bools:
-    """The four patches around each point, for a nucleus that does not lie in the middle of its tile: `center2x2` where it does.
+def patches_around(centers: NDArray[np.float64], tile: int, patch: float) -> Bools:
+    """The four patches around each point, for a nucleus anywhere in its tile; `center2x2` if it is in the middle.
 
     Parameters
     ----------
-    centres
+    centers
         x, y in pixels of the tile, (b, 2).
     tile, patch
         As for `patch_overlap`.
 
     Returns
     -------
-    (b, rows, columns). With an odd number of rows or columns, the one that holds the point stands alone. Near the tile's edge the
-    outermost patches are taken.
+    (b, rows, columns). With an odd number of rows or columns, only the one that contains the point. Near the tile's edge, the outermost
+    patches.
     """
     grid = round(tile / patch)
     if grid % 2:
-        first = stop = np.clip(np.floor(centres / patch), 0, grid - 1)
+        first = stop = np.clip(np.floor(centers / patch), 0, grid - 1)
     else:
-        stop = np.clip(np.round(centres / patch), 1, grid - 1)
+        stop = np.clip(np.round(centers / patch), 1, grid - 1)
         first = stop - 1
     steps = np.arange(grid)
     inside = (steps >= first[..., None]) & (steps <= stop[..., None])  # (b, x or y, grid)
@@ -103,7 +103,7 @@ def patches_around(centres: NDArray[np.float64], tile: int, patch: float) -> Boo
 
 
 def pool_shared(tokens: torch.Tensor, chosen: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
-    """As `pool_local`, where several nuclei lie in a tile: reads the chosen tokens only, not a tile for each nucleus.
+    """As `pool_local`, for several nuclei in a tile: reads the chosen tokens only, not a tile for each nucleus.
 
     Parameters
     ----------
@@ -112,13 +112,13 @@ def pool_shared(tokens: torch.Tensor, chosen: torch.Tensor, tile: torch.Tensor) 
     chosen
         Patches of each nucleus, (b, rows, columns), at least one.
     tile
-        The tile each nucleus lies in, (b,).
+        The tile that each nucleus is in, (b,).
 
     Returns
     -------
     (b, channels) float32.
     """
-    if len(chosen) == 0:  # segment_reduce wants at least one
+    if len(chosen) == 0:  # segment_reduce needs at least one
         return tokens.new_empty((0, tokens.shape[3]), dtype=torch.float32)
     chosen, tile = chosen.to(tokens.device), tile.to(tokens.device)
     which, row, col = chosen.nonzero(as_tuple=True)
@@ -127,20 +127,20 @@ def pool_shared(tokens: torch.Tensor, chosen: torch.Tensor, tile: torch.Tensor) 
 
 
 def center2x2(tokens: torch.Tensor) -> torch.Tensor:
-    """Mean of the four patch tokens around the tile's centre, whatever the nucleus (released code).
+    """Mean of the four patch tokens around the tile's center, for any nucleus (released code).
 
     Parameters
     ----------
     tokens
-        (b, rows, columns, channels). With an odd number of rows or columns the middle one stands alone.
+        (b, rows, columns, channels). With an odd number of rows or columns, only the middle one.
 
     Returns
     -------
     (b, channels) float32.
     """
     rows, cols = tokens.shape[1:3]
-    centre = tokens[:, (rows - 1) // 2 : rows // 2 + 1, (cols - 1) // 2 : cols // 2 + 1]
-    return centre.float().mean(dim=(1, 2))
+    center = tokens[:, (rows - 1) // 2 : rows // 2 + 1, (cols - 1) // 2 : cols // 2 + 1]
+    return center.float().mean(dim=(1, 2))
 
 
 def channel_pairs(x: torch.Tensor) -> torch.Tensor:

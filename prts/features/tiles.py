@@ -1,11 +1,11 @@
 """Tiles around nuclei, each pixel of the slide read once.
 
-The nuclei are visited in row bands of 512 px of the encoder's grid. A band's tiles need the band and the 256 rows above it, so a buffer
-of 768 rows is all that is ever held: moving down a band keeps its lower 256 rows and reads 512 new ones. Requests to the slide lie on a
-fixed grid (512 rows x 4096 columns), which makes a tile's pixels independent of where an interrupted extraction went on. Blocks that no
-tile needs are not read.
+The nuclei are visited in row bands of the slide, rescaled to the encoder's um/px. A band is 512 px high, or the next multiple for larger
+tiles. Its tiles need the band and as many rows above it as a tile has, so a buffer of those rows (768 for tiles of 256 px) is all that is
+held: moving down a band keeps the lower rows and reads one band of new ones. Requests to the slide follow a fixed grid (band rows x 4096
+columns), so that a tile's pixels do not depend on where an interrupted extraction resumed. Blocks that no tile needs are not read.
 
-For an encoder on a GPU the buffer lies in its memory and tiles are cut there: each pixel crosses the bus once, not once for each of the
+For an encoder on a GPU the buffer is in its memory and tiles are cut there: each pixel crosses the bus once, not once for each of the
 tiles that share it.
 """
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from prts.io.slide import Slide
 
-TILE = 256
 BAND = 512
 BLOCK = 4096
 
@@ -32,22 +31,24 @@ Ints = NDArray[np.int64]
 
 
 class TilePlan(NamedTuple):
-    """Where the tiles lie, in the order in which they are cut, and which of them each nucleus takes its vectors from.
+    """Where the tiles are, in the order in which they are cut, and which of them each nucleus takes its vectors from.
 
     Attributes
     ----------
     origin
-        x, y of the tiles' top left pixels on the encoder's grid, (t, 2), band by band.
+        x, y of the tiles' top left pixels in the rescaled slide, (t, 2), band by band.
     order
         Positions in the nuclei table, (n,), tile by tile; all that follows is in this order.
     spatial
         Centroids in full-resolution pixels, (n, 2).
     tile
-        The tile that gives the local vector, (n,), rising.
+        The tile that gives the local vector, (n,), not descending.
     polygons
         The nuclei in pixels of that tile, (n,).
     around, weight
-        The tiles whose weighted sum is the global vector and their weights, both (n, k).
+        The tiles whose weighted sum is the global vector, and their weights, both (n, k).
+    tile_px
+        Side of the tiles in pixels.
     """
 
     origin: Ints
@@ -57,18 +58,19 @@ class TilePlan(NamedTuple):
     polygons: NDArray[np.object_]
     around: Ints
     weight: NDArray[np.float32]
+    tile_px: int
 
     def nuclei(self, tiles: slice) -> slice:
-        """The nuclei whose local vectors consecutive tiles give."""
+        """The nuclei whose local vectors come from consecutive tiles."""
         start, stop = np.searchsorted(self.tile, [tiles.start, tiles.stop])
         return slice(int(start), int(stop))
 
 
-def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float) -> TilePlan:
+def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float, tile_px: int) -> TilePlan:
     """Lay a tile around each nucleus, band by band and left to right, for one pass down the slide.
 
-    The tile's centre is the pixel of the encoder's grid nearest to the nucleus' centroid, so that every tile is an exact window of the
-    rescaled slide (METHOD.md, Preparation 5).
+    The tile's center is the pixel of the rescaled slide that is nearest to the nucleus' centroid, so that every tile is an exact window of
+    the rescaled slide.
 
     Parameters
     ----------
@@ -78,12 +80,14 @@ def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float) -> TilePlan:
         um per full-resolution pixel.
     mpp
         um per pixel of the tiles.
+    tile_px
+        Side of the tiles in pixels.
     """
     geometry = np.asarray(nuclei.geometry.array, dtype=object)
     centroid = shapely.get_coordinates(shapely.centroid(geometry))
     scale = slide_mpp / mpp
-    origin = centre_pixel(centroid * scale) - TILE // 2
-    order = np.lexsort((origin[:, 1], origin[:, 0], _band(origin[:, 1])))
+    origin = center_pixel(centroid * scale) - tile_px // 2
+    order = np.lexsort((origin[:, 1], origin[:, 0], _band(origin[:, 1], tile_px)))
     tile = np.arange(len(order))
     return TilePlan(
         origin=origin[order],
@@ -93,25 +97,31 @@ def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float) -> TilePlan:
         polygons=in_tile(geometry[order], scale, origin[order]),
         around=tile[:, None],
         weight=np.ones((len(order), 1), dtype=np.float32),
+        tile_px=tile_px,
     )
 
 
-def centre_pixel(xy: NDArray[np.float64]) -> Ints:
-    """The pixel nearest to each point (n, 2): where a nucleus' tile has its centre."""
+def center_pixel(xy: NDArray[np.float64]) -> Ints:
+    """The pixel nearest to each point (n, 2): where a nucleus' tile has its center."""
     return np.floor(xy + 0.5).astype(np.int64)
 
 
 def in_tile(polygons: NDArray[np.object_], scale: float, origin: Ints) -> NDArray[np.object_]:
-    """Polygons (n,) in full-resolution pixels, in pixels of tiles with these origins (n, 2)."""
+    """Move polygons (n,) from full-resolution pixels to pixels of tiles with these origins (n, 2)."""
     xy, owner = shapely.get_coordinates(polygons, return_index=True)
-    # A copy: set_coordinates works in place on the array that it is given.
+    # A copy: set_coordinates works in place.
     moved: NDArray[np.object_] = shapely.set_coordinates(polygons.copy(), xy * scale - origin[owner])
     return moved
 
 
-def _band(y: Ints) -> Ints:
-    """Band of a tile whose top row is y: band k takes tops in [512 k - 256, 512 k + 256)."""
-    return np.floor_divide(y + TILE, BAND)
+def _band_rows(tile_px: int) -> int:
+    """Height of a band: at least that of a tile, which then needs no more than two bands."""
+    return -(-tile_px // BAND) * BAND
+
+
+def _band(y: Ints, tile_px: int) -> Ints:
+    """Band of a tile whose top row is y; with 256 px, band k takes tops in [512 k - 256, 512 k + 256)."""
+    return np.floor_divide(y + tile_px, _band_rows(tile_px))
 
 
 def cut_tiles(
@@ -122,61 +132,61 @@ def cut_tiles(
     Parameters
     ----------
     slide
-        The image; asked for pixels of the grid at `mpp`, white outside the image.
+        The image, read at `mpp`, white outside the image.
     mpp
         um per pixel of the tiles.
     plan
         All tiles of the slide. Requests follow from the whole plan, not from the groups asked for.
     groups
-        Rising slices of the plan, such as the batches that are still to be encoded.
+        Ascending slices of the plan, such as the batches that are still to be encoded.
     device
-        Where the tiles are wanted; main memory if not given.
+        Where to put the tiles; main memory by default.
 
     Yields
     ------
-    (b, 256, 256, 3) uint8, one tensor for each group.
+    (b, tile_px, tile_px, 3) uint8, one tensor for each group.
     """
     if device is None or device.type == "cpu":
-        buffer = _BandBuffer(slide, mpp, plan.origin)
+        buffer = _BandBuffer(slide, mpp, plan.origin, plan.tile_px)
     else:
-        buffer = _DeviceBandBuffer(slide, mpp, plan.origin, device)
-    band = _band(plan.origin[:, 1])
+        buffer = _DeviceBandBuffer(slide, mpp, plan.origin, plan.tile_px, device)
+    band = _band(plan.origin[:, 1], plan.tile_px)
     for group in groups:
         rows = np.arange(len(band))[group]
-        # A group seldom spans more than two bands; the rows are sorted by band.
+        # The rows are sorted by band; a group rarely spans more than two.
         cuts = np.flatnonzero(np.diff(band[rows])) + 1
         parts = [buffer.tiles(int(band[part[0]]), plan.origin[part]) for part in np.split(rows, cuts)]
         yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _BandBuffer:
-    """768 rows of the slide: band k and the 256 rows above it, in column blocks that are read when first needed."""
+    """Band k of the slide and the rows above it that its tiles reach, in column blocks that are read when first needed."""
 
     pixels: Any
 
-    def __init__(self, slide: Slide, mpp: float, origin: Ints) -> None:
-        self.slide, self.mpp = slide, mpp
+    def __init__(self, slide: Slide, mpp: float, origin: Ints, tile_px: int) -> None:
+        self.slide, self.mpp, self.tile_px, self.rows = slide, mpp, tile_px, _band_rows(tile_px)
         self.left = int(origin[:, 0].min())
-        self.right = int(origin[:, 0].max()) + TILE
-        self.pixels = self._empty((BAND + TILE, self.right - self.left, 3))
+        self.right = int(origin[:, 0].max()) + tile_px
+        self.pixels = self._empty((self.rows + tile_px, self.right - self.left, 3))
         self.band: int | None = None
         n_blocks = -(-(self.right - self.left) // BLOCK)
         self.filled = np.zeros(n_blocks, dtype=bool)
         self.overlap_kept = np.zeros(n_blocks, dtype=bool)
 
     def tiles(self, band: int, origin: Ints) -> torch.Tensor:
-        """Copy out the tiles at `origin` (n, 2), which lie in `band`, after reading the blocks under them."""
+        """Copy out the tiles at `origin` (n, 2), all in `band`, after reading the blocks under them."""
         if band != self.band:
             self._advance(band)
-        x, y = origin[:, 0] - self.left, origin[:, 1] - (band * BAND - TILE)
-        for block in np.union1d(x // BLOCK, (x + TILE - 1) // BLOCK):
+        x, y = origin[:, 0] - self.left, origin[:, 1] - (band * self.rows - self.tile_px)
+        for block in np.union1d(x // BLOCK, (x + self.tile_px - 1) // BLOCK):
             self._fill(int(block))
         return self._windows(x, y)
 
     def _advance(self, band: int) -> None:
         self.overlap_kept[:] = self.filled if self.band is not None and band == self.band + 1 else False
         if self.overlap_kept.any():
-            self.pixels[:TILE] = self.pixels[BAND:]
+            self.pixels[: self.tile_px] = self.pixels[self.rows :]
         self.filled[:] = False
         self.band = band
 
@@ -186,16 +196,16 @@ class _BandBuffer:
         assert self.band is not None
         columns = slice(block * BLOCK, min((block + 1) * BLOCK, self.right - self.left))
         if not self.overlap_kept[block]:
-            self.pixels[:TILE, columns] = self._moved(self._read(self.band - 1, columns)[BAND - TILE :])
-        self.pixels[TILE:, columns] = self._moved(self._read(self.band, columns))
+            above = self._read(self.band - 1, columns)[self.rows - self.tile_px :]
+            self.pixels[: self.tile_px, columns] = self._moved(above)
+        self.pixels[self.tile_px :, columns] = self._moved(self._read(self.band, columns))
         self.filled[block] = True
 
     def _read(self, stripe: int, columns: slice) -> NDArray[np.uint8]:
-        return self.slide.read_region(
-            self.left + columns.start, stripe * BAND, columns.stop - columns.start, BAND, mpp=self.mpp
-        )
+        width = columns.stop - columns.start
+        return self.slide.read_region(self.left + columns.start, stripe * self.rows, width, self.rows, mpp=self.mpp)
 
-    # numpy, not torch, in main memory: this runs in a thread of its own, and torch would start further ones beside the encoder's
+    # numpy, not torch, in main memory: this runs in its own thread, and torch would start more that compete with the encoder's
 
     def _empty(self, shape: tuple[int, ...]) -> Any:
         return np.empty(shape, dtype=np.uint8)
@@ -204,18 +214,19 @@ class _BandBuffer:
         return pixels
 
     def _windows(self, x: Ints, y: Ints) -> torch.Tensor:
-        # As bytes, so that the gather copies runs of 768 and not pixels one by one.
+        # As bytes, so that the gather copies whole rows of a tile instead of single pixels.
+        side = self.tile_px
         lines = self.pixels.reshape(len(self.pixels), -1)
-        windows = np.lib.stride_tricks.sliding_window_view(lines, (TILE, 3 * TILE))
-        return torch.from_numpy(windows[y, 3 * x].reshape(len(x), TILE, TILE, 3))
+        windows = np.lib.stride_tricks.sliding_window_view(lines, (side, 3 * side))
+        return torch.from_numpy(windows[y, 3 * x].reshape(len(x), side, side, 3))
 
 
 class _DeviceBandBuffer(_BandBuffer):
     """The same in the memory of an accelerator."""
 
-    def __init__(self, slide: Slide, mpp: float, origin: Ints, device: torch.device) -> None:
+    def __init__(self, slide: Slide, mpp: float, origin: Ints, tile_px: int, device: torch.device) -> None:
         self.device = device
-        super().__init__(slide, mpp, origin)
+        super().__init__(slide, mpp, origin, tile_px)
 
     def _empty(self, shape: tuple[int, ...]) -> Any:
         return torch.empty(shape, dtype=torch.uint8, device=self.device)
@@ -223,12 +234,12 @@ class _DeviceBandBuffer(_BandBuffer):
     def _moved(self, pixels: NDArray[np.uint8]) -> Any:
         block = torch.from_numpy(np.ascontiguousarray(pixels))
         if self.device.type == "cuda":
-            block = block.pin_memory()  # the copy then makes nobody wait
+            block = block.pin_memory()  # so that the copy does not block
         return block.to(self.device, non_blocking=True)
 
     def _windows(self, x: Ints, y: Ints) -> torch.Tensor:
-        # a view, (rows, columns, channels, 256, 256): no copy of the buffer for each window
-        windows = self.pixels.unfold(0, TILE, 1).unfold(1, TILE, 1)
+        # a view, (rows, columns, channels, tile_px, tile_px): the buffer is not copied for each window
+        windows = self.pixels.unfold(0, self.tile_px, 1).unfold(1, self.tile_px, 1)
         at = torch.from_numpy(np.stack([y, x])).to(self.device)
         cut: torch.Tensor = windows[at[0], at[1]]
         return cut.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""Weights files: found, read without running code from them, and fitted to the network."""
+"""Weights files: find them, read them without running code, and fit them to the network."""
 
 from __future__ import annotations
 
@@ -13,39 +13,42 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from prts.errors import InputError
+import prts._torchvision  # noqa: F401  (must come before timm, which imports torchvision)
+from prts.errors import ParameterError
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 _PREFIXES = ("module.", "backbone.")
-# Seconds to wait for the hub before believing that there is none. Its own client tries for most of a minute.
+# Seconds until the hub counts as unreachable. Its own client tries for most of a minute.
 _HUB_TIMEOUT = 10.0
 
 
 def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
-    """Read the tensors of a checkpoint, float32, without the prefixes `module.` and `backbone.` that DINO leaves.
+    """Read the tensors of a checkpoint as float32, without the prefixes `module.` and `backbone.` of DINO.
 
     Parameters
     ----------
     path
         A `.safetensors` file or what `torch.save` wrote. Only tensors, containers and `argparse.Namespace` (which DINO keeps its
-        arguments in) are unpickled: a file that asks for more is refused.
+        arguments in) are unpickled: a file with anything else is refused.
     checkpoint_key
-        Entry that holds the network, where the file has several ("teacher" in DINO's). A file of tensors alone needs none.
+        Entry that holds the network, if the file has several ("teacher" in DINO's). A file that holds only tensors needs none.
 
     Raises
     ------
-    InputError
-        If the file is missing, no checkpoint, or has no such entry.
+    ParameterError
+        If the file is missing, is not a checkpoint, or has no such entry.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"encoder.weights: {path}: no such file")
+        raise ParameterError("encoder", "weights", f"{path}: no such file")
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path, checkpoint_key)
     out = {}
     if nameless := [key for key in tensors if not isinstance(key, str)]:
-        raise InputError(f"encoder.weights: {path}: names a tensor {nameless[0]!r}; a network's checkpoint has text")
+        raise ParameterError(
+            "encoder", "weights", f"{path}: names a tensor {nameless[0]!r}; names in a checkpoint are text"
+        )
     for key, tensor in tensors.items():
         name = key
         while name.startswith(_PREFIXES):
@@ -61,7 +64,7 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"encoder.weights: {path}: is no safetensors file ({error})") from error
+        raise ParameterError("encoder", "weights", f"{path}: not a safetensors file ({error})") from error
     return tensors
 
 
@@ -69,27 +72,30 @@ def _read_checkpoint(path: Path, checkpoint_key: str | None) -> dict[str, torch.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises what the bytes of a foreign file lead it to
+    except Exception as error:  # on an arbitrary file the unpickler may raise anything
         reason = str(error).partition(".")[0]
-        raise InputError(f"encoder.weights: {path}: is no checkpoint that can be read safely ({reason})") from error
+        raise ParameterError(
+            "encoder", "weights", f"{path}: not a checkpoint that can be read safely ({reason})"
+        ) from error
     if isinstance(content, dict) and checkpoint_key in content:
         content = content[checkpoint_key]
     if not isinstance(content, dict) or not content or not all(isinstance(t, torch.Tensor) for t in content.values()):
         keys = _some(sorted(map(str, content))) if isinstance(content, dict) else type(content).__name__
-        raise InputError(
-            f"encoder.weights: {path}: has no tensors under {checkpoint_key!r}, it holds {keys}; "
-            "set encoder.checkpoint_key to the entry with the network"
+        raise ParameterError(
+            "encoder",
+            "weights",
+            f"{path}: has no tensors under {checkpoint_key!r}, it holds {keys}; set `checkpoint_key` to the entry with the network",
         )
     return content
 
 
 def load_strictly(network: torch.nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Load tensors whose names and shapes are exactly the network's.
+    """Load tensors whose names and shapes are exactly those of the network.
 
     Raises
     ------
-    InputError
-        Naming some of the keys that are missing, too many or of another shape.
+    ParameterError
+        If keys are missing, unexpected or of another shape; names some of them.
     """
     wanted = network.state_dict()
     faults = {
@@ -103,8 +109,8 @@ def load_strictly(network: torch.nn.Module, tensors: dict[str, torch.Tensor], pa
     }
     if any(faults.values()):
         told = "; ".join(f"{what} {_some(keys)}" for what, keys in faults.items() if keys)
-        raise InputError(
-            f"encoder.weights: {path}: is not for this network: it {told}; the encoder's own checkpoint is wanted"
+        raise ParameterError(
+            "encoder", "weights", f"{path}: does not fit this network: it {told}; give the encoder's own checkpoint"
         )
     network.load_state_dict(tensors)
 
@@ -116,19 +122,19 @@ def _some(keys: list[str], n: int = 3) -> str:
 def dino_position_embedding(embedding: torch.Tensor, grid: int) -> torch.Tensor:
     """Interpolate a position embedding to another grid as DINO's and HIPT's own `interpolate_pos_encoding` does.
 
-    Bicubic, with the scale taken from grid + 0.1 as there: timm's resampling (antialiased, scale from the sizes) differs from it by about
-    1 % in the [CLS] token, and the weights were made with this one.
+    Bicubic, with the scale taken from grid + 0.1. Timm's resampling (antialiased, scale from the sizes) would change the [CLS] token by
+    about 1 %; the weights were trained with this one.
 
     Parameters
     ----------
     embedding
-        (1, 1 + n * n, channels), the class token's first.
+        (1, 1 + n * n, channels), the class token first.
     grid
         Patches along a side of the tile.
 
     Returns
     -------
-    (1, 1 + grid * grid, channels); the same values where n is `grid` already.
+    (1, 1 + grid * grid, channels); the same values if n equals `grid`.
     """
     n = round((embedding.shape[1] - 1) ** 0.5)
     if n == grid:
@@ -140,12 +146,12 @@ def dino_position_embedding(embedding: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 def pretrained_config(model_name: str) -> PretrainedCfg | None:
-    """Timm's record of a model by name; None for a model of the hub (`hf-hub:owner/name`), which carries its own.
+    """Timm's record of a model; None for a model of the hub (`hf-hub:owner/name`), which brings its own.
 
     Raises
     ------
-    InputError
-        If timm knows no such model, with the nearest names.
+    ParameterError
+        If timm does not know the model; names the nearest ones.
     """
     import timm
     from timm.models import get_pretrained_cfg
@@ -157,8 +163,8 @@ def pretrained_config(model_name: str) -> PretrainedCfg | None:
     ):
         known = timm.list_models(pretrained=True) + timm.list_models()
         near = difflib.get_close_matches(model_name, known, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them"
-        raise InputError(f"encoder.model_name: timm has no model {model_name!r}; {hint}")
+        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() lists all"
+        raise ParameterError("encoder", "model_name", f"timm has no model {model_name!r}; {hint}")
     config: PretrainedCfg | None = get_pretrained_cfg(model_name)
     return config
 
@@ -179,24 +185,26 @@ def hub_weights(model_name: str) -> Path:
 
     Raises
     ------
-    InputError
-        If the hub cannot be reached or does not give the file, naming `encoder.weights` as the way without it.
+    ParameterError
+        If the hub cannot be reached or does not have the file; says how to go without it.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url
 
     if (cached := cached_hub_weights(model_name)) is not None:
         return cached
     repository, names = _hub_files(model_name)
-    instead = f"download it where there is a network and give it as encoder.weights=FILE (https://huggingface.co/{repository})"
+    instead = (
+        f"download https://huggingface.co/{repository} on a machine with network access and give the file as `weights`"
+    )
     if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         try:
             head = urllib.request.Request(hf_hub_url(repository, names[0]), method="HEAD")
             urllib.request.urlopen(head, timeout=_HUB_TIMEOUT).close()
         except urllib.error.HTTPError:
-            pass  # it answers; the client below knows what the answer means
+            pass  # it answers; the client below reports what
         except OSError as error:
-            raise InputError(
-                f"encoder: weights of {model_name} are not here and the hub cannot be reached; {instead}"
+            raise ParameterError(
+                "encoder", "weights", f"{model_name} is not in the cache and the hub cannot be reached; {instead}"
             ) from error
     failure: OSError | None = None
     for name in names:
@@ -205,7 +213,7 @@ def hub_weights(model_name: str) -> Path:
         except OSError as error:
             failure = failure or error
     reason = str(failure).strip().partition("\n")[0]
-    raise InputError(f"encoder: weights of {model_name} cannot be downloaded ({reason}); {instead}") from failure
+    raise ParameterError("encoder", "weights", f"{model_name} cannot be downloaded ({reason}); {instead}") from failure
 
 
 def _hub_files(model_name: str) -> tuple[str, list[str]]:
@@ -213,8 +221,8 @@ def _hub_files(model_name: str) -> tuple[str, list[str]]:
     config = pretrained_config(model_name)
     repository = _hub_id(model_name) if config is None else config.hf_hub_id
     if not repository:
-        raise InputError(
-            f"encoder.model_name: {model_name} has no published weights in timm; give a file as encoder.weights=FILE"
+        raise ParameterError(
+            "encoder", "weights", f"timm has no published weights of {model_name}; give a file as `weights`"
         )
     return repository, [(config and config.hf_hub_filename) or "model.safetensors", "pytorch_model.bin"]
 

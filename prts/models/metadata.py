@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from prts import provenance
 from prts.evaluation.predictable import predictable
-from prts.evaluation.scoring import mean_per_gene
+from prts.evaluation.summaries import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from prts.data.datamodule import PRTSDataModule
     from prts.data.prepare import PreparedTissue
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.models.uncertainty import CountIntervals
 
 
 def bundle_metadata(
     config: Mapping[str, Any],
     datamodule: PRTSDataModule,
-    validation: Sequence[Scored],
+    validation: Sequence[ScoredSection],
     beyond: Mapping[str, NDArray[np.bool_]],
     intervals: CountIntervals,
 ) -> dict[str, Any]:
@@ -63,11 +63,9 @@ def bundle_metadata(
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
         "baseline": config["model"]["baseline"],
-        "loss": config["loss"] if is_network else None,
         "optimizer": config["model"]["optimizer"] if is_network else None,
         "segmentation": _segmentation(dict(config["segmentation"]), datamodule),
         "qc": config["qc"],
-        "register": config["preprocess"]["register"],
         "tissue": config["tissue"]["name"],
         "species": config["tissue"]["species"],
         "train_sections": _train_sections(datamodule),

@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("command", ["prepare", "train"])
+@pytest.mark.parametrize("command", ["prepare", pytest.param("train", marks=pytest.mark.nightly)])
 def test_a_cache_that_is_deleted_midway(
     command: str,
     tissue: list[str],
@@ -128,7 +128,8 @@ CROWD = """
     import os, signal, sys, time
     from pathlib import Path
     import anndata, geopandas, pyarrow, scanpy, scipy, sklearn, skimage, torch
-    import prts.cli.prepare, prts.features.classical
+    import prts.cli.prepare
+    from prts.features.encoders import Classical
     from prts.cli.main import main
 
     def quick(self, tiles, polygons):
@@ -138,7 +139,7 @@ CROWD = """
         vectors[:, 0] = tiles[:, 128, 128, 0]
         return vectors[:, :384].copy(), vectors[:, 384:].copy()
 
-    prts.features.classical.Classical.encode = quick
+    Classical.encode = quick
     n, kill, cache, *given = sys.argv[1:]
     children = []
     for _ in range(int(n)):
@@ -156,7 +157,7 @@ CROWD = """
 """
 
 
-@pytest.mark.parametrize("kill", ["spare", "kill"])
+@pytest.mark.parametrize("kill", ["kill", pytest.param("spare", marks=pytest.mark.nightly)])
 def test_four_processes_on_one_cache(kill: str, tissue: list[str], tmp_path: Path) -> None:
     def crowd(n: int, how: str, cache: Path) -> tuple[str, str]:
         script = "\n".join(line.removeprefix("    ") for line in CROWD.splitlines())

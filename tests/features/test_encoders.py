@@ -4,23 +4,31 @@ import argparse
 import inspect
 import shutil
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
 import shapely
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-import prts.features  # noqa: F401  (before timm)
+import prts._torchvision  # noqa: F401  (before timm)
+from prts.cli.app import config_dir
 from prts.errors import InputError
-from prts.features import tokens as tokens_module
-from prts.features.encoders import Classical, DinoViTS16, Timm, ViT256, encoder_from_settings, weights_of
+from prts.features.encoders import Classical, DinoViTS16, Timm, ViT256, encoder_from_settings, encoders, weights_status
+from prts.features.encoders import tokens as tokens_module
+from prts.features.encoders.tokens import _Tokens
 from prts.features.pooling import patch_overlap
-from prts.features.tokens import _Tokens
 from prts.features.weights import dino_position_embedding, read_weights
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "encoder"
+# Where a tile is in a batch decides the order in which some kernels add, on Intel's AMX for one: fp32 differs in the last bits, and in bf16
+# each of them may turn a rounding. Bytes are the same on one machine with the same batches (test_extract).
+_FP32_TOLERANCE, _BF16_TOLERANCE = 1e-5, 0.01
+
+
+def _assert_close(got, expected, tolerance):
+    """Equal but for a small share of the vectors' length."""
+    assert np.linalg.norm(got - expected) <= tolerance * np.linalg.norm(expected)
 
 
 def _vit(**options):
@@ -97,12 +105,16 @@ def test_same_vector_wherever_in_a_batch(kind, request, nuclei, tmp_path):
     else:
         precision = "bf16" if "bf16" in kind else "fp32"
         encoder = ViT256(request.getfixturevalue("checkpoint"), precision=precision, batch_size=4)
+    tolerance = _BF16_TOLERANCE if encoder.precision == "bf16" else _FP32_TOLERANCE
     pooled, local = encoder.encode(tiles, polygons)
+    for got, whole in zip(encoder.encode(tiles, polygons), (pooled, local), strict=True):
+        np.testing.assert_array_equal(got, whole)  # the same batches
     order = np.array([4, 2, 0, 1, 3])
     for got, whole in zip(encoder.encode(tiles[order], polygons[order]), (pooled, local), strict=True):
-        np.testing.assert_array_equal(got, whole[order])
+        for k, j in enumerate(order):
+            _assert_close(got[k], whole[j], tolerance)
     for got, whole in zip(encoder.encode(tiles[3:4], polygons[3:4]), (pooled, local), strict=True):
-        np.testing.assert_array_equal(got, whole[3:4])
+        _assert_close(got[0], whole[3], tolerance)
     none = encoder.encode(tiles[:0], polygons[:0])
     assert [part.shape for part in none] == [(0, encoder.global_width), (0, encoder.local_width)]
 
@@ -139,7 +151,9 @@ def test_compiled_is_the_same_network(small_weights, nuclei):
     for a, b in zip(plain.encode(*nuclei), compiled.encode(*nuclei), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     # the same wherever in a batch, as without
-    np.testing.assert_array_equal(compiled.encode(nuclei[0][3:4], nuclei[1][3:4])[0], compiled.encode(*nuclei)[0][3:4])
+    _assert_close(
+        compiled.encode(nuclei[0][3:4], nuclei[1][3:4])[0][0], compiled.encode(*nuclei)[0][3], _FP32_TOLERANCE
+    )
 
 
 def test_compiling_is_decided_by_the_number_of_tiles(small_weights, monkeypatch):
@@ -164,7 +178,7 @@ def test_where_nothing_can_be_compiled(small_weights, nuclei, monkeypatch, caplo
         asked.compile_for(5)
     auto = Timm("test_vit.r160_in1k", small_weights, batch_size=4, device="cpu")
     auto.compile_for(tokens_module._COMPILE_FROM)
-    assert "goes on without compiling" in caplog.text and not auto.compiled
+    assert "continuing without" in caplog.text and not auto.compiled
     auto.encode(*nuclei)
 
 
@@ -248,11 +262,11 @@ class _Evil:
             lambda t: {"teacher": {**t, "cls_token": torch.zeros(1, 1, 768)}},
             r"cls_token \(1, 1, 768\) instead of \(1, 1, 384\)",
         ),
-        (lambda t: {"state_dict": t}, "it holds state_dict; set encoder.checkpoint_key"),
-        (lambda t: {"teacher": _Evil()}, "no checkpoint that can be read safely"),
+        (lambda t: {"state_dict": t}, "it holds state_dict; set `checkpoint_key`"),
+        (lambda t: {"teacher": _Evil()}, "not a checkpoint that can be read safely"),
         (lambda t: {"teacher": {**t, 1: torch.zeros(3)}}, "names a tensor 1"),
         (lambda t: [1, 2], "it holds list"),
-        (None, "no checkpoint that can be read safely"),
+        (None, "not a checkpoint that can be read safely"),
     ],
 )
 def test_wrong_weights_are_refused_in_one_line(tensors, tmp_path, content, why, capsys):
@@ -269,7 +283,9 @@ def test_wrong_weights_are_refused_in_one_line(tensors, tmp_path, content, why, 
 
 
 def test_no_weights_says_where_they_are(tmp_path):
-    with pytest.raises(InputError, match=r"vit256_small_dino.pth.*github.com/mahmoodlab/HIPT.*encoder.weights=FILE"):
+    with pytest.raises(
+        InputError, match=r"encoder.weights: not given.*vit256_small_dino.pth.*github.com/mahmoodlab/HIPT"
+    ):
         ViT256().settings()
     with pytest.raises(InputError, match=r"gone.pth: no such file.*HIPT"):
         ViT256(tmp_path / "gone.pth").load()
@@ -286,6 +302,11 @@ def test_no_weights_says_where_they_are(tmp_path):
         ({"std": [0.5, 0.0, 0.5]}, "encoder.std"),
         ({"batch_size": 0}, "encoder.batch_size"),
         ({"compile": "yes"}, "encoder.compile: 'yes'"),
+        ({"mpp": 0.0}, "encoder.mpp: 0.0"),
+        ({"tile_px": 16}, "encoder.tile_px: 16"),
+        ({"tile_px": 250}, "encoder.tile_px: 250 is not a multiple of the patch, 16 px"),
+        ({"sampling": "grid", "tile_px": 64}, "encoder.stride: 128 leaves gaps between tiles of 64 px"),
+        ({"poling": "nucleus"}, "encoder.poling: no such setting, did you mean 'pooling'"),
     ],
 )
 def test_wrong_options_are_refused(checkpoint, options, why):
@@ -341,7 +362,7 @@ def test_a_feature_map_serves_as_tokens(tmp_path, nuclei):
 
 def test_timm_weights_of_another_model_are_refused(tmp_path):
     path = _timm_weights("test_resnet.r160_in1k", tmp_path / "r.pth")
-    with pytest.raises(InputError, match=r"r\.pth: is not for test_vit\.r160_in1k"):
+    with pytest.raises(InputError, match=r"r\.pth: does not fit test_vit\.r160_in1k"):
         Timm("test_vit.r160_in1k", path).load()
 
 
@@ -358,7 +379,7 @@ def test_without_a_network_the_way_around_is_named(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", unreachable)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args: None)
     with pytest.raises(
-        InputError, match=r"vit_small_patch16_224.dino.*cannot be reached.*encoder.weights=FILE"
+        InputError, match=r"encoder.weights: vit_small_patch16_224.dino.*cannot be reached.*`weights`"
     ) as caught:
         DinoViTS16().settings()
     assert "\n" not in str(caught.value)
@@ -386,11 +407,15 @@ def test_an_encoder_is_made_again_from_its_settings(checkpoint, tmp_path):
 
     other = tmp_path / "other.pth"
     other.write_bytes(b"other weights")
-    with pytest.raises(InputError, match=rf"other.pth has sha256 {'[0-9a-f]' * 64}, .*{settings['weights_sha256']}"):
+    with pytest.raises(
+        InputError, match=rf"encoder.weights: .*other.pth has sha256 {'[0-9a-f]' * 64}, .*{settings['weights_sha256']}"
+    ):
         encoder_from_settings(settings, other)
     with pytest.raises(InputError, match=r"not given.*HIPT"):
         encoder_from_settings(settings)
-    with pytest.raises(InputError, match="'resnet9000' is unknown"):
+    with pytest.raises(
+        InputError, match="encoder: 'resnet9000' is not registered; choose one of classical, dino_vits16"
+    ):
         encoder_from_settings({"name": "resnet9000"})
     for odd in (
         {key: value for key, value in Classical().settings().items() if key != "pooling"},
@@ -399,12 +424,17 @@ def test_an_encoder_is_made_again_from_its_settings(checkpoint, tmp_path):
     ):
         with pytest.raises(InputError, match="encoder"):
             encoder_from_settings(odd, checkpoint)
-    assert weights_of(Classical().settings(), None)[0] == "PASS"
-    assert settings["weights_sha256"] in weights_of(settings, None)[2]
+    assert weights_status(Classical().settings()).found
+    assert weights_status(settings, str(checkpoint)) == (True, f"vit256: {checkpoint}")
+    found, text = weights_status(settings, str(other))
+    assert not found and settings["weights_sha256"] in text and "other.pth" in text
 
 
 def test_classical_features_of_another_version_are_refused():
-    with pytest.raises(InputError, match=r"version 0 of the classical features.*predict with the prts that trained it"):
+    with pytest.raises(
+        InputError,
+        match=r"version of the classical features is 1 .* 0 in the model; predict with the version",
+    ):
         encoder_from_settings({**Classical().settings(), "version": 0})
 
 
@@ -415,7 +445,7 @@ def test_features_in_another_precision_than_in_training_are_warned_of(
     checkpoint, monkeypatch, caplog, trained, here, warned
 ):
     settings = ViT256(checkpoint, precision=trained).settings()
-    monkeypatch.setattr("prts.features.tokens._precision", lambda precision, device: here)
+    monkeypatch.setattr("prts.features.encoders.tokens._precision", lambda precision, device: here)
     assert encoder_from_settings(settings, checkpoint).precision == here
     assert ("trained on features in bf16" in caplog.text) == warned
 
@@ -431,6 +461,8 @@ def test_settings_follow_what_changes_the_features(checkpoint):
         {"pooling": "center2x2"},
         {"local_width": None},
         {"precision": "bf16"},
+        {"mpp": 1.0},
+        {"tile_px": 224},
     ):
         assert settings(**options) != base
     assert settings(batch_size=3) == base
@@ -440,10 +472,11 @@ def test_settings_follow_what_changes_the_features(checkpoint):
     ("name", "kind"), [("vit256", ViT256), ("dino_vits16", DinoViTS16), ("timm", Timm), ("classical", Classical)]
 )
 def test_configs_hold_the_constructors_defaults(name, kind):
-    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"), resolve=True)
-    assert config.pop("_target_").rpartition(".")[2] == kind.__name__
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", ["tissue=lung", f"encoder={name}"]).encoder, resolve=True)
+    assert encoders[config.pop("name")] is kind
     parameters = inspect.signature(kind).parameters
-    assert list(config) == list(parameters)
+    assert set(config) == set(parameters)
     for key, parameter in parameters.items():
         if parameter.default is not inspect.Parameter.empty:
             default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
@@ -460,7 +493,7 @@ def test_real_weights_on_real_tissue(prts_data):
     page = tifffile.imread(prts_data / "her2st_hd" / "C2" / "tissue_image.tif")
     tiles = np.stack([page[y : y + 256, 2600:2856] for y in (2000, 2400)])
     polygons = shapely.buffer(shapely.points([[128, 128]] * 2), 10)
-    encoder = ViT256(path, mean, std, precision="fp32", batch_size=2)
+    encoder = ViT256(path, mean=mean, std=std, precision="fp32", batch_size=2)
     pooled, local = encoder.encode(tiles, polygons)
     cls, patches = _by_hand(read_weights(path, "teacher"), tiles, mean, std)
     np.testing.assert_allclose(pooled, cls, atol=2e-3 * np.abs(cls).max())
@@ -468,7 +501,7 @@ def test_real_weights_on_real_tissue(prts_data):
     np.testing.assert_allclose(
         local, centre, atol=2e-3 * np.abs(centre).max()
     )  # a disc of 10 px overlaps the central four
-    rounded = ViT256(path, mean, std, precision="bf16", batch_size=2).encode(tiles, polygons)[0]
+    rounded = ViT256(path, mean=mean, std=std, precision="bf16", batch_size=2).encode(tiles, polygons)[0]
     assert np.linalg.norm(rounded - cls) < 0.03 * np.linalg.norm(cls)
 
 

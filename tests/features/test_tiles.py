@@ -32,7 +32,7 @@ def test_tiles_are_windows_of_the_rescaled_slide(fake_slide, nuclei_at, mpp):
     slide = fake_slide(mpp=mpp)
     xy = np.random.default_rng(1).uniform(0, [slide.width, slide.height], (60, 2))
     nuclei = nuclei_at(xy)
-    plan = plan_tiles(nuclei, slide.mpp, 0.5)
+    plan = plan_tiles(nuclei, slide.mpp, 0.5, 256)
     tiles = _all(slide, plan)
     padded = np.pad(slide.rescaled, ((300, 300), (300, 300), (0, 0)), constant_values=255)
     assert sorted(plan.order) == list(range(60))
@@ -48,7 +48,7 @@ def test_every_pixel_is_read_once_and_glass_never(fake_slide, nuclei_at, monkeyp
     rng = np.random.default_rng(2)
     # Two clusters, 2,200 px (of 0.5 um) apart: the bands between them hold no nucleus.
     xy = np.concatenate([rng.uniform(0, [2900, 1100], (80, 2)), rng.uniform([1500, 6600], [2900, 7900], (40, 2))])
-    plan = plan_tiles(nuclei_at(xy), slide.mpp, 0.5)
+    plan = plan_tiles(nuclei_at(xy), slide.mpp, 0.5, 256)
     _all(slide, plan)
     assert slide.reads.max() == 1
     assert slide.reads[1300:2300].sum() == 0
@@ -61,7 +61,7 @@ def test_every_pixel_is_read_once_and_glass_never(fake_slide, nuclei_at, monkeyp
 def test_a_later_start_asks_for_the_same_regions(fake_slide, nuclei_at):
     slide = fake_slide(height=3000)
     xy = np.random.default_rng(3).uniform(0, [slide.width, slide.height], (90, 2))
-    plan = plan_tiles(nuclei_at(xy), slide.mpp, 0.5)
+    plan = plan_tiles(nuclei_at(xy), slide.mpp, 0.5, 256)
     whole = _all(slide, plan)
     requests = set(slide.requests)
     slide.requests.clear()
@@ -72,7 +72,7 @@ def test_a_later_start_asks_for_the_same_regions(fake_slide, nuclei_at):
 
 def test_polygons_are_in_pixels_of_their_tile(nuclei_at):
     nuclei = nuclei_at(np.array([[1000.3, 2000.9], [40.0, 30.0]]), 10.0)
-    plan = plan_tiles(nuclei, 0.25, 0.5)
+    plan = plan_tiles(nuclei, 0.25, 0.5, 256)
     np.testing.assert_array_equal(plan.order, [1, 0])
     # The lower nucleus: centroid (500.15, 1000.45) on the grid, tile from (372, 872).
     np.testing.assert_array_equal(plan.origin, [[20 - 128, 15 - 128], [372, 872]])
@@ -87,7 +87,7 @@ def test_tiles_of_a_real_slide_are_windows_of_its_rescaled_region(prts_data, nuc
 
     with open_slide(prts_data / "images" / "CMU-1-Small-Region.svs") as slide:
         xy = np.random.default_rng(0).uniform(0, [slide.width, slide.height], (30, 2))
-        plan = plan_tiles(nuclei_at(xy), slide.mpp, 0.5)
+        plan = plan_tiles(nuclei_at(xy), slide.mpp, 0.5, 256)
         tiles = _all(slide, plan)
         width, height = slide.size_at(0.5)
         whole = slide.read_region(-200, -200, width + 400, height + 400, mpp=0.5)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts.errors import ParameterError, did_you_mean
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
 from prts.preprocess.stains import stains
 from prts.segmentation.segment import sample
 
@@ -29,7 +30,6 @@ MIN_PIXELS = 1000
 
 _MPP = 1.0  # of the pixels that statistics are computed from
 _WINDOW, _PER_WINDOW, _ALL = 512 * 512, 20_000, 500_000
-_GLASS_OD = 0.05
 
 
 class TissueSample(NamedTuple):
@@ -129,7 +129,7 @@ def sample_slides(slides: Iterable[Slide]) -> TissueSample:
             # a small slide comes as one window, a large one as 64
             n = min(len(pixels), _PER_WINDOW if len(pixels) <= _WINDOW else _ALL)
             some = pixels[rng.integers(0, len(pixels), n)]
-            shows = -np.log10(np.maximum(some, 1) / 255).mean(axis=1) > _GLASS_OD
+            shows = OPTICAL_DENSITY[some].mean(axis=1) > GLASS_OD
             tissue.append(some[shows])
             glass.append(some[~shows])
     empty = np.concatenate(glass)

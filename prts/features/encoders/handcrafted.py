@@ -1,14 +1,17 @@
-"""The encoder without weights: stain, texture and shape statistics that a person could name.
+"""The encoder `classical`, without weights: stain, texture and shape statistics that a person could name.
+
+Lengths below are for the default tile of 256 px at 0.5 um. With another `mpp`, those of texture, rings and crop scale with it (they are
+numbers of pixels), while areas, densities and the shape stay in um. With another `tile_px`, the squares and rings divide the tile alike.
 
 global (384), of the whole 128 um tile
 
 | block | columns | what |
 |---|---|---|
-| colour | 48 | optical density of red, green, blue, amounts of haematoxylin (H), eosin (E), residual (R): mean, sd, skewness, p5 to p95 |
+| colour | 48 | optical density of red, green, blue, amounts of hematoxylin (H), eosin (E), residual (R): mean, sd, skewness, p5 to p95 |
 | histogram | 32 | H and E in 16 bins |
 | joint | 36 | H x E in 6 x 6 bins |
 | grid | 32 | mean H and E in 4 x 4 squares of 32 um |
-| ring | 64 | 8 rings of 8 um around the centre: mean and sd of H and E, mean R, fine H texture, shares of dark and of empty pixels |
+| ring | 64 | 8 rings of 8 um around the center: mean and sd of H and E, mean R, fine H texture, shares of dark and of empty pixels |
 | dog | 30 | differences of Gaussians of H and E at sigma 0.5, 1, 2, 4, 8 um: mean size, rms, skewness |
 | orientation | 32 | gradient directions of H and E, fine and coarse, in 8 bins weighted by strength |
 | gradient | 8 | strength of the gradient of H and E at 2 um: mean, sd, p50, p95 |
@@ -41,50 +44,63 @@ Every column is of the order of 1. `Classical.column_names` has the names in ord
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
-from prts.errors import InputError
-from prts.features.classical_nucleus import LOCAL_BLOCKS, local_blocks
+from prts.errors import ParameterError
+from prts.features.classical_nucleus import CROP, LOCAL_BLOCKS, local_blocks
 from prts.features.classical_tile import GLOBAL_BLOCKS, global_blocks
+from prts.features.encoders import encoders
+from prts.features.encoders.base import Encoder, Floats, Polygons, TileSettings, checked, signature_of
 from prts.features.texture import optical_density, stains
-
-Floats = NDArray[np.float32]
 
 
 def _names(blocks: dict[str, tuple[tuple[str, ...], ...]]) -> list[str]:
     return ["/".join((block, *labels)) for block, axes in blocks.items() for labels in itertools.product(*axes)]
 
 
-class Classical:
+@dataclass(frozen=True, kw_only=True)
+class ClassicalSettings(TileSettings):
+    """Settings of `Classical`, in addition to `mpp` and `tile_px`."""
+
+    pooling: Literal["nucleus"] = "nucleus"
+    batch_size: Annotated[int, Field(ge=1)] = 32
+
+
+@encoders.register("classical")
+@signature_of(ClassicalSettings)
+class Classical(Encoder):
     """Stain, texture and shape statistics; needs no weights and no download.
 
     Parameters
     ----------
-    pooling
-        `nucleus`, the only one: the local vector is of the nucleus' own pixels.
-    batch_size
-        Nuclei worked on at once.
+    settings
+        `mpp`, `tile_px` (a multiple of 32 from 64), `pooling` (only `nucleus`: the local vector describes the nucleus' own pixels) and
+        `batch_size` (nuclei computed at once).
+
+    Examples
+    --------
+    >>> Classical().global_width, Classical().local_width
+    (384, 192)
     """
 
-    name = "classical"
-    tile_px = 256
-    mpp = 0.5
-    weights_sha256: str | None = None
     # Raised when a column changes.
     version = 1
 
-    def __init__(self, pooling: str = "nucleus", batch_size: int = 32) -> None:
-        if pooling != "nucleus":
-            raise InputError(
-                f"encoder.pooling: {pooling!r} is not for the classical encoder, which has no patches; nucleus"
+    def __init__(self, **settings: Any) -> None:
+        given = checked(ClassicalSettings, **settings)
+        # five levels of half the size each, and a central crop
+        if given.tile_px % 32 or given.tile_px < CROP:
+            raise ParameterError(
+                "encoder", "tile_px", f"{given.tile_px} is not a multiple of 32 from {CROP}; choose such as 128 or 256"
             )
-        if batch_size < 1:
-            raise InputError(f"encoder.batch_size: {batch_size} is not at least 1")
-        self.pooling, self.batch_size = pooling, batch_size
+        self.mpp, self.tile_px = given.mpp, given.tile_px
+        self.pooling, self.batch_size = given.pooling, given.batch_size
 
     @property
     def global_width(self) -> int:
@@ -103,34 +119,23 @@ class Classical:
 
     def settings(self) -> dict[str, Any]:
         """Everything that changes the features."""
-        return {
-            "name": self.name,
-            "weights_sha256": None,
-            "version": self.version,
-            "mpp": self.mpp,
-            "tile": self.tile_px,
-            "pooling": self.pooling,
-            "precision": "fp32",
-        }
+        return {**super().settings(), "version": self.version}
 
-    def load(self) -> None:
-        """Nothing to load."""
-
-    def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
-        """Global (b, 384) and local (b, 192) vectors of tiles (b, 256, 256, 3) and polygons (b,) in pixels of their tile."""
+    def encode(self, tiles: NDArray[np.uint8], polygons: Polygons) -> tuple[Floats, Floats]:
+        """Global (b, 384) and local (b, 192) vectors of tiles (b, tile_px, tile_px, 3) and polygons (b,) in pixels of their tile."""
         out_global = np.empty((len(tiles), self.global_width), dtype=np.float32)
         out_local = np.empty((len(tiles), self.local_width), dtype=np.float32)
         for start in range(0, len(tiles), self.batch_size):
             batch = slice(start, start + self.batch_size)
             density = optical_density(tiles[batch])
             channels = torch.cat([density, stains(density)], dim=1)
-            out_global[batch] = _joined(global_blocks(channels), GLOBAL_BLOCKS)
-            out_local[batch] = _joined(local_blocks(channels, polygons[batch]), LOCAL_BLOCKS)
+            out_global[batch] = _joined(global_blocks(channels, self.mpp), GLOBAL_BLOCKS)
+            out_local[batch] = _joined(local_blocks(channels, polygons[batch], self.mpp), LOCAL_BLOCKS)
         return out_global, out_local
 
 
 def _joined(values: dict[str, torch.Tensor], blocks: dict[str, tuple[tuple[str, ...], ...]]) -> Floats:
-    """Lay the blocks side by side in their documented order."""
+    """Concatenate the blocks in their documented order."""
     for block, axes in blocks.items():
         assert values[block].shape[1:] == tuple(map(len, axes)), (block, values[block].shape)
     joined: Floats = torch.cat([values[block].flatten(1) for block in blocks], dim=1).float().numpy()

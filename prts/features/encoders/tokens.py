@@ -1,0 +1,475 @@
+"""What the encoders with patch tokens share: a timm network in the right precision, from uint8 tiles to pooled vectors.
+
+The global vector is the network's class token (or its own pooling), the local vector the mean of the patch tokens that the nucleus
+overlaps. Where the weights come from and how the network is built is up to each encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import shapely
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, StrictBool
+
+import prts._torchvision  # noqa: F401  (must come before timm, which imports torchvision)
+from prts.errors import ParameterError
+from prts.features.encoders.base import Encoder, Floats, Polygons, TileSettings
+from prts.features.pooling import center2x2, channel_pairs, patch_overlap, patches_around, pool_local, pool_shared
+from prts.precision import computes_bf16, cpu_has
+
+if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
+
+    from prts.features.tiles import TilePlan
+
+logger = logging.getLogger(__name__)
+
+Precision = Literal["auto", "bf16", "fp32"]
+Tiles = NDArray[np.uint8] | torch.Tensor
+Positive = Annotated[float, Field(gt=0)]
+RGB = tuple[float, float, float]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Compiling takes half a minute and saves a tenth to a quarter of each tile (docs/speed.md): from here on it pays on slow processors too.
+_COMPILE_FROM = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings(TileSettings):
+    """Settings of every encoder with patch tokens, in addition to `mpp` and `tile_px`.
+
+    Parameters
+    ----------
+    weights
+        Weights file, `.pth` or `.safetensors`; None for the encoder's own source.
+    mean, std
+        Normalization of red, green and blue, on a scale from 0 to 1; None for what the network was published with.
+    checkpoint_key
+        Entry of the weights file that holds the network, if it has several.
+    pooling
+        Which patch tokens make the local vector: `nucleus`, those that the nucleus overlaps (paper), or `center2x2` (released code).
+    sampling
+        `exact`, a tile around each nucleus (paper), or `grid`, a tile every `stride` px, shared by the nuclei near it.
+    stride
+        px between the tiles of the grid, from 16 to `tile_px`.
+    precision
+        `bf16`, `fp32`, or `auto`: bf16 if the processor computes in it.
+    device
+        `auto` (CUDA if available), or a device of torch.
+    batch_size
+        Tiles at a time; None for 16 on a CPU and 128 elsewhere.
+    compile
+        Whether torch compiles the network first; `auto`: on a CPU, if there are enough tiles for it to pay.
+    """
+
+    weights: str | Path | None = None
+    mean: RGB | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+    checkpoint_key: str | None = None
+    pooling: Literal["nucleus", "center2x2"] = "nucleus"
+    sampling: Literal["exact", "grid"] = "exact"
+    stride: Annotated[int, Field(ge=16)] = 128  # denser tiles than patches tell nothing new
+    precision: Precision = "auto"
+    device: str = "auto"
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    compile: StrictBool | Literal["auto"] = "auto"
+
+
+class _Tokens(torch.nn.Module):
+    """A timm network from uint8 tiles to its pooled vector and its patch tokens, both after the last norm."""
+
+    def __init__(self, network: torch.nn.Module, mean: Sequence[float], std: Sequence[float], input_size: int) -> None:
+        super().__init__()
+        self.network, self.input_size = network, input_size
+        scale = 1.0 / (255.0 * torch.tensor(std, dtype=torch.float64))
+        offset = -torch.tensor(mean, dtype=torch.float64) / torch.tensor(std, dtype=torch.float64)
+        # Plain attributes, not buffers: they stay float32 when the weights become bfloat16.
+        self.scale, self.offset = scale.float()[:, None, None], offset.float()[:, None, None]
+
+    def forward(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(b, tile_px, tile_px, 3) uint8 -> (b, G) and (b, rows, columns, C)."""
+        pixels = tiles.permute(0, 3, 1, 2).float()
+        if self.input_size != pixels.shape[-1]:
+            size = (self.input_size, self.input_size)
+            pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+        pixels = pixels * self.scale.to(tiles.device) + self.offset.to(tiles.device)
+        network: Any = self.network
+        features = network.forward_features(pixels.to(next(network.parameters()).dtype))
+        return network.forward_head(features, pre_logits=True), self._patch_tokens(features)
+
+    def _patch_tokens(self, features: torch.Tensor) -> torch.Tensor:
+        if features.ndim == 4:
+            channels_last = getattr(self.network, "output_fmt", "NCHW") == "NHWC"
+            return features if channels_last else features.permute(0, 2, 3, 1)
+        if features.ndim == 3:
+            patches = features[:, getattr(self.network, "num_prefix_tokens", 0) :]
+            grid = round(patches.shape[1] ** 0.5)
+            if grid * grid == patches.shape[1]:
+                return patches.reshape(len(patches), grid, grid, -1)  # row by row, as the patch embedding flattens them
+        raise ParameterError(
+            "encoder",
+            "model_name",
+            f"{type(self.network).__name__} returns features of shape {tuple(features.shape[1:])}, not a square grid of patch tokens; "
+            "choose a network with patch tokens or a feature map",
+        )
+
+
+class TokenEncoder(Encoder):
+    """An encoder around a timm network with patch tokens or a feature map.
+
+    Parameters
+    ----------
+    given
+        The settings.
+    pair_channels
+        Average adjacent channels of the local vector, instead of keeping all.
+    """
+
+    def __init__(self, given: TokenSettings, *, pair_channels: bool) -> None:
+        if given.sampling == "grid" and given.stride > given.tile_px:
+            raise ParameterError(
+                "encoder",
+                "stride",
+                f"{given.stride} leaves gaps between tiles of {given.tile_px} px; choose 16 to {given.tile_px}",
+            )
+        self.mpp, self.tile_px = given.mpp, given.tile_px
+        self.weights = None if given.weights is None else Path(given.weights)
+        self._mean, self._std = given.mean, given.std
+        self.checkpoint_key, self.pair_channels = given.checkpoint_key, pair_channels
+        self.pooling, self.sampling, self.stride = given.pooling, given.sampling, given.stride
+        device = torch_device(given.device)
+        self.device: torch.device = device
+        self.precision = _precision(given.precision, device)
+        self.batch_size = given.batch_size or (16 if device.type == "cpu" else 128)
+        self.compile = given.compile
+        self.compiled = False
+        self._network: _Tokens | None = None
+        self._compiled: _Tokens | None = None
+        self._widths = (0, 0)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of red, green and blue (0 to 1) that the network was trained with."""
+        return tuple(map(float, self._mean if self._mean is not None else self._own_normalization()[0]))
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of red, green and blue that the network was trained with."""
+        return tuple(map(float, self._std if self._std is not None else self._own_normalization()[1]))
+
+    @property
+    def global_width(self) -> int:
+        """Width of the global vector."""
+        self.load()
+        return self._widths[0]
+
+    @property
+    def local_width(self) -> int:
+        """Width of the local vector."""
+        self.load()
+        return self._widths[1]
+
+    @cached_property
+    def weights_path(self) -> Path:
+        """The weights file, found or downloaded."""
+        if self.weights is None:
+            return self._default_weights()
+        if not self.weights.is_file():
+            raise ParameterError("encoder", "weights", f"{self.weights}: no such file{self._where()}")
+        return self.weights
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes the features."""
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "checkpoint_key": self.checkpoint_key,
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "mpp": self.mpp,
+            "tile": self.tile_px,
+            "pooling": self.pooling,
+            "pair_channels": self.pair_channels,
+            "precision": self.precision,
+            "sampling": self.sampling,
+            **({"stride": self.stride} if self.sampling == "grid" else {}),
+        }
+
+    def load(self) -> None:
+        """Build the network and read its weights.
+
+        Raises
+        ------
+        ParameterError
+            If the weights are missing, unreadable or for another network.
+        """
+        if self._network is not None:
+            return
+        network, input_size = self._build()
+        tokens = _Tokens(network.eval().requires_grad_(False), self.mean, self.std, input_size)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        tokens = tokens.to(device=self.device, dtype=dtype)
+        if _plain_attention_is_faster(self.precision, self.device):
+            attend_plainly(tokens)
+        with torch.inference_mode():
+            pooled, patches = tokens(
+                torch.zeros((1, self.tile_px, self.tile_px, 3), dtype=torch.uint8, device=self.device)
+            )
+        if patches.shape[1] != patches.shape[2] or patches.shape[1] < 2:
+            raise ParameterError(
+                "encoder",
+                "",
+                f"{self.name} returns {patches.shape[1]} x {patches.shape[2]} patches; expected a square grid",
+            )
+        width = patches.shape[3]
+        if self.pair_channels and width % 2:
+            raise ParameterError(
+                "encoder", "pair_channels", f"{self.name} has {width} channels, an odd number; set it to false"
+            )
+        self._widths = (pooled.shape[1], width // 2 if self.pair_channels else width)
+        self._network = tokens
+        logger.info("encoder %s: %s on %s, batches of %d", self.name, self.precision, self.device, self.batch_size)
+
+    def compile_for(self, n_tiles: int) -> None:
+        """Decide whether the network runs compiled, and compile it.
+
+        Parameters
+        ----------
+        n_tiles
+            How many tiles are to be encoded in all. `compile="auto"` depends on nothing else, so that a resumed run decides the same.
+
+        Raises
+        ------
+        ParameterError
+            If `compile` is true and compiling fails.
+        """
+        self.load()
+        if self.compile == "auto":
+            # On a GPU it takes an hour of work to pay: only on request there.
+            self.compiled = self.device.type == "cpu" and n_tiles >= _COMPILE_FROM
+        else:
+            self.compiled = self.compile
+        if not self.compiled or self._compiled is not None:
+            return
+        started = time.perf_counter()
+        logger.info("encoder %s: compiling the network (half a minute, once)", self.name)
+        compiled: Any = torch.compile(self._network, dynamic=False)
+        shape = (self.batch_size, self.tile_px, self.tile_px, 3)
+        try:
+            with torch.inference_mode():
+                compiled(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            if self.compile != "auto":
+                raise ParameterError(
+                    "encoder",
+                    "compile",
+                    f"torch cannot compile here ({reason}); install a C++ compiler, or set it to false",
+                ) from error
+            logger.warning("encoder %s: compiling fails here (%s), continuing without", self.name, reason)
+            self.compile, self.compiled = False, False
+            return
+        self._compiled = compiled
+        logger.info("encoder %s: compiled in %.0f s", self.name, time.perf_counter() - started)
+
+    def plan(self, nuclei: GeoDataFrame, slide_mpp: float) -> TilePlan:
+        """Lay a tile around each nucleus, or choose those of the grid that the nuclei need."""
+        from prts.features.grid import plan_grid
+
+        if self.sampling == "grid":
+            return plan_grid(nuclei, slide_mpp, self.mpp, self.tile_px, self.stride)
+        return super().plan(nuclei, slide_mpp)
+
+    def encode_planned(self, tiles: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Encode consecutive tiles of the plan."""
+        if self.sampling == "grid":
+            return self.encode_shared(tiles, polygons, tile)
+        return self.encode(tiles, polygons)
+
+    def encode(self, tiles: Tiles, polygons: Polygons) -> tuple[Floats, Floats]:
+        """Encode nuclei, each in the middle of its own tile.
+
+        Parameters
+        ----------
+        tiles
+            (b, tile_px, tile_px, 3), RGB; an array, or a tensor on any device.
+        polygons
+            Shapely polygons in pixels of their tile, (b,).
+
+        Returns
+        -------
+        (b, global_width) and (b, local_width) float32. A nucleus' vectors do not depend on the others but for rounding: kernels may add in
+        another order elsewhere in a batch.
+        """
+        self.load()
+        parts = []
+        for start in range(0, len(tiles), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            parts.append(self._encode_batch(tiles[batch], polygons[batch], None))
+        return self._joined(parts)
+
+    def encode_shared(self, tiles: Tiles, polygons: Polygons, tile: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Encode tiles, and nuclei anywhere in them.
+
+        Parameters
+        ----------
+        tiles
+            (t, tile_px, tile_px, 3), RGB; as for `encode`.
+        polygons
+            Shapely polygons in pixels of their tile, (b,).
+        tile
+            The tile of each nucleus, (b,), not descending.
+
+        Returns
+        -------
+        (t, global_width) and (b, local_width) float32.
+        """
+        self.load()
+        parts = []
+        for start in range(0, len(tiles), self.batch_size):
+            stop = start + self.batch_size
+            mine = slice(*np.searchsorted(tile, [start, stop]))
+            parts.append(self._encode_batch(tiles[start:stop], polygons[mine], tile[mine] - start))
+        return self._joined(parts)
+
+    def _joined(self, parts: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats]:
+        if not parts:
+            return np.empty((0, self._widths[0]), np.float32), np.empty((0, self._widths[1]), np.float32)
+        pooled, local = zip(*parts, strict=True)
+        return np.concatenate(pooled), np.concatenate(local)
+
+    @torch.inference_mode()
+    def _encode_batch(self, tiles: Tiles, polygons: Polygons, tile: NDArray[np.int64] | None) -> tuple[Floats, Floats]:
+        """Vectors of a batch of tiles; `tile` says which of them each polygon is in, None: one in the middle of each."""
+        network = self._compiled if self.compiled else self._network
+        assert network is not None
+        n = len(tiles)
+        batch = torch.as_tensor(tiles, device=self.device)
+        if n < self.batch_size:
+            # Always a full batch: kernels are chosen by shape, and another kernel rounds otherwise.
+            batch = torch.cat([batch, batch.new_zeros((self.batch_size - n, *batch.shape[1:]))])
+        pooled, patches = network(batch)
+        local = self._local(patches[:n], polygons, tile)
+        if self.pair_channels:
+            local = channel_pairs(local)
+        return pooled[:n].float().cpu().numpy(), local.cpu().numpy()
+
+    def _local(self, patches: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64] | None) -> torch.Tensor:
+        patch = self.tile_px / patches.shape[1]
+        if tile is None:
+            if self.pooling == "center2x2":
+                return center2x2(patches)
+            return pool_local(patches, torch.from_numpy(patch_overlap(polygons, self.tile_px, patch)))
+        if self.pooling == "center2x2":
+            centers = shapely.get_coordinates(shapely.centroid(polygons))
+            chosen = patches_around(centers, self.tile_px, patch)
+        else:
+            chosen = patch_overlap(polygons, self.tile_px, patch)
+        return pool_shared(patches, torch.from_numpy(chosen), torch.from_numpy(tile))
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], weights: Path | None = None, **runtime: Any) -> TokenEncoder:
+        """Rebuild the encoder that `settings` described; bf16 becomes fp32, with a warning, on a processor without bf16."""
+        given: dict[str, Any] = dict(
+            weights=weights,
+            mean=settings["mean"],
+            std=settings["std"],
+            checkpoint_key=settings["checkpoint_key"],
+            pooling=settings["pooling"],
+            # bundles from before there was a choice have none of these
+            mpp=settings.get("mpp", 0.5),
+            tile_px=settings.get("tile", 256),
+            sampling=settings.get("sampling", "exact"),
+            stride=settings.get("stride", 128),
+            precision="auto" if settings["precision"] == "bf16" else "fp32",
+            **cls._own_arguments(settings),
+            **runtime,
+        )
+        encoder = cls(**given)
+        encoder._require_weights(settings["weights_sha256"])
+        if encoder.precision != settings["precision"]:
+            logger.warning(
+                "encoder: the model was trained on features in %s, which %s does not compute in; using %s, features differ by about 1 %%",
+                settings["precision"],
+                encoder.device,
+                encoder.precision,
+            )
+        return encoder
+
+    @classmethod
+    @abstractmethod
+    def _own_arguments(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the constructor that are not in `TokenSettings`, from stored settings."""
+
+    @abstractmethod
+    def _build(self) -> tuple[torch.nn.Module, int]:
+        """The network with its weights, and the side in px that tiles are resized to before it."""
+
+    @abstractmethod
+    def _default_weights(self) -> Path:
+        """The weights file if none is given."""
+
+    def _own_normalization(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and std if none are given."""
+        return IMAGENET_MEAN, IMAGENET_STD
+
+    def _where(self) -> str:
+        """Where the weights come from, for messages."""
+        return ""
+
+
+def torch_device(device: str) -> torch.device:
+    """The torch device of that name; `auto` is CUDA if available.
+
+    Raises
+    ------
+    ParameterError
+        If torch does not know the device or cannot use it.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ParameterError(
+            "encoder", "device", f"{device!r} is not a device of torch; choose auto, cpu or cuda"
+        ) from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ParameterError("encoder", "device", f"{device}: torch finds no CUDA device; choose auto or cpu")
+    return chosen
+
+
+def attend_plainly(network: torch.nn.Module) -> None:
+    """Compute timm's attention as two matrix products and a softmax, instead of torch's fused kernel."""
+    module: Any
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):  # timm's switch
+            module.fused_attn = False
+
+
+def _plain_attention_is_faster(precision: str, device: torch.device) -> bool:
+    """Whether attention as plain products beats the fused kernel.
+
+    In bf16 the fused kernel is fast on AMX and on GPUs only: with AVX-512 alone it is slower than the products (docs/speed.md).
+    """
+    return precision == "bf16" and device.type == "cpu" and not cpu_has("_is_amx_tile_supported")
+
+
+def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
+    """Resolve `auto`: bf16 if the processor has instructions for it (half the time), not where it is emulated."""
+    if precision != "auto":
+        return precision
+    return "bf16" if computes_bf16(device) else "fp32"
