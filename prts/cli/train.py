@@ -15,7 +15,6 @@ example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 from pathlib import Path
@@ -196,20 +195,12 @@ def _likelihood(cfg: DictConfig) -> Likelihood:
 def _settled(cfg: DictConfig) -> DictConfig:
     """The config with each `auto` of target and precision replaced, after refusing what makes no sense together, before any work."""
     from hydra.errors import InstantiationException
-    from hydra.utils import get_class, instantiate
+    from hydra.utils import instantiate
 
     from prts.evaluation.settings import EvaluationSettings
     from prts.models.linear import LIKELIHOOD
     from prts.precision import training_precision
 
-    kind = get_class(cfg.encoder._target_)
-    known = inspect.signature(kind).parameters
-    for key in cfg.encoder:
-        if key != "_target_" and key not in known:
-            raise InputError(
-                f"encoder.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
-                f"apply to this encoder"
-            )
     EvaluationSettings(**cfg.evaluation)
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":
