@@ -176,10 +176,10 @@ def check_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: a path as text and an array as a list."""
+    """For JSON: a path as text, an array or any other sequence (such as a config's list) as a list."""
     if isinstance(value, PurePath):
         return str(value)
-    return value.tolist()
+    return list(value) if isinstance(value, Sequence) else value.tolist()
 
 
 @functools.cache

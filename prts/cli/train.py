@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain
 from prts.cli.prepare import preparation
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -187,9 +187,15 @@ def make_recipe(cfg: DictConfig) -> Recipe:
 def _likelihood(cfg: DictConfig) -> Likelihood:
     from prts.models.likelihoods import likelihoods
 
-    settings = plain(cfg.loss)
-    target = "auto" if cfg.model.baseline else cfg.data.target
-    return likelihoods[settings.pop("name")](**settings).with_target(target)
+    kind = likelihoods[cfg.loss.name]
+    known = inspect.signature(kind).parameters
+    for key in cfg.loss:  # before values are resolved: an ablation may refer to a setting of another likelihood
+        if key not in ("name", *known):
+            raise ParameterError(
+                "likelihood", key, f"the {kind.name} likelihood has no such setting; it has {', '.join(known)}"
+            )
+    settings = {key: value for key, value in plain(cfg.loss).items() if key != "name"}
+    return kind(**settings).with_target("auto" if cfg.model.baseline else cfg.data.target)
 
 
 def _settled(cfg: DictConfig) -> DictConfig:

@@ -1,4 +1,4 @@
-"""Report how far the counts of each section were off its nuclei."""
+"""Report how far the bins of each section were from its nuclei."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ if TYPE_CHECKING:
 
 
 def registration_figures(tissue: PreparedTissue, *, moved_back: bool) -> dict[str, float | str]:
-    """How far the counts of each section were off its nuclei, with a warning if that was too far and not corrected."""
-    found = {
-        name: prepared.registration for name, prepared in tissue.sections.items() if prepared.registration is not None
-    }
+    """Distances between bins and nuclei of each section, and a warning if one is large and uncorrected."""
+    found = {name: part.registration for name, part in tissue.sections.items() if part.registration is not None}
     figures: dict[str, float | str] = {}
     for name, section in found.items():
         figures[f"registration/{name}/confidence"] = section.confidence
@@ -25,6 +23,6 @@ def registration_figures(tissue: PreparedTissue, *, moved_back: bool) -> dict[st
     off = [name for name, section in found.items() if section.displacement_um > WARN_UM]
     if off and not moved_back:
         figures["warning/registration"] = (
-            f"counts of {', '.join(off)} are over {WARN_UM:g} um off the nuclei; set the `register` option to correct them"
+            f"bins of {', '.join(off)} are more than {WARN_UM:g} um off the nuclei; set the `register` option to correct that"
         )
     return figures

@@ -205,14 +205,11 @@ def _build(
             "install the package that offers it"
         )
     width = sum(about.input.widths.get(block, 0) for block in about.input.use)
-    settings = {
-        part: {key: value for key, value in metadata[part].items() if key != "name"}
-        for part in ("architecture", "likelihood")
-    }
+    architecture = {key: value for key, value in metadata["architecture"].items() if key != "name"}
     try:
         with torch.device("meta"):
-            net = ARCHITECTURES[about.architecture.name](**settings["architecture"])
-            likelihood = likelihoods[about.likelihood.name](**settings["likelihood"])
+            net = ARCHITECTURES[about.architecture.name](**architecture)
+            likelihood = likelihoods.build(metadata["likelihood"])
             likelihood.allocate(len(about.genes))
             ood = None if about.ood is None else MahalanobisOOD(width, about.ood.components)
         rule = OutputRule(**metadata["output"])

@@ -153,7 +153,10 @@ DAMAGE = {
         edit_json(lambda j: j["likelihood"].update(name="zinb")),
         "likelihood 'zinb' is not one of .*; install the package that offers it",
     ),
-    "odd likelihood": (edit_json(lambda j: j["likelihood"].update(rank=1)), "not laid out.*rank: no such setting"),
+    "odd likelihood": (
+        edit_json(lambda j: j["likelihood"].update(rank=1)),
+        "not laid out.*rank: paper has no such setting",
+    ),
     "no likelihood": (edit_json(lambda j: j.pop("likelihood")), "lacks likelihood"),
     "odd argument": (edit_json(lambda j: j["architecture"].update(depth=3)), "not laid out as prts writes it"),
     "genes a number": (edit_json(lambda j: j.update(genes=3)), "not laid out as prts writes it"),
@@ -171,7 +174,7 @@ DAMAGE = {
         edit_json(
             lambda j: j.update(intervals={"level": 0.9, **dict.fromkeys(("scale", "dispersion", "mass"), [[1.0]] * 3)})
         ),
-        "one number per gene is needed",
+        r"not laid out as prts writes it \(intervals\.scale",
     ),
     "an interval's scale": (
         edit_json(
