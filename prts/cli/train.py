@@ -15,6 +15,7 @@ example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hydra.utils import instantiate
 
 from prts import provenance
 from prts.evaluation.predictable import predictable
 from prts.evaluation.summaries import mean_per_gene
+from prts.features.encoders import encoders
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
@@ -51,7 +51,7 @@ def bundle_metadata(
     intervals
         Of the counts, calibrated there.
     """
-    encoder = instantiate(config["encoder"]).settings()
+    encoder = encoders.build(config["encoder"]).settings()
     weights = config["encoder"].get("weights")
     is_network = not config["model"]["baseline"]
     per_gene = mean_per_gene([scored.result.per_gene for scored in validation])

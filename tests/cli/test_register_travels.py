@@ -1,113 +1,131 @@
-"""A model trained on corrected counts is evaluated, analyzed and reported on corrected counts, without being told again."""
+"""A model that was trained on corrected counts is evaluated, analyzed and reported on corrected counts, without being told again."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
+import torch
 
-from prts.cli.app import config_dir, run
-from prts.cli.train import train
+from prts.cli.app import run
+from prts.data.prepare import PrepareSettings, prepare_sections
+from prts.data.splits import Random, Roles
 from prts.evaluation.settings import EvaluationSettings
+from prts.features.encoders import Classical
 from prts.io.prediction import read_prediction
-from prts.report.load import load_prediction, load_run
+from prts.models.bundle import save_bundle
+from prts.models.likelihoods.paper import Paper
+from prts.models.network import PRTSNet
+from prts.models.output import OutputRule
+from prts.preprocess.counts import QCSettings
+from prts.preprocess.panel import Panel, TopPanel
+from prts.report.load import load_prediction
+from prts.section import read_visium_hd
+from prts.segmentation.watershed import Watershed
+from prts.simulate.section import simulate_section
 
 pytestmark = pytest.mark.slow
 
 SHIFT_UM = 6.0
+QC = QCSettings(min_umi=40)
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A section whose bins are 6 um off."""
+    out = tmp_path_factory.mktemp("section") / "s"
+    return simulate_section(out, cells=400, genes=150, seed=5, shift_um=[SHIFT_UM, 0.0])
 
 
 @pytest.fixture(scope="module")
-def run_folder(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small training run on sections whose bins are 6 um off."""
-    simulate = [
-        f"tissue.sections.{name}.simulate.{key}"
-        for name in ("train", "val", "test")
-        for key in ("cells=400", "genes=150", "shift_um=[6.0,0.0]")
-    ]
-    simulate = [f"+{override}" if "shift_um" in override else override for override in simulate]
-    small = [
-        "panel.n_genes=30",
-        "trainer.max_epochs=1",
-        "trainer.accelerator=cpu",
-        "evaluation.bootstrap=10",
-        "logger=none",
-    ]
-    with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = compose(
-            "train", [*simulate, *small, f"paths.cache_dir='{cache}'", "preprocess.register=true", "report=false"]
-        )
-    folder = tmp_path_factory.mktemp("runs") / "registered"
-    train(cfg, folder)
-    return folder
+def prepared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ad.AnnData, Panel]:
+    """Its counts and its panel as training gets them."""
+    settings = PrepareSettings(
+        segmenter=Watershed(),
+        splitter=Random(),
+        panel=TopPanel(n_genes=30),
+        encoder=Classical(),
+        cache_dir=tmp_path_factory.mktemp("cache"),
+        qc=QC,
+        register=True,
+    )
+    tissue = prepare_sections("t", "human", {"s": read_visium_hd(folder)}, Roles(["s"], [], []), settings)
+    assert tissue.register
+    return ad.read_h5ad(tissue.sections["s"].counts), Panel.from_json(tissue.panel)
 
 
 @pytest.fixture(scope="module")
-def predicted(cache: Path, run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A prediction of the test section with the run's model, and the section's folder."""
-    (section,) = (cache / "demo" / "test").glob("section-*/")
-    out = tmp_path_factory.mktemp("predicted") / "slide.h5ad"
-    given = [f"bundle={run_folder / 'model'}", f"image={section / 'tissue_image.tif'}", f"out={out}"]
-    assert run("predict", [*given, f"paths.cache_dir={cache}"]) == 0
-    return out, section
+def prediction(folder: Path, prepared: tuple[ad.AnnData, Panel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a bundle that says `register` predicts."""
+    root = tmp_path_factory.mktemp("predicted")
+    panel = prepared[1]
+    metadata = {
+        "encoder": Classical().settings(),
+        "encoder_weights": None,
+        "mpp": 0.5,
+        "tile": 256,
+        "pooling": "nucleus",
+        "input": {"use": ["local", "global"], "widths": {"local": 192, "global": 384}},
+        "segmentation": {"name": "watershed", "arguments": {}},
+        "qc": QC.settings(),
+        "register": True,
+        "tissue": "t",
+        "species": "human",
+        "train_sections": ["s"],
+        "split": {},
+        "seed": 0,
+        "validation": {},
+    }
+    torch.manual_seed(0)
+    save_bundle(
+        root / "model",
+        net=PRTSNet(576, len(panel.genes), hidden=(4,)),
+        likelihood=Paper(target="log1p").allocate(len(panel.genes)),
+        rule=OutputRule("none", 0.5),
+        genes=list(zip(panel.genes, panel.gene_ids, strict=True)),
+        metadata=metadata,
+    )
+    given = [f"bundle={root / 'model'}", f"image={folder / 'tissue_image.tif'}", f"out={root / 'slide.h5ad'}"]
+    assert run("predict", [*given, f"paths.cache_dir={root / 'cache'}", "artefacts=false"]) == 0
+    return root / "slide.h5ad"
 
 
-def test_the_bundle_and_predictions_say_that_training_registered(
-    run_folder: Path, predicted: tuple[Path, Path]
+def test_evaluate_analyze_and_report_count_what_was_learned_from(
+    folder: Path, prepared: tuple[ad.AnnData, Panel], prediction: Path, tmp_path: Path
 ) -> None:
-    assert json.loads((run_folder / "model" / "model.json").read_text())["register"] is True
-    for path in (run_folder / "predictions.h5ad", predicted[0]):
-        assert bool(read_prediction(path).uns["prts"]["register"])
-
-
-def test_evaluate_analyze_and_report_count_the_same_corrected_counts(
-    cache: Path, predicted: tuple[Path, Path], tmp_path: Path
-) -> None:
-    prediction, section = predicted
-    given = [f"prediction={prediction}", f"section={section}"]
-    assert run("evaluate", [*given, f"out={tmp_path / 'evaluated'}", "evaluation.bootstrap=10"]) == 0
-    assert run("analyze", [*given, f"out={tmp_path / 'analyzed'}", "figures=[]", "clusters.resolution=0.2"]) == 0
-    source = load_prediction(prediction, section / "tissue_image.tif", section, None, EvaluationSettings(bootstrap=10))
-
-    (prepared,) = (ad.read_h5ad(path) for path in (cache / "demo" / "test").glob("counts-*.h5ad"))
-    registration = prepared.uns["prts"]["registration"]
+    counts, panel = prepared
+    registration = counts.uns["prts"]["registration"]
     assert registration["corrected"] and registration["shift_x_um"] == pytest.approx(SHIFT_UM, abs=0.5)
-    # in `predict` as in `prepare`, the nuclei are all that the segmenter finds
+    assert bool(read_prediction(prediction).uns["prts"]["register"])
+    # `predict` segments as `prepare` did, so the nuclei are the same
+    learned = pd.DataFrame(panel.align(counts).toarray(), counts.obs_names)
+
+    source = load_prediction(prediction, folder / "tissue_image.tif", folder, None, EvaluationSettings(bootstrap=10))
     reported = pd.DataFrame(source.scored.nuclei.counts.toarray(), source.scored.nuclei.cell_id)
-    genes = read_prediction(prediction).var_names
-    assert set(reported.index) == set(prepared.obs_names)
-    np.testing.assert_array_equal(reported.loc[prepared.obs_names], prepared[:, genes].X.toarray())
+    assert set(reported.index) == set(learned.index)
+    np.testing.assert_array_equal(reported.loc[learned.index], learned)
+
+    given = [f"prediction={prediction}", f"section={folder}"]
+    assert run("evaluate", [*given, f"out={tmp_path / 'evaluated'}", "evaluation.bootstrap=10"]) == 0
+    evaluated = pd.read_csv(tmp_path / "evaluated" / "per_gene.csv").set_index("gene")
+    np.testing.assert_allclose(evaluated.loc[list(panel.genes), "mean_counts"], learned.mean(), rtol=1e-6)
+
+    small = ["clusters.n_top_genes=20", "clusters.n_pcs=5", "clusters.resolution=0.2", "figures=[]"]
+    assert run("analyze", [*given, f"out={tmp_path / 'analyzed'}", *small]) == 0
     analyzed = ad.read_h5ad(tmp_path / "analyzed" / "measured.h5ad")
-    shared = analyzed.obs_names
-    np.testing.assert_array_equal(analyzed.obs["total_counts"], prepared.obs.loc[shared, "total_counts"])
-    mean = pd.read_csv(tmp_path / "evaluated" / "per_gene.csv").set_index("gene").loc[genes, "mean_counts"]
-    np.testing.assert_allclose(mean, reported.mean(), rtol=1e-6)
+    assert analyzed.n_obs > 50
+    np.testing.assert_array_equal(analyzed.obs["total_counts"], counts.obs.loc[analyzed.obs_names, "total_counts"])
 
 
-def test_uncorrected_counts_are_there_for_the_asking(predicted: tuple[Path, Path], tmp_path: Path) -> None:
-    prediction, section = predicted
-    given = [f"prediction={prediction}", f"section={section}", "evaluation.bootstrap=10"]
+def test_evaluate_takes_uncorrected_counts_if_asked(folder: Path, prediction: Path, tmp_path: Path) -> None:
+    given = [f"prediction={prediction}", f"section={folder}", "evaluation.bootstrap=10"]
     total = {}
     for register in ("null", "false"):
         out = tmp_path / register
         assert run("evaluate", [*given, f"preprocess.register={register}", f"out={out}"]) == 0
-        total[register] = pd.read_csv(out / "per_gene.csv")["mean_counts"].sum()
+        table = pd.read_csv(out / "per_gene.csv")
+        total[register] = table["mean_counts"].sum()
     assert total["null"] > 1.1 * total["false"]
-
-
-def test_the_report_of_the_run_shows_the_counts_that_were_learned_from(cache: Path, run_folder: Path) -> None:
-    (source,) = load_run(run_folder, EvaluationSettings(bootstrap=10))
-    (prepared,) = (ad.read_h5ad(path) for path in (cache / "demo" / "test").glob("counts-*.h5ad"))
-    learned = prepared[source.scored.nuclei.cell_id, source.page.prediction.var_names].X.sum()
-    # those that failed quality control are not in the file, so bins that they shared are no longer dropped
-    assert source.scored.nuclei.counts.sum() == pytest.approx(learned, rel=0.02)
