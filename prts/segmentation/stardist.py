@@ -257,7 +257,7 @@ def _silence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent_libraries() -> Iterator[None]:
-    """Suppress what TensorFlow's libraries write to stderr while they load, before their log level applies."""
+    """Suppress what TensorFlow's libraries write to stderr while they load, regardless of TF_CPP_MIN_LOG_LEVEL."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

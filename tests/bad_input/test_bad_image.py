@@ -49,7 +49,7 @@ WRONG_PIXELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]
     "one row": (lambda p: p[:1], {}, "shows no tissue"),
     "dark": (lambda p: p // 12, {}, "is dark"),
     "white": (lambda p: np.full_like(p, 255), {}, "shows no tissue"),
-    "green and blue exchanged": (lambda p: p[..., [1, 0, 2]], {}, "is not coloured like H&E"),
+    "green and blue exchanged": (lambda p: p[..., [1, 0, 2]], {}, "does not have the colors of H&E"),
 }
 
 
@@ -208,7 +208,11 @@ def test_a_photograph_or_another_stain_is_refused(predict: Ask, tmp_path: Path, 
     import skimage.data
 
     path = save(tmp_path / "holiday.jpg", getattr(skimage.data, picture)())
-    refused(predict("segmentation=watershed", image=path), "holiday.jpg: is not coloured like H&E", "check_image=false")
+    refused(
+        predict("segmentation=watershed", image=path),
+        "holiday.jpg: does not have the colors of H&E",
+        "`check_image` option",
+    )
 
 
 def test_a_grey_image_is_predicted_with_a_warning(
