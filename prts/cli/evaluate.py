@@ -61,7 +61,7 @@ def main(cfg: DictConfig) -> None:
         matched.measured,
         PredictedCounts(matched.predicted, matched.genes, matched.prob, threshold),
         xy_um=matched.xy_px * section.mpp,
-        settings=EvaluationSettings(**plain(cfg.evaluation)),
+        settings=EvaluationSettings(**cfg.evaluation),
     )
     summary = dict(result.summary)
     if section.spots is not None:

@@ -205,9 +205,11 @@ def _settled(cfg: DictConfig) -> DictConfig:
     from hydra.utils import instantiate
 
     from prts.evaluation.settings import EvaluationSettings
+    from prts.features.encoders import encoders
     from prts.models.linear import LIKELIHOOD
     from prts.precision import training_precision
 
+    encoders.build(plain(cfg.encoder))
     EvaluationSettings(**cfg.evaluation)
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":

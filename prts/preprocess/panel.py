@@ -184,7 +184,7 @@ class PaperPanel:
         InputError
             If there are fewer nuclei, genes or clusters than the settings need, or no gene passes.
         """
-        import prts._torchvision  # noqa: F401, I001  scanpy's neighbours import umap, which imports torchvision
+        import prts._torchvision  # noqa: F401, I001  scanpy's neighbors import umap, which imports torchvision
         import scanpy as sc
 
         nuclei = _stack(counts)

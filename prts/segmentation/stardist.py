@@ -225,7 +225,7 @@ def _percentiles(slide: Slide, mpp: float, percentiles: tuple[float, float]) -> 
 
 
 def _nuclei(found: Mapping[str, NDArray[Any]], slide: Slide, mpp: float) -> gpd.GeoDataFrame:
-    """Outlines from StarDist's (n, 2, rays) y and x at the centres of pixels to full-resolution px."""
+    """Outlines from StarDist's (n, 2, rays) y and x at the centers of pixels to full-resolution px."""
     ring = (np.moveaxis(found["coord"], 1, 2)[..., ::-1] + 0.5) * (mpp / slide.mpp)
     polygons = shapely.polygons(ring) if len(ring) else np.empty(0, object)
     xy = shapely.get_coordinates(shapely.centroid(polygons))

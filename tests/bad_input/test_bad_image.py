@@ -219,10 +219,10 @@ def test_a_grey_image_is_predicted_with_a_warning(
     predict: Ask, pixels: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert predict("segmentation=watershed", image=save(tmp_path / "colour.png", pixels)) == (0, "")
-    assert "is grey" not in caplog.text
+    assert "is gray" not in caplog.text
     grey = save(tmp_path / "grey.png", pixels.mean(axis=2).astype(np.uint8))
     assert predict("segmentation=watershed", image=grey) == (0, "")
-    assert "grey.png: is grey" in caplog.text
+    assert "grey.png: is gray" in caplog.text
 
 
 def test_a_text_that_calls_itself_a_slide_is_refused(predict: Ask, tmp_path: Path, refused: Refused) -> None:
