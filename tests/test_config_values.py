@@ -61,8 +61,7 @@ MEANT = {
     "mapping": r"callbacks|logger|.*\.md5",
 }
 # wandb takes what it likes; `download` reads nothing of the choices that a tissue makes for training
-# and the constructors of encoders and segmenters do not state their ranges yet
-ANYTHING = r"(segmentation|encoder)\.(?!_)\w+|logger\.wandb\.(group|mode|settings.*)|download:(segmentation|panel|encoder|split).*"
+ANYTHING = r"logger\.wandb\.(group|mode|settings.*)|download:(segmentation|panel|encoder|split).*"
 
 
 @cache
