@@ -99,7 +99,9 @@ def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]
         prediction.uns["prts"].setdefault("register", config.get("preprocess", {}).get("register", False))
         matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
         result = (
-            SectionScores({}, per_gene, None) if len(paths) == 1 else _evaluate(matched, prediction, section, evaluation)
+            SectionScores({}, per_gene, None)
+            if len(paths) == 1
+            else _evaluate(matched, prediction, section, evaluation)
         )
         page = PageContent(
             prediction,
