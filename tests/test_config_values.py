@@ -42,7 +42,7 @@ WRONG = {
     "list": [["a"]],
     "mapping": {"a": 1},
 }
-# What is meant, by key: any text is a path or a name, null a default, and some numbers have no limit that could be known here.
+# What is meant, by key: any text can be a path or name, null a default, and some numbers have no limit that is known before the work.
 MEANT = {
     "text": r"(.*\.)?(analysis|annotations|artifact_location|bins|bundle|cache_dir|checkpoint_key|classification|data_dir|experiment_name"
     r"|gmt|image|markers|model|model_name|monitor|name|nuclei|obo|orthologs|out|path|prediction|project|roi|run|run_name|save_dir|second"
@@ -52,11 +52,13 @@ MEANT = {
     r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pixels|mean|std|min_cells|model_mpp|mpp|name"
     r"|nms_thresh|nuclei|obo|orthologs|out|path|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section|segmentation"
     r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|optimizer\.fused)"
-    r"|trainer\.\w+|logger\.\w+\.\w+|md5)",
-    "negative": r"tilt_deg|trainer\.devices|logger\.\w+\.version",
+    r"|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)",
+    "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
     "fraction": r"tilt_deg|(.*\.)?stain",
-    "flag": r"encoder\.compile|intervals|logger\.tensorboard\.default_hp_metric|trainer\.deterministic|model\.optimizer\.fused",
-    "huge": r"max_pixels|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|trainer\.(devices|limit_\w+|num_sanity_val_steps)|logger\.\w+\.version",
+    "flag": r"encoder\.compile|intervals|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
+    r"|model\.optimizer\.fused",
+    "huge": r"max_pixels|encoder\.stride|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|logger\.\w+\.version"
+    r"|trainer\.(devices|limit_\w+|num_sanity_val_steps)",
     "empty": r"(.*\.)?(tissues|markers|val|test|gmt|genes|figures|hidden|broad\.\w+)|trainer\.devices|callbacks|logger",
     "mapping": r"callbacks|logger|.*\.md5",
 }

@@ -23,8 +23,8 @@ _REGISTRIES = {
     "segmenter": ("prts.segmentation", "segmenters"),
     "likelihood": ("prts.models.likelihoods", "likelihoods"),
 }
-# What is built once before any work, so that it checks its own settings. Encoders are not: they would read their weights.
-_TRIED = ("likelihood", "panel", "split")
+# What is built once before any work, so that it checks its own settings; none of them reads a file when it is made.
+_TRIED = ("encoder", "segmenter", "likelihood", "panel", "split")
 _MISSING = "???"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prts.cli.config import compose, config_groups, plain
+from prts.cli.schema import COMMANDS, all_keys
 from prts.errors import InputError, did_you_mean
 
 
@@ -53,9 +54,9 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
             )
         if match := re.match(r"In '([^']+)': ConfigKeyError", lines[0]):
             key = re.search(r"full_key: (\S+)", str(error))
-            return InputError(
-                f"{match[1]}.yaml: {key[1] if key else 'a key'}: no such key; `prts {command} --cfg job` prints all"
-            )
+            name = key[1] if key else "a key"
+            hint = did_you_mean(name, all_keys(COMMANDS[command])) or f"; `prts {command} --cfg job` prints them all"
+            return InputError(f"{match[1]}.yaml: {name}: no such key{hint}")
     if lines[0].startswith("Config group override must be"):
         groups = config_groups(folders)
         wrong = next((each for each in overrides if each.partition("=")[0] in groups), "")

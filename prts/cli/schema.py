@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, is_dataclass
 from typing import Annotated, Any, Literal
 
@@ -313,7 +314,7 @@ class Predict:
 class Registration:
     """`preprocess` of `evaluate`."""
 
-    register: bool
+    register: bool | None
 
 
 @dataclass
@@ -475,6 +476,14 @@ def annotated_fields(kind: type) -> dict[str, Any]:
 def optional(kind: type) -> set[str]:
     """The fields of a dataclass that a config may lack."""
     return {item.name for item in dataclasses.fields(kind) if item.default is not MISSING}
+
+
+def all_keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a dataclass of this module and of those in it."""
+    for key, hint in annotated_fields(kind).items():
+        yield f"{prefix}{key}"
+        if is_dataclass(hint):
+            yield from all_keys(typing.cast(type, hint), f"{prefix}{key}.")
 
 
 def register() -> None:

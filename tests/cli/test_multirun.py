@@ -50,7 +50,9 @@ def test_no_two_jobs_of_the_loss_grid_are_one_loss():
 
 def test_a_job_that_dies_says_how():
     assert _cause(-9).startswith("killed: by SIGKILL")
+    assert _cause(-15) == _cause(143) == "killed: by SIGTERM"
     assert _cause(1).startswith("failed: ")
+    assert _cause(0).startswith("failed: ")  # a job that ends well without metrics.json is not done
     assert exit_status_of(InputError("x: is wrong")) == (2, "x: is wrong")
     assert exit_status_of(ValueError("no\nmore")) == (1, "ValueError: no")
 
