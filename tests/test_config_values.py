@@ -6,10 +6,11 @@ from functools import cache
 
 import pytest
 
+from prts.cli.app import COMMANDS
 from prts.cli.check import check_values
 from prts.cli.config import compose, plain
 from prts.cli.exit_status import in_config_terms
-from prts.cli.schema import COMMANDS
+from prts.cli.schema import SCHEMAS
 from prts.errors import InputError
 
 REQUIRED = {
@@ -21,7 +22,7 @@ REQUIRED = {
     "download": ["tissue=lung"],
 }
 CHOICES = [
-    *((command, ()) for command in COMMANDS),
+    *((command, ()) for command in SCHEMAS),
     ("prepare", ("tissue=lung",)),
     ("train", ("tissue=her2st", "split=blocks", "experiment=paper")),
     ("train", ("split=random", "experiment=released", "logger=many")),
@@ -121,7 +122,11 @@ def test_a_value_of_the_wrong_kind_is_refused_in_one_line_that_names_its_key(com
     assert not faults, "\n".join(faults)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_schema():
+    assert tuple(SCHEMAS) == COMMANDS
+
+
+@pytest.mark.parametrize("command", SCHEMAS)
 def test_every_key_is_known_and_none_is_left_out(command):
     values = configured(command, ())
     for key in values:

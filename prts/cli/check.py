@@ -11,7 +11,7 @@ from prts.arguments import check_settings, check_value, shown
 from prts.cli.config import compose, missing, plain
 from prts.cli.hydra_errors import explained
 from prts.cli.overrides import quote_paths
-from prts.cli.schema import COMMANDS, Built, SectionFiles, Simulation, Tissue, annotated_fields, optional
+from prts.cli.schema import SCHEMAS, Built, SectionFiles, Simulation, Tissue, annotated_fields, optional
 from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def check_config(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     Parameters
     ----------
     command
-        One of `prts.cli.schema.COMMANDS`.
+        One of `prts.cli.schema.SCHEMAS`.
     overrides
         As typed, paths unquoted.
 
@@ -69,7 +69,7 @@ def check(command: str, cfg: DictConfig) -> None:
 
 def check_values(command: str, values: Mapping[str, Any]) -> None:
     """Check a config in plain containers; see `check`."""
-    _check_fields(COMMANDS[command], values, "")
+    _check_fields(SCHEMAS[command], values, "")
 
 
 def _check_fields(kind: type, values: Any, prefix: str, *, partial: bool = False) -> None:

@@ -453,7 +453,8 @@ class Doctor:
     bundle: FilePath | None
 
 
-COMMANDS: dict[str, type] = {
+# By command, as `prts.cli.app.COMMANDS`, which imports nothing.
+SCHEMAS: dict[str, type] = {
     "simulate": Simulate,
     "prepare": Prepare,
     "train": Train,
@@ -491,7 +492,7 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for command, kind in COMMANDS.items():
+    for command, kind in SCHEMAS.items():
         store.store(name=f"{command}_schema", node=_keys(kind))
 
 
@@ -511,7 +512,15 @@ def _keys(kind: type) -> type:
             else:
                 fields.append((key, Any, field(default=None if key in optional(kind) else "???")))
         made = dataclasses.make_dataclass(name, fields)
-        # found under this address when a job is sent to another process
+        # found under this address, if need be by __getattr__, when a job is sent to another process
         made.__module__, globals()[name] = __name__, made
     found: type = globals()[name]
     return found
+
+
+def __getattr__(name: str) -> Any:
+    """Make the keys of a dataclass in a process that has not registered them."""
+    kind = globals().get(name.removesuffix("Keys"))
+    if name.endswith("Keys") and isinstance(kind, type) and is_dataclass(kind):
+        return _keys(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

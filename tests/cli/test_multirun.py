@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import subprocess
 import sys
 
@@ -55,6 +56,13 @@ def test_a_job_that_dies_says_how():
     assert _cause(0).startswith("failed: ")  # a job that ends well without metrics.json is not done
     assert exit_status_of(InputError("x: is wrong")) == (2, "x: is wrong")
     assert exit_status_of(ValueError("no\nmore")) == (1, "ValueError: no")
+
+
+def test_a_job_can_be_sent_to_a_process_that_composed_nothing():
+    sent = pickle.dumps(composed(hydra=False))
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).seed)"
+    out = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout
+    assert out.strip() == b"0"
 
 
 def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
