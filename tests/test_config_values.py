@@ -22,9 +22,8 @@ REQUIRED = {
     "download": ["tissue=lung"],
 }
 CHOICES = [
-    *((command, ()) for command in SCHEMAS),
-    ("prepare", ("tissue=lung",)),
-    ("train", ("tissue=her2st", "split=blocks", "experiment=paper")),
+    *((command, ()) for command in SCHEMAS if command != "prepare"),  # whose keys are those of train
+    ("train", ("tissue=lung", "experiment=paper")),
     ("train", ("split=random", "experiment=released", "logger=many")),
     ("train", ("loss=hurdle", "trainer=ddp", "segmentation=stardist", "logger=mlflow")),
     ("train", ("encoder=timm", "panel=file", "debug=default", "segmentation=polygons")),
@@ -35,12 +34,10 @@ WRONG = {
     "text": "lots",
     "null": None,
     "negative": -7,
-    "fraction": -0.5,
     "flag": True,
     "huge": 10**40,
     "infinite": float("inf"),
     "empty": [],
-    "list": [["a"]],
     "mapping": {"a": 1},
 }
 # What is meant, by key: any text can be a path or name, null a default, and some numbers have no limit that is known before the work.
@@ -55,10 +52,9 @@ MEANT = {
     r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|optimizer\.fused)"
     r"|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)",
     "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
-    "fraction": r"tilt_deg|(.*\.)?stain",
     "flag": r"encoder\.compile|intervals|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
     r"|model\.optimizer\.fused",
-    "huge": r"max_pixels|encoder\.stride|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|logger\.\w+\.version"
+    "huge": r"max_pixels|encoder\.(stride|batch_size)|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|logger\.\w+\.version"
     r"|trainer\.(devices|limit_\w+|num_sanity_val_steps)",
     "empty": r"(.*\.)?(tissues|markers|val|test|gmt|genes|figures|hidden|broad\.\w+)|trainer\.devices|callbacks|logger",
     "mapping": r"callbacks|logger|.*\.md5",
