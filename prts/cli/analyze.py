@@ -34,10 +34,6 @@ def main(cfg: DictConfig) -> None:
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out}: is a file; give a folder for analysis.h5ad, tables and figures")
-    formats = list(cfg.figures)
-    if not set(formats) <= {"png", "pdf", "svg"}:
-        raise InputError(f"figures={formats}: choose from png, pdf and svg, or [] for no figures")
-
     from prts.analysis.pipeline import analyze
     from prts.io.limits import allow_pixels
     from prts.report.analysis_figures import draw_analysis
@@ -53,7 +49,7 @@ def main(cfg: DictConfig) -> None:
         settings=_settings(cfg),
     )
     analysis.write(out)
-    draw_analysis(analysis, out / "figures", formats)
+    draw_analysis(analysis, out / "figures", list(cfg.figures))
 
 
 def _settings(cfg: DictConfig) -> AnalysisSettings:
