@@ -27,7 +27,7 @@ from prts.analysis.symbols import read_orthologs
 from prts.analysis.types import TypeClassifier, true_types
 from prts.errors import InputError, ParameterError
 from prts.evaluation.measured import MeasuredSection, measure_predicted, measure_training
-from prts.evaluation.scoring import json_ready
+from prts.evaluation.summaries import json_ready
 from prts.io.cache import atomic
 from prts.io.h5_checks import read_checked_h5ad
 from prts.io.hdf5 import write_h5ad
