@@ -283,5 +283,5 @@ def test_polygons_of_one_id_twice_are_refused(tmp_path):
     write_prediction(tmp_path / "p.h5ad")
     polygons = gpd.read_parquet(nuclei_path(tmp_path / "p.h5ad"))
     polygons.assign(cell_id="a").to_parquet(nuclei_path(tmp_path / "p.h5ad"))
-    with pytest.raises(InputError, match="does not hold unique ids"):
+    with pytest.raises(InputError, match="does not contain unique ids"):
         open_prediction(tmp_path / "p.h5ad").nuclei()
