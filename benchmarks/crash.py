@@ -1,12 +1,12 @@
-"""Kill `prepare`, `train` and `predict` at random moments, start them again, and compare with runs that nobody disturbed.
+"""Kill `prepare`, `train` and `predict` at random moments, restart them, and compare the results with undisturbed runs.
 
 usage: python benchmarks/crash.py [--kills 20] [--only prepare,train,predict] [--seed 0]
 
-SIGKILL, which no program can catch, comes at a random moment of the work, of `train` every other time within a random epoch. The same
-command is then started again (`train` with `resume=true`) and must end well; every file that it leaves is compared with the undisturbed
-run's, byte by byte: of metrics.json all but seconds and memory, of config.yaml all but `resume`; the log, Lightning's curves and their
-figure and the lock files are not compared. No other file may be left behind. Prints a line per command: kills, how many runs ended as the
-undisturbed one, how many did not (lost), what was done twice, and what the kills met. Exits with 1 if anything was lost.
+Commands are killed by SIGKILL at a random moment, every other time during a random epoch of `train`. The same command is restarted (`train`
+with `resume=true`) and must succeed. Every file is compared with the undisturbed run byte by byte, except for seconds and memory in
+metrics.json, `resume` in config.yaml, the log, the curves of Lightning and their figure, and lock files. No other file may be left behind.
+Prints a line per command: kills, runs that ended like the undisturbed one, runs that did not (lost), work done twice, and the stages that
+were killed. Exits with 1 if anything was lost.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from pathlib import Path
 EPOCHS = 10
 AT_END = os.WEXITED | os.WNOHANG | os.WNOWAIT
 NUCLEI = {"train": 100, "val": 60, "test": 60}
-CHUNK = 16  # nuclei of features that a kill may cost; so few that a small section has several chunks
-# What a command was at when it was killed, by the last of these lines in its log.
+CHUNK = 16  # nuclei per chunk of features; so few that a small section has several chunks
+# Stage of a killed command, by the last of these lines in its log.
 STAGES = {
     "prepare": {
         r": nuclei by ": "nuclei",
@@ -55,7 +55,7 @@ STAGES = {
 
 
 def start(work: Callable[[], int], log: Path) -> int:
-    """Do something in a child that has everything imported already: kills then meet the work, not the imports. Returns its id."""
+    """Work in a child process that has imported everything, so that kills hit the work. Returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -89,7 +89,7 @@ def prts(arguments: Sequence[str]) -> Callable[[], int]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder that a command is to leave there."""
+    """SHA-256 of every file in a folder that a command should leave."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -111,13 +111,13 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Command:
-    """One command, its arguments for a cache and an output, and what of both is compared."""
+    """A command with its cache and output."""
 
     def __init__(self, name: str, arguments: list[str], *, warm: Path | None = None) -> None:
         self.name, self._arguments, self._warm = name, arguments, warm
 
     def prepared(self, root: Path) -> Path:
-        """A fresh root: a cache as it is before the command, and no output."""
+        """A new root with the cache before the command and no output."""
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         if self._warm is not None:
@@ -127,7 +127,7 @@ class Command:
     def arguments(self, root: Path, again: bool) -> list[str]:
         given = [self.name, *self._arguments, f"paths.cache_dir={root / 'cache'}"]
         if self.name == "train":
-            # into the same place each time, since the bundle holds the whole config
+            # the same folder each time, since the bundle contains the config
             given += [f"hydra.run.dir={root / 'run'}", *(["resume=true"] if again else [])]
         if self.name == "predict":
             given.append(f"out={root / 'slide.h5ad'}")
@@ -135,7 +135,7 @@ class Command:
 
 
 def stage(command: str, log: str) -> str:
-    """What the log of a killed command says that it was at."""
+    """Stage of a killed command according to its log."""
     said = "start"
     for line in log.splitlines():
         said = next((name for pattern, name in STAGES[command].items() if re.search(pattern, line)), said)
@@ -143,12 +143,12 @@ def stage(command: str, log: str) -> str:
 
 
 def chunks(root: Path) -> int:
-    """Chunks of features that lie about finished."""
+    """Number of finished chunks of features."""
     return sum(1 for path in root.rglob("*.parts/*.npy") if not path.name.startswith("."))
 
 
 def check(command: Command, kills: int, rng: random.Random, work: Path) -> int:
-    """Kill, start again, compare; returns how many were lost."""
+    """Kill, restart, compare; returns the number of lost runs."""
     root = work / command.name
     log = root.with_suffix(".log")
     log.unlink(missing_ok=True)

@@ -1,14 +1,16 @@
-"""Feed every reader of a user's file with thousands of broken ones: it must read them or refuse them, in one line, and nothing else.
+"""Feed thousands of broken files to every reader: it must read them, or refuse them in one line.
 
 usage: python benchmarks/fuzz.py [--inputs 10000] [--only h5,parquet,...] [--engine atheris|hypothesis|both] [--seed 0] [--jobs 1]
        python benchmarks/fuzz.py --only READER --replay FILE
 
-Atheris (libFuzzer) changes the bytes of small sound files and goes on from those changes that lead to code of prts that no input has
-reached. Hypothesis keeps a format's structure and is odd within it: HDF5 with other types, shapes, values, links and attributes, JSON and
-GeoJSON of any form, parquet with other columns, TIFF directories with other entries, pickles within sound archives. An input is a
-finding unless the reader returns or raises InputError with one printable line that names the file: another exception, a process that
-dies, more than 20 s of a processor, or more than 3 GB. Readers run in child processes, so that a crash is one finding and the next input
-follows. Prints a line per reader and engine, and every kind of finding once, with its file to replay; exits with 1 if there was any.
+Atheris (libFuzzer) mutates the bytes of small valid files and continues from mutations that reach new code of prts. Hypothesis keeps the
+structure of a format and changes its contents: HDF5 with other types, shapes, values, links and attributes, JSON and GeoJSON of any form,
+parquet with other columns, TIFF directories with other entries, pickles in valid archives. An input is a finding unless the reader returns
+or raises InputError with one printable line that names the file: another exception, a process that dies, more than 20 s of CPU time, or
+more than 3 GB. Readers run in child processes, so that a crash is one finding and the next input follows. Prints a line per reader and
+engine, and every kind of finding once, with a file to replay it; exits with 1 if there are any.
+
+HDF5 can hang, crash, or ask for too much memory on crafted files; these findings are known (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -43,15 +45,15 @@ READERS = tuple(
     "bundle bundle-weights panel genes tables store spots prediction pth safetensors".split()
 )
 _SECONDS = 20.0
-_BYTES = 8 << 30  # of addresses
-_KBYTES = 3 << 20  # of memory
-_MESSAGE = 2000  # characters that a line may have
-_EXAMPLES = 1000  # of one run of Hypothesis, which remembers them all
+_BYTES = 8 << 30  # address space
+_KBYTES = 3 << 20  # resident memory
+_MESSAGE = 2000  # longest message
+_EXAMPLES = 1000  # of one run of Hypothesis, which keeps them all
 _STARTED, _ACCEPTED, _REFUSED, _FOUND, _SLOWEST_MS = range(5)
 
 
 class Trial:
-    """Feeds one reader, in a folder of its own."""
+    """Feeds one reader in a separate folder."""
 
     def __init__(self, reader: Reader, folder: Path) -> None:
         self.reader, self.folder = reader, folder
@@ -61,7 +63,7 @@ class Trial:
             (folder / name).write_bytes(data)
 
     def __call__(self, data: bytes) -> tuple[str, str]:
-        """What became of an input: `accepted`, `refused` or the kind of a finding, and the message or traceback."""
+        """Outcome of an input: `accepted`, `refused` or the kind of finding, and the message or traceback."""
         from prts.errors import InputError
 
         self.path.write_bytes(data)
@@ -69,14 +71,14 @@ class Trial:
             self.reader.read(self.path)
         except InputError as error:
             if any(isinstance(cause, MemoryError) for cause in _causes(error)):
-                return "memory", traceback.format_exc()  # caught, and yet too much was asked for
+                return "memory", traceback.format_exc()  # caught, but too much was requested
             message = str(error)
             if not message.isprintable() or len(message) > _MESSAGE or str(self.folder) not in message:
                 return "message", message
             return "refused", message
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # noqa: BLE001 (whatever it is; Rust's panics are no Exception)
+        except BaseException as error:  # noqa: BLE001 (panics of Rust are not Exceptions)
             return _kind(error), traceback.format_exc()
         return "accepted", ""
 
@@ -88,7 +90,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _kind(error: BaseException) -> str:
-    """Type of an exception, and the lines that it came through in prts and at last: what it is told apart by."""
+    """Type of an exception and its last lines in prts and overall, which identify a finding."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/prts/" in frame.filename]
     places = (frame for frame in (own[-1] if own else None, frames[-1]) if frame is not None)
@@ -96,7 +98,7 @@ def _kind(error: BaseException) -> str:
 
 
 def _kbytes(name: str) -> int:
-    """A figure of this process's memory, such as what it has (`VmRSS`) or had at most (`VmHWM`)."""
+    """Memory of this process: current (`VmRSS`) or peak (`VmHWM`)."""
     status = Path("/proc/self/status").read_text()
     return int(status[status.index(name) :].split(maxsplit=2)[1])
 
@@ -107,23 +109,23 @@ def _processor_seconds(pid: int) -> float:
 
 
 class Campaign:
-    """So many inputs for one reader by one engine, one after the other."""
+    """A number of inputs for one reader from one engine."""
 
     def __init__(self, reader: Reader, engine: str, n: int, seed: int, work: Path, part: int = 0) -> None:
         self.reader, self.engine, self.n, self.seed = reader, engine, n, seed + 1_000_000 * part
         self.folder = work / engine / reader.name / str(part)
         self.found = work / "findings"
-        self.tally = np.frombuffer(mmap.mmap(-1, 5 * 8), np.int64)  # shared with the children
+        self.tally = np.frombuffer(mmap.mmap(-1, 5 * 8), np.int64)  # shared with child processes
 
     def run(self) -> Iterator[None]:
-        """Yields while it waits for its child."""
+        """Yield while waiting for the child process."""
         for directory in (self.found, self.folder / "corpus"):
             directory.mkdir(parents=True, exist_ok=True)
         sound = Trial(self.reader, self.folder / "input")
         for seed in self.reader.seeds:
             (self.folder / "corpus" / hashlib.sha1(seed).hexdigest()).write_bytes(seed)
             if (said := sound(seed))[0] != "accepted":
-                sys.exit(f"{self.reader.name}: a seed is not sound: {said}")
+                sys.exit(f"{self.reader.name}: a seed is refused: {said}")
         idle, attempt = 0, 0
         while self.tally[_STARTED] < self.n:
             before = int(self.tally[_STARTED])
@@ -159,7 +161,7 @@ class Campaign:
             {"atheris": self._atheris, "hypothesis": self._hypothesis}[self.engine](
                 lambda data: self._one(trial, data), self.seed + 1000 * attempt
             )
-        except BaseException:  # noqa: BLE001 (a child must never go on as its parent)
+        except BaseException:  # noqa: BLE001 (a child must never continue as its parent)
             traceback.print_exc()
         finally:
             os._exit(1)
@@ -182,19 +184,19 @@ class Campaign:
             self._save(what, text, data)
 
     def _save(self, kind: str, text: str, data: bytes) -> None:
-        """Keep the first input of each kind of finding, and say so."""
+        """Save the first input of each kind of finding."""
         path = self.found / f"{self.reader.name}-{hashlib.sha1(kind.encode()).hexdigest()[:8]}"
         if not path.exists():
             path.write_bytes(data)
             path.with_suffix(".txt").write_text(f"{kind}\n{text}\n", errors="backslashreplace")
 
     def _watch(self, pid: int) -> Generator[None, None, str]:
-        """Wait for a child, or kill it where one input takes too long; returns how it ended."""
+        """Wait for a child, or kill it if an input takes too long; returns how it ended."""
         last, since, used = -1, 0.0, 0.0
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             if (now := int(self.tally[_STARTED])) != last:
                 last, since, used = now, time.monotonic(), _processor_seconds(pid)
-            # the machine may be busy, or the child wait for ever
+            # the machine may be busy, or the child may wait forever
             late = _processor_seconds(pid) - used > _SECONDS or time.monotonic() - since > 30 * _SECONDS
             if late and self._in_progress():
                 os.kill(pid, signal.SIGKILL)
@@ -209,11 +211,11 @@ class Campaign:
 
         longest = 2 * max(map(len, self.reader.seeds))
         options = [f"-seed={seed + 1}", f"-runs={2 * self.n + 1000}", f"-max_len={longest}", "-len_control=0"]
-        options += ["-timeout=100000", "-rss_limit_mb=0", f"-artifact_prefix={self.folder}/"]  # limits are ours
+        options += ["-timeout=100000", "-rss_limit_mb=0", f"-artifact_prefix={self.folder}/"]  # our own limits apply
         options += [f"-handle_{name}=0" for name in ("segv", "bus", "abrt", "ill", "fpe", "int", "term")]
 
         def mutate(data: bytes, longest: int, seed: int) -> bytes:
-            """Half of the changes leave every part in its place, so that a container is still opened."""
+            """Half of the mutations keep every part at its position, so that containers can still be opened."""
             rng = random.Random(seed)
             if not data or rng.random() < 0.5:
                 return bytes(atheris.Mutate(data, longest))
@@ -247,7 +249,7 @@ class Campaign:
 
 
 def _load(instrument: bool, work: Path) -> dict[str, Reader]:
-    """The readers, imported once for all children; with coverage of prts for atheris."""
+    """Import the readers once for all children, instrumented for atheris."""
     import anndata  # noqa: F401 (imported before prts, so that it is not instrumented)
 
     if instrument:
@@ -261,7 +263,7 @@ def _load(instrument: bool, work: Path) -> dict[str, Reader]:
 
 
 def campaign(reader: Reader, engine: str, n: int, seed: int, work: Path, jobs: int) -> int:
-    """Share the inputs out among processes, and print what became of them; returns the number of findings."""
+    """Distribute inputs to processes and print the outcome; returns the number of findings."""
     began = time.perf_counter()
     parts = [Campaign(reader, engine, n // jobs + (part < n % jobs), seed, work, part) for part in range(jobs)]
     running = [part.run() for part in parts]
@@ -280,19 +282,19 @@ def campaign(reader: Reader, engine: str, n: int, seed: int, work: Path, jobs: i
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=int, default=10_000)
-    parser.add_argument("--only", help="readers, with commas between")
+    parser.add_argument("--only", help="readers, separated by commas")
     parser.add_argument("--engine", choices=[*ENGINES, "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the inputs of a reader out")
-    parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
-    parser.add_argument("--replay", type=Path, help="feed this file to the one reader of --only, and show what it does")
+    parser.add_argument("--jobs", type=int, default=1, help="number of processes per reader")
+    parser.add_argument("--keep", type=Path, help="use this folder and keep it")
+    parser.add_argument("--replay", type=Path, help="feed this file to the reader given by --only and show the outcome")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not survive a fork
     memory = Path("/dev/shm")
     work = given.keep or Path(tempfile.mkdtemp(prefix="prts-fuzz-", dir=memory if memory.is_dir() else None))
     names = given.only.split(",") if given.only else list(READERS)
     if unknown := [name for name in names if name not in READERS]:
-        sys.exit(f"--only: {unknown[0]} is none of {', '.join(READERS)}")
+        sys.exit(f"--only: {unknown[0]} is unknown; choose from {', '.join(READERS)}")
     engines = ENGINES if given.engine == "both" else (given.engine,)
     known = _load("atheris" in engines and given.replay is None, work)
     if given.replay:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from prts.evaluation.expression import pearson_per_gene
-from prts.evaluation.section_scores import match
+from prts.evaluation.matching import match
 
 
 def main() -> None:

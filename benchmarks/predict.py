@@ -75,7 +75,7 @@ def straightforward_predict(n: int, genes: int) -> float:
         bundle = load_bundle(folder / "model")
         with h5py.File(folder / "features.h5") as store:
             features = np.hstack([store["local"][:], store["global"][:]])
-        straightforward.predict(bundle.net, bundle.scaler, features, bundle.genes, folder / "prediction.h5ad")
+        straightforward.predict(bundle.net, bundle.likelihood, features, bundle.genes, folder / "prediction.h5ad")
         return time.perf_counter() - start
 
 
@@ -104,13 +104,11 @@ def make(folder: str, n: int, genes: int) -> None:
 
     rng, where = np.random.default_rng(0), Path(folder)
     predictor = _predictor(genes)
-    given = {
-        key: {} if key in ("encoder", "loss", "segmentation", "qc", "split") else "benchmark" for key in GIVEN_KEYS
-    }
+    given = {key: {} if key in ("encoder", "segmentation", "qc", "split") else "benchmark" for key in GIVEN_KEYS}
     save_bundle(
         where / "model",
         net=predictor.net,
-        scaler=predictor.scaler,
+        likelihood=predictor.likelihood,
         rule=predictor.rule,
         genes=[(f"GENE{g}", f"ENSG{g:011d}") for g in range(genes)],
         metadata={
@@ -152,7 +150,7 @@ def _section(folder: Path) -> Any:
 def _predictor(genes: int) -> Any:
     import torch
 
-    from prts.data.targets import make_scaler
+    from prts.models.likelihoods.paper import Paper
     from prts.models.network import PRTSNet
     from prts.models.output import OutputRule
     from prts.models.predictor import Predictor
@@ -161,4 +159,4 @@ def _predictor(genes: int) -> Any:
     net = PRTSNet(576, genes)
     # An untrained level is as often below 0 as above it; a trained one seldom is, and zeros would not be stored.
     net.start_at(torch.full((genes,), 2.0))
-    return Predictor(net, make_scaler("minmax", genes), OutputRule("none", 0.5))
+    return Predictor(net, Paper().allocate(genes), OutputRule("none", 0.5))

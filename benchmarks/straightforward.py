@@ -132,7 +132,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def train_batches(
-    net: torch.nn.Module, loss: Any, optimizer: torch.optim.Optimizer, loader: Any, n_batches: int
+    net: torch.nn.Module, likelihood: Any, optimizer: torch.optim.Optimizer, loader: Any, n_batches: int
 ) -> float:
     """A plain loop over at most this many batches; the mean loss."""
     net.train()
@@ -142,7 +142,7 @@ def train_batches(
             break
         optimizer.zero_grad()
         level, logit = net(batch["x"])
-        parts = loss(level, logit, batch["target"], batch["counts"])
+        parts = likelihood.loss((level, logit), batch["counts"])
         parts["loss"].backward()
         optimizer.step()
         losses.append({name: value.item() for name, value in parts.items()})
@@ -176,12 +176,12 @@ def metrics(level: np.ndarray, chance: np.ndarray, target: np.ndarray) -> dict[s
     }
 
 
-def predict(net: torch.nn.Module, scaler: Any, features: np.ndarray, genes: list[str], out: Path) -> None:
+def predict(net: torch.nn.Module, likelihood: Any, features: np.ndarray, genes: list[str], out: Path) -> None:
     """All nuclei at once, and AnnData writes."""
     from anndata import AnnData
 
     net.eval()
     with torch.no_grad():
         level, logit = net(torch.from_numpy(features))
-        umi, prob = scaler.inverse(level).numpy(), logit.sigmoid().numpy()
+        umi, prob = likelihood.mean((level, logit)).numpy(), logit.sigmoid().numpy()
     AnnData(umi, var=pd.DataFrame(index=genes), layers={"prob": prob}).write_h5ad(out, compression="gzip")

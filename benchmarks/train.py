@@ -108,7 +108,7 @@ def straightforward_epoch(n: int, genes: int, n_val: int, n_batches: int) -> dic
         straightforward.Samples(*_dense(count, genes, seed))
         for seed, count in enumerate(((n_batches + 1) * BATCH, n_val))
     )
-    net, loss = _net(config, genes), _instantiate(config.loss)
+    net, loss = _net(config, genes), _likelihood(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.05)
     loader = torch.utils.data.DataLoader(train, batch_size=BATCH, shuffle=True)
     straightforward.train_batches(net, loss, optimizer, loader, 1)
@@ -133,7 +133,7 @@ def hold_dense(n: int, genes: int, n_val: int) -> float:
 
     train, val = (straightforward.Samples(*_dense(count, genes, seed)) for seed, count in enumerate((n, n_val)))
     config = _config()
-    net, loss = _net(config, genes), _instantiate(config.loss)
+    net, loss = _net(config, genes), _likelihood(config)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.05)
     loader = torch.utils.data.DataLoader(train, batch_size=BATCH, shuffle=True)
     return straightforward.train_batches(net, loss, optimizer, loader, 2) + len(val)
@@ -172,17 +172,24 @@ def _epoch(trained: Any, train: Any, val: Any, precision: str) -> float:
 def _module(genes: int) -> Any:
     import torch
 
-    from prts.data.targets import make_scaler
     from prts.models.module import PRTSModule
 
     torch.manual_seed(0)
     config = _config()
     return PRTSModule(
         _net(config, genes),
-        _instantiate(config.loss),
-        make_scaler("minmax", genes),
+        _likelihood(config).allocate(genes),
         _instantiate(config.model.optimizer),
     )
+
+
+def _likelihood(config: Any) -> Any:
+    from omegaconf import OmegaConf
+
+    from prts.models.likelihoods import likelihoods
+
+    settings = OmegaConf.to_container(config.loss)
+    return likelihoods[settings.pop("name")](**settings)
 
 
 def _net(config: Any, genes: int) -> Any:
@@ -212,7 +219,7 @@ def _data(n: int, genes: int, n_val: int) -> Any:
     def never() -> Any:
         raise AssertionError("nothing is prepared here")
 
-    data = PRTSDataModule(never, never, target="minmax", batch_size=BATCH)
+    data = PRTSDataModule(never, never, batch_size=BATCH)
     data.train_sets, data.val_sets = [_nuclei(n, genes, 0)], [_nuclei(n_val, genes, 1)]
     return data
 

@@ -1,11 +1,11 @@
-"""Let a CPU build of torch live beside a CUDA build of torchvision.
+"""Make a CUDA build of torchvision importable with a CPU build of torch.
 
-PyPI serves torchvision for Linux built for CUDA only. Beside a CPU torch its compiled part cannot load, and `import torchvision` raises
-RuntimeError ("operator torchvision::nms does not exist") where timm, torchmetrics and Lightning expect ImportError or success. Declaring
-the two operators that the import registers fake kernels for is enough: transforms and all that prts needs then work; nms itself does not,
-and nothing here calls it.
+For Linux, PyPI has only CUDA builds of torchvision. With a CPU build of torch their compiled part cannot be loaded, and
+`import torchvision` raises RuntimeError ("operator torchvision::nms does not exist"), while timm, torchmetrics and Lightning only handle
+ImportError (pytorch/vision #9077). It is enough to declare the two operators for which that import registers fake kernels. Everything that
+prts uses then works; nms does not, and prts does not use it.
 
-Importing this module does that, and does nothing where torchvision's own operators load.
+Importing this module does so, unless the operators of torchvision load.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-# Kept alive: the operators vanish with the library object that defined them.
+# Kept alive: the operators disappear with the library object that defines them.
 _library: torch.library.Library | None = None
 
 
 def _compiled_part_loads() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        return True  # nothing to mend
+        return True  # nothing to fix
     for extension in Path(spec.origin).parent.glob("_C*"):
         try:
             torch.ops.load_library(extension)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Fetch the public files that a tissue config names: resumable, checked where a checksum is known, unpacked safely."""
+"""Download public files: resumable, verified if a checksum is known, and unpacked safely."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from prts import __version__
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.io.cache import sha256_file
 from prts.progress import track
 
@@ -36,33 +36,33 @@ _BLOCK = 1 << 20
 _TIMEOUT_S = 60
 _HASHES = ("sha256", "md5")
 _NETWORK_ERRORS = urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError
-# Of an archive of binned outputs only the 2 um bins are used; the coarser ones are as large again.
+# Only the 2 um bins of binned outputs are used; the coarser ones would double the size.
 _BINS_ARCHIVE, _BINS = "_binned_outputs.tar.gz", "binned_outputs/square_002um"
 
 
 def download(sources: Sequence[Mapping[str, Any]], data_dir: Path) -> list[Path]:
-    """Fetch what is not there yet.
+    """Download files that do not exist yet.
 
-    A broken download leaves `<file>.part`, and the next call goes on from there. A file gets its name only when it is whole and its
-    checksum, where one is known, is right.
+    An interrupted download leaves `<file>.part`, from which the next call resumes. A file gets its name only when it is complete and its
+    checksum, if known, is right.
 
     Parameters
     ----------
     sources
-        Each a mapping with `url`; `path`, relative to `data_dir`, the file to write, or the folder to unpack into; `sha256` or `md5`
-        where known; and `unpack`, for a tar archive: true for all of it, or a list of the folders and files in it to keep.
+        Mappings with `url`; `path`, the file to write or the folder to unpack into, relative to `data_dir`; `sha256` or `md5` if known;
+        and, for a tar archive, `unpack`: true for all of it, or a list of the folders and files to keep.
     data_dir
-        Folder that everything is put below.
+        Folder of all paths.
 
     Returns
     -------
-    The files, or the unpacked folders and files, in the order of `sources`.
+    Files and unpacked folders, in the order of `sources`.
 
     Raises
     ------
     InputError
-        If the server or the file cannot be reached, the checksum is wrong, the archive is damaged or would write outside its
-        folder, or the disk is full.
+        If the file cannot be downloaded, its checksum is wrong, an archive is damaged or would write outside its folder, or the
+        disk is full.
     """
     done: list[Path] = []
     for source in sources:
@@ -76,7 +76,7 @@ def download(sources: Sequence[Mapping[str, Any]], data_dir: Path) -> list[Path]
             if error.errno == errno.ENOSPC:
                 free = shutil.disk_usage(data_dir).free / 1e9
                 raise InputError(
-                    f"{path}: the disk is full ({free:.1f} GB free); free some space and run it again, it goes on where it stopped"
+                    f"{path}: the disk is full ({free:.1f} GB free); free some space and run it again to resume"
                 ) from error
             if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
                 raise InputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
@@ -85,22 +85,22 @@ def download(sources: Sequence[Mapping[str, Any]], data_dir: Path) -> list[Path]
 
 
 def download_section(spec: SectionSpec) -> list[Path]:
-    """Fetch the files of one section of a tissue config.
+    """Download the files of a section.
 
     Parameters
     ----------
     spec
-        Its `download` names a `folder`, the `urls`, and `sha256` or `md5`: checksums by file name. Of an archive
-        `*_binned_outputs.tar.gz` the 2 um bins are unpacked into the folder.
+        The section. Its `download` contains `folder`, `urls`, and checksums by file name as `sha256` or `md5`. Of archives named
+        `*_binned_outputs.tar.gz`, the 2 um bins are unpacked into the folder.
 
     Raises
     ------
     InputError
-        As `download`, and if `download` lacks its folder or addresses.
+        As `download`, and if the folder or the urls are missing.
     """
     node = spec.download or {}
     if not node.get("folder") or not node.get("urls"):
-        raise InputError(f"tissue.sections.{spec.name}.download: needs a folder and a list of urls")
+        raise ParameterError("section", f"{spec.name}.download", "is incomplete; give a folder and a list of urls")
     sources = []
     for url in node["urls"]:
         name = _file_name(url)
@@ -111,37 +111,37 @@ def download_section(spec: SectionSpec) -> list[Path]:
 
 
 class ResumingDownloader:
-    """A pooch downloader that keeps what it has in `<target>.part` and asks the server for the rest.
+    """A downloader for pooch that keeps partial files as `<target>.part` and requests the rest.
 
     Parameters
     ----------
     target
-        The final path; pooch itself only tells a random temporary name, which would be lost with the process.
+        The final path; the random temporary name that pooch passes is lost with the process.
     attempts
-        How often a dropped connection is taken up again without a single new byte before giving up.
+        Number of failed attempts without a new byte before giving up.
     """
 
     def __init__(self, target: Path, attempts: int = 5) -> None:
         self._part = target.with_name(f"{target.name}.part")
-        # The version of the file that the part belongs to, as the server names it.
+        # The server's tag of the version that the part belongs to.
         self._tag = target.with_name(f"{target.name}.part.tag")
         self._attempts = attempts
 
     def __call__(self, url: str, output_file: str, pooch: Any = None, check_only: bool = False) -> None:
-        """Download `url` whole and move it to `output_file`; the call that pooch makes."""
+        """Download `url` and move it to `output_file`; called by pooch."""
         failures = 0
         while True:
             before = self._size()
             try:
                 complete = self._attempt(url)
             except urllib.error.HTTPError as error:
-                complete, reason = False, f"the server answers {error.code} {error.reason}"
+                complete, reason = False, f"the server returned {error.code} {error.reason}"
                 if error.code < http.HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise InputError(f"{url}: {reason}; check the address") from error
+                    raise InputError(f"{url}: {reason}; check the URL") from error
             except _NETWORK_ERRORS as error:
                 complete, reason = False, str(getattr(error, "reason", error) or type(error).__name__)
             else:
-                reason = "the connection was cut"
+                reason = "the connection was lost"
             if complete:
                 shutil.move(self._part, output_file)
                 self._tag.unlink(missing_ok=True)
@@ -149,7 +149,7 @@ class ResumingDownloader:
             failures = 0 if self._size() > before else failures + 1
             if failures >= self._attempts:
                 raise InputError(
-                    f"{url}: cannot be fetched ({reason}); {self._size() / 1e6:.0f} MB are kept: check the network and run it again"
+                    f"{url}: download failed after {self._size() / 1e6:.0f} MB ({reason}); check the network and run it again to resume"
                 )
             time.sleep(min(0.1 * 2**failures, 10.0))
 
@@ -157,7 +157,7 @@ class ResumingDownloader:
         return self._part.stat().st_size if self._part.is_file() else 0
 
     def _attempt(self, url: str) -> bool:
-        """Ask for what is missing; True when the part is the whole file."""
+        """Request the missing part; True if the file is complete."""
         have, headers = self._size(), {"User-Agent": f"prts/{__version__}", "Accept-Encoding": "identity"}
         if have:
             headers["Range"] = f"bytes={have}-"
@@ -168,7 +168,7 @@ class ResumingDownloader:
         except urllib.error.HTTPError as error:
             if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not have:
                 raise
-            # Nothing lies beyond the part: it is whole, or it belongs to another file.
+            # There is nothing after the part: it is complete, or belongs to another version.
             if error.headers.get("Content-Range") == f"bytes */{have}":
                 return True
             self._part.unlink()
@@ -200,13 +200,13 @@ def _fetch_file(source: Mapping[str, Any], path: Path) -> Path:
     import pooch
 
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; {source['url']} is to be a file there")
+        raise InputError(f"{path}: is a folder; choose another folder for {source['url']}")
     if path.is_file():
-        logger.info("%s is there", path)
+        logger.info("%s: already downloaded", path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     known = next((f"{kind}:{source[kind]}" for kind in _HASHES if source.get(kind)), None)
-    pooch.get_logger().setLevel(logging.WARNING)  # it speaks of "data" and "known_hash"
+    pooch.get_logger().setLevel(logging.WARNING)  # its messages are about "data" and "known_hash"
     logger.info("downloading %s", source["url"])
     try:
         pooch.retrieve(
@@ -216,26 +216,26 @@ def _fetch_file(source: Mapping[str, Any], path: Path) -> Path:
         if known is None or "hash" not in str(error):
             raise
         raise InputError(
-            f"{source['url']}: what came does not have the checksum {known}; it was removed: run it again, or check the address"
+            f"{source['url']}: the checksum is not {known} and the file was removed; run it again, or check the URL"
         ) from error
     if known is None:
-        logger.warning("%s: no checksum is known, taken as it came; its sha256 is %s", path.name, sha256_file(path))
+        logger.warning("%s: not verified, since no checksum is known; its sha256 is %s", path.name, sha256_file(path))
     return path
 
 
 def _fetch_archive(source: Mapping[str, Any], folder: Path, members: list[str]) -> list[Path]:
-    """Download an archive beside its folder, unpack it, and drop it."""
+    """Download an archive, unpack it, and delete it."""
     wanted = [folder / member for member in members]
     marker = folder / f".{_file_name(source['url'])}.unpacked"
     if marker.is_file() or (wanted and all(path.exists() for path in wanted)):
-        logger.info("%s is there", ", ".join(map(str, wanted)) or folder)
+        logger.info("%s: already downloaded", ", ".join(map(str, wanted)) or folder)
         return wanted or [folder]
     archive = _fetch_file(source, folder / _file_name(source["url"]))
     try:
         _unpack(archive, folder, members)
     except (tarfile.ReadError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         archive.unlink()
-        raise InputError(f"{archive}: the archive is damaged ({error}); it was removed: run it again") from error
+        raise InputError(f"{archive}: damaged archive ({error}), removed; run it again") from error
     if not members:
         marker.touch()
     archive.unlink()
@@ -243,7 +243,7 @@ def _fetch_archive(source: Mapping[str, Any], folder: Path, members: list[str]) 
 
 
 def _unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
-    """Unpack into a temporary folder, then move what is wanted to its place, so that a killed unpacking leaves nothing half."""
+    """Unpack into a temporary folder first, so that nothing incomplete is left if the process is killed."""
     logger.info("unpacking %s", archive.name)
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
         with tarfile.open(archive) as tar:
@@ -251,11 +251,11 @@ def _unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
                 for member in track(_selected(tar, members), f"unpacking {archive.name}"):
                     tar.extract(member, temporary, filter="data")
             except tarfile.FilterError as error:
-                raise InputError(f"{archive}: is not safe to unpack ({error})") from error
+                raise InputError(f"{archive}: not safe to unpack ({error}); check the URL") from error
         for name in members or [path.name for path in sorted(Path(temporary).iterdir())]:
             source, target = Path(temporary) / name, folder / name
             if not source.exists():
-                raise InputError(f"{archive}: holds no {name}")
+                raise InputError(f"{archive}: does not contain {name}; check the URL")
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.is_dir():
                 shutil.rmtree(target)
@@ -271,7 +271,7 @@ def _selected(tar: tarfile.TarFile, members: Sequence[str]) -> Iterator[tarfile.
 
 
 def _blocks(response: IO[bytes]) -> Iterator[bytes]:
-    # A server that cuts the connection ends the stream early; what came is kept and the length tells.
+    # If the connection is lost, the stream ends early; the length shows it.
     with contextlib.suppress(http.client.IncompleteRead):
         while block := response.read(_BLOCK):
             yield block

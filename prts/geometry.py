@@ -1,9 +1,8 @@
-"""Which points of a regular lattice lie within which polygons: 2 um bins in nuclei, pixels in nuclei.
+"""Find the points of a regular lattice within polygons, such as 2 um bins or pixels in nuclei.
 
-A lattice needs no spatial index. In lattice coordinates (column, row) a polygon is a set of edges, an edge crosses a
-lattice row at one column, and the points of that row inside the polygon lie between an odd and the next even crossing.
-All edges of all polygons go through this at once; only points too near an edge for floating point (or for a lattice
-that is not perfectly regular) are asked of GEOS.
+A lattice needs no spatial index. In lattice coordinates (column, row) an edge of a polygon crosses a lattice row at one column, and the
+points of the row inside the polygon are between an odd and the next even crossing. This is computed for all edges of all polygons at once;
+only points too close to an edge for floating point (or for a lattice that is not perfectly regular) are tested by GEOS.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Polygons = NDArray[np.object_]
+PolygonArray = NDArray[np.object_]
 
-# Rounding of the affine map and of the crossings is some 1e-15 of the largest coordinate; this leaves a wide margin.
+# Rounding errors of the affine map and the crossings are about 1e-15 of the largest coordinate; this leaves a wide margin.
 _RELATIVE_TOLERANCE = 1e-11
-# Bounds the edge arrays (some 20 of them) to a few hundred MiB.
+# Limits the edge arrays (about 20) to a few hundred MiB.
 _VERTICES_PER_BLOCK = 1_000_000
 
 
@@ -36,7 +35,7 @@ class _Lattice(NamedTuple):
 
 
 def lattice_points_within(
-    polygons: Polygons,
+    polygons: PolygonArray,
     affine: Floats,
     n_cols: int,
     n_rows: int,
@@ -44,22 +43,22 @@ def lattice_points_within(
     xy: Callable[[Ints, Ints], Floats] | None = None,
     residual: float = 0.0,
 ) -> tuple[Ints, Ints, Ints]:
-    """Lattice points strictly within each polygon, exactly shapely's `within` (a point on a boundary is within none).
+    """Lattice points strictly within each polygon, exactly as `within` of shapely (points on a boundary are not within).
 
     Parameters
     ----------
     polygons
-        Valid shapely Polygons or MultiPolygons, holes allowed, (n_polygons,).
+        Valid shapely PolygonArray or MultiPolygons, also with holes, (n_polygons,).
     affine
-        The lattice, (2, 3): point (col, row) lies at [x, y] = affine @ [col, row, 1] in the polygons' coordinates.
+        The lattice, (2, 3): point (col, row) is at [x, y] = affine @ [col, row, 1] in the coordinates of the polygons.
     n_cols, n_rows
         Size of the lattice: 0 <= col < n_cols and 0 <= row < n_rows.
     xy
-        Exact coordinates (n, 2) of the points (row, col), where `affine` is a fit to measured positions. Asked only for
-        points near an edge. None: the affine map is exact.
+        Function that returns exact coordinates (n, 2) of points (row, col), if `affine` is a fit to measured positions. Called only for
+        points near an edge. If None, the affine map is exact.
     residual
-        How far (in the polygons' unit) `xy` and `affine` may differ at any point. Points within this distance of an
-        edge are decided by their exact coordinates: a larger value costs time, never exactness.
+        Largest difference between `xy` and `affine`, in the unit of the polygons. Points within this distance of an edge are tested by
+        their exact coordinates: a larger value costs time, not exactness.
 
     Returns
     -------
@@ -80,18 +79,18 @@ def lattice_points_within(
 
 
 def _unpack(keys: Ints, lattice: _Lattice) -> tuple[Ints, Ints, Ints]:
-    """Polygon, row and column of keys (polygon * n_rows + row) * n_cols + col."""
+    """Polygon, row and column from keys (polygon * n_rows + row) * n_cols + col."""
     line, col = np.divmod(keys, lattice.n_cols)
     polygon, row = np.divmod(line, lattice.n_rows)
     return polygon, row, col
 
 
-def _within_block(polygons: Polygons, lattice: _Lattice) -> Ints:
+def _within_block(polygons: PolygonArray, lattice: _Lattice) -> Ints:
     """Sorted keys of the points within the polygons."""
     n_cols, n_rows = lattice.n_cols, lattice.n_rows
     to_lattice: Floats = np.linalg.inv(lattice.affine[:, :2]).astype(np.float64)
     tail, head, owner, largest = _edges(polygons, lattice.affine[:, 2], to_lattice)
-    # How far, in columns and in rows, a point may move when it moves by the tolerance.
+    # The tolerance in columns and rows.
     slack = (lattice.residual + _RELATIVE_TOLERANCE * largest) * np.linalg.norm(to_lattice, axis=1)
 
     low, high = np.minimum(tail[:, 1], head[:, 1]), np.maximum(tail[:, 1], head[:, 1])
@@ -100,7 +99,7 @@ def _within_block(polygons: Polygons, lattice: _Lattice) -> Ints:
     level = step[:, 1] == 0.0
     rise = np.where(level, 1.0, step[:, 1])
 
-    # Half-open in rows, so that a vertex on a lattice row counts once for the two edges that meet there.
+    # Half-open in rows: a vertex on a lattice row counts once for the two edges that meet there.
     crosses = (low[edge] <= row) & (row < high[edge])
     column = start[:, 0] + step[:, 0] * np.clip((row - start[:, 1]) / rise, 0.0, 1.0)
     inside = _fill(owner[edge[crosses]] * n_rows + row[crosses], column[crosses], n_cols)
@@ -117,7 +116,7 @@ def _within_block(polygons: Polygons, lattice: _Lattice) -> Ints:
     return _settle(inside, doubtful, polygons, lattice)
 
 
-def _edges(polygons: Polygons, origin: Floats, to_lattice: Floats) -> tuple[Floats, Floats, Ints, float]:
+def _edges(polygons: PolygonArray, origin: Floats, to_lattice: Floats) -> tuple[Floats, Floats, Ints, float]:
     """Tail and head (n_edges, 2) of all rings' edges as (col, row), the polygon of each, and the largest coordinate."""
     rings, polygon_of_ring = _rings(polygons)
     vertices, ring = shapely.get_coordinates(rings, return_index=True)
@@ -127,8 +126,8 @@ def _edges(polygons: Polygons, origin: Floats, to_lattice: Floats) -> tuple[Floa
     return vertices[in_ring], vertices[in_ring + 1], polygon_of_ring[ring[in_ring]], float(largest)
 
 
-def _rings(polygons: Polygons) -> tuple[Polygons, Ints]:
-    """What has one ring's coordinates each, and the polygon of each. A polygon without holes stands for its ring: making one takes time."""
+def _rings(polygons: PolygonArray) -> tuple[PolygonArray, Ints]:
+    """Rings and the polygon of each; a polygon without holes is used as its own ring, since extracting rings takes time."""
     whole = (shapely.get_type_id(polygons) == shapely.GeometryType.POLYGON) & (
         shapely.get_num_interior_rings(polygons) == 0
     )
@@ -139,7 +138,7 @@ def _rings(polygons: Polygons) -> tuple[Polygons, Ints]:
 
 
 def _integers(low: Floats, high: Floats, n: int) -> tuple[Ints, Ints]:
-    """All integers of the closed ranges [low, high] that lie in [0, n): the index of their range, and they."""
+    """All integers in the closed ranges [low, high] and in [0, n), with the index of their range."""
     first = np.clip(np.ceil(low), 0, n).astype(np.int64)
     last = np.clip(np.floor(high), -1, n - 1).astype(np.int64)
     length = np.maximum(last - first + 1, 0)
@@ -156,8 +155,8 @@ def _fill(line: Ints, column: Floats, n_cols: int) -> Ints:
     return line[interval] * n_cols + col
 
 
-def _settle(inside: Ints, doubtful: Ints, polygons: Polygons, lattice: _Lattice) -> Ints:
-    """Replace what the scan said of the doubtful points by what GEOS says of their exact coordinates."""
+def _settle(inside: Ints, doubtful: Ints, polygons: PolygonArray, lattice: _Lattice) -> Ints:
+    """Test the doubtful points by their exact coordinates with GEOS."""
     polygon, row, col = _unpack(doubtful, lattice)
     if lattice.xy is None:
         x, y = lattice.affine @ np.stack([col, row, np.ones_like(col)]).astype(np.float64)
@@ -166,7 +165,7 @@ def _settle(inside: Ints, doubtful: Ints, polygons: Polygons, lattice: _Lattice)
     asked = polygons[polygon]
     shapely.prepare(asked)
     within = shapely.contains_xy(asked, x, y)
-    shapely.destroy_prepared(asked)  # they are the caller's: leave no index behind
+    shapely.destroy_prepared(asked)  # they belong to the caller
     at = np.minimum(np.searchsorted(doubtful, inside), len(doubtful) - 1)
-    # A point that the scan found twice (where a ring touches itself) is on an edge, so it is among the doubtful.
+    # A point found twice (where a ring touches itself) is on an edge, and so among the doubtful ones.
     return np.sort(np.concatenate([inside[doubtful[at] != inside], doubtful[within]]))

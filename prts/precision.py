@@ -1,4 +1,4 @@
-"""In which precision a network computes: bfloat16 where the processor has instructions for it."""
+"""Resolve `precision=auto`: bfloat16 where the processor has instructions for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device has instructions for bfloat16; elsewhere it is emulated, and slower than float32."""
+    """Whether the device has instructions for bfloat16. Elsewhere it is emulated and slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -14,19 +14,19 @@ def computes_bf16(device: torch.device) -> bool:
 
 
 def cpu_has(probe: str) -> bool:
-    """What a probe of `torch.cpu` says; no where this torch has no such probe."""
+    """Result of a probe of `torch.cpu`; false if this torch lacks the probe."""
     return bool(getattr(torch.cpu, probe, bool)())
 
 
 def training_precision(precision: str | int | None, device: torch.device) -> str | int | None:
-    """What `trainer.precision` comes to on a device.
+    """Resolve the precision of training.
 
     Parameters
     ----------
     precision
-        `auto`: `bf16-mixed` where the device computes bfloat16, else `32-true`. Anything else is Lightning's, and stays as it is.
+        `auto`: `bf16-mixed` where the device computes bfloat16, else `32-true`. Other values are Lightning's and returned as they are.
     device
-        Where the network is trained.
+        Device of the training.
     """
     if precision != "auto":
         return precision

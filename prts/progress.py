@@ -1,4 +1,4 @@
-"""Progress bars that a terminal sees and a log file does not."""
+"""Progress bars, shown on terminals only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 def track(iterable: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
-    """Iterate with a progress bar on stderr, drawn only when stderr is a terminal.
+    """Iterate with a progress bar on stderr if it is a terminal.
 
     Parameters
     ----------
     iterable
-        What to iterate over.
+        Items to iterate over.
     description
-        What is being done, such as "features lung1".
+        Name of the task, such as "features lung1".
     total
-        Number of items, where the iterable has no length.
+        Number of items, if the iterable has no length.
     """
     columns = (
         TextColumn("{task.description}"),

@@ -13,6 +13,16 @@ import scipy.sparse as sp
 from prts.data.nucleus_set import NucleusSet
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out nightly tests unless `-m` mentions them; a `-m` in addopts would be replaced by the one of the command line."""
+    if "nightly" in config.option.markexpr:
+        return
+    nightly = [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
 @pytest.fixture(scope="session")
 def prts_data() -> Path:
     """The folder of real data; tests that need it carry the mark `real` and are skipped, visibly, without it."""

@@ -128,7 +128,7 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(server, tmp_path):
 def test_a_later_call_resumes_and_a_changed_file_starts_again(server, tmp_path):
     server.files["a.bin"], server.cut["a.bin"] = BODY, [1_000_000] + [0] * 5
     source = {"url": server.url("a.bin"), "path": "a.bin"}
-    with pytest.raises(InputError, match="1 MB are kept"):
+    with pytest.raises(InputError, match="failed after 1 MB"):
         download([source], tmp_path)
     assert names(tmp_path) == ["a.bin.part", "a.bin.part.tag"]
     server.requests.clear()
@@ -169,7 +169,7 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
 
 def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
     server.files["a.bin"] = BODY
-    with pytest.raises(InputError, match=r"a\.bin: what came does not have the checksum md5:0123"):
+    with pytest.raises(InputError, match=r"a\.bin: the checksum is not md5:0123"):
         download([{"url": server.url("a.bin"), "path": "a.bin", "md5": "0123" * 8}], tmp_path)
     assert names(tmp_path) == []
 
@@ -224,7 +224,7 @@ def test_a_whole_archive_and_one_that_lacks_what_is_wanted(server, tmp_path):
         download([{"url": server.url("x.tar.gz"), "path": "s", "unpack": True}], tmp_path)
     assert names(tmp_path / "s") == [".x.tar.gz.unpacked", "a", "a/b.txt", "c.txt"]
     assert len(server.requests) == 1
-    with pytest.raises(InputError, match="holds no bins/002"):
+    with pytest.raises(InputError, match="does not contain bins/002"):
         download([{"url": server.url("x.tar.gz"), "path": "t", "unpack": ["bins/002"]}], tmp_path)
 
 
@@ -234,7 +234,7 @@ def test_a_whole_archive_and_one_that_lacks_what_is_wanted(server, tmp_path):
 def test_a_damaged_archive_leaves_nothing(server, tmp_path, damage):
     rng = random.Random(0)
     server.files["x.tar.gz"] = damage(archive(*(f"a/{rng.random()}" for _ in range(200))))
-    with pytest.raises(InputError, match="archive is damaged"):
+    with pytest.raises(InputError, match="damaged archive"):
         download([{"url": server.url("x.tar.gz"), "path": "s", "unpack": True}], tmp_path)
     assert names(tmp_path / "s") == []
 
@@ -265,5 +265,5 @@ def test_a_section_of_a_tissue_config(server, tmp_path):
     download_section(SectionSpec(name="lung1", download=node))
     assert (tmp_path / "L/L_tissue_image.btf").read_bytes() == b"image"
     assert names(tmp_path / "L/binned_outputs") == ["square_002um", "square_002um/m.h5"]
-    with pytest.raises(InputError, match=r"tissue\.sections\.lung1\.download"):
+    with pytest.raises(InputError, match=r"section lung1\.download: is incomplete"):
         download_section(SectionSpec(name="lung1", download={"folder": "x"}))

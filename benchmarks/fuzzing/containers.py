@@ -1,4 +1,4 @@
-"""Containers of arrays and tables, sound but for what they hold: HDF5 and parquet."""
+"""HDF5 and parquet files with a valid structure and wrong contents."""
 
 from __future__ import annotations
 

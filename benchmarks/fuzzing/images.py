@@ -1,4 +1,4 @@
-"""Images that are sound but for what their directories and chunks say, and images of every layout: TIFF, PNG and others."""
+"""Images with wrong directories and chunks, and images of every layout: TIFF, PNG and others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies that keep a format's structure and are odd within it; Hypothesis draws them as bytes."""
+"""Hypothesis strategies that keep the structure of a format and change its contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every reader of a user's file, with a way through all that it gives out."""
+"""Every reader of a user's file, with a function that uses all of its result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prts.features.store import StoreReader, read_store_attrs
 from prts.features.weights import read_weights
 from prts.io.cache import sha256_file
 from prts.io.gene_list import read_gene_list
-from prts.io.nuclei import COLUMNS, load_nuclei, read_nuclei
+from prts.io.nuclei import NUCLEI_COLUMNS, load_nuclei, read_nuclei
 from prts.io.prediction import read_prediction
 from prts.io.region import read_region
 from prts.io.slide import image_size, open_slide
@@ -131,7 +131,7 @@ def _read_scalefactors(path: Path) -> None:
 
 def _read_nuclei(path: Path) -> None:
     nuclei = read_nuclei(path, mpp=0.5, width=SIDE, height=SIDE)
-    assert tuple(nuclei.columns) == COLUMNS and len(nuclei) and nuclei.geometry.is_valid.all()
+    assert tuple(nuclei.columns) == NUCLEI_COLUMNS and len(nuclei) and nuclei.geometry.is_valid.all()
 
 
 def _read_polygons(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small sound files of every kind that prts reads, as bytes."""
+"""Small valid files of every kind that prts reads, as bytes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ import tifffile
 import torch
 from PIL import Image
 
-from prts.data.targets import make_scaler
 from prts.features.encoders import Classical
 from prts.features.store import Rows, write_store
-from prts.io.nuclei import COLUMNS
+from prts.io.nuclei import NUCLEI_COLUMNS
 from prts.io.prediction import PredictionWriter, spatial_uns
 from prts.models.bundle import save_bundle
+from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import OutputRule
@@ -200,7 +200,6 @@ def bundle(folder: Path) -> Path:
         "tile": 256,
         "pooling": "nucleus",
         "input": {"use": ["local", "global"], "widths": {"local": 2, "global": 3}},
-        "loss": {"name": "paper"},
         "segmentation": {"name": "watershed", "arguments": {}},
         "qc": {"min_umi": 20},
         "tissue": "demo",
@@ -211,12 +210,12 @@ def bundle(folder: Path) -> Path:
         "validation": {"pcc": [0.5, None, 0.25], "ceiling": [0.9, 0.8, None], "predictable": [True, False, True]},
         "intervals": {"level": 0.9, "scale": [1.0, 1.1, 0.9], "dispersion": [0.1, 0.2, 0.3], "mass": [0.9, 0.92, 0.95]},
     }
-    scaler = make_scaler("minmax", 3).fit([sp.csr_matrix([[1, 0, 7], [4, 2, 0]])])
+    likelihood = Paper().fit([sp.csr_matrix([[1, 0, 7], [4, 2, 0]])])
     net = PRTSNet(5, 3, hidden=(2,), standardize=True)
     save_bundle(
         folder,
         net=net,
-        scaler=scaler,
+        likelihood=likelihood,
         rule=OutputRule("soft", 0.3),
         genes=_GENES,
         metadata=metadata,
@@ -265,7 +264,7 @@ def spots(path: Path) -> bytes:
 def prediction(path: Path) -> bytes:
     names, ids = zip(*_GENES, strict=True)
     genes = pd.DataFrame({"gene_id": ids, "val_pcc": 0.5, "predictable": True}, index=pd.Index(names))
-    nuclei = _squares().assign(area_um2=25.0)[list(COLUMNS)]
+    nuclei = _squares().assign(area_um2=25.0)[list(NUCLEI_COLUMNS)]
     uns = {"prts": {"mpp": 0.5, "train": ["a"]}, "spatial": spatial_uns("s", _picture(8), SIDE, 9.0)}
     with PredictionWriter(path, genes, nuclei, uns, intervals=True) as writer:
         umi = np.arange(9, dtype=np.float32).reshape(3, 3)

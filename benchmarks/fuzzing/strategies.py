@@ -1,4 +1,4 @@
-"""Odd numbers and words, and bytes and text that were changed: what the inputs of every format draw on."""
+"""Unusual numbers and words, and mutated bytes and text, for all formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights: checkpoints of torch with any content, and safetensors with any header."""
+"""Weights: torch checkpoints with any content, and safetensors with any header."""
 
 from __future__ import annotations
 

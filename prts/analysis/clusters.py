@@ -114,6 +114,8 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
     shown = counts.layers.get("prob", umi > 0)
     nuclei.obs["n_genes_by_counts"] = np.asarray(shown.sum(axis=1), dtype=float).ravel()
     log_normalise(nuclei)
+    if not (nuclei.X.max(axis=0) - nuclei.X.min(axis=0)).nnz:
+        raise InputError(f"{what}: all nuclei have the same expression, so there are no clusters; check the counts")
     if nuclei.n_vars > settings.n_top_genes:
         sc.pp.highly_variable_genes(nuclei, n_top_genes=settings.n_top_genes, flavor="seurat")
     else:
@@ -288,7 +290,13 @@ def score_subtypes(nuclei: ad.AnnData, markers: pd.DataFrame, *, n_genes: int = 
 
     scores = ad.AnnData(nuclei.X, obs=pd.DataFrame(index=nuclei.obs_names), var=pd.DataFrame(index=nuclei.var_names))
     for name, table in markers[markers["rank"] <= n_genes].groupby("cluster", observed=True):
-        sc.tl.score_genes(scores, table["gene"].tolist(), score_name=f"score_{name}", random_state=seed)
+        genes = table["gene"].tolist()
+        try:
+            sc.tl.score_genes(scores, genes, score_name=f"score_{name}", random_state=seed)
+        except RuntimeError:  # a small panel has no control genes of similar expression: compare with all others
+            chosen = scores.var_names.isin(genes)
+            others = scores.X[:, ~chosen].mean(axis=1) if not chosen.all() else 0.0
+            scores.obs[f"score_{name}"] = np.asarray(scores.X[:, chosen].mean(axis=1) - others).ravel()
     of_clusters: pd.DataFrame = scores.obs
     return of_clusters
 

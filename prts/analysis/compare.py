@@ -237,7 +237,7 @@ def score_against_truth(section: ClusteredSection, what: str, types: pd.Series, 
     result.add(f"truth/{what}", agreement(types.loc[shared], section.nuclei.obs.loc[shared, "cluster"]))
 
 
-def type_shares(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
+def share_of_types(predicted: pd.Series, measured: pd.Series | None) -> pd.DataFrame:
     """Share of nuclei per type: `name, predicted, measured`, most common first; nuclei without a type are not counted."""
     columns = {"predicted": predicted} | ({} if measured is None else {"measured": measured})
     parts = {key: types.dropna().astype(str).value_counts(normalize=True) for key, types in columns.items()}

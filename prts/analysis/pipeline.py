@@ -18,8 +18,8 @@ from prts.analysis.compare import (
     cluster_section,
     compare_sections,
     score_against_truth,
+    share_of_types,
     summarize_clusters,
-    type_shares,
 )
 from prts.analysis.enrich import EnrichmentSettings, enrich_clusters
 from prts.analysis.spots import SpotSettings, compare_spots, filter_spots, read_visium
@@ -27,7 +27,7 @@ from prts.analysis.symbols import read_orthologs
 from prts.analysis.types import TypeClassifier, true_types
 from prts.errors import InputError, ParameterError
 from prts.evaluation.measured import MeasuredSection, measure_predicted, measure_training
-from prts.evaluation.scoring import json_ready
+from prts.evaluation.summaries import json_ready
 from prts.io.cache import atomic
 from prts.io.h5_checks import read_checked_h5ad
 from prts.io.hdf5 import write_h5ad
@@ -218,7 +218,7 @@ def analyze(
     for column in ("type", "broad"):
         if column in found.predicted.nuclei.obs:
             other = None if found.measured is None else found.measured.nuclei.obs[column]
-            found.tables[f"shares_{column}"] = type_shares(found.predicted.nuclei.obs[column], other)
+            found.tables[f"shares_{column}"] = share_of_types(found.predicted.nuclei.obs[column], other)
     for name, clustered in found.sections.items():
         table = steps.enrich(clustered)
         if table is not None:
@@ -322,7 +322,7 @@ def _classify(
     for name, clustered in found.sections.items():
         obs = clustered.nuclei.obs
         obs["classifier_type"] = labels[name].reindex(obs.index).astype("category")
-    found.tables["shares_classifier"] = type_shares(labels["predicted"], labels["measured"])
+    found.tables["shares_classifier"] = share_of_types(labels["predicted"], labels["measured"])
 
 
 def _training_labels(obs: pd.DataFrame) -> pd.Series:

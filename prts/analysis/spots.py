@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from prts.analysis.clusters import ClusterSettings, cluster, embed
 from prts.analysis.types import agreement
 from prts.errors import InputError, ParameterError
-from prts.evaluation.section_scores import spot_pcc, sum_in_spots
+from prts.evaluation.spot_scores import spot_pcc, sum_in_spots
 from prts.io.spots import Spots
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 from prts.errors import ParameterError
-from prts.evaluation.section_scores import mutual_nearest
+from prts.evaluation.matching import mutual_nearest
 
 if TYPE_CHECKING:
     import anndata as ad

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain, require
 from prts.errors import InputError
+from prts.io.outputs import check_out_folder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,9 +32,7 @@ if TYPE_CHECKING:
 def main(cfg: DictConfig) -> None:
     """Analyze, write, draw."""
     require(cfg, "prediction", "out")
-    out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
-        raise InputError(f"out={out}: is a file; give a folder for analysis.h5ad, tables and figures")
+    out = check_out_folder(cfg.out, "analysis.h5ad, tables and figures")
     formats = list(cfg.figures)
     if not set(formats) <= {"png", "pdf", "svg"}:
         raise InputError(f"figures={formats}: choose from png, pdf and svg, or [] for no figures")

@@ -64,7 +64,12 @@ def check(command: str, cfg: DictConfig) -> None:
     ParameterError
         Named by its config key, if a value is missing or not of the kind or range that its key takes.
     """
-    _check_fields(COMMANDS[command], plain(cfg), "")
+    check_values(command, plain(cfg))
+
+
+def check_values(command: str, values: Mapping[str, Any]) -> None:
+    """Check a config in plain containers; see `check`."""
+    _check_fields(COMMANDS[command], values, "")
 
 
 def _check_fields(kind: type, values: Any, prefix: str, *, partial: bool = False) -> None:
@@ -91,6 +96,9 @@ def _check_fields(kind: type, values: Any, prefix: str, *, partial: bool = False
                 _check_sections(value)
         elif built is not None:
             _check_built(built, name, value)
+        elif isinstance(value, Mapping) and (item := _item_of(hint)) is not None:
+            for each in value:
+                check_value("", f"{name}.{each}", value[each], item)
         else:
             check_value("", name, value, hint)
 
@@ -105,6 +113,11 @@ def _read(hint: Any) -> tuple[Built | None, type | None, bool]:
         elif isinstance(option, type) and is_dataclass(option):
             nested = option
     return built, nested, type(None) in options
+
+
+def _item_of(hint: Any) -> Any:
+    """What the values of a mapping are; None for any other annotation."""
+    return next((get_args(option)[1] for option in (hint, *get_args(hint)) if get_origin(option) is dict), None)
 
 
 def _check_sections(tissue: Mapping[str, Any]) -> None:
@@ -163,7 +176,10 @@ def _factory(built: Built, key: str, node: Mapping[str, Any]) -> Any:
         return getattr(importlib.import_module(module), attribute)[node["name"]]
     target = node.get("_target_")
     if not isinstance(target, str):
-        raise ParameterError("", key, f"says nothing of what to build; choose one with {key}=NAME")
+        raise ParameterError("", f"{key}._target_", f"{shown(target)} is not accepted; choose one with {key}=NAME")
+    partial = node.get("_partial_", False)
+    if not isinstance(partial, bool):
+        raise ParameterError("", f"{key}._partial_", f"{shown(partial)} is not accepted; give true or false")
     try:
         return get_object(target)
     except Exception as error:

@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 def main(cfg: DictConfig) -> None:
     """Count, match, evaluate, write."""
     from prts.evaluation.measured import measure_predicted
-    from prts.evaluation.scoring import json_ready
     from prts.evaluation.section_scores import evaluate_section, spot_pcc
+    from prts.evaluation.summaries import json_ready
     from prts.io.cache import atomic
     from prts.io.limits import allow_pixels
     from prts.io.nuclei import load_nuclei

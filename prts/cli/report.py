@@ -55,15 +55,14 @@ def main(cfg: DictConfig) -> None:
 
 
 def _settings(cfg: DictConfig) -> ReportSettings:
-    from prts.report.load import Bootstrap
+    from prts.evaluation.settings import EvaluationSettings
     from prts.report.pipeline import ReportSettings
 
-    evaluation = plain(cfg.evaluation)
     return ReportSettings(
         genes=_genes(cfg.genes),
         box_px=_box(cfg.region),
         second=None if cfg.second is None else Path(cfg.second),
-        bootstrap=Bootstrap(evaluation["block_um"], evaluation["bootstrap"]),
+        evaluation=EvaluationSettings(**plain(cfg.evaluation)),
     )
 
 

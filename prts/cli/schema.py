@@ -102,6 +102,15 @@ class Simulation:
 
 
 @dataclass
+class DownloadedFiles:
+    """`download` of a section."""
+
+    folder: FilePath
+    urls: Annotated[list[Name], Field(min_length=1)]
+    md5: dict[str, str] | None = None
+
+
+@dataclass
 class SectionFiles:
     """What is known of a section's keys; `prts.data.tissue` refuses others."""
 
@@ -111,7 +120,7 @@ class SectionFiles:
     spots: FilePath | None
     mpp: Mpp | None
     simulate: Mapping | None
-    download: Mapping | None
+    download: DownloadedFiles | None
 
 
 @dataclass
@@ -135,6 +144,13 @@ class SegmentationLimits:
 
 
 @dataclass
+class SeedLimits:
+    """Of anything random."""
+
+    seed: Seed
+
+
+@dataclass
 class NetworkLimits:
     """Of `model.net`."""
 
@@ -148,6 +164,14 @@ class OptimizerLimits:
 
     lr: Annotated[float, Field(gt=0, le=1e3)]
     weight_decay: Annotated[float, Field(ge=0, le=1e3)]
+
+
+@dataclass
+class SchedulerLimits:
+    """Of `model.scheduler`; other settings are tried by constructing it."""
+
+    factor: Annotated[float, Field(gt=0, lt=1)]
+    patience: Whole
 
 
 @dataclass
@@ -166,8 +190,8 @@ class Model:
     net: Annotated[Mapping, Built("network", limits=NetworkLimits)]
     optimizer: Annotated[Mapping, Built("optimizer", limits=OptimizerLimits)]
     output: OutputSettings
-    scheduler: Annotated[Mapping, Built("scheduler")] | None = None
-    baseline: Name | None = None
+    scheduler: Annotated[Mapping, Built("scheduler", limits=SchedulerLimits)] | None = None
+    baseline: Literal["gene_mean", "position", "colour", "morphology", "ridge", "permuted"] | None = None
 
 
 @dataclass
@@ -212,9 +236,9 @@ class Prepare:
     paths: Paths
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
     qc: QualityControl
-    panel: Annotated[Mapping, Built("panel")]
+    panel: Annotated[Mapping, Built("panel", limits=SeedLimits)]
     encoder: Annotated[Mapping, Built("encoder")]
-    split: Annotated[Mapping, Built("split")]
+    split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
     check_image: bool
@@ -230,11 +254,11 @@ class Train(Prepare):
     evaluation: Evaluation
     trainer: Annotated[Mapping, Built("trainer", limits=TrainerLimits)]
     data: Data
+    callbacks: Annotated[Mapping, Built("callbacks", several=True, limits=CallbackLimits)]
     seed: Seed
     report: bool
     resume: bool
     patch_pooling: Literal["nucleus", "center2x2"]
-    callbacks: Annotated[Mapping, Built("callbacks", several=True, limits=CallbackLimits)] | None = None
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
 
 

@@ -29,11 +29,15 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.data.datamodule import PRTSDataModule
+    from prts.models.fit import Recipe
+    from prts.models.likelihoods import Likelihood
     from prts.report.loggers import RunLoggers
     from prts.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
+# Settings that may change when a run is resumed, since the weights do not depend on them.
+FREE = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
 # What the training module logs for a callback to watch.
 MONITORED = ("val/loss", "val/reg", "val/bin", "val/pcc", "train/loss", "train/reg", "train/bin")
 
@@ -57,45 +61,46 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     InputError
         If data or config are wrong.
     """
-    from prts.cli.loggers import run_loggers
     from prts.io.cache import filling, reading
+    from prts.report.loggers import RunLoggers
 
-    with reading(Path(cfg.paths.cache_dir)), filling(folder), run_loggers(cfg, folder) as loggers:
+    with reading(Path(cfg.paths.cache_dir)), filling(folder), RunLoggers(cfg, folder) as loggers:
         return _train(cfg, folder, loggers)
 
 
 def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    from prts.evaluation.evaluate_run import (
-        baselines_by_section,
-        compare_with_baselines,
-        registration_figures,
-        score_sections,
-    )
+    from prts.evaluation.against_baselines import baselines_by_section, compare_with_baselines
+    from prts.evaluation.gene_sets import gene_sets
+    from prts.evaluation.intervals import marginal_bounds, score_intervals
     from prts.evaluation.predictable import predictable, validated_genes
-    from prts.evaluation.scoring import gene_sets, json_ready, mean_per_gene, unpooled_mean
+    from prts.evaluation.registration import registration_figures
+    from prts.evaluation.scored_section import Scoring, score_sections
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle, save_bundle
-    from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint, learnt_from
+    from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
     from prts.models.fit import fit
     from prts.models.metadata import bundle_metadata
     from prts.models.module import seed_everything
     from prts.models.ood import MahalanobisOOD
     from prts.models.output import choose_output
     from prts.models.predictor import Predictor
-    from prts.models.uncertainty import calibrate_intervals, marginal_bounds, score_intervals
+    from prts.models.uncertainty import calibrate_intervals
     from prts.stopwatch import Stopwatch, peak_rss_mb
 
     seed_everything(cfg.seed)
     cfg = _settled(cfg)
     watch = Stopwatch()
+    recipe = make_recipe(cfg)
     datamodule = _data(cfg, watch)
-    inputs = learnt_from(datamodule)
-    checkpoint = EpochCheckpoint(folder / NAME, inputs)
-    goes_on_from = find_checkpoint(folder, plain(cfg), inputs) if cfg.resume else None
+    identity = {key: value for key, value in plain(cfg).items() if key not in FREE} | {"cache": cache_files(datamodule)}
+    checkpoint = EpochCheckpoint(folder / NAME, identity)
+    resume_from = find_checkpoint(folder, identity) if cfg.resume else None
     folder.mkdir(parents=True, exist_ok=True)
-    if goes_on_from is None:
+    if resume_from is None:
         checkpoint.remove()
     for stale in (
         folder / "metrics.json",
@@ -110,26 +115,27 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
         OmegaConf.save(cfg, path, resolve=True)
 
     with watch("train"):
-        fitted = fit(cfg, datamodule, loggers.start, checkpoint, goes_on_from)
+        fitted = fit(recipe, datamodule, start_loggers=loggers.start, checkpoint=checkpoint, resume_from=resume_from)
     if not fitted.is_global_zero:
         return {"metrics": {}}  # the other processes of a DDP job end here: one tests and writes
-    net, scaler = fitted.net, datamodule.scaler
-    rule = choose_output(net, scaler, datamodule.val_sets, gates=fitted.gates, **plain(cfg.model.output))
+    net, likelihood = fitted.net, fitted.likelihood
+    rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
     genes = list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True))
-    parts: dict[str, Any] = {"net": net, "scaler": scaler, "rule": rule, "genes": genes}
+    parts: dict[str, Any] = {"net": net, "likelihood": likelihood, "rule": rule, "genes": genes}
     sets = gene_sets(datamodule.train_sets, datamodule.panel, cfg.tissue.get("markers") or [])
-    predictor = Predictor(net, scaler, rule)
-    validation = score_sections(predictor, datamodule.val_sets, datamodule, cfg.evaluation, sets, watch)
+    scoring = Scoring(datamodule.panel, sets, EvaluationSettings(**cfg.evaluation))
+    predictor = Predictor(net, likelihood, rule)
+    validation = score_sections(predictor, datamodule.val_sets, datamodule, scoring, watch)
     with watch("baselines"):
         baselines = baselines_by_section(datamodule, seed=cfg.seed)
-        beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, cfg.evaluation)
+        beyond = validated_genes([baselines(part.nuclei.section) for part in validation], validation, scoring.settings)
     intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
     parts["ood"] = MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets)
     metadata = bundle_metadata(plain(cfg), datamodule, validation, beyond, intervals)
     save_bundle(folder / "model", **parts, metadata=metadata)
     # read back: what is tested is what is shipped
     bundle = load_bundle(folder / "model")
-    test = score_sections(bundle, datamodule.test_sets, datamodule, cfg.evaluation, sets, watch)
+    test = score_sections(bundle, datamodule.test_sets, datamodule, scoring, watch)
     marginal = marginal_bounds(datamodule.val_sets)
     test = [score_intervals(part, intervals, marginal) for part in test]
     metrics: dict[str, float | str] = {}
@@ -137,7 +143,7 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     metrics |= unpooled_mean({scored.nuclei.section: scored.result.summary for scored in test}, "test")
     with watch("baselines"):
         flagged = predictable(beyond)
-        metrics |= compare_with_baselines(baselines, test, datamodule.panel, cfg.evaluation, sets, flagged)
+        metrics |= compare_with_baselines(baselines, test, scoring, flagged)
     metrics |= registration_figures(datamodule.tissue, moved_back=cfg.preprocess.register)
     if datamodule.split_report["warning"] is not None:
         metrics["warning/split"] = datamodule.split_report["warning"]
@@ -159,32 +165,57 @@ def _train(cfg: DictConfig, folder: Path, loggers: RunLoggers) -> dict[str, Any]
     return {"metrics": metrics, "bundle": bundle, "datamodule": datamodule}
 
 
+def make_recipe(cfg: DictConfig) -> Recipe:
+    """The recipe of a settled config."""
+    from hydra.utils import instantiate
+
+    from prts.models.fit import Recipe
+    from prts.models.output import OutputSettings
+
+    return Recipe(
+        network=instantiate(cfg.model.net),
+        likelihood=_likelihood(cfg),
+        optimizer=instantiate(cfg.model.optimizer),
+        trainer=instantiate(cfg.trainer, _partial_=True),
+        scheduler=instantiate(cfg.model.scheduler),
+        callbacks=[instantiate(node) for node in cfg.callbacks.values()],
+        output=OutputSettings(**plain(cfg.model.output)),
+        baseline=cfg.model.baseline,
+        seed=cfg.seed,
+    )
+
+
+def _likelihood(cfg: DictConfig) -> Likelihood:
+    from prts.models.likelihoods import likelihoods
+
+    settings = plain(cfg.loss)
+    target = "auto" if cfg.model.baseline else cfg.data.target
+    return likelihoods[settings.pop("name")](**settings).with_target(target)
+
+
 def _settled(cfg: DictConfig) -> DictConfig:
     """The config with each `auto` of target and precision replaced, after refusing what makes no sense together, before any work."""
     from hydra.errors import InstantiationException
     from hydra.utils import get_class, instantiate
 
-    from prts.evaluation.section_scores import check_intervals
-    from prts.features.encoders import encoders
-    from prts.models.linear import TARGET, check_linear
-    from prts.models.losses import check_recipe
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.models.linear import LIKELIHOOD
     from prts.precision import training_precision
 
-    kind = get_class(cfg.loss._target_)
+    kind = get_class(cfg.encoder._target_)
     known = inspect.signature(kind).parameters
-    for key in cfg.loss:
+    for key in cfg.encoder:
         if key != "_target_" and key not in known:
             raise InputError(
-                f"loss.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not apply to "
-                "this loss"
+                f"encoder.{key}: {kind.__name__} has no such setting (it has {', '.join(known)}); an ablation that sets it does not "
+                f"apply to this encoder"
             )
-    encoders.build(plain(cfg.encoder))
-    check_intervals(cfg.evaluation.block_um, cfg.evaluation.bootstrap)
+    EvaluationSettings(**cfg.evaluation)
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":
         cfg.trainer.precision = "32-true"  # until Lightning has found the device
     try:
-        for node in (cfg.model.optimizer, cfg.model.scheduler, *cfg.callbacks.values()):
+        for node in cfg.callbacks.values():
             instantiate(node)
         trainer = instantiate(cfg.trainer, logger=False)
     except InstantiationException as error:
@@ -194,14 +225,11 @@ def _settled(cfg: DictConfig) -> DictConfig:
             raise InputError(f"callbacks.{name}.monitor: {node.monitor} is not logged ({', '.join(MONITORED)} are)")
     cfg.trainer.precision = training_precision(precision, trainer.strategy.root_device)
     if cfg.model.baseline:
-        check_linear(cfg.model.baseline)
-        cfg.data.target, cfg.model.output.gate = TARGET, "none"
+        cfg.data.target, cfg.model.output.gate = LIKELIHOOD.target, "none"
         if cfg.model.baseline == "morphology":
             cfg.data.use = ["morphology"]
-        return cfg
-    cfg.data.target = check_recipe(
-        instantiate(cfg.loss), target=cfg.data.target, heads=cfg.model.net.heads, gate=cfg.model.output.gate
-    )
+    else:
+        cfg.data.target = _likelihood(cfg).target
     return cfg
 
 
@@ -210,7 +238,8 @@ def _data(cfg: DictConfig, watch: Stopwatch) -> PRTSDataModule:
 
     from prts.data.datamodule import PRTSDataModule
 
-    datamodule = PRTSDataModule(preparation(cfg, watch), instantiate(cfg.split), seed=cfg.seed, **cfg.data)
+    data = {key: value for key, value in cfg.data.items() if key != "target"}  # the likelihood's
+    datamodule = PRTSDataModule(preparation(cfg, watch), instantiate(cfg.split), seed=cfg.seed, **data)
     datamodule.prepare_data()
     with watch("load"):
         datamodule.setup()

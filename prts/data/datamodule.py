@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
-from prts.data.targets import Scaler, make_scaler
 from prts.errors import InputError
 from prts.features.feature_reader import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
@@ -154,8 +153,8 @@ class _OrderedBatches(Sampler[NDArray[np.int64]]):
 class PRTSDataModule(pl.LightningDataModule):
     """Prepared sections as training and validation batches, and as arrays for everything that is no training.
 
-    After `setup`: `tissue`, `panel`, `scaler` (fitted on training nuclei), `train_sets`, `val_sets`, `test_sets` (one `NucleusSet` per
-    section), `split_report`, `in_features`, `n_genes`, `feature_widths`.
+    After `setup`: `tissue`, `panel`, `train_sets`, `val_sets`, `test_sets` (one `NucleusSet` per section), `split_report`, `in_features`,
+    `n_genes`, `feature_widths`.
 
     Parameters
     ----------
@@ -163,8 +162,6 @@ class PRTSDataModule(pl.LightningDataModule):
         Prepares the tissue, or finds it prepared. Called once in each process: the first `prepare_data` or `setup` does it.
     split
         Assigns nuclei to parts.
-    target
-        What the network's level is: `minmax` (paper), `log1p` or `counts`, or the loss's own `log_rate`, `log_share`, `log_truncated`.
     use
         Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` is ours; an ablation
         leaves some away.
@@ -181,7 +178,6 @@ class PRTSDataModule(pl.LightningDataModule):
 
     tissue: PreparedTissue
     panel: Panel
-    scaler: Scaler
     train_sets: list[NucleusSet]
     val_sets: list[NucleusSet]
     test_sets: list[NucleusSet]
@@ -193,7 +189,6 @@ class PRTSDataModule(pl.LightningDataModule):
         prepare: Callable[[], PreparedTissue],
         split: Splitter,
         *,
-        target: str = "minmax",
         use: Sequence[str] = STORED,
         permute: bool = False,
         batch_size: int = 256,
@@ -206,8 +201,6 @@ class PRTSDataModule(pl.LightningDataModule):
             raise InputError(f"data.use: {list(use)} must list some of local, global and morphology, once each")
         if batch_size < 2:
             raise InputError(f"data.batch_size: {batch_size} is too small for batch normalisation; use 2 or more")
-        make_scaler(target, 1)  # a mistyped target should fail before hours of preparation
-        self.target = target
         self.permute = permute
         self.batch_size = batch_size
         self.seed = seed
@@ -240,7 +233,7 @@ class PRTSDataModule(pl.LightningDataModule):
         return self._prepared
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the cached features and counts, split them, and fit the scaler.
+        """Load the cached features and counts and split them.
 
         Raises
         ------
@@ -269,7 +262,6 @@ class PRTSDataModule(pl.LightningDataModule):
         self.feature_widths = _common_widths({name: loaded.widths for name, loaded in whole.items()})
         self.tissue = tissue
         self.panel = panel
-        self.scaler = make_scaler(self.target, len(panel.genes)).fit([nuclei.counts for nuclei in self.train_sets])
         if sum(map(len, self.train_sets)) < 2:
             raise InputError(f"tissue.train: {tissue.name} has fewer than two training nuclei with counts and features")
         self._is_set_up = True

@@ -1,4 +1,4 @@
-"""The nuclei of one section that share a part (train, val or test), as arrays."""
+"""The nuclei of one section in one part of the split (train, val or test), as arrays."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class NucleusSet:
-    """Nuclei of one section: features in, counts out. Rows of all arrays go together.
+    """Nuclei of one section with features and counts. All arrays share their rows.
 
     Parameters
     ----------
     section
         Name of the section.
     cell_id
-        (n,) keys of the nuclei.
+        (n,) ids of the nuclei.
     xy_um
-        (n, 2) centroids in um from the image's top left corner.
+        (n, 2) centroids in um from the top left corner of the image.
     features
         (n, d) float32.
     counts
@@ -29,7 +29,7 @@ class NucleusSet:
     total_counts
         (n,) UMI of all genes.
     area_um2
-        (n,) area of the nucleus.
+        (n,) area in um2.
     """
 
     section: str
@@ -61,12 +61,12 @@ def feature_moments(sets: Sequence[NucleusSet]) -> tuple[NDArray[np.float64], ND
 
     Returns
     -------
-    Two (d,) arrays. The standard deviation of a constant feature is given as 1, so that dividing by it is harmless.
+    Two (d,) arrays. The standard deviation of a constant feature is 1, so that it can be divided by.
     """
     n = sum(map(len, sets))
     chunks = [nuclei.features[start : start + 4096] for nuclei in sets for start in range(0, len(nuclei), 4096)]
     mean = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in chunks) / n
     spread = np.sqrt(sum(np.square(chunk - mean).sum(axis=0) for chunk in chunks) / n)
-    # what float32 rounding leaves of a constant is no spread
+    # float32 rounding of a constant is not spread
     spread[spread <= 1e-6 * np.abs(mean)] = 1.0
     return mean, spread

@@ -1,191 +1,179 @@
-"""What a model has to beat: the gene's mean, and ridge regression on the same features.
+"""The six baselines that stand beside every model, fitted on its training nuclei and tuned on its validation nuclei.
 
-Both predict log1p UMI and return UMI, so that the metrics, which compare log1p, see what was fitted.
+| name | sees |
+|---|---|
+| gene_mean | nothing |
+| position | where a nucleus lies, among training nuclei of the same section (absent, where the section has none) |
+| colour | 12 colour statistics of tile and nucleus |
+| morphology | shape and crowding of the polygons |
+| ridge | the features that the model sees |
+| permuted | the same features, of which training nuclei got each other's: its PCC is 0 unless information leaks into the test |
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from scipy.stats import t as student
 
-from prts.data.nucleus_set import NucleusSet, feature_moments
+from prts.evaluation.baseline_features import with_colour, with_morphology
+from prts.evaluation.expression import pearson_per_gene
+from prts.models.ridge import gene_mean, permuted, ridge
+
+if TYPE_CHECKING:
+    from prts.data.nucleus_set import NucleusSet
+    from prts.data.prepare import PreparedTissue
 
 logger = logging.getLogger(__name__)
 
-# Penalties per training nucleus of standardised features, whose Gram matrix then has a mean eigenvalue of 1.
-PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 2, 13))
+Floats = NDArray[np.float32]
+PredictFn = Callable[["NucleusSet"], Floats]
+"""Expected UMI (n, g) of the nuclei of a section."""
 
+NEIGHBOURS = (10, 30, 100, 300)
+# Enough to tell one number of neighbours from another.
+_VAL_NUCLEI = 5000
+_LEAKAGE_PCC = 0.02
+# One in 370 by chance, on either side together: three standard deviations of a normal distribution.
+_LEAKAGE_QUANTILE = 0.99865
+# Of fewer genes the scatter is hardly known; no run is thrown away for that.
+_LEAKAGE_GENES = 10
 _CHUNK = 4096
 
 
-@dataclass(frozen=True)
-class LinearBaseline:
-    """A fitted linear map from features to log1p UMI: `intercept + features @ weights`.
+def fit_baselines(
+    train: Sequence[NucleusSet], val: Sequence[NucleusSet], tissue: PreparedTissue, *, seed: int = 0
+) -> dict[str, PredictFn]:
+    """Fit every baseline but `position`, which is a matter of the section that is to be predicted (`fit_position`).
 
     Parameters
     ----------
-    weights
-        (d, g) float32; d = 0 for a baseline that looks at no feature.
-    intercept
-        (g,) float32.
-    penalty
-        The chosen penalty per training nucleus, if there was one to choose.
-    scores
-        Mean per-gene PCC on validation of every penalty.
+    train, val
+        Training and validation nuclei; penalties are chosen on the latter.
+    tissue
+        Where colour and polygons of the nuclei are.
+    seed
+        Of the permutations.
     """
 
-    weights: NDArray[np.float32]
-    intercept: NDArray[np.float32]
-    penalty: float | None = None
-    scores: dict[float, float] = field(default_factory=dict)
+    def described_by(
+        describe: Callable[[Sequence[NucleusSet], PreparedTissue], list[NucleusSet]], name: str
+    ) -> PredictFn:
+        fitted = ridge(describe(train, tissue), describe(val, tissue), name=name)
+        return lambda nuclei: fitted.predict(describe([nuclei], tissue)[0].features)
 
-    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Expected UMI (n, g) of nuclei with these features (n, d); log1p of it is the fitted map, clipped at 0."""
-        level = np.broadcast_to(self.intercept, (len(features), len(self.intercept))).copy()
-        if len(self.weights):
-            level += features @ self.weights
-        np.clip(level, 0.0, None, out=level)
+    def of_features(model: Callable[[Floats], Floats]) -> PredictFn:
+        return lambda nuclei: model(nuclei.features)
+
+    return {
+        "gene_mean": of_features(gene_mean(train).predict),
+        "colour": described_by(with_colour, "colour"),
+        "morphology": described_by(with_morphology, "morphology"),
+        "ridge": of_features(ridge(train, val).predict),
+        "permuted": of_features(ridge(permuted(train, seed=seed), val, name="permuted").predict),
+    }
+
+
+@dataclass(frozen=True)
+class Position:
+    """Mean log1p UMI of the k nearest training nuclei of the same section, as UMI.
+
+    Parameters
+    ----------
+    train
+        Training nuclei of the section.
+    k
+        Neighbours.
+    """
+
+    train: NucleusSet
+    k: int
+
+    def __call__(self, nuclei: NucleusSet) -> Floats:
+        """Expected UMI (n, g) of nuclei of the section."""
+        k = min(self.k, len(self.train))
+        _, near = cKDTree(self.train.xy_um).query(nuclei.xy_um, k=[*range(1, k + 1)])
+        weights = sp.csr_matrix(
+            (np.full(near.size, 1 / k), near.ravel(), np.arange(0, near.size + 1, k)), (len(nuclei), len(self.train))
+        )
+        log = self.train.counts.log1p()
+        level = np.empty((len(nuclei), log.shape[1]), dtype=np.float32)
+        for start in range(0, len(nuclei), _CHUNK):  # what many neighbours have together is hardly sparse
+            level[start : start + _CHUNK] = (weights[start : start + _CHUNK] @ log).toarray()
         return np.expm1(level, out=level)
 
 
-def gene_mean(train_sets: Sequence[NucleusSet]) -> LinearBaseline:
-    """Each gene's mean log1p UMI over training nuclei, for every nucleus.
+def fit_position(train: Sequence[NucleusSet], val: Sequence[NucleusSet], section: str) -> Position | None:
+    """The `position` baseline of a section, or None where no nucleus of it trains.
+
+    The number of neighbours is that of 10, 30, 100, 300 with the greatest mean per-gene PCC on the section's validation nuclei (at most
+    5,000 of them, evenly chosen), or 100 where it has none.
 
     Parameters
     ----------
-    train_sets
-        Training nuclei.
+    train, val
+        Training and validation nuclei.
+    section
+        The section that is to be predicted.
     """
-    n = sum(map(len, train_sets))
-    total = sum(np.asarray(nuclei.counts.log1p().sum(axis=0)).ravel() for nuclei in train_sets)
-    intercept = np.asarray(total / n, dtype=np.float32)
-    return LinearBaseline(np.empty((0, len(intercept)), dtype=np.float32), intercept)
-
-
-def ridge(
-    train_sets: Sequence[NucleusSet],
-    val_sets: Sequence[NucleusSet],
-    penalties: Sequence[float] = PENALTIES,
-    *,
-    name: str = "ridge",
-) -> LinearBaseline:
-    """Ridge regression of log1p UMI on standardised features, in closed form, with the penalty chosen on validation.
-
-    One eigendecomposition of the Gram matrix serves every penalty. On validation nothing is predicted: the correlation of a linear map
-    follows from the moments of features and counts, so a penalty costs d^2 g, not n d g. (The choice therefore ignores that predictions
-    are clipped at 0.) Time is O(n d^2 + d nnz); counts stay sparse.
-
-    Parameters
-    ----------
-    train_sets
-        Training nuclei.
-    val_sets
-        Validation nuclei. The penalty with the greatest mean per-gene PCC, averaged over sections, wins.
-    penalties
-        Penalties per training nucleus: the map minimises |Y - XW|^2 + n penalty |W|^2.
-    name
-        What the log calls it.
-    """
-    mean, scale = feature_moments(train_sets)
-    train = [_moments(nuclei, mean, scale) for nuclei in train_sets]
-    n = sum(moments.n for moments in train)
-    intercept = sum(moments.n * moments.y_mean for moments in train) / n
-    # about the means of all training sections together; the features' is 0 by construction
-    gram = sum(moments.xx + moments.n * np.outer(moments.x_mean, moments.x_mean) for moments in train) / n
-    cross = sum(moments.xy + moments.n * np.outer(moments.x_mean, moments.y_mean - intercept) for moments in train) / n
-
-    values, vectors = np.linalg.eigh(gram)
-    rotated = vectors.T @ cross
-    shrunk = 1.0 / (np.maximum(values, 0.0)[:, None] + np.asarray(penalties))
-    scores = np.zeros(len(penalties))
-    for nuclei in val_sets:
-        scores += _mean_pcc(_moments(nuclei, mean, scale), vectors, rotated, shrunk) / len(val_sets)
+    mine = [nuclei for nuclei in train if nuclei.section == section]
+    if not mine:
+        logger.info("baseline position: no training nucleus lies in %s, so there is none", section)
+        return None
+    held_out = [nuclei for nuclei in val if nuclei.section == section]
+    if not held_out:
+        return Position(mine[0], 100)
+    every = len(held_out[0])
+    judges = held_out[0].take(np.linspace(0, every - 1, min(every, _VAL_NUCLEI)).astype(np.intp))
+    scores = [
+        float(np.nanmean(pearson_per_gene(judges.counts, Position(mine[0], k)(judges)))) if judges.counts.nnz else 0.0
+        for k in NEIGHBOURS
+    ]
     best = int(np.argmax(scores))
-    logger.info(
-        "baseline %s: penalty %.3g of %.3g-%.3g, validation PCC %.4f",
-        name,
-        penalties[best],
-        penalties[0],
-        penalties[-1],
-        scores[best],
+    logger.info("baseline position: %d neighbours, validation PCC %.4f", NEIGHBOURS[best], scores[best])
+    return Position(mine[0], NEIGHBOURS[best])
+
+
+def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
+    """Stop if the permuted baseline predicts the test: |mean PCC| over .02 + the 99.865 % quantile of its scatter by chance.
+
+    Genes are permuted independently, so that their PCCs scatter independently around 0: the standard error of their mean is sd /
+    sqrt(genes), and the mean over it is Student's t, whose quantile is 3 for many genes and far above for a few. With fewer than 10
+    genes the finding is a warning only.
+
+    Parameters
+    ----------
+    pcc
+        Per-gene PCC of the `permuted` baseline, (n_genes,); NaN for genes that are constant.
+    section
+        The test section.
+
+    Raises
+    ------
+    RuntimeError
+        If it does, with 10 genes or more.
+    """
+    known = pcc[np.isfinite(pcc)]
+    if len(known) < 2:
+        return
+    mean, error = float(known.mean()), float(known.std(ddof=1) / np.sqrt(len(known)))
+    bound = _LEAKAGE_PCC + float(student.ppf(_LEAKAGE_QUANTILE, len(known) - 1)) * error
+    if abs(mean) <= bound:
+        return
+    finding = (
+        f"leakage: ridge regression on permuted features reaches a mean PCC of {mean:.3f} on {section}, which must be about 0 "
+        f"(at most {bound:.3f})"
     )
-
-    weights = vectors @ (shrunk[:, best, None] * rotated) / scale[:, None]
-    return LinearBaseline(
-        weights=weights.astype(np.float32),
-        intercept=(intercept - mean @ weights).astype(np.float32),
-        penalty=float(penalties[best]),
-        scores=dict(zip(map(float, penalties), scores.tolist(), strict=True)),
+    if len(known) < _LEAKAGE_GENES:
+        logger.warning("%s; %d genes are too few to tell that from chance", finding, len(known))
+        return
+    raise RuntimeError(
+        f"{finding}: test nuclei are known to training or the metric is wrong, and no figure of this run can be trusted"
     )
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Means of features (d,) and log1p UMI (g,) of a section, and the centred sums of xx (d, d), xy (d, g) and yy (g,)."""
-
-    n: int
-    x_mean: NDArray[np.float64]
-    y_mean: NDArray[np.float64]
-    xx: NDArray[np.float64]
-    xy: NDArray[np.float64]
-    yy: NDArray[np.float64]
-
-
-def _chunks(nuclei: NucleusSet) -> Iterator[tuple[NDArray[np.float32], Any]]:
-    for start in range(0, len(nuclei), _CHUNK):
-        yield nuclei.features[start : start + _CHUNK], nuclei.counts[start : start + _CHUNK]
-
-
-def _moments(nuclei: NucleusSet, mean: NDArray[np.float64], scale: NDArray[np.float64]) -> _Moments:
-    d, g = len(mean), nuclei.counts.shape[1]
-    x_sum, y_sum = np.zeros(d), np.zeros(g)
-    xx, xy, yy = np.zeros((d, d)), np.zeros((d, g)), np.zeros(g)
-    for features, counts in _chunks(nuclei):
-        x = (features - mean) / scale
-        y = counts.astype(np.float64).log1p()
-        x_sum += x.sum(axis=0)
-        y_sum += np.asarray(y.sum(axis=0)).ravel()
-        yy += np.asarray(y.multiply(y).sum(axis=0)).ravel()
-        xx += x.T @ x
-        xy += (y.T @ x).T  # sparse: at a density of 10 % twice as fast as the dense product
-    n = len(nuclei)
-    x_mean, y_mean = x_sum / n, y_sum / n
-    return _Moments(
-        n=n,
-        x_mean=x_mean,
-        y_mean=y_mean,
-        xx=xx - n * np.outer(x_mean, x_mean),
-        xy=xy - n * np.outer(x_mean, y_mean),
-        yy=yy - n * np.square(y_mean),
-    )
-
-
-def _mean_pcc(
-    moments: _Moments, vectors: NDArray[np.float64], rotated: NDArray[np.float64], shrunk: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Mean per-gene PCC of the map of every penalty (columns of `shrunk`) on a section, from its moments."""
-    measured = moments.yy > 1e-12 * moments.n
-    if not measured.any():
-        return np.zeros(shrunk.shape[1])
-    xx = vectors.T @ moments.xx @ vectors
-    xy = vectors.T @ moments.xy[:, measured]
-    scores = np.zeros(shrunk.shape[1])
-    for column, shrink in enumerate(shrunk.T):
-        weights = shrink[:, None] * rotated[:, measured]
-        variance = np.einsum("dg,dg->g", weights, xx @ weights)
-        covariance = np.einsum("dg,dg->g", weights, xy)
-        power = variance * moments.yy[measured]
-        # a gene that the map cannot move scores 0
-        pcc = np.divide(
-            covariance,
-            np.sqrt(power, where=power > 0, out=np.ones_like(power)),
-            out=np.zeros_like(power),
-            where=power > 0,
-        )
-        scores[column] = pcc.mean()
-    return scores

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from prts.evaluation.arrays import GeneRows, Matrix, gene_slices, is_constant
+from prts.data.gene_arrays import GeneRows, Matrix, gene_slices, is_constant
 
 logger = logging.getLogger(__name__)
 

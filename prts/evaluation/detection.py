@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
-from prts.evaluation.arrays import GeneRows, Matrix, gene_slices, sorted_runs
+from prts.data.gene_arrays import GeneRows, Matrix, gene_slices, sorted_runs
 
 _N_BINS = 15
 

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.special import xlogy
 
-from prts.evaluation.arrays import GeneRows, Matrix, average_ranks, gene_slices, is_constant
+from prts.data.gene_arrays import GeneRows, Matrix, average_ranks, gene_slices, is_constant
 
 # A rate of 0 where a UMI was seen has infinite deviance: no rate below one UMI in a thousand nuclei is told from it.
 RATE_FLOOR = 1e-3

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prts.errors import InputError, ParameterError
-from prts.evaluation.section_scores import Matched, align_genes, match
+from prts.evaluation.matching import MatchedNuclei, align_genes, match
 from prts.io.mpp import require_agreement
 from prts.io.nuclei import read_nuclei
 from prts.platforms.base import Registration
@@ -45,7 +45,7 @@ class MeasuredSection:
 
     section: Section
     counts: ad.AnnData
-    matched: Matched
+    matched: MatchedNuclei
 
 
 def measure_predicted(

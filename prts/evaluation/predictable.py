@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from prts.evaluation.bootstrap import BlockSums, block_sums, genes_above, spatial_blocks
 
 if TYPE_CHECKING:
-    from prts.evaluation.comparison import PredictFn
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.baselines import PredictFn
+    from prts.evaluation.scored_section import ScoredSection
+    from prts.evaluation.settings import EvaluationSettings
 
 Flags = NDArray[np.bool_]
 
@@ -40,7 +41,7 @@ def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_repl
 
 
 def validated_genes(
-    baselines: Sequence[Mapping[str, PredictFn]], validation: Sequence[Scored], settings: Mapping[str, Any]
+    baselines: Sequence[Mapping[str, PredictFn]], validation: Sequence[ScoredSection], settings: EvaluationSettings
 ) -> dict[str, Flags]:
     """`genes_beyond` of validation sections: a gene must be beyond a baseline in every one of them.
 
@@ -51,15 +52,15 @@ def validated_genes(
     validation
         The model's predictions of the sections, scored.
     settings
-        The `evaluation` config node.
+        Of the intervals.
     """
     merged: dict[str, Flags] = {}
     for scored, beside in zip(validation, baselines, strict=True):
         nuclei = scored.nuclei
-        blocks, _ = spatial_blocks(nuclei.xy_um, settings["block_um"])
-        assert scored.result.sums is not None  # evaluate_set always knows where nuclei are
+        blocks, _ = spatial_blocks(nuclei.xy_um, settings.block_um)
+        assert scored.result.sums is not None  # nuclei of a run have coordinates
         others = {name: block_sums(nuclei.counts, predict(nuclei), blocks) for name, predict in beside.items()}
-        for name, flags in genes_beyond(scored.result.sums, others, n_replicates=settings["bootstrap"]).items():
+        for name, flags in genes_beyond(scored.result.sums, others, n_replicates=settings.bootstrap).items():
             merged[name] = merged[name] & flags if name in merged else flags
     return merged
 

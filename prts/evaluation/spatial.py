@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.spatial import cKDTree
 
-from prts.evaluation.arrays import GeneRows, Matrix, gene_slices, is_constant
+from prts.data.gene_arrays import GeneRows, Matrix, gene_slices, is_constant
 
 MORAN_NEIGHBOURS = 6
 SSIM_UM_PER_PX = 50.0
@@ -19,7 +19,7 @@ SSIM_UM_PER_PX = 50.0
 _SIGMA, _RADIUS, _K1, _K2 = 1.5, 5, 0.01, 0.03
 
 
-def neighbour_weights(xy_um: NDArray[np.float64], k: int = MORAN_NEIGHBOURS) -> sp.csr_matrix:
+def neighbor_weights(xy_um: NDArray[np.float64], k: int = MORAN_NEIGHBOURS) -> sp.csr_matrix:
     """Row-normalised weights of the k nearest other nuclei, (n_nuclei, n_nuclei): 1 / k each.
 
     Parameters
@@ -48,7 +48,7 @@ def morans_i(values: Matrix, weights: sp.csr_matrix) -> NDArray[np.float64]:
     values
         UMI, sparse or dense, (n_nuclei, n_genes).
     weights
-        Row-normalised, (n_nuclei, n_nuclei), as `neighbour_weights` gives them.
+        Row-normalised, (n_nuclei, n_nuclei), as `neighbor_weights` gives them.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What an extraction has finished, kept beside the store until that is complete, so that a killed run goes on from it."""
+"""Finished chunks of an extraction, kept next to the store until it is complete, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ logger = logging.getLogger(__name__)
 
 
 class Parts:
-    """The chunks that are done: `<k>.npy`, float32, in a folder that knows what it belongs to.
+    """The chunks that are done: `<k>.npy`, float32, in a folder labeled with the fingerprint of its inputs.
 
     Parameters
     ----------
     folder
-        Where they lie. Chunks that another identity left there are thrown away.
+        Where to keep them. Chunks of another identity found there are deleted.
     sizes
         How many numbers each chunk has.
     identity
-        Fingerprint of everything that the numbers follow from.
+        Fingerprint of everything that the numbers depend on.
     """
 
     def __init__(self, folder: Path, sizes: Sequence[int], identity: str) -> None:
         self.folder, self.sizes = folder, sizes
         label = folder / "fingerprint"
         if folder.is_dir() and not (label.is_file() and label.read_text() == identity):
-            logger.info("%s: left by a run with other inputs or settings, starting afresh", folder)
+            logger.info("%s: left by a run with other inputs or settings, starting over", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(label) as temporary:
             temporary.write_text(identity)
 
     def missing(self) -> list[int]:
-        """Numbers of the chunks that are still to be made."""
+        """Indices of the chunks that are still to be made."""
         todo = [k for k, size in enumerate(self.sizes) if not self._is_whole(k, size)]
         if (done := len(self.sizes) - len(todo)) > 0:
             logger.info("%s: %d of %d chunks were done before", self.folder, done, len(self.sizes))
@@ -57,14 +57,14 @@ class Parts:
         return values
 
     def delete(self) -> None:
-        """Throw all away: the store is complete."""
+        """Delete all: the store is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, k: int) -> Path:
         return self.folder / f"{k:06d}.npy"
 
     def _is_whole(self, k: int, size: int) -> bool:
-        # A power cut, unlike a kill, can leave a file that was renamed before its content reached the disk.
+        # A power cut, unlike a kill, can leave a file that was renamed before its contents reached the disk.
         with contextlib.suppress(OSError, ValueError, EOFError):
             return bool(self.read(k).shape == (size,))
         return False

@@ -162,7 +162,7 @@ def local_blocks(channels: torch.Tensor, polygons: Polygons, mpp: float = _MPP) 
 
 
 def nucleus_masks(polygons: Polygons, edge: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels of the central crop whose centres lie in the polygon, and the share of the polygon's area that is there.
+    """Pixels of the central crop whose centers are in the polygon, and the share of the polygon's area in the crop.
 
     Parameters
     ----------
@@ -173,10 +173,10 @@ def nucleus_masks(polygons: Polygons, edge: int) -> tuple[torch.Tensor, torch.Te
 
     Returns
     -------
-    (b, 64, 64) bool, with the centre pixel set where a polygon holds no pixel centre; (b,) 0 to 1.
+    (b, 64, 64) bool, with the center pixel set if a polygon contains no pixel center; (b,) 0 to 1.
     """
     n = len(polygons)
-    # The crops side by side in one long strip are one lattice; a polygon wider than its crop is cut off again below.
+    # Side by side in one long strip, the crops are one lattice; a polygon wider than its crop is cut off below.
     strip = polygons.copy()
     xy, owner = shapely.get_coordinates(strip, return_index=True)
     strip = shapely.set_coordinates(strip, xy - edge + np.stack([owner * CROP, np.zeros(len(owner))], axis=1))
@@ -191,7 +191,7 @@ def nucleus_masks(polygons: Polygons, edge: int) -> tuple[torch.Tensor, torch.Te
 
 
 def _or(region: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """The region, or another one for the nuclei where it is empty."""
+    """The region, or another one for nuclei where it is empty."""
     return torch.where(region.any(dim=(1, 2))[:, None, None], region, otherwise)
 
 

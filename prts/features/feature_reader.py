@@ -1,4 +1,4 @@
-"""What a network reads of a nucleus: blocks of the feature store, and the shape and crowding of its polygon."""
+"""The input of a network: blocks of the feature store, and the shape and crowding of each nucleus' polygon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = (*STORED, "morphology")
 
 
 class InputReader:
-    """Reads the input of any nuclei of a section.
+    """Reader of the network's input for any nuclei of a section.
 
     Parameters
     ----------
@@ -31,12 +31,12 @@ class InputReader:
         The section's feature store.
     use
         Blocks in the order of the network's input: `local` and `global` of the store, `morphology` (21 columns) of the polygons. Larger
-        nuclei hold more UMI, which an encoder of tiles hardly sees.
+        nuclei have more UMIs, and the size of a nucleus is hardly visible to an encoder of tiles.
     nuclei
-        Gives ALL nuclei of the section, those that fail quality control too, in training as in prediction: they are neighbours. Called
-        only where `use` has `morphology`.
+        Returns ALL nuclei of the section, in training and in prediction: those that fail quality control are neighbors, too. Only called
+        if `use` includes `morphology`.
     mpp
-        um a full-resolution pixel.
+        um per full-resolution pixel.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class InputReader:
         }
 
     def __call__(self, cell_ids: Sequence[str] | NDArray[np.object_]) -> Floats:
-        """Input (n, d) of these nuclei, in this order. Ask for many at a time: each call goes through the store.
+        """Input (n, d) of these nuclei, in this order. Ask for many at a time: each call reads through the store.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class InputReader:
             rows = rows_of(
                 self._known,
                 cell_ids,
-                f"{self._store.path}: beside it, there are no polygons of",
+                f"{self._store.path}: the polygons lack",
                 "prepare the section again",
             )
             parts["morphology"] = self._columns[rows]

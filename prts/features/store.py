@@ -1,4 +1,4 @@
-"""The feature store: one HDF5 file with a global and a local vector for each nucleus, found again by `cell_id`."""
+"""The feature store: an HDF5 file with a global and a local vector for each nucleus, indexed by `cell_id`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_store(
     chunks: Iterable[Rows],
     attrs: Mapping[str, Any],
 ) -> None:
-    """Write a store, chunk by chunk, under a temporary name that takes the file's place at the end.
+    """Write a store, chunk by chunk, under a temporary name that is renamed at the end.
 
     The same input gives the same bytes (no timestamps).
 
@@ -59,7 +59,7 @@ def write_store(
     chunks
         Features of consecutive nuclei, n rows in all.
     attrs
-        Attributes of the file: str, numbers; anything else is stored as JSON; None is left out.
+        Attributes of the file: text and numbers, anything else as JSON; None is omitted.
     """
     n = len(cell_ids)
     with atomic(path) as temporary, NewFile(temporary) as store:
@@ -83,7 +83,7 @@ def write_store(
 
 
 class StoreReader:
-    """Reads any nuclei of a feature store, again and again: which nuclei it has is read once.
+    """Reader of a feature store, for repeated use: the index of nuclei is read once.
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ class StoreReader:
     Raises
     ------
     InputError
-        If the file is no feature store (or a truncated one).
+        If the file is not a feature store, or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,8 +111,8 @@ class StoreReader:
         n = len(self.known)
         if not self.known.is_unique or not numbers or not all(len(s) == 2 and s[0] == n for s in shapes.values()):
             raise InputError(
-                f"{self.path}: is no feature store: {n} cell_id, which must be unique, beside global {shapes['global']} and "
-                f"local {shapes['local']}; extract the features again"
+                f"{self.path}: not a feature store: {n} cell_id, which must be unique, for global {shapes['global']} and local "
+                f"{shapes['local']}; extract the features again"
             )
         self._widths = {name: int(shape[1]) for name, shape in shapes.items()}
 
@@ -121,7 +121,7 @@ class StoreReader:
         return self._widths[block]
 
     def read(self, cell_ids: Sequence[str] | NDArray[np.object_] | None, use: Sequence[str]) -> Floats:
-        """As `read_features`. Every row of the store is read at most once; asking for few nuclei at a time reads it again each time."""
+        """As `read_features`. A call reads each row of the store at most once, so ask for many nuclei at a time."""
         if cell_ids is None:
             target = np.arange(len(self.known))
         else:
@@ -147,14 +147,14 @@ class StoreReader:
 def read_features(
     path: Path, cell_ids: Sequence[str] | NDArray[np.object_] | None = None, use: Sequence[str] = ("local", "global")
 ) -> Floats:
-    """Features of the asked nuclei, in the asked order.
+    """Read the features of some nuclei, in the given order.
 
     Parameters
     ----------
     path
         A feature store.
     cell_ids
-        Keys of the n nuclei wanted; None takes all, in the order of the store.
+        Keys of the n nuclei; None for all, in the order of the store.
     use
         Which vectors, concatenated in this order: z = (local, global) in the paper.
 
@@ -165,43 +165,43 @@ def read_features(
     Raises
     ------
     InputError
-        If the file is no feature store (or a truncated one), or a nucleus is not in it.
+        If the file is not a feature store, or truncated, or a nucleus is not in it.
     """
     return StoreReader(path).read(cell_ids, use)
 
 
 def rows_of(known: pd.Index, cell_ids: Sequence[str] | NDArray[np.object_], lacks: str, cure: str) -> NDArray[np.intp]:
-    """Where these nuclei stand among those that are known.
+    """Positions of some nuclei in an index.
 
     Parameters
     ----------
     known
-        Keys that there are.
+        The index.
     cell_ids
-        Keys wanted, (n,).
+        Keys to look up, (n,).
     lacks, cure
-        Beginning and end of the message if one is not known.
+        Beginning and end of the message if one is missing.
 
     Raises
     ------
     InputError
-        If a nucleus is not known.
+        If a nucleus is missing.
     """
     rows: NDArray[np.intp] = known.get_indexer(pd.Index(np.asarray(cell_ids, dtype=object)))
     if (absent := np.flatnonzero(rows < 0)).size:
         raise InputError(
-            f"{lacks} {absent.size} of {len(rows)} nuclei (cell_id {str(cell_ids[absent[0]])!r} for one); {cure}"
+            f"{lacks} {absent.size} of {len(rows)} nuclei (cell_id {str(cell_ids[absent[0]])!r} among them); {cure}"
         )
     return rows
 
 
 def read_store_attrs(path: Path) -> dict[str, Any]:
-    """Attributes of a store (encoder, weights_sha256, mpp, ...), with what was written as JSON decoded again.
+    """Attributes of a store (encoder, weights_sha256, mpp, ...), JSON decoded.
 
     Raises
     ------
     InputError
-        If the file is no feature store.
+        If the file is not a feature store.
     """
     with _opened(path) as store:
         attrs = {key: value.item() if isinstance(value, np.generic) else value for key, value in store.attrs.items()}
@@ -220,13 +220,11 @@ def _opened(path: Path) -> Iterator[h5py.File]:
     try:
         store = h5py.File(path, "r")
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read as HDF5 ({error}); a feature store is wanted, extract it again"
-        ) from error
+        raise InputError(f"{path}: cannot be read as HDF5 ({error}); extract the features again") from error
     with store:
         try:
             if missing := [name for name in _DATASETS if not isinstance(store.get(name), h5py.Dataset)]:
-                raise InputError(f"{path}: is no feature store, it has no /{missing[0]}; extract the features again")
+                raise InputError(f"{path}: not a feature store, it has no /{missing[0]}; extract the features again")
             yield store
         except DAMAGED as error:
             raise InputError(f"{path}: is damaged ({error}); extract the features again") from error
@@ -234,5 +232,5 @@ def _opened(path: Path) -> Iterator[h5py.File]:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a feature store (features-*.h5) is wanted")
+        raise InputError(f"{path}: no such file; give a feature store (features-*.h5)")
     return path

@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-# Optical density of pure haematoxylin and eosin in red, green, blue (Ruifrok & Johnston 2001); the third axis is orthogonal to both.
-_HAEMATOXYLIN = np.array([0.65, 0.70, 0.29])
+# Optical density of pure hematoxylin and eosin in red, green, blue (Ruifrok & Johnston 2001); the third axis is orthogonal to both.
+_HEMATOXYLIN = np.array([0.65, 0.70, 0.29])
 _EOSIN = np.array([0.07, 0.99, 0.11])
-_NEIGHBOURS = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
+_NEIGHBORS = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 
 
 def _unmixing() -> torch.Tensor:
-    """(3, 3): optical density (r, g, b) to amounts (haematoxylin, eosin, residual), one stain a row."""
-    stains = np.stack([_HAEMATOXYLIN, _EOSIN, np.cross(_HAEMATOXYLIN, _EOSIN)], axis=1)
+    """(3, 3): optical density (r, g, b) to amounts (hematoxylin, eosin, residual), one stain per row."""
+    stains = np.stack([_HEMATOXYLIN, _EOSIN, np.cross(_HEMATOXYLIN, _EOSIN)], axis=1)
     return torch.from_numpy(np.linalg.inv(stains / np.linalg.norm(stains, axis=0))).float()
 
 
@@ -34,7 +34,7 @@ def optical_density(tiles: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def stains(density: torch.Tensor) -> torch.Tensor:
-    """Amounts of haematoxylin, eosin and residual from optical density (b, 3, rows, columns), by fixed colour deconvolution."""
+    """Amounts of hematoxylin, eosin and residual from optical density (b, 3, rows, columns), by fixed color deconvolution."""
     red, green, blue = density.unbind(1)
     return torch.stack([float(u[0]) * red + float(u[1]) * green + float(u[2]) * blue for u in _UNMIX], dim=1)
 
@@ -65,9 +65,9 @@ def gradient(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def binary_patterns(x: torch.Tensor) -> torch.Tensor:
     """Rotation-invariant uniform local binary pattern of each pixel (Ojala et al. 2002), 0 to 9, uint8.
 
-    The number of the 8 neighbours that are brighter, if they are one run on the circle; else 9. Edges are mirrored.
+    The number of the 8 neighbors that are brighter, if they are one run on the circle; else 9. Edges are mirrored.
     """
-    brighter = [neighbour > x for neighbour in _neighbours(x)]
+    brighter = [neighbor > x for neighbor in _neighbors(x)]
     count = torch.zeros(x.shape, dtype=torch.uint8)
     changes = torch.zeros(x.shape, dtype=torch.uint8)
     for one, next_ in zip(brighter, brighter[1:] + brighter[:1], strict=True):
@@ -77,17 +77,17 @@ def binary_patterns(x: torch.Tensor) -> torch.Tensor:
 
 
 def local_maxima(x: torch.Tensor) -> torch.Tensor:
-    """Pixels above their 8 neighbours, bool; of two equal neighbours the first in reading order counts."""
+    """Pixels above their 8 neighbors, bool; of two equal neighbors the first in reading order counts."""
     peak = torch.ones(x.shape, dtype=torch.bool)
-    for (row, col), neighbour in zip(_NEIGHBOURS, _neighbours(x), strict=True):
-        peak &= (x > neighbour) if (row, col) < (0, 0) else (x >= neighbour)
+    for (row, col), neighbor in zip(_NEIGHBORS, _neighbors(x), strict=True):
+        peak &= (x > neighbor) if (row, col) < (0, 0) else (x >= neighbor)
     return peak
 
 
-def _neighbours(x: torch.Tensor) -> list[torch.Tensor]:
+def _neighbors(x: torch.Tensor) -> list[torch.Tensor]:
     rows, cols = x.shape[-2:]
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
-    return [padded[..., 1 + r : 1 + r + rows, 1 + c : 1 + c + cols] for r, c in _NEIGHBOURS]
+    return [padded[..., 1 + r : 1 + r + rows, 1 + c : 1 + c + cols] for r, c in _NEIGHBORS]
 
 
 def histogram(index: torch.Tensor, n_bins: int, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,7 +100,7 @@ def histogram(index: torch.Tensor, n_bins: int, weight: torch.Tensor | None = No
     n_bins
         Number of bins.
     weight
-        Broadcasts to `index`; must not be 0 everywhere in an image.
+        Broadcasts to `index`; not 0 everywhere in an image.
 
     Returns
     -------
@@ -174,7 +174,7 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def rings(size: int, edges: tuple[float, ...]) -> torch.Tensor:
-    """Which pixels of a size x size image lie in each ring around its centre, (1, n, size, size) float; edges in px, rising."""
+    """Which pixels of a size x size image lie in each ring around its center, (1, n, size, size) float; edges in px, ascending."""
     axis = torch.arange(size) + 0.5 - size / 2
     radius = (axis[:, None] ** 2 + axis**2).sqrt()
     return torch.stack([(radius >= a) & (radius < b) for a, b in itertools.pairwise(edges)]).float()[None]

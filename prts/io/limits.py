@@ -1,67 +1,73 @@
-"""How large an image may be that has to be decoded whole: the guard against decompression bombs.
+"""Limit on the size of images that are decoded whole: the guard against decompression bombs.
 
-A file of some kB can hold an image that fills the memory. Formats that are read tile by tile (pyramids of scanners, tiled TIFF) may be as
-large as they like; PNG, JPEG and a TIFF in one compressed piece are refused above a limit, before anything of them is decoded.
+A file of a few kB can contain an image that fills the memory. Formats that are read tile by tile (scanner pyramids, tiled TIFF) may be of
+any size; PNG, JPEG and TIFF in one compressed piece are refused above the limit before anything is decoded.
 """
 
 from __future__ import annotations
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 
-# 537 Mpx, which take 1.6 GB, and 3.9 GB while Pillow decodes them. Its own limit of 89 Mpx is meant for web uploads.
+# 537 Mpx take 1.6 GB, and 3.9 GB while Pillow decodes them. Pillow's own limit of 89 Mpx is meant for web uploads.
 MAX_PIXELS = 1 << 29
 
-_allowed = MAX_PIXELS
+_default = MAX_PIXELS
 
 
 def allow_pixels(max_pixels: int | None) -> None:
-    """Set the limit for this process, from the key `max_pixels` of a command; None is `MAX_PIXELS`.
+    """Set the limit for calls that are not given `max_pixels`; None resets it to `MAX_PIXELS`."""
+    global _default
+    _default = pixel_limit(max_pixels) if max_pixels is not None else MAX_PIXELS
 
-    For the whole process, as Pillow's own limit is: images are opened in many places, and none of them knows better.
+
+def pixel_limit(max_pixels: int | None) -> int:
+    """The limit in px: `max_pixels`, or the default if None.
 
     Raises
     ------
-    InputError
-        If it is no whole number above 0.
+    ParameterError
+        If it is not a positive whole number.
     """
-    global _allowed
     if max_pixels is None:
-        _allowed = MAX_PIXELS
-        return
+        return _default
     if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float) or max_pixels < 1 or max_pixels % 1:
-        raise InputError(f"max_pixels={max_pixels}: a whole number of pixels is needed, such as {2 * MAX_PIXELS}")
-    _allowed = int(max_pixels)
+        problem = f"{max_pixels!r} is not a number of pixels; give a whole number, such as {2 * MAX_PIXELS}"
+        raise ParameterError("", "max_pixels", problem)
+    return int(max_pixels)
 
 
-def allowed_pixels() -> int:
-    """The limit, px."""
-    return _allowed
-
-
-def require_decodable(
-    width: int, height: int, what: str, cure: str = "convert it to a tiled TIFF", *, n_bytes: int = 3
+def check_pixels(
+    size: tuple[int, int],
+    what: str,
+    max_pixels: int | None = None,
+    *,
+    cure: str = "convert it to a tiled TIFF",
+    n_bytes: int = 3,
 ) -> None:
-    """Refuse what is too large to be decoded at once.
+    """Refuse an image, or part of one, that is too large to be decoded at once.
 
     Parameters
     ----------
-    width, height
-        Of what is decoded at once, px.
+    size
+        Width and height of what is decoded at once, px.
     what
-        Completes "has ... px in ".
+        Name of it, such as "a PNG".
+    max_pixels
+        The limit; the default if None.
     cure
-        What would be right, beside `max_pixels`.
+        What to do other than raising the limit.
     n_bytes
-        Of a pixel, while it is decoded.
+        Bytes per pixel while it is decoded.
 
     Raises
     ------
     InputError
-        If it has more pixels than allowed; the message names the key that allows it.
+        If it has more pixels than allowed.
     """
+    width, height = size
     n = width * height
-    if n > _allowed:
+    if n > pixel_limit(max_pixels):
         raise InputError(
-            f"has {width:,} x {height:,} px in {what}, which must be decoded whole and takes {n_bytes * n / 1e9:.1f} GB; {cure}, "
-            f"or allow it with max_pixels={n}"
+            f"{what} of {width:,} x {height:,} px must be decoded whole, which takes {n_bytes * n / 1e9:.1f} GB; {cure}, "
+            f"or set max_pixels={n}"
         )

@@ -1,6 +1,6 @@
-"""um/px of an image: every source that says something, and the one value they must agree on.
+"""um/px of an image: all sources that state it, and the value on which they must agree.
 
-Nothing is ever guessed: a wrong magnification raises no error downstream, it only makes every prediction worse.
+It is never guessed: a wrong magnification raises no error later, it only makes every prediction worse.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from prts.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# A source of um/px: where the value stands, and the value.
-Source = tuple[str, float]
+# Name of a source of um/px, and its value.
+MppSource = tuple[str, float]
 
-# Beyond these a value is no microscope's: the 72 and 96 dpi (353 and 265 um/px) that many programs write fall out.
+# Microscopes are within this range; the 72 and 96 dpi (353 and 265 um/px) that many programs write are not.
 MPP_RANGE = (0.05, 5.0)
 MPP_TOLERANCE = 0.02
 
@@ -43,66 +43,66 @@ _UM_PER_RESOLUTION_UNIT = {2: UM_PER_INCH, 3: 1e4, 4: 1e3, 5: 1.0}
 
 
 def is_plausible(mpp: float) -> bool:
-    """Whether a value can be the um/px of a microscope image at all."""
+    """Whether a value can be the um/px of a microscope image."""
     return MPP_RANGE[0] <= mpp <= MPP_RANGE[1]
 
 
 def agree(one: float, other: float) -> bool:
-    """Whether two um/px are the same within 2 %."""
+    """Whether two values agree within 2 %."""
     return max(one, other) <= min(one, other) * (1 + MPP_TOLERANCE)
 
 
-def resolve_mpp(name: object, sources: Sequence[Source]) -> Source:
-    """The um/px that all sources agree on: the first one's value.
+def resolve_mpp(name: object, sources: Sequence[MppSource]) -> MppSource:
+    """The um/px on which all sources agree.
 
     Parameters
     ----------
     name
-        The file that the message names.
+        The file, for messages.
     sources
-        In the order of precedence. Values outside 0.05-5 um/px are no source.
+        Sources in order of precedence; values outside 0.05-5 um/px are ignored.
 
     Returns
     -------
-    Where the value stands, and the value.
+    The first source: its name and value.
 
     Raises
     ------
     InputError
-        If no source is left, or two of them differ by more than 2 %.
+        If there is no source, or two of them differ by more than 2 %.
     """
     for where, value in sources:
         if not is_plausible(value):
-            logger.info("%s: %s says %.4g um/px, which is no microscope's: not used", name, where, value)
+            logger.info("%s: %.4g um/px in %s is out of range and ignored", name, value, where)
     used = [source for source in sources if is_plausible(source[1])]
     if not used:
         raise InputError(
-            f"{name}: nothing says how many um a pixel is; give what the scanner says as mpp= (about 0.25 for a scan at 40x, 0.5 at 20x)"
+            f"{name}: the um per pixel are unknown; set mpp to the value of the scanner (about 0.25 for a 40x scan, 0.5 for 20x)"
         )
     require_agreement(name, used)
     return used[0]
 
 
-def require_agreement(name: object, sources: Sequence[Source]) -> None:
-    """Raise InputError, naming both, if two of the sources differ by more than 2 %."""
+def require_agreement(name: object, sources: Sequence[MppSource]) -> None:
+    """Raise InputError if two of the sources differ by more than 2 %."""
     for (one, a), (other, b) in combinations(sources, 2):
         if not agree(a, b):
             raise InputError(
                 f"{name}: um/px is {a:.4g} in {one} but {b:.4g} in {other}; "
-                "they must agree within 2 %: correct the one that is wrong, or take the image that belongs to them"
+                "they must agree within 2 %: correct the wrong one, or use the matching image"
             )
 
 
-def from_axes(where: str, x: float | None, y: float | None) -> list[Source]:
-    """The source of one piece of metadata that gives um/px along x and y: their mean, or two sources if they differ."""
+def from_axes(where: str, x: float | None, y: float | None) -> list[MppSource]:
+    """Source of um/px given along x and y: their mean, or two sources if they differ."""
     values = {axis: float(v) for axis, v in (("x", x), ("y", y)) if v is not None and is_plausible(float(v))}
     if len(values) == 2 and not agree(*values.values()):
         return [(f"{where} along {axis}", value) for axis, value in values.items()]
     return [(where, sum(values.values()) / len(values))] if values else []
 
 
-def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[Source]:
-    """What OME-XML, ImageJ's and Aperio's descriptions and the resolution tags of a TIFF say, in this order.
+def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[MppSource]:
+    """um/px in OME-XML, the ImageJ and Aperio descriptions and the resolution tags of a TIFF, in this order.
 
     Parameters
     ----------
@@ -116,15 +116,15 @@ def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[Source
     if description.startswith("Aperio") and (match := re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", description)):
         sources += from_axes("the Aperio description", _number(match[1]), None)
     if tif.is_imagej:
-        # ImageJ's unit goes with the resolution tags, whatever their own unit says
+        # ImageJ states the unit of the resolution tags in its description
         unit = str((tif.imagej_metadata or {}).get("unit", "")).encode().decode("unicode_escape", "ignore")
-        return sources + _resolution_sources(page, _um_per_unit(unit), "ImageJ's resolution")
+        return sources + _resolution_sources(page, _um_per_unit(unit), "the ImageJ resolution")
     tag = page.tags.get("ResolutionUnit")
     um = _UM_PER_RESOLUTION_UNIT.get(int(tag.value) if tag is not None else 2)
     return sources + _resolution_sources(page, um, "the TIFF resolution tags")
 
 
-def _resolution_sources(page: tifffile.TiffPage, um_per_unit: float | None, where: str) -> list[Source]:
+def _resolution_sources(page: tifffile.TiffPage, um_per_unit: float | None, where: str) -> list[MppSource]:
     if um_per_unit is None:
         return []
     values: list[float | None] = []
@@ -135,7 +135,7 @@ def _resolution_sources(page: tifffile.TiffPage, um_per_unit: float | None, wher
     return from_axes(where, values[0], values[1])
 
 
-def _ome_sources(xml: str | None) -> list[Source]:
+def _ome_sources(xml: str | None) -> list[MppSource]:
     try:
         root = ElementTree.fromstring(xml or "")
     except ElementTree.ParseError:

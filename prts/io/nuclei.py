@@ -1,4 +1,4 @@
-"""Nuclei: polygons in full-resolution pixels, one row each, read from whatever a segmentation tool writes."""
+"""Nuclei: polygons in full-resolution pixels, one per row, from prts or from other segmentation tools."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import shapely
 
 from prts.errors import InputError
 from prts.io.cache import atomic
-from prts.io.nuclei_formats import FORMATS, read_table, reader_of
+from prts.io.nuclei_formats import NUCLEI_FORMATS, ImageSize, read_table, reader_of
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("cell_id", "geometry", "area_um2", "score")
-# Below this a typical nucleus is too small to be one: a lymphocyte's section has about 25 um2.
+NUCLEI_COLUMNS = ("cell_id", "geometry", "area_um2", "score")
+# A median area below this is too small: a section through a lymphocyte has about 25 um2.
 _SMALL_UM2 = 8.0
 
 
@@ -33,10 +33,10 @@ def make_nuclei(
     score: ArrayLike | None = None,
     source: str = "nuclei",
 ) -> gpd.GeoDataFrame:
-    """Nuclei from shapes of any kind: repaired, or dropped where nothing is left, with the counts logged in one line.
+    """Make nuclei from shapes of any kind, repairing or dropping invalid ones; counts are logged in one line.
 
-    Invalid shapes are made valid; of a shape of several parts the largest is kept. Dropped: shapes that are missing,
-    empty, without area or with coordinates that are not finite, and all but the first of shapes that are exactly equal.
+    Invalid shapes are repaired, and the largest part of a shape with several parts is kept. Dropped are missing and empty shapes, shapes
+    without area or with coordinates that are not finite, and exact duplicates.
 
     Parameters
     ----------
@@ -45,20 +45,20 @@ def make_nuclei(
     mpp
         um per full-resolution pixel.
     cell_id
-        (n,) keys, made str; row numbers of `geometry` if not given.
+        (n,) keys, converted to str; row numbers of `geometry` by default.
     score
-        (n,) confidences; NaN if not given.
+        (n,) confidences; NaN by default.
     source
-        What the log line and errors name.
+        Name for log lines and errors.
 
     Returns
     -------
-    Columns `cell_id` (str, unique), `geometry` (valid Polygon, full-resolution px), `area_um2`, `score`; maybe no rows.
+    Columns `cell_id` (str, unique), `geometry` (valid Polygon, full-resolution px), `area_um2`, `score`; possibly without rows.
 
     Raises
     ------
     InputError
-        If one id stands for two different polygons.
+        If two different polygons have the same id.
     """
     shapes = np.array(geometry, dtype=object, ndmin=1).ravel()
     n = len(shapes)
@@ -74,8 +74,8 @@ def make_nuclei(
     twice = frame["cell_id"].duplicated()
     if twice.any():
         raise InputError(
-            f"{source}: the id {frame['cell_id'][twice].iloc[0]!r} stands for different polygons "
-            f"({int(twice.sum())} such rows): give every nucleus an id of its own"
+            f"{source}: several polygons have the id {frame['cell_id'][twice].iloc[0]!r} "
+            f"({int(twice.sum())} such rows); give every nucleus a unique id"
         )
     frame = frame.drop_duplicates("wkb")
     log["exact duplicates dropped"] = n_before - len(frame)
@@ -86,68 +86,71 @@ def make_nuclei(
     return _frame(frame["cell_id"].to_numpy(object), polygons, mpp, frame["score"].to_numpy(float))
 
 
-def read_nuclei(path: Path, *, mpp: float, width: int, height: int) -> gpd.GeoDataFrame:
-    """Read nuclei that another tool segmented; the format is told from the content, not from the name.
+def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: int | None = None) -> gpd.GeoDataFrame:
+    """Read nuclei from another segmentation tool; the format is detected from the content, not from the name.
 
-    GeoJSON of QuPath (of a cell, its nucleus) or of Space Ranger 4 (`nucleus_segmentations.geojson`), also gzipped;
-    GeoParquet; shapefile; CSV or TSV with a WKT column; TIFF or PNG label image of the size of the section's image. An id
-    is taken from a property or column `cell_id`, else `id`, else from QuPath's feature id, else it is the row number; a
-    label is its own id.
+    Formats: GeoJSON of QuPath (the nucleus of each cell) or Space Ranger 4 (`nucleus_segmentations.geojson`), also gzipped; GeoParquet;
+    shapefile; CSV or TSV with a WKT column; TIFF or PNG label image of the same size as the image. Ids are taken from a property or column
+    `cell_id`, else `id`, else from the feature id of QuPath, else they are row numbers; labels are their own ids.
 
     Parameters
     ----------
     path
-        The file; coordinates in full-resolution pixels of the section's image.
+        The file; coordinates are in full-resolution pixels of the image.
     mpp
         um per full-resolution pixel.
     width, height
-        Size of the section's image, px.
+        Size of the image, px.
+    max_pixels
+        Limit on the size of label images; see `prts.io.limits`.
 
     Returns
     -------
-    As `make_nuclei`, at least one row, all centroids inside the image.
+    As `make_nuclei`; at least one nucleus, and all centroids inside the image.
 
     Raises
     ------
     InputError
-        If the file is none of these, holds no nucleus, has an id for two polygons or for some nuclei only, or more than
-        half of its centroids lie outside the image (another unit, another image).
+        If the file has none of these formats, contains no nuclei, has duplicate ids or ids for only some nuclei, or if more than half of
+        the centroids are outside the image (another unit, another image).
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; nuclei are read from {FORMATS}")
-    geometry, cell_id, score = reader_of(path)(path, (height, width))
+        raise InputError(f"{path}: no such file; give {NUCLEI_FORMATS}")
+    geometry, cell_id, score = reader_of(path)(path, ImageSize(height, width, max_pixels))
     nuclei = make_nuclei(geometry, mpp, cell_id=cell_id, score=score, source=str(path))
     if not len(nuclei):
-        raise InputError(
-            f"{path}: holds no nucleus with an outline; expected polygons in pixels of the section's image"
-        )
+        raise InputError(f"{path}: contains no nuclei; give polygons in full-resolution pixels of the image")
     return _inside_image(nuclei, path, mpp, width, height)
 
 
 def write_nuclei(nuclei: gpd.GeoDataFrame, path: Path) -> None:
     """Write nuclei as GeoParquet, whole or not at all."""
     with atomic(Path(path)) as temporary:
-        nuclei.loc[:, list(COLUMNS)].to_parquet(temporary, index=False)
+        nuclei.loc[:, list(NUCLEI_COLUMNS)].to_parquet(temporary, index=False)
 
 
 def load_nuclei(path: Path) -> gpd.GeoDataFrame:
-    """Read what `write_nuclei` wrote, as it was written.
+    """Read nuclei written by `write_nuclei`.
 
     Raises
     ------
     InputError
-        If the file is missing or not such a file.
+        If the file is missing or was not written by `write_nuclei`.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; expected nuclei written by prts")
+        raise InputError(f"{path}: no such file; give nuclei written by prts")
     frame = read_table(gpd.read_parquet, Path(path))
-    if list(frame.columns) != list(COLUMNS):
-        raise InputError(f"{path}: has the columns {list(frame.columns)}, not {list(COLUMNS)} as prts writes them")
+    if list(frame.columns) != list(NUCLEI_COLUMNS):
+        raise InputError(
+            f"{path}: has the columns {list(frame.columns)}, not {list(NUCLEI_COLUMNS)}; give nuclei written by prts"
+        )
     kinds = [pd.api.types.is_float_dtype(frame[name]) for name in ("area_um2", "score")]
     polygons = shapely.get_type_id(frame.geometry.to_numpy()) == shapely.GeometryType.POLYGON
     if not all(kinds) or not polygons.all() or not frame["cell_id"].is_unique:
-        raise InputError(f"{path}: does not hold unique ids, polygons, areas and scores, as prts writes nuclei")
+        raise InputError(
+            f"{path}: does not contain unique ids, polygons, areas and scores; give nuclei written by prts"
+        )
     return frame
 
 
@@ -158,7 +161,7 @@ def _frame(cell_id: NDArray[Any], polygons: NDArray[Any], mpp: float, score: NDA
 
 
 def _as_str(ids: ArrayLike) -> NDArray[Any]:
-    """Ids as str; whole numbers that a table holds as floats lose their `.0`."""
+    """Ids as str; integers stored as floats lose their `.0`."""
     values = pd.Series(np.asarray(ids)).infer_objects()
     if pd.api.types.is_float_dtype(values) and (values % 1 == 0).all():
         values = values.astype(np.int64)
@@ -166,7 +169,7 @@ def _as_str(ids: ArrayLike) -> NDArray[Any]:
 
 
 def _repair(shapes: NDArray[Any]) -> tuple[NDArray[Any], dict[str, int]]:
-    """Valid polygons, None where nothing with area is left, and what was done how often."""
+    """Valid polygons (None if nothing is left) and counts of what was repaired or dropped."""
     shapes = shapely.force_2d(shapes)
     n_missing = int((shapely.is_missing(shapes) | shapely.is_empty(shapes)).sum())
     xy, owner = shapely.get_coordinates(shapes, return_index=True)
@@ -175,7 +178,7 @@ def _repair(shapes: NDArray[Any]) -> tuple[NDArray[Any], dict[str, int]]:
     invalid = ~shapely.is_valid(shapes) & ~shapely.is_missing(shapes)
     shapes[invalid] = shapely.make_valid(shapes[invalid])
 
-    # Collections nest: a repaired ring may be a collection of a multipolygon and a line.
+    # Collections are nested: a repaired ring may be a collection of a multipolygon and a line.
     parts, owner = shapely.get_parts(shapes, return_index=True)
     parts, inner = shapely.get_parts(parts, return_index=True)
     owner = owner[inner]
@@ -188,7 +191,7 @@ def _repair(shapes: NDArray[Any]) -> tuple[NDArray[Any], dict[str, int]]:
     n_parts = np.bincount(owner, minlength=len(shapes))
     return polygons, {
         "invalid repaired": int((invalid & (n_parts > 0)).sum()),
-        "of several parts reduced to the largest": int((n_parts > 1).sum()),
+        "with several parts reduced to the largest": int((n_parts > 1).sum()),
         "with coordinates that are not finite dropped": len(not_finite),
         "missing or empty dropped": n_missing,
         "without area dropped": int((n_parts == 0).sum()) - len(not_finite) - n_missing,
@@ -196,7 +199,7 @@ def _repair(shapes: NDArray[Any]) -> tuple[NDArray[Any], dict[str, int]]:
 
 
 def _inside_image(nuclei: gpd.GeoDataFrame, path: Path, mpp: float, width: int, height: int) -> gpd.GeoDataFrame:
-    """Only nuclei whose centroid lies in the image; an error if that leaves out more than half of them."""
+    """Nuclei whose centroid is inside the image; raises an error if that drops more than half of them."""
     xy = shapely.get_coordinates(shapely.centroid(nuclei.geometry.to_numpy()))
 
     def inside(points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -207,22 +210,22 @@ def _inside_image(nuclei: gpd.GeoDataFrame, path: Path, mpp: float, width: int, 
         low, high = xy.min(axis=0), xy.max(axis=0)
         unit = ""
         if 2 * inside(xy / mpp).sum() >= len(good):
-            unit = f"; divided by {mpp:g} um/px they fit, so they look like um instead of px"
+            unit = f"; divided by {mpp:g} um/px they fit, so they seem to be in um"
         elif 2 * inside(xy[:, ::-1]).sum() >= len(good):
-            unit = "; with x and y exchanged they fit"
+            unit = "; with x and y swapped they fit"
         raise InputError(
-            f"{path}: {int((~good).sum()):,} of {len(good):,} nuclei lie outside the image of {width} x {height} px "
+            f"{path}: {int((~good).sum()):,} of {len(good):,} nuclei are outside the image of {width} x {height} px "
             f"(their centroids span x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}); "
-            f"expected full-resolution pixels of this image{unit}"
+            f"give full-resolution pixels of this image{unit}"
         )
     if not good.all():
         logger.info("%s: %s nuclei outside the image dropped", path, f"{int((~good).sum()):,}")
         nuclei = nuclei[good].reset_index(drop=True)
     typical = float(nuclei["area_um2"].median())
     if typical < _SMALL_UM2 and 2 * inside(xy / mpp).sum() >= len(good):
-        # Coordinates in um are smaller than in px for mpp < 1, so they always fit and only the size gives them away.
+        # For mpp < 1, coordinates in um are smaller than in px and always fit; only the size reveals them.
         logger.warning(
-            "%s: the median nucleus has %.2g um2, too small for a nucleus: are the coordinates in um, not px?",
+            "%s: the median nucleus has an area of only %.2g um2; coordinates must be in px, not in um",
             path,
             typical,
         )

@@ -1,4 +1,4 @@
-"""Readers of nuclei: whatever a segmentation tool writes, told apart by its content."""
+"""Readers of nuclei in the formats of other segmentation tools, detected from the content."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import re
 import zlib
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import geopandas as gpd
 import numpy as np
@@ -26,16 +26,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMATS = "GeoJSON (also .gz), GeoParquet, shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
-# QuPath's kinds of object that are regions around nuclei, not nuclei.
+NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet, shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
+# Object types of QuPath that are regions, not nuclei.
 _QUPATH_REGIONS = ("annotation", "tile", "root", "tma core")
 
-# Geometries (n,), ids (n,) or None, scores (n,) or None, as the file has them.
+# Geometries (n,), ids (n,) or None, scores (n,) or None, as in the file.
 Shapes = tuple[NDArray[Any], Any, Any]
 
 
-def reader_of(path: Path) -> Callable[[Path, tuple[int, int]], Shapes]:
-    """The reader of a file by its first bytes: it takes the path and the image's (height, width)."""
+class ImageSize(NamedTuple):
+    """Size (px) of the image that nuclei belong to, and the limit on label images."""
+
+    height: int
+    width: int
+    max_pixels: int | None = None
+
+
+def reader_of(path: Path) -> Callable[[Path, ImageSize], Shapes]:
+    """Choose the reader of a file by its first bytes; it takes the path and the size of the image."""
     try:
         with path.open("rb") as handle:
             head = handle.read(4096)
@@ -43,7 +51,7 @@ def reader_of(path: Path) -> Callable[[Path, tuple[int, int]], Shapes]:
             with gzip.open(path) as handle:
                 head = handle.read(4096)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); expected {FORMATS}") from error
+        raise InputError(f"{path}: cannot be read ({error}); give {NUCLEI_FORMATS}") from error
     if head.startswith(b"PAR1"):
         return _from_geoparquet
     if head.startswith(b"\x00\x00\x27\x0a"):
@@ -54,7 +62,7 @@ def reader_of(path: Path) -> Callable[[Path, tuple[int, int]], Shapes]:
         return _from_geojson
     if head and b"\0" not in head:
         return _from_wkt_table
-    raise InputError(f"{path}: not a known format of nuclei; expected {FORMATS}")
+    raise InputError(f"{path}: unknown format of nuclei; give {NUCLEI_FORMATS}")
 
 
 def _text(path: Path) -> str:
@@ -62,44 +70,44 @@ def _text(path: Path) -> str:
         data = path.read_bytes()
         return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); expected {FORMATS}") from error
+        raise InputError(f"{path}: cannot be read as text ({error}); give {NUCLEI_FORMATS}") from error
 
 
 def _choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
-    """The first kind of id that any nucleus has; it must then be there for all."""
+    """The first kind of id that any nucleus has; then all nuclei must have it."""
     for name, values in candidates.items():
         if (
             values.dtype == object
             and not values.map(lambda value: value is None or isinstance(value, str | int | float)).all()
         ):
-            raise InputError(f"{path}: {name} holds values of other kinds than text and numbers; they cannot be ids")
+            raise InputError(f"{path}: {name} contains values other than text and numbers; give valid ids")
         absent = values.isna() | (values.astype(str) == "")
         if absent.all():
             continue
         if absent.any():
             raise InputError(
-                f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {name}; give one to all or to none"
+                f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {name}; give it to all nuclei or to none"
             )
         return values.to_numpy(object)
     return None
 
 
-def _from_geojson(path: Path, _size: tuple[int, int]) -> Shapes:
+def _from_geojson(path: Path, _size: ImageSize) -> Shapes:
     try:
         document = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error})") from error
+        raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error}); export it again") from error
     features = document.get("features", [document]) if isinstance(document, dict) else document
     if not isinstance(features, list) or not all(_is_feature(item) for item in features):
-        raise InputError(f"{path}: JSON, but not GeoJSON; expected a FeatureCollection or a list of features")
+        raise InputError(f"{path}: JSON, but not GeoJSON; give a FeatureCollection or a list of features")
     properties = [feature.get("properties") or {} for feature in features]
     if not all(isinstance(item, dict) for item in properties):
-        raise InputError(f"{path}: the properties of a feature must be an object, as GeoJSON has it")
+        raise InputError(f"{path}: not GeoJSON: the properties of a feature must be an object; export it again")
     pairs = list(zip(features, properties, strict=True))
     kinds = np.array([str(feature.get("objectType") or item.get("objectType")).lower() for feature, item in pairs])
     region = np.isin(kinds, _QUPATH_REGIONS)
     if region.any() and not region.all():
-        logger.info("%s: %d QuPath annotations that are no nuclei left out", path, region.sum())
+        logger.info("%s: %d QuPath annotations that are not nuclei ignored", path, region.sum())
         pairs = [pair for pair, left_out in zip(pairs, region, strict=True) if not left_out]
     features, properties = [feature for feature, _ in pairs], [item for _, item in pairs]
 
@@ -121,14 +129,14 @@ def _is_feature(item: Any) -> bool:
 
 
 def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
-    """Shapes of GeoJSON geometries; None for what is no geometry."""
+    """Shapes from GeoJSON geometries; None for invalid ones."""
     shapes = np.full(len(geometries), None, dtype=object)
     is_polygon = np.array([isinstance(item, dict) and item.get("type") == "Polygon" for item in geometries], dtype=bool)
     try:
         shapes[is_polygon] = _plain_polygons([geometries[index]["coordinates"] for index in np.flatnonzero(is_polygon)])
         rest = np.flatnonzero(~is_polygon)
     except (ValueError, TypeError, KeyError, OverflowError, shapely.errors.ShapelyError):
-        rest = np.arange(len(geometries))  # one of them is odd: an open ring, a missing number
+        rest = np.arange(len(geometries))  # one of them is irregular: an open ring, a missing number
     for index in rest:
         try:
             with np.errstate(invalid="ignore"):
@@ -139,7 +147,7 @@ def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
 
 
 def _plain_polygons(coordinates: list[list[list[list[float]]]]) -> NDArray[Any]:
-    """Polygons of GeoJSON coordinates, all at once; ValueError or TypeError if any of them is not as the standard says."""
+    """Polygons from GeoJSON coordinates, all at once; ValueError or TypeError if any of them violates the standard."""
     rings = list(chain.from_iterable(coordinates))
     points = np.array(list(chain.from_iterable(rings)), dtype=float)
     if not len(points):
@@ -154,19 +162,19 @@ def _plain_polygons(coordinates: list[list[list[list[float]]]]) -> NDArray[Any]:
 
 
 def read_table(reader: Callable[..., Any], path: Path) -> Any:
-    """A GeoDataFrame by a reader of geopandas, whose many kinds of error become one.
+    """Read a GeoDataFrame with a reader of geopandas, turning its many kinds of errors into one.
 
     Raises
     ------
     InputError
-        If it cannot be read or has no geometry.
+        If the file cannot be read or has no geometry.
     """
     try:
         frame = reader(path)
-    except Exception as error:  # arrow and GDAL raise a class of their own for every kind of broken file
-        raise InputError(f"{path}: cannot be read ({error}); expected {FORMATS}") from error
+    except Exception as error:  # arrow and GDAL raise many classes of errors
+        raise InputError(f"{path}: cannot be read ({error}); give {NUCLEI_FORMATS}") from error
     if not isinstance(frame, gpd.GeoDataFrame):
-        raise InputError(f"{path}: has no geometry; expected {FORMATS}")
+        raise InputError(f"{path}: has no geometry; give {NUCLEI_FORMATS}")
     return frame
 
 
@@ -176,31 +184,31 @@ def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any]:
     return ids, pd.to_numeric(frame["score"], errors="coerce") if "score" in frame else None
 
 
-def _from_geoparquet(path: Path, _size: tuple[int, int]) -> Shapes:
+def _from_geoparquet(path: Path, _size: ImageSize) -> Shapes:
     frame = read_table(gpd.read_parquet, path)
     return (frame.geometry.to_numpy(), *_columns(frame, path))
 
 
-def _from_shapefile(path: Path, _size: tuple[int, int]) -> Shapes:
+def _from_shapefile(path: Path, _size: ImageSize) -> Shapes:
     with path.open("rb") as handle:
         handle.seek(24)
         n_bytes = 2 * int.from_bytes(handle.read(4), "big")  # the header counts words
-    if n_bytes != path.stat().st_size:  # GDAL would read what is there without a word
+    if n_bytes != path.stat().st_size:  # GDAL would silently read the part that is there
         raise InputError(
-            f"{path}: has {path.stat().st_size} bytes where its header says {n_bytes}: cut off; get a complete copy"
+            f"{path}: truncated, {path.stat().st_size} bytes instead of {n_bytes} as stated in its header; get a complete copy"
         )
     frame = read_table(gpd.read_file, path)
     return (frame.geometry.to_numpy(), *_columns(frame, path))
 
 
-def _from_wkt_table(path: Path, _size: tuple[int, int]) -> Shapes:
+def _from_wkt_table(path: Path, _size: ImageSize) -> Shapes:
     text = _text(path)
     header = text.split("\n", 1)[0]
     separator = max("\t;,", key=header.count)
     try:
         table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, na_values=[""])
     except ValueError as error:
-        raise InputError(f"{path}: cannot be read as a table ({error}); expected {FORMATS}") from error
+        raise InputError(f"{path}: cannot be read as a table ({error}); give {NUCLEI_FORMATS}") from error
     for name in table.columns:
         filled = table[name].dropna()
         if len(filled) and re.match(r"\s*(SRID=\d+;)?\s*(MULTI)?POLYGON", filled.iloc[0], re.IGNORECASE):
@@ -208,44 +216,45 @@ def _from_wkt_table(path: Path, _size: tuple[int, int]) -> Shapes:
             shapes = shapely.from_wkt(wkt.to_numpy(object), on_invalid="ignore")
             return (np.asarray(shapes, dtype=object), *_columns(table, path))
     raise InputError(
-        f"{path}: no column with WKT polygons among {', '.join(map(str, table.columns[:8]))}; expected {FORMATS}"
+        f"{path}: no column with WKT polygons among {', '.join(map(str, table.columns[:8]))}; give {NUCLEI_FORMATS}"
     )
 
 
-def _from_label_image(path: Path, size: tuple[int, int]) -> Shapes:
+def _from_label_image(path: Path, size: ImageSize) -> Shapes:
     labels = _read_labels(path, size)
-    # Sparse ids (hashes, for instance) would make tables as long as the largest.
+    # Sparse labels (such as hashes) would make tables as long as the largest label.
     names: NDArray[Any] | None = None
     if int(labels.max(initial=0)) > max(labels.size, 1 << 24):
         names, inverse = np.unique(np.append(labels.ravel(), 0), return_inverse=True)
         labels = inverse[:-1].reshape(labels.shape)
     label, polygons, n_parts = labels_to_polygons(labels)
     if n_parts:
-        logger.info("%s: %d smaller parts of labels left out", path, n_parts)
+        logger.info("%s: %d smaller parts of labels dropped", path, n_parts)
     if len(label) == 1 and n_parts > 1:
-        raise InputError(f"{path}: only one label in {n_parts + 1} parts, so a mask; expected one label per nucleus")
+        raise InputError(f"{path}: a mask, one label in {n_parts + 1} parts; give one label per nucleus")
     return polygons, label if names is None else names[label], None
 
 
-def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
-    """Pixels of a label image, decoded only where its header says that it is one and of the image's size."""
+def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
+    """Pixels of a label image, decoded only if its header states the right kind and size."""
     import tifffile
 
-    from prts.io.limits import require_decodable
+    from prts.io.limits import check_pixels
     from prts.io.slide_readers import open_pillow
-    from prts.io.slide_tiff import require_sizes
+
+    def check(width: int, height: int, what: str, dtype: np.dtype[Any]) -> None:
+        check_pixels((width, height), what, size.max_pixels, cure="give polygons", n_bytes=dtype.itemsize)
 
     def require(shape: tuple[int, ...], dtype: np.dtype[Any], low: int = 0) -> None:
         if len(shape) != 2 or not np.issubdtype(dtype, np.integer) or low < 0:
             raise InputError(
-                f"an image of shape {shape} and type {dtype}, not a label image; "
-                "expected one channel of whole numbers, 0 outside nuclei"
+                f"not a label image (shape {shape}, type {dtype}); give one channel of whole numbers, 0 outside nuclei"
             )
-        if shape != size:
+        if shape != size[:2]:
             raise InputError(
-                f"a label image of {shape[1]} x {shape[0]} px beside an image of {size[1]} x {size[0]} px; they must be of one size"
+                f"a label image of {shape[1]} x {shape[0]} px for an image of {size.width} x {size.height} px; give one of the same size"
             )
-        require_decodable(shape[1], shape[0], "a label image", "give polygons", n_bytes=dtype.itemsize)
+        check(shape[1], shape[0], "a label image", dtype)
 
     try:
         with path.open("rb") as handle:
@@ -256,18 +265,16 @@ def _read_labels(path: Path, size: tuple[int, int]) -> NDArray[Any]:
                 labels = np.asarray(image)
         else:
             with tifffile.TiffFile(path, _multifile=False) as tif:
-                require_sizes(tif)
                 if not tif.series:
-                    raise InputError("holds no image, so it is not a label image")
+                    raise InputError("contains no image; give a label image")
                 series = tif.series[0]
                 require(tuple(n for n in series.shape if n != 1), series.dtype)
                 height, width = series.keyframe.tilelength, series.keyframe.tilewidth
-                tile = "a tile of a label image"
-                require_decodable(width, height, tile, "give polygons", n_bytes=series.dtype.itemsize)
+                check(width, height, "a tile of a label image", series.dtype)
                 labels = np.squeeze(series.asarray())
         require(labels.shape, labels.dtype, labels.min(initial=0))
         return labels
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    except Exception as error:  # decoders raise whatever they like for a broken file
-        raise InputError(f"{path}: an image that cannot be read ({error})") from error
+    except Exception as error:  # decoders raise many classes of errors
+        raise InputError(f"{path}: the image cannot be read ({error}); get a complete copy") from error

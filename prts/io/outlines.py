@@ -18,26 +18,26 @@ _CORNER = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
 
 
 def labels_to_polygons(labels: NDArray[Any], *, band: int = 512) -> tuple[NDArray[np.int64], NDArray[Any], int]:
-    """Outlines of a label image along pixel sides: rasterising a polygon gives its pixels back exactly.
+    """Outlines of a label image along pixel edges: rasterizing a polygon gives back exactly its pixels.
 
-    A label's largest 4-connected part is kept; holes are kept. Work and memory go by bands of rows, each label being
-    outlined with the band in which it starts.
+    The largest 4-connected part of each label is kept, with its holes. The image is processed in bands of rows; each label is outlined
+    with the band in which it starts.
 
     Parameters
     ----------
     labels
         (height, width), integer; 0 is background.
     band
-        Rows of a band, px.
+        Height of a band, px.
 
     Returns
     -------
     label
-        (n,) the labels, ascending within a band.
+        (n,) labels, ascending within a band.
     polygon
         (n,) valid shapely polygons in pixels, x right, y down; pixel i covers [i, i + 1).
     n_parts_dropped
-        How many smaller parts were left out.
+        Number of smaller parts that were dropped.
     """
     height = labels.shape[0]
     starts = list(range(0, height, band))
@@ -66,7 +66,7 @@ def _moved_down(polygons: NDArray[Any], rows: int) -> NDArray[Any]:
 
 
 def _bands_of_labels(labels: NDArray[Any], band: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """First and last band of every label value; -1 for background and values that do not occur."""
+    """First and last band of every label; -1 for background and unused labels."""
     largest = int(labels.max(initial=0))
     first = np.full(largest + 1, -1, np.int32)
     last = np.full(largest + 1, -1, np.int32)
@@ -86,7 +86,7 @@ def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int
     order, ring = _ring_order(_following(padded, pixel, direction))
     pixel, direction, ring = pixel[order], direction[order], ring[order]
 
-    # Only corners make vertices: a side that goes on in the direction of the one before adds none.
+    # Only corners become vertices: a side that continues in the direction of the previous one adds none.
     ring_start = np.flatnonzero(np.r_[True, ring[1:] != ring[:-1]])
     ring_stop = np.r_[ring_start[1:], len(ring)]
     before = np.arange(len(ring)) - 1
@@ -103,7 +103,7 @@ def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int
     following[ring_start + length - 1] = ring_start
     cross = xy[:, 0] * xy[following, 1] - xy[following, 0] * xy[:, 1]
     is_shell = np.add.reduceat(cross, ring_start) > 0
-    # Rings of a label together, its shell first.
+    # Group the rings by label, the shell first.
     by_label = np.lexsort((~is_shell, label[ring_start]))
     ring_start, length, ring_label = ring_start[by_label], length[by_label], label[ring_start][by_label]
     closed = length + 1
@@ -118,14 +118,14 @@ def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int
 
 
 def _largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
-    """The label image with only the largest 4-connected part of every label, and how many parts went."""
+    """The label image with only the largest 4-connected part of each label, and the number of dropped parts."""
     part, n_parts = connected_parts(labels, background=0, connectivity=1, return_num=True)  # type: ignore[no-untyped-call]
     inside = np.flatnonzero(part)
     part_inside = part.ravel()[inside]
     size = np.bincount(part_inside, minlength=n_parts + 1)
     of_label = np.zeros(n_parts + 1, np.int64)
     of_label[part_inside] = labels.ravel()[inside]
-    # Sorted so that each label's largest part comes first (the earliest of equals).
+    # Sorted so that the largest part of each label comes first (the first one among equals).
     order = np.lexsort((np.arange(n_parts + 1), -size, of_label))
     largest = np.zeros(n_parts + 1, bool)
     largest[order[np.r_[True, of_label[order][1:] != of_label[order][:-1]]]] = True
@@ -136,7 +136,7 @@ def _largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
 
 
 def _sides(padded: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.int8]]:
-    """Sides between a label and anything else, the label on the right: its pixel (number in `padded`), direction."""
+    """Sides between a label and anything else, the label on the right: pixel (index into `padded`) and direction."""
     flat, width = padded.ravel(), padded.shape[1]
     above = np.flatnonzero(flat[:-width] != flat[width:])
     left = np.flatnonzero(flat[:-1] != flat[1:])
@@ -146,21 +146,21 @@ def _sides(padded: NDArray[Any]) -> tuple[NDArray[np.intp], NDArray[np.int8]]:
 
 
 def _following(padded: NDArray[Any], pixel: NDArray[np.intp], direction: NDArray[np.int8]) -> NDArray[np.int32]:
-    """The side that goes on where each side ends, around the same label.
+    """The side that follows each side around the same label.
 
-    A right turn stays with the pixel, so that pixels touching by a corner only are not joined (4-connectivity). But a
-    ring that meets itself at a corner is split there into two that touch, which is what a valid polygon may do.
+    A right turn stays with the pixel, so that pixels that touch only at a corner are not joined (4-connectivity). A ring that meets itself
+    at a corner is split there into two rings that touch, as a valid polygon requires.
     """
     flat, width = padded.ravel(), padded.shape[1]
     number = np.empty(4 * len(flat), np.int32)
     number[4 * pixel + direction] = np.arange(len(pixel), dtype=np.int32)
     label = flat[pixel]
     ahead = pixel + np.array([1, width, -1, -width])[direction]
-    # Beyond the corner, to the left.
+    # Diagonally across the corner, to the left.
     across = ahead + np.array([-width, 1, width, -1])[direction]
     turns = flat[ahead] != label
     meets = flat[across] == label
-    # Pixel and direction of the next side: the same pixel's after a right turn, the next one's, the one's across.
+    # The next side belongs to the same pixel after a right turn, else to the next pixel or the one across.
     on = np.where(turns, pixel, np.where(meets, across, ahead))
     heading = np.where(turns, direction + 1, np.where(meets, direction - 1, direction)) % 4
     following: NDArray[np.int32] = number[4 * on + heading]
@@ -173,10 +173,10 @@ def _following(padded: NDArray[Any], pixel: NDArray[np.intp], direction: NDArray
 
 
 def _ring_order(following: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order that walks ring after ring, and the ring of each side in the given order (not the walked one)."""
+    """Order of the sides ring by ring, and the ring of each side in its original position."""
     n = len(following)
     ring = _cycles(following)
-    # Steps from each side to the first of its ring, by doubling.
+    # Number of steps from each side to the first of its ring, by pointer doubling.
     first = np.full(ring.max(initial=-1) + 1, n)
     np.minimum.at(first, ring, np.arange(n))
     jump, steps = following.copy(), np.ones(n, np.int64)
@@ -192,7 +192,7 @@ def _ring_order(following: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArra
 
 
 def _cycles(following: NDArray[np.int32]) -> NDArray[np.int64]:
-    """The number of the cycle that each element of a permutation belongs to."""
+    """Index of the cycle that each element of a permutation belongs to."""
     n = len(following)
     graph = coo_array((np.ones(n, bool), (np.arange(n), following)), shape=(n, n))
     _, number = connected_components(graph, directed=False)

@@ -1,4 +1,4 @@
-"""Predictions: nuclei x panel AnnData written in chunks in bounded memory, and the polygons beside it."""
+"""Predictions: nuclei x panel AnnData, written in chunks in bounded memory, and the polygons of the nuclei."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import shapely
 from anndata.io import write_elem
 from numpy.typing import ArrayLike, NDArray
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.io.cache import atomic
 from prts.io.h5_checks import check_matrix, read_checked_h5ad
 from prts.io.hdf5 import NewFile
@@ -30,46 +30,48 @@ if TYPE_CHECKING:
 SCALE = "umi"
 _BOUNDS = ("layers/lower", "layers/upper")
 _HIRES_PX, _LOWRES_PX = 2000, 600
-_ROWS, _COLUMNS = 1024, 256  # of a stored chunk of `prob`: quick to read by nuclei and by gene
+_ROWS, _COLUMNS = 1024, 256  # chunk of `prob`: quick to read by nucleus and by gene
 _NNZ = 1 << 18
-_CACHE_BYTES = 128 << 20  # holds a band of unfinished chunks, so that none is compressed twice
+_CACHE_BYTES = 128 << 20  # keeps a band of unfinished chunks, so that none is compressed twice
+# R, Julia and h5wasm can read gzip, but not LZF.
+_PACKED = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 
 
 def nuclei_path(out: Path) -> Path:
-    """Where the polygons of a prediction lie: `<out>.nuclei.parquet` beside `<out>.h5ad`."""
+    """Path of the polygons of a prediction: `<name>.nuclei.parquet` for `<name>.h5ad`."""
     return Path(out).with_suffix(".nuclei.parquet")
 
 
 def check_out(out: Path) -> Path:
-    """The path of a prediction to be written, before any work goes into it.
+    """Check the path of a prediction before any work is done.
 
     Raises
     ------
     InputError
-        If it does not end in .h5ad or a folder has that name.
+        If it does not end in .h5ad or is a folder.
     """
     out = Path(out)
     if out.suffix != ".h5ad":
-        raise InputError(f"out={out}: a prediction is an AnnData file; the name must end in .h5ad")
+        raise ParameterError("", "out", f"{out} does not end in .h5ad; a prediction is an AnnData file")
     for path in (out, nuclei_path(out)):
         if path.is_dir():
-            raise InputError(f"out={out}: {path} is a folder; choose the name of a file")
+            raise ParameterError("", "out", f"{path} is a folder; give a file")
     return out
 
 
 def spatial_uns(library_id: str, thumbnail: NDArray[np.uint8], width: int, spot_diameter_px: float) -> dict[str, Any]:
-    """The `uns["spatial"]` that scanpy and squidpy draw an image from (the layout of `scanpy.read_visium`).
+    """`uns["spatial"]` from which scanpy and squidpy draw the image, as from `scanpy.read_visium`.
 
     Parameters
     ----------
     library_id
         Name of the section.
     thumbnail
-        RGB picture of the whole image, (height, width, 3); a larger one than 2,000 px is reduced.
+        The whole image in RGB, (height, width, 3); reduced if larger than 2,000 px.
     width
         Width of the full-resolution image in pixels, the unit of `obsm["spatial"]`.
     spot_diameter_px
-        Diameter that a nucleus is drawn with, in full-resolution pixels.
+        Diameter of a nucleus in drawings, in full-resolution pixels.
     """
     hires = _at_most(thumbnail, _HIRES_PX)
     lowres = _at_most(hires, _LOWRES_PX)
@@ -87,28 +89,28 @@ def spatial_uns(library_id: str, thumbnail: NDArray[np.uint8], width: int, spot_
 
 
 class PredictionWriter:
-    """Write a prediction chunk by chunk, so that a million nuclei need no more memory than one chunk.
+    """Write a prediction chunk by chunk: a million nuclei need no more memory than one chunk.
 
-    A context manager: both files appear, whole, when the block ends well, and neither does when it does not. `X` is CSR float32
-    without stored zeros; `layers["prob"]` is dense float32 (few probabilities are 0), in compressed chunks.
+    A context manager: both files are written completely if the block succeeds, and not at all if it fails. `X` is CSR float32
+    without stored zeros; `layers["prob"]` is dense float32 (few probabilities are 0). All arrays are compressed with gzip.
 
     Parameters
     ----------
     out
-        `<name>.h5ad`; its folder is made.
+        `<name>.h5ad`; its folder is created.
     genes
-        `var`: the panel by name, with at least `gene_id` and `val_pcc`; `ceiling` and `predictable` where known.
+        `var`: the panel indexed by name, with at least `gene_id` and `val_pcc`, and `ceiling` and `predictable` if known.
     nuclei
-        All nuclei that are predicted, in order (`prts.io.nuclei`). Columns beyond its own four, such as `ood`, go into `obs` too.
+        All predicted nuclei, in order (`prts.io.nuclei`). Additional columns, such as `ood`, become columns of `obs`.
     uns
-        `prts`: provenance (nested mappings of text, numbers and lists; None is dropped); `spatial`: of `spatial_uns`.
+        `prts`: provenance (nested mappings of text, numbers and lists; None is dropped); `spatial`: see `spatial_uns`.
     intervals
-        Whether `layers["lower"]` and `layers["upper"]` are written, the smallest and largest count to be expected: CSR int32.
+        Whether to write `layers["lower"]` and `layers["upper"]`, the smallest and largest expected count: CSR int32.
 
     Raises
     ------
     InputError
-        If `out` is not the name of an .h5ad file or cannot be written.
+        If `out` does not end in .h5ad or cannot be written.
     """
 
     def __init__(
@@ -126,7 +128,8 @@ class PredictionWriter:
         self._genes, self._nuclei, self._uns = genes, nuclei, uns
         self._shape = len(nuclei), len(genes)
         self._sparse = ("X", *(_BOUNDS if intervals else ()))
-        self._rows, self._nnz = 0, dict.fromkeys(self._sparse, 0)
+        self._rows = 0
+        self._indptr = {name: np.zeros(len(nuclei) + 1, np.int64) for name in self._sparse}
         self._stack = ExitStack()
 
     def __enter__(self) -> PredictionWriter:
@@ -136,7 +139,9 @@ class PredictionWriter:
                 path = stack.enter_context(atomic(self.out))
                 self._file = stack.enter_context(NewFile(path, rdcc_nbytes=_CACHE_BYTES))
             except OSError as error:
-                raise InputError(f"out={self.out}: cannot be written ({error}); choose another place") from error
+                raise ParameterError(
+                    "", "out", f"{self.out} cannot be written ({error}); choose another folder"
+                ) from error
             self._make_datasets()
             self._stack = stack.pop_all()
         return self
@@ -149,18 +154,18 @@ class PredictionWriter:
         Parameters
         ----------
         start
-            Row of the first nucleus: chunks come in order and without gaps.
+            Row of the first nucleus; chunks are written in order and without gaps.
         umi
             Expected UMI of each gene, (b, n_genes), >= 0.
         prob
             P(expressed), (b, n_genes), in [0, 1].
         bounds
-            Smallest and largest count, each (b, n_genes) and whole; given if and only if the file holds intervals.
+            Smallest and largest count, each (b, n_genes), whole numbers; required if and only if the file has intervals.
 
         Raises
         ------
         ValueError
-            If a chunk does not follow the last one, has another shape, or a value is out of its range.
+            If the chunk does not follow the previous one, has the wrong shape, or a value is out of range.
         """
         level, chance = np.asarray(umi, dtype=np.float32), np.asarray(prob, dtype=np.float32)
         stop = start + len(level)
@@ -185,7 +190,7 @@ class PredictionWriter:
         self._rows = stop
 
     def add(self, *, obs: Mapping[str, NDArray[Any]], prts: Mapping[str, Any]) -> None:
-        """Columns of `obs`, (n_nuclei,) each, and entries of `uns["prts"]` that are known only at the end."""
+        """Add columns of `obs`, (n_nuclei,) each, and entries of `uns["prts"]` that are known only at the end."""
         for name, values in obs.items():
             write_elem(self._file["obs"], name, np.asarray(values))
         order = [*self._file["obs"].attrs["column-order"], *obs]
@@ -194,14 +199,13 @@ class PredictionWriter:
             write_elem(self._file["uns/prts"], name, value)
 
     def _append(self, name: str, start: int, matrix: NDArray[Any]) -> None:
-        """Rows at the end of a sparse matrix of the file."""
-        group, before = self._file[name], self._nnz[name]
+        """Append rows to a sparse matrix of the file."""
+        group, before = self._file[name], int(self._indptr[name][start])
         row, column = np.nonzero(matrix)
-        self._nnz[name] = before + len(row)
         for part, values in (("data", matrix[row, column]), ("indices", column)):
-            group[part].resize((self._nnz[name],))
+            group[part].resize((before + len(row),))
             group[part][before:] = values
-        group["indptr"][start + 1 : start + 1 + len(matrix)] = before + np.cumsum(np.count_nonzero(matrix, axis=1))
+        self._indptr[name][start + 1 : start + 1 + len(matrix)] = before + np.cumsum(np.count_nonzero(matrix, axis=1))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -210,6 +214,10 @@ class PredictionWriter:
         if missing:
             error = ValueError(f"{self.out}: {self._rows} of {self._shape[0]} nuclei were written")
             kind = type(error)
+        if kind is None:
+            for name, values in self._indptr.items():  # int32 like the indices, if it fits
+                dtype = np.int32 if values[-1] <= np.iinfo(np.int32).max else np.int64
+                self._file[name].create_dataset("indptr", data=values.astype(dtype), **_PACKED)
         self._stack.__exit__(kind, error, traceback)
         if missing and error is not None:
             raise error
@@ -218,18 +226,16 @@ class PredictionWriter:
         n, g = self._shape
         file = self._file
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-        packed = {"compression": "lzf", "shuffle": True}
         for name in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
             write_elem(file, name, {})
         for name in self._sparse:
             matrix = file.create_group(name)
             matrix.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": np.array([n, g])})
             dtype = np.float32 if name == "X" else np.int32
-            matrix.create_dataset("data", (0,), dtype, maxshape=(None,), chunks=(_NNZ,), **packed)
-            matrix.create_dataset("indices", (0,), np.int32, maxshape=(None,), chunks=(_NNZ,), **packed)
-            matrix.create_dataset("indptr", (n + 1,), np.int64, fillvalue=0)
+            matrix.create_dataset("data", (0,), dtype, maxshape=(None,), chunks=(_NNZ,), **_PACKED)
+            matrix.create_dataset("indices", (0,), np.int32, maxshape=(None,), chunks=(_NNZ,), **_PACKED)
         chunks = max(1, min(_ROWS, n)), max(1, min(_COLUMNS, g))
-        prob = file.create_dataset("layers/prob", (n, g), np.float32, chunks=chunks, **packed)
+        prob = file.create_dataset("layers/prob", (n, g), np.float32, chunks=chunks, **_PACKED)
         prob.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
 
         cell_id = pd.Index(self._nuclei["cell_id"].astype(str), name=None)
@@ -243,48 +249,48 @@ class PredictionWriter:
 
 
 def read_prediction(path: Path) -> ad.AnnData:
-    """Read a prediction and check that it is one.
+    """Read a prediction and check it.
 
     Raises
     ------
     InputError
-        If the file is missing, not an .h5ad, not written by prts, not on the UMI scale, or holds values that are no counts.
+        If the file is missing, not an .h5ad, not written by prts, not on the UMI scale, or contains invalid values.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; expected a prediction (.h5ad) of `prts predict`")
+        raise InputError(f"{path}: no such file; give a prediction (.h5ad)")
     if not h5py.is_hdf5(path):
-        raise InputError(f"{path}: is not an .h5ad file; expected a prediction of `prts predict`")
+        raise InputError(f"{path}: not an .h5ad file; give a prediction written by prts")
     prediction = read_checked_h5ad(path)
     require_scale(path, prediction.uns)
     if prediction.X is None or "spatial" not in prediction.obsm:
-        raise InputError(f"{path}: has no X or no obsm['spatial']; expected a prediction of `prts predict`")
+        raise InputError(f"{path}: has no X or no obsm['spatial']; give a prediction written by prts")
     for name, matrix in {"X": prediction.X, **prediction.layers}.items():
         check_matrix(path, name, matrix)
     values = prediction.X.data if hasattr(prediction.X, "indptr") else prediction.X
     if not (np.isfinite(values).all() and (values >= 0).all()):
-        raise InputError(f"{path}: X holds negative or non-finite values; expected UMI counts")
+        raise InputError(f"{path}: X contains negative or non-finite values; give UMI counts")
     return prediction
 
 
 def require_scale(path: Path, uns: Any) -> None:
-    """Refuse a file whose `uns["prts"]["scale"]` does not say UMI.
+    """Refuse a file that is not on the UMI scale according to `uns["prts"]["scale"]`.
 
     Raises
     ------
     InputError
-        If it says another scale or nothing.
+        If the file states another scale or none.
     """
     prts = uns.get("prts") if isinstance(uns, Mapping) else None
     scale = prts.get("scale") if isinstance(prts, Mapping) else None
     if scale is None:
-        raise InputError(f"{path}: has no uns['prts']['scale']; expected a prediction of `prts predict`")
+        raise InputError(f"{path}: has no uns['prts']['scale']; give a prediction written by prts")
     if not isinstance(scale, str) or scale != SCALE:
-        raise InputError(f"{path}: uns['prts']['scale'] is {scale!r}; UMI counts, {SCALE!r}, would be right")
+        raise InputError(f"{path}: uns['prts']['scale'] is {scale!r}; give UMI counts ({SCALE!r})")
 
 
 def _at_most(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """The picture, reduced to a longest side of at most `side` px."""
+    """Reduce an image until its longest side has at most `side` px."""
     from PIL import Image
 
     height, width = picture.shape[:2]
@@ -296,7 +302,7 @@ def _at_most(picture: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 def _storable(value: Any) -> Any:
-    """What anndata can store, from what JSON can: nested mappings, text, numbers; lists as arrays, mixed lists as JSON text."""
+    """Convert JSON-like values to those that anndata can store: lists become arrays, mixed lists JSON text."""
     if isinstance(value, Mapping):
         return {str(key).replace("/", "_"): _storable(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):

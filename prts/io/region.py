@@ -10,7 +10,7 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def read_region(text: str, width: int, height: int) -> BaseGeometry:
-    """The region that `roi=` names.
+    """Read a region of interest.
 
     Parameters
     ----------
@@ -30,70 +30,77 @@ def read_region(text: str, width: int, height: int) -> BaseGeometry:
 
     Returns
     -------
-    A polygon or several.
+    A polygon or multipolygon.
 
     Raises
     ------
-    InputError
-        If it is neither, empty, or does not touch the image.
+    ParameterError
+        If it is none of these, empty, or outside the image.
     """
     text = str(text).strip()
     region = _drawn(text) if text.startswith("[") and not _is_file(Path(text)) else _polygons(Path(text))
     if region.area == 0 or region.intersection(shapely.box(0, 0, width, height)).area == 0:
         bounds = "empty" if region.is_empty else ", ".join(f"{value:g}" for value in region.bounds)
-        raise InputError(
-            f"roi={text}: covers nothing of the image ({bounds} of {width} x {height} px); give full-resolution pixels, x before y"
+        raise _error(
+            text,
+            f"does not overlap the image ({bounds} of {width} x {height} px); give full-resolution pixels, x before y",
         )
     return region
 
 
 def inside(region: BaseGeometry, nuclei: GeoDataFrame) -> NDArray[np.bool_]:
-    """Nuclei whose centroid lies in the region, (n,)."""
+    """Whether the centroid of each nucleus is inside the region, (n,)."""
     xy = shapely.get_coordinates(shapely.centroid(nuclei.geometry.to_numpy()))
     shapely.prepare(region)
     within: NDArray[np.bool_] = shapely.contains_xy(region, xy)
     return within
 
 
+def _error(region: object, problem: str) -> ParameterError:
+    return ParameterError("", "roi", f"{region} {problem}")
+
+
 def _drawn(text: str) -> BaseGeometry:
-    """The region that numbers give: a box, or one polygon."""
+    """A box or polygon from its corners."""
     try:
         numbers = np.array(json.loads(text), dtype=np.float64)
     except (ValueError, TypeError):
         numbers = np.empty(0)
     is_box, is_polygon = numbers.shape == (4,), numbers.ndim == 2 and numbers.shape[1] == 2 and len(numbers) >= 3
     if not (is_box or is_polygon) or not np.isfinite(numbers).all():
-        raise InputError(
-            f"roi={text}: is no region; a box of four numbers in pixels is needed, roi=[x0,y0,x1,y1], a polygon of three corners or more, "
-            "roi=[[x,y],[x,y],[x,y]], or a GeoJSON file"
+        raise _error(
+            text,
+            "is not a region; give a box of four numbers in pixels, [x0,y0,x1,y1], a polygon of at least three corners, "
+            "[[x,y],[x,y],[x,y]], or a GeoJSON file",
         )
     if is_polygon:
         return shapely.make_valid(shapely.Polygon(numbers))
     x0, y0, x1, y1 = numbers.tolist()
     if not (x0 < x1 and y0 < y1):
-        raise InputError(f"roi={text}: is no box; x0 < x1 and y0 < y1 are needed, in pixels")
+        raise _error(text, "is not a box; give x0 < x1 and y0 < y1 in pixels")
     return shapely.box(x0, y0, x1, y1)
 
 
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # longer than a name may be, as the corners of a polygon are
+    except OSError:  # the corners of a polygon are too long for a file name
         return False
 
 
 def _polygons(path: Path) -> BaseGeometry:
     if not _is_file(path):
-        raise InputError(
-            f"roi={path}: no such file; a GeoJSON file with polygons is needed, a box [x0,y0,x1,y1] or a polygon [[x,y],[x,y],[x,y]]"
+        raise _error(
+            path,
+            "does not exist; give a GeoJSON file with polygons, a box [x0,y0,x1,y1] or a polygon [[x,y],[x,y],[x,y]]",
         )
     try:
         found = shapely.from_geojson(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, shapely.errors.ShapelyError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"roi={path}: is no GeoJSON ({reason}); draw polygons in QuPath and export them") from error
+        raise _error(path, f"is not GeoJSON ({reason}); draw polygons in QuPath and export them") from error
     parts = shapely.get_parts(shapely.get_parts(found))
     areas = parts[np.isin(shapely.get_type_id(parts), (3, 6))]
     if len(areas) == 0:
-        raise InputError(f"roi={path}: holds no polygon; draw the region as an area, not as points or lines")
+        raise _error(path, "contains no polygon; draw the region as an area, not as points or lines")
     return shapely.union_all(shapely.make_valid(areas))

@@ -1,4 +1,4 @@
-"""Slides: any H&E image, read region by region at a wanted um/px."""
+"""Slides: H&E images in any format, read region by region at any um/px."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ import openslide
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from prts.errors import InputError
-from prts.io.mpp import MPP_RANGE, Source, is_plausible, resolve_mpp
+from prts.errors import InputError, ParameterError
+from prts.io.mpp import MPP_RANGE, MppSource, is_plausible, resolve_mpp
 from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
-from prts.io.slide_tiff import open_tiff, require_whole_tiles
+from prts.io.slide_tiff import check_tiles, open_tiff
 
 logger = logging.getLogger(__name__)
 
-# Decoded tiles kept: two neighbouring bands of a large slide share a row of tiles, which this holds.
+# Cache of decoded tiles: holds the row of tiles that two adjacent bands of a large slide share.
 _CACHE_BYTES = 256 << 20
-# Resampling goes in blocks of 256 x 256 pixels, or of half, a quarter, ... where these would need a wider part of the image.
+# Resampling works in blocks of 256 x 256 pixels, or smaller ones if these would need a larger part of the image.
 _BLOCK = 256
 _MAX_SOURCE = 4096
-# A level up to 1 % coarser than wanted counts as fine enough: a pyramid of 0.2506 um/px serves 0.5 from its level 1.
+# A level up to 1 % too coarse is accepted: a pyramid of 0.2506 um/px provides 0.5 from its level 1.
 _LEVEL_TOLERANCE = 1.01
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 class StainTransform(Protocol):
-    """What changes the colours of pixels as they are read, such as `prts.preprocess.stain.StainMatching`."""
+    """Changes the colors of pixels as they are read, such as stain matching."""
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The same pixels in other colours, (..., 3)."""
+        """Recolor pixels, (..., 3)."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """All that decides on the colours beside the slide."""
+        """Everything that determines the colors apart from the slide."""
         ...
 
 
@@ -54,20 +54,23 @@ class Slide:
     path
         The file.
     width, height
-        Full-resolution pixels, as the slide is read.
+        Size in full-resolution pixels, as the slide is read.
     file_size
-        Width and height as the image lies in its file.
+        Width and height of the image in the file.
     orientation
-        How it is turned and mirrored from there; all regions are of the turned slide.
+        Rotation and flip as the slide is read; all regions are of the reoriented slide.
     mpp
         um per full-resolution pixel.
     mpp_source
-        Where `mpp` stands.
+        Name of the source of `mpp`.
+    max_pixels
+        Limit on the size of images that are decoded whole; see `prts.io.limits`.
     recolour
-        Changes the colours of what `read_region` returns, where there is one. The thumbnail shows the slide as it is.
+        Changes the colors of `read_region`, if set. The thumbnail shows the original colors.
     """
 
     recolour: StainTransform | None = None
+    max_pixels: int | None = None
 
     def __init__(
         self, path: Path, reader: Reader, mpp: float, mpp_source: str, orientation: Orientation = UPRIGHT
@@ -98,37 +101,37 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Release the file and the decoded tiles."""
+        """Close the file and free the decoded tiles."""
         with self._lock:
             self._tiles.clear()
             self._tiles_bytes = 0
             self._reader.close()
 
     def size_at(self, mpp: float) -> tuple[int, int]:
-        """Width and height of the whole image at another um/px, in whole pixels."""
+        """Width and height of the whole image at another um/px, px."""
         scale = self.mpp / _checked(mpp)
         return max(1, round(self.width * scale)), max(1, round(self.height * scale))
 
     def read_region(
         self, x: int, y: int, width: int, height: int, mpp: float | None = None, *, outside: int = 255
     ) -> NDArray[np.uint8]:
-        """Pixels of a region at a wanted um/px.
+        """Read a region at any um/px.
 
-        The grid of pixels at that um/px starts at the image's top left corner, and a pixel's value depends on its
-        place on this grid only: regions side by side are what one large region gives. Resampling is bicubic, with
-        antialiasing where it reduces, from the coarsest level of the pyramid that is at least as fine.
+        The grid of pixels at that um/px starts at the top left corner of the image, and the value of a pixel depends only on its position
+        on this grid: adjacent regions together equal one large region. Resampling is bicubic, with antialiasing if it reduces, from the
+        coarsest level of the pyramid that is at least as fine.
 
         Parameters
         ----------
         x, y
             Left column and top row on the grid at `mpp`; may be negative.
         width, height
-            Size on the same grid; the region may reach outside the image on every side.
+            Size on the same grid; the region may extend beyond the image.
         mpp
-            Wanted um/px; full resolution if left out.
+            um/px of the result; full resolution by default.
         outside
-            Grey level of what lies outside the image: white (255), the colour of empty glass, unless told; `outside=0`
-            is the paper's zero. The image is padded before it is resampled, so at its edge the two blend.
+            Gray level outside the image: white (255), the color of empty glass, by default; the paper uses 0. The image is padded before it
+            is resampled, so that both blend at its edge.
 
         Returns
         -------
@@ -137,14 +140,14 @@ class Slide:
         Raises
         ------
         InputError
-            If the file turns out to be truncated or corrupt there.
+            If the file is truncated or corrupt there.
         """
         pixels = self._read(x, y, width, height, mpp, outside)
         return pixels if self.recolour is None else self.recolour(pixels)
 
     def _read(self, x: int, y: int, width: int, height: int, mpp: float | None, outside: int) -> NDArray[np.uint8]:
         if width < 0 or height < 0:
-            raise ValueError(f"a region of {width} x {height} pixels")
+            raise ValueError(f"negative size of region: {width} x {height} pixels")
         scale = 1.0 if mpp is None else _checked(mpp) / self.mpp
         level = max(i for i, factors in enumerate(self._factors) if i == 0 or max(factors) <= scale * _LEVEL_TOLERANCE)
         step = (scale / self._factors[level][0], scale / self._factors[level][1])
@@ -153,7 +156,7 @@ class Slide:
         return self._resample(x, y, width, height, level, step, outside)
 
     def thumbnail(self, max_side: int) -> NDArray[np.uint8]:
-        """The whole image, reduced (never enlarged) until no side is longer than `max_side` pixels."""
+        """The whole image, reduced until no side is longer than `max_side` pixels, never enlarged."""
         mpp = self.mpp * max(1.0, max(self.width, self.height) / max_side)
         width, height = self.size_at(mpp)
         return self._read(0, 0, width, height, mpp, 255)
@@ -161,9 +164,9 @@ class Slide:
     def _resample(
         self, x: int, y: int, width: int, height: int, level: int, step: tuple[float, float], outside: int
     ) -> NDArray[np.uint8]:
-        """A region of the grid that has `step` pixels of the level to a pixel, in blocks whose place is fixed on this grid.
+        """Resample a region of the grid with `step` pixels of the level per pixel, in blocks at fixed positions of this grid.
 
-        Whatever region asks for a pixel, it comes from the same block and so is the same to the last bit.
+        A pixel comes from the same block for every region, and so is identical to the last bit.
         """
         out = np.empty((height, width, 3), np.uint8)
         size = _BLOCK
@@ -184,7 +187,7 @@ class Slide:
         left, right = _with_margin(x, size, step[0], start[0])
         top, bottom = _with_margin(y, size, step[1], start[1])
         window = self._window(level, left, top, right - left, bottom - top, outside)
-        # One axis after the other: given both at once, Pillow takes them in the order that is cheaper for the window's shape
+        # One axis at a time: given both, Pillow chooses the cheaper order for the shape of the window
         from_left, from_top = start[0] + left, start[1] + top
         across = (x * step[0] - from_left, 0, (x + size) * step[0] - from_left, bottom - top)
         down = (0, y * step[1] - from_top, size, (y + size) * step[1] - from_top)
@@ -192,13 +195,13 @@ class Slide:
         return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC, down))
 
     def _window(self, level: int, x: int, y: int, width: int, height: int, outside: int) -> NDArray[np.uint8]:
-        """Pixels of a level as they are read, turned from where they lie in the file: the same to the last bit."""
+        """Pixels of a level as read: those of the file, reoriented without resampling."""
         grid = self._reader.levels[level]
         place = self.orientation.window(x, y, width, height, (grid.width, grid.height))
         return self.orientation.pixels(self._window_in_file(level, *place, outside))
 
     def _window_in_file(self, level: int, x: int, y: int, width: int, height: int, outside: int) -> NDArray[np.uint8]:
-        """Pixels of a level, put together from its tiles."""
+        """Pixels of a level, assembled from its tiles."""
         grid = self._reader.levels[level]
         window = np.full((height, width, 3), outside, np.uint8)
         x0, x1 = max(x, 0), min(x + width, grid.width)
@@ -227,7 +230,7 @@ class Slide:
                 raise InputError(f"{self.path}: {error}") from error
             except Exception as error:
                 raise InputError(
-                    f"{self.path}: truncated or corrupt, the tile in row {row}, column {column} cannot be decoded "
+                    f"{self.path}: truncated or corrupt, tile in row {row}, column {column} cannot be decoded "
                     f"({_reason(error)}); get a complete copy"
                 ) from error
             self._tiles[key] = tile
@@ -241,109 +244,106 @@ def open_slide(
     path: Path | str,
     *,
     mpp: float | None = None,
-    sources: Sequence[Source] = (),
+    sources: Sequence[MppSource] = (),
     orientation: Orientation = UPRIGHT,
+    max_pixels: int | None = None,
 ) -> Slide:
-    """Open an H&E image: TIFF, BigTIFF, OME-TIFF, what OpenSlide reads (SVS, NDPI, MRXS, ...), PNG or JPEG.
+    """Open an H&E image: TIFF, BigTIFF, OME-TIFF, formats of OpenSlide (SVS, NDPI, MRXS, ...), PNG or JPEG.
 
-    Only what a region touches is decoded, except from PNG, JPEG and TIFFs in a single compressed strip.
+    Only the tiles that a region touches are decoded, except for PNG, JPEG and TIFF in a single compressed strip.
 
     Parameters
     ----------
     path
         The image.
     mpp
-        um per full-resolution pixel, where the user says it.
+        um per full-resolution pixel, as given by the user.
     sources
-        um/px that the section's other files give, such as `microns_per_pixel` of scalefactors_json.json.
+        um/px in other files of the section, such as `microns_per_pixel` of scalefactors_json.json.
     orientation
-        How the slide is to be read.
+        Rotation and flip as the slide is read.
+    max_pixels
+        Limit on the size of images that must be decoded whole; 537 million px by default.
 
     Returns
     -------
-    The slide. Its `mpp` is the first there is of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF
-    resolution or dpi tags. Metadata outside 0.05-5 um/px, such as a default of 72 dpi, is no source.
+    The slide. Its `mpp` is the first one of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF resolution or dpi tags. Metadata
+    outside 0.05-5 um/px, such as a default of 72 dpi, is ignored.
 
     Raises
     ------
     InputError
-        If the file is missing, no image, truncated, or no RGB or grey one; if no source gives um/px, or two of them
-        differ by more than 2 %.
+        If the file is missing, truncated, or not an RGB or gray image; if no source states um/px, or two of them differ by more
+        than 2 %.
     """
     path = Path(path)
     if mpp is not None and not is_plausible(mpp):
-        raise InputError(
-            f"mpp={mpp}: no microscope's um per pixel; it must be within {MPP_RANGE[0]:g}-{MPP_RANGE[1]:g}"
+        raise ParameterError(
+            "", "mpp", f"{mpp} is out of range; give um per pixel within {MPP_RANGE[0]:g}-{MPP_RANGE[1]:g}"
         )
-    reader = _open_reader(path)
+    reader = _open_reader(path, max_pixels)
     try:
-        given: list[Source] = [] if mpp is None else [("mpp=", mpp)]
-        source, value = resolve_mpp(path, [*given, *sources, *_own_sources(path, reader)])
+        given: list[MppSource] = [] if mpp is None else [("mpp=", mpp)]
+        source, value = resolve_mpp(path, [*given, *sources, *_metadata_sources(path, reader)])
     except BaseException:
         reader.close()
         raise
     logger.debug("%s: %.4g um/px from %s", path, value, source)
-    return Slide(path, reader, value, source, orientation)
+    slide = Slide(path, reader, value, source, orientation)
+    slide.max_pixels = max_pixels
+    return slide
 
 
-def _own_sources(path: Path, reader: Reader) -> list[Source]:
-    """What the image itself says of its um/px."""
+def _metadata_sources(path: Path, reader: Reader) -> list[MppSource]:
     try:
         return reader.mpp_sources()
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        ArithmeticError,
-    ) as error:  # a tag may hold values of any kind and number
-        raise InputError(
-            f"{path}: its tags of um/px cannot be read ({_reason(error)}); get a complete copy, or save it anew"
-        ) from error
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # tags may contain anything
+        raise InputError(f"{path}: its um/px tags cannot be read ({_reason(error)}); save the image again") from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image's full resolution, px, whatever its um/px.
+def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
+    """Width and height of an image at full resolution, px.
 
     Raises
     ------
     InputError
-        If the file is missing or no image.
+        If the file is missing or not an image.
     """
-    reader = _open_reader(Path(path))
+    reader = _open_reader(Path(path), max_pixels)
     try:
         return reader.levels[0].width, reader.levels[0].height
     finally:
         reader.close()
 
 
-def _open_reader(path: Path) -> Reader:
+def _open_reader(path: Path, max_pixels: int | None) -> Reader:
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; the image file itself is needed")
+        raise InputError(f"{path}: is a folder; give the image file")
     if not path.is_file():
-        raise InputError(f"{path}: no such file; an H&E image is needed")
+        raise InputError(f"{path}: no such file; give an H&E image")
     try:
         with path.open("rb") as handle:
             magic = handle.read(4)
         if not magic:
-            raise InputError("is empty; get a complete copy")
+            raise InputError("empty file; get a complete copy")
         vendor = openslide.OpenSlide.detect_format(str(path))
         if vendor not in (None, "generic-tiff"):
             if magic in _TIFF_MAGIC:
-                require_whole_tiles(path)
+                check_tiles(path)
             return OpenSlideReader(path)
-        return open_tiff(path) if magic in _TIFF_MAGIC else read_pillow(path)
+        return open_tiff(path, max_pixels) if magic in _TIFF_MAGIC else read_pillow(path, max_pixels)
+    except ParameterError:
+        raise
     except InputError as error:
-        raise InputError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path}: is no image, whatever its name says, or a damaged one; TIFF, SVS, NDPI, MRXS, SCN, BIF, PNG and JPEG are read"
+            f"{path}: not an image, or damaged; give TIFF, SVS, NDPI, MRXS, SCN, BIF, PNG or JPEG"
         ) from error
-    except OSError as error:
-        if isinstance(error, PermissionError):
-            raise InputError(f"{path}: may not be read ({error.strerror})") from error
-        raise InputError(f"{path}: no image that can be read, or a damaged one ({_reason(error)})") from error
+    except PermissionError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:
-        raise InputError(f"{path}: no image that can be read, or a damaged one ({_reason(error)})") from error
+        raise InputError(f"{path}: the image cannot be read ({_reason(error)}); get a complete copy") from error
 
 
 def _reason(error: Exception) -> str:
@@ -352,7 +352,7 @@ def _reason(error: Exception) -> str:
 
 def _checked(mpp: float) -> float:
     if not (math.isfinite(mpp) and mpp > 0):
-        raise InputError(f"mpp={mpp}: must be a positive number of um per pixel")
+        raise ParameterError("", "mpp", f"{mpp} is not valid; give a positive number of um per pixel")
     return mpp
 
 
@@ -361,16 +361,16 @@ def _shift(place: slice, origin: int) -> slice:
 
 
 def _with_margin(first: int, length: int, step: float, start: float) -> tuple[int, int]:
-    """The pixels that `length` pixels of `step` draw on: the cubic kernel reaches two (output) pixels to either side."""
+    """Range of source pixels of `length` output pixels: the cubic kernel extends two output pixels to either side."""
     margin = 2 * max(1.0, step) + 1
     return math.floor(first * step - start - margin), math.ceil((first + length) * step - start + margin)
 
 
 def _level_factors(full: Level, level: Level) -> tuple[float, float]:
-    """Full-resolution pixels to a level's pixel, along x and y.
+    """Full-resolution pixels per pixel of a level, along x and y.
 
-    Writers halve the image and round its size, so the ratio of the sizes is a little off the true, whole factor: over
-    the width of a slide that would shift the pixels.
+    Programs halve the image and round its size, so that the ratio of the sizes differs slightly from the true, integer factor; across a
+    slide, this would shift the pixels.
     """
     whole = round(full.width / level.width)
     if abs(whole * level.width - full.width) <= whole and abs(whole * level.height - full.height) <= whole:
@@ -381,7 +381,7 @@ def _level_factors(full: Level, level: Level) -> tuple[float, float]:
 def _level_start(
     full: Level, level: Level, factor: tuple[float, float], orientation: Orientation
 ) -> tuple[float, float]:
-    """Where the first pixel of a level begins as it is read, in its pixels: off 0 where rounding its size fell on a mirrored side."""
+    """Start of the first pixel of a level as read, in its pixels; not 0 if its size was rounded on a mirrored side."""
     rest = orientation.size(full.width / factor[0] - level.width, full.height / factor[1] - level.height)
     across, down = orientation.mirrors
     return rest[0] if across else 0.0, rest[1] if down else 0.0

@@ -1,6 +1,6 @@
-"""What a slide is read through: levels cut into tiles, decoded one at a time to RGB; OpenSlide's and Pillow's formats.
+"""Readers of slides: levels of tiles that are decoded to RGB one at a time, for the formats of OpenSlide and Pillow.
 
-TIFF has a module of its own, `slide_tiff`.
+For TIFF see `slide_tiff`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prts.errors import InputError
-from prts.io.limits import require_decodable
-from prts.io.mpp import UM_PER_INCH, Source, from_axes
+from prts.io.limits import check_pixels
+from prts.io.mpp import UM_PER_INCH, MppSource, from_axes
 
 _PILLOWS_LIMIT = threading.Lock()
 _PIXELS_AT_ONCE = 1 << 22
@@ -27,7 +27,7 @@ _PIXELS_AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the image, and the grid of tiles that it is decoded by; the last ones end with the image."""
+    """A resolution of an image and its grid of tiles; the last tiles end with the image."""
 
     width: int
     height: int
@@ -36,25 +36,25 @@ class Level:
 
 
 class Reader(Protocol):
-    """A file format: levels, finest first, whose tiles can be decoded in any order."""
+    """An open image: levels, finest first, whose tiles can be decoded in any order."""
 
     levels: list[Level]
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
-        """RGB pixels (height, width, 3) of one tile; raises whatever its decoder raises."""
+        """RGB pixels of a tile, (height, width, 3); errors of the decoder are passed on."""
         ...
 
-    def mpp_sources(self) -> list[Source]:
-        """What the file itself says of its um/px at full resolution."""
+    def mpp_sources(self) -> list[MppSource]:
+        """um/px at full resolution according to the metadata of the file."""
         ...
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
         ...
 
 
 def composite(rgb: NDArray[np.uint8], alpha: NDArray[np.uint8], *, premultiplied: bool = False) -> NDArray[np.uint8]:
-    """Lay pixels (h, w, 3) with their opacity (h, w) on white, the colour of empty glass."""
+    """Blend pixels (h, w, 3) with opacity (h, w) onto white, the color of empty glass."""
     opacity = alpha[..., None].astype(np.uint16)
     colour = rgb.astype(np.uint32) * (255 if premultiplied else opacity)
     blended: NDArray[np.uint8] = np.minimum((colour + 255 * (255 - opacity) + 127) // 255, 255).astype(np.uint8)
@@ -67,21 +67,21 @@ def to_uint8(pixels: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     Raises
     ------
     InputError
-        If they are signed, floating point or deeper: then the image is no photograph.
+        If they are signed, floating point or have more than 16 bits.
     """
     if pixels.dtype == np.uint8 and bits == 8:
         return pixels
     if pixels.dtype.kind not in "bu" or bits > 16:
-        raise InputError(f"holds {pixels.dtype} pixels; an RGB image of 8 or 16 bits is needed")
+        raise InputError(f"contains {pixels.dtype} pixels; give an RGB image with 8 or 16 bits")
     top = (1 << bits) - 1
     return ((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
 
 
 class OpenSlideReader:
-    """Whole-slide formats of scanners (SVS, NDPI, MRXS, SCN, BIF, ...) through OpenSlide."""
+    """Scanner formats (SVS, NDPI, MRXS, SCN, BIF, ...) read by OpenSlide."""
 
-    # Reading on a fixed grid gives a pixel the same value whatever region asks for it: at levels with a fractional
-    # downsampling, OpenSlide shifts what it returns by a part of a pixel that depends on the corner.
+    # On a fixed grid, the value of a pixel does not depend on the region: at levels with fractional downsampling, OpenSlide shifts
+    # its result by a fraction of a pixel that depends on the corner.
     _TILE = 1024
 
     def __init__(self, path: Path) -> None:
@@ -102,7 +102,7 @@ class OpenSlideReader:
             return np.array(rgba[..., :3])
         return composite(rgba[..., :3], rgba[..., 3])
 
-    def mpp_sources(self) -> list[Source]:
+    def mpp_sources(self) -> list[MppSource]:
         """See `Reader`."""
         properties = self._slide.properties
         x, y = (properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y))
@@ -115,9 +115,9 @@ class OpenSlideReader:
 
 
 class ArrayReader:
-    """An image that is decoded whole: PNG, JPEG, and the TIFF layouts that cannot be read in parts."""
+    """An image that is decoded whole: PNG, JPEG, and TIFF layouts that cannot be read in parts."""
 
-    def __init__(self, pixels: NDArray[np.uint8], sources: list[Source]) -> None:
+    def __init__(self, pixels: NDArray[np.uint8], sources: list[MppSource]) -> None:
         self._pixels = pixels
         self._sources = sources
         height, width = pixels.shape[:2]
@@ -127,7 +127,7 @@ class ArrayReader:
         """See `Reader`."""
         return self._pixels
 
-    def mpp_sources(self) -> list[Source]:
+    def mpp_sources(self) -> list[MppSource]:
         """See `Reader`."""
         return self._sources
 
@@ -136,26 +136,26 @@ class ArrayReader:
         self._pixels = np.empty((0, 0, 3), np.uint8)
 
 
-def read_pillow(path: Path) -> ArrayReader:
-    """Decode an image that Pillow knows, and take um/px from its density tag.
+def read_pillow(path: Path, max_pixels: int | None = None) -> ArrayReader:
+    """Decode an image with Pillow and read um/px from its dpi.
 
     Raises
     ------
     InputError
-        If the image is too big to be decoded whole, or holds no photograph. Pillow's own errors pass through.
+        If the image is too large to be decoded whole or not RGB or gray. Errors of Pillow are passed on.
     """
     with open_pillow(path) as image:
-        require_decodable(*image.size, f"a {image.format}", n_bytes=7)  # 4 in Pillow, 3 in the array
+        check_pixels(image.size, f"a {image.format}", max_pixels, n_bytes=7)  # 4 in Pillow, 3 in the array
         dpi = image.info.get("dpi")
         pixels = _pillow_rgb(image)
     x, y = (UM_PER_INCH / float(v) if v else None for v in dpi) if dpi else (None, None)
-    return ArrayReader(pixels, from_axes("the image's dpi", x, y))
+    return ArrayReader(pixels, from_axes("the dpi of the image", x, y))
 
 
 @contextmanager
 def open_pillow(path: Path) -> Iterator[Image.Image]:
-    """An image that Pillow knows, its header read; decoding it is for the block, after `require_decodable`: Pillow's own limit is off."""
-    with _PILLOWS_LIMIT:  # of the whole process, and looked at where a header is read
+    """Read the header of an image without the limit of Pillow; call `check_pixels` before decoding."""
+    with _PILLOWS_LIMIT:  # it is global, and applied when a header is read
         limit = Image.MAX_IMAGE_PIXELS
         Image.MAX_IMAGE_PIXELS = None
         try:
@@ -167,13 +167,13 @@ def open_pillow(path: Path) -> Iterator[Image.Image]:
 
 
 def _pillow_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    if image.mode.startswith("I"):  # 16-bit grey; "I" is what older files of it open as
+    if image.mode.startswith("I"):  # 16-bit gray; older files open as "I"
         grey = to_uint8(np.asarray(image).astype(np.uint16), 16)
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
-        raise InputError("holds floating point pixels; an RGB image of 8 or 16 bits is needed")
+        raise InputError("contains floating point pixels; give an RGB image with 8 or 16 bits")
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    # some rows at a time: converting and copying a whole image would take its size in memory several times over
+    # in bands: converting and copying the whole image at once would take several times its memory
     n_rows = max(1, _PIXELS_AT_ONCE // image.width)
     for top in range(0, image.height, n_rows):
         rows = image.crop((0, top, image.width, min(top + n_rows, image.height)))

@@ -1,4 +1,4 @@
-"""TIFF, BigTIFF and OME-TIFF: the tiles or strips that a region touches are decoded, and no others."""
+"""TIFF, BigTIFF and OME-TIFF: only the tiles or strips that a region touches are decoded."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from prts.errors import InputError
-from prts.io.limits import allowed_pixels, require_decodable
-from prts.io.mpp import Source, tiff_sources
+from prts.io.limits import check_pixels
+from prts.io.mpp import MppSource, tiff_sources
 from prts.io.slide_readers import ArrayReader, Level, Reader, composite, to_uint8
 
-# Rows of an uncompressed image are read in strips of about this many bytes, however long the file's own strips are.
+# Uncompressed images are read in strips of about this size, regardless of the strips in the file.
 _STRIP_BYTES = 1 << 21
 
 _MINISWHITE, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 2, 3, 5, 6
 _ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 1, 2
-# These decoders turn YCbCr into RGB themselves: old and new JPEG, JPEG in Aperio's JPEG 2000 numbers, JPEG XR, WebP.
+# These decoders convert YCbCr to RGB themselves: old and new JPEG, JPEG 2000 (also of Aperio), JPEG XR, WebP.
 _CONVERTING = {6, 7, 22610, 33004, 33005, 34712, 34892, 34934, 50001}
 
 
 @dataclass(frozen=True)
 class _Plane:
-    """Where some of the samples of every pixel are: a page, or one colour of a page that keeps them apart."""
+    """Samples of every pixel stored together: a page, or one color of a page with separate planes."""
 
     page: Any
-    first: int  # the plane's first segment
-    offset: int  # bytes from the page's data to the plane's, where the page is uncompressed
+    first: int  # index of the first segment of the plane
+    offset: int  # bytes from the data of the page to the plane, if the page is uncompressed
     samples: int
 
 
 class TiffReader:
-    """The largest image of a TIFF, with its pyramid where it has one (SubIFDs, or pages of falling size)."""
+    """The largest image of a TIFF and its pyramid, if any (SubIFDs, or pages of decreasing size)."""
 
-    def __init__(self, path: Path) -> None:
-        # companion files that OME-XML may name are not followed
+    def __init__(self, path: Path, max_pixels: int | None = None) -> None:
+        # without companion files that OME-XML may name
         self._tif = tifffile.TiffFile(path, _multifile=False)
         try:
-            self._open()
+            self._open(max_pixels)
         except BaseException:
             self._tif.close()
             raise
 
-    def _open(self) -> None:
-        require_sizes(self._tif)
+    def _open(self, max_pixels: int | None) -> None:
         series = max(self._tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
         self._series = series
         planes = [_planes(level) for level in series.levels]
@@ -59,11 +58,11 @@ class TiffReader:
         self.levels = [_level(level[0].page, rows) for level, rows in zip(self._planes, self._in_rows, strict=True)]
         for grid, in_rows in zip(self.levels, self._in_rows, strict=True):
             if not in_rows:
-                require_decodable(grid.tile_width, grid.tile_height, "one compressed piece")
+                check_pixels((grid.tile_width, grid.tile_height), "one compressed piece", max_pixels)
         size = self._tif.filehandle.size
         for level, grid, in_rows in zip(self._planes, self.levels, self._in_rows, strict=True):
             if not all(_is_complete(plane, grid, in_rows, size) for plane in level):
-                raise InputError("is truncated: not all of its pixels lie within the file; get a complete copy")
+                raise InputError("truncated, some pixels are missing; get a complete copy")
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """See `Reader`."""
@@ -75,10 +74,10 @@ class TiffReader:
         parts = [self._rows(p, top, shape) if self._in_rows[level] else self._segment(p, index, shape) for p in planes]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
-            return np.full((*shape, 3), 255, np.uint8)  # a sparse file leaves empty glass out
+            return np.full((*shape, 3), 255, np.uint8)  # sparse files omit empty glass
         rgb = _to_rgb(planes[0].page, found[0] if len(found) == 1 else np.concatenate(found, axis=2))
         if rgb.shape != (*shape, 3):
-            raise ValueError("a tile holds other samples than its page says")
+            raise ValueError("a tile has other samples than its page")
         return rgb
 
     def _rows(self, plane: _Plane, top: int, shape: tuple[int, int]) -> NDArray[Any]:
@@ -94,13 +93,11 @@ class TiffReader:
             return None
         data = self._read(page.dataoffsets[index], n_bytes)
         if page.compression in (6, 7):
-            if _jpeg_pixels(data) > allowed_pixels():  # its decoder would ask for memory for all of them
-                raise ValueError("a tile says that it is larger than any")
             pixels = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)[0]
         else:
             pixels = page.decode(data, index)[0]
         if pixels is None or pixels.shape[1] < shape[0] or pixels.shape[2] < shape[1]:
-            raise ValueError("a tile holds too few pixels")
+            raise ValueError("a tile has too few pixels")
         cut: NDArray[Any] = pixels[0, : shape[0], : shape[1]]
         return cut
 
@@ -112,7 +109,7 @@ class TiffReader:
             raise ValueError("the file ends within a tile")
         return data
 
-    def mpp_sources(self) -> list[Source]:
+    def mpp_sources(self) -> list[MppSource]:
         """See `Reader`."""
         return tiff_sources(self._tif, self._series.keyframe)
 
@@ -122,34 +119,20 @@ class TiffReader:
 
 
 class _NotInParts(Exception):  # noqa: N818 - never leaves this module
-    """The layout of the samples is one that only tifffile as a whole can put together."""
+    """The layout of the samples is one that only tifffile can assemble, from the whole image."""
 
 
-def require_sizes(tif: tifffile.TiffFile) -> None:
-    """Refuse pages of less than nothing: tifffile counts them to find its series, and never gets to the end.
-
-    Raises
-    ------
-    InputError
-        If a page has a negative number of samples.
-    """
-    for page in tif.pages:
-        if min(page.shape, default=1) < 0:
-            raise InputError(f"holds a page of {' x '.join(map(str, page.shape))} samples; get a complete copy")
-
-
-def require_whole_tiles(path: Path) -> None:
-    """Refuse a scanner's TIFF whose tables of tiles are too short or lead out of it: OpenSlide would follow them and end the process.
+def check_tiles(path: Path) -> None:
+    """Refuse a TIFF of a scanner whose tiles are missing or beyond its end, on which OpenSlide may crash.
 
     Raises
     ------
     InputError
-        If it is so.
+        If the file is truncated.
     """
     with tifffile.TiffFile(path, _multifile=False) as tif:
-        if tif.is_ndpi:  # which keeps the upper halves of its offsets elsewhere
+        if tif.is_ndpi:  # stores the upper halves of its offsets elsewhere
             return
-        require_sizes(tif)
         size = tif.filehandle.size
         page: Any
         for page in tif.pages:
@@ -159,37 +142,37 @@ def require_whole_tiles(path: Path) -> None:
             tiles *= page.samplesperpixel if page.planarconfig == 2 else 1
             offsets, n_bytes = (np.array(table, np.uint64) for table in (page.dataoffsets, page.databytecounts))
             if not len(offsets) == len(n_bytes) == tiles:
-                raise InputError(f"lists {len(offsets):,} tiles where {tiles:,} are needed; get a complete copy")
+                raise InputError(f"lists {len(offsets):,} of {tiles:,} tiles; get a complete copy")
             if ((offsets > size) | (n_bytes > size) | (offsets + n_bytes > size)).any():
-                raise InputError("is truncated: not all of its pixels lie within the file; get a complete copy")
+                raise InputError("truncated, some pixels are missing; get a complete copy")
 
 
-def open_tiff(path: Path) -> Reader:
+def open_tiff(path: Path, max_pixels: int | None = None) -> Reader:
     """Open a TIFF of any kind.
 
     Raises
     ------
     InputError
-        If it holds no RGB or grey photograph, or is truncated. tifffile's own errors pass through.
+        If it is not an RGB or gray image, or is truncated. Errors of tifffile are passed on.
     """
     try:
-        return TiffReader(path)
+        return TiffReader(path, max_pixels)
     except _NotInParts:
-        return _read_whole(path)
+        return _read_whole(path, max_pixels)
 
 
 def _planes(level: tifffile.TiffPageSeries) -> list[_Plane] | None:
-    """The planes whose samples, side by side, are the pixels of a level; None if it must be read whole."""
+    """Planes whose samples together are the pixels of a level; None if it must be read whole."""
     sizes = {axis: n for axis, n in zip(level.axes, level.shape, strict=True) if n > 1}
     stack = {axis: n for axis, n in sizes.items() if axis not in "YXSC"}
     if stack:
-        raise InputError(f"is a stack of {np.prod(list(stack.values()))} images; one H&E image is needed")
+        raise InputError(f"a stack of {np.prod(list(stack.values()))} images; give one H&E image")
     page: Any = level.keyframe
     channels, samples = sizes.get("C", 1), page.samplesperpixel
     n = channels * samples if "S" in sizes or samples == 1 else channels
     is_alpha = bool(page.extrasamples) and page.extrasamples[-1] in (_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA)
     if not (n in (1, 3) or (n == 2 and is_alpha) or (n == 4 and page.photometric in (_RGB, _CMYK))):
-        raise InputError(f"has {n} channels, like a fluorescence image; an H&E image in RGB or grey is needed")
+        raise InputError(f"has {n} channels, like a fluorescence image; give an H&E image in RGB or gray")
     if page.imagedepth > 1:
         return None
     pages = list(level.pages)
@@ -204,17 +187,6 @@ def _planes(level: tifffile.TiffPageSeries) -> list[_Plane] | None:
     segments = len(page.dataoffsets) // samples
     plane_bytes = page.imagelength * page.imagewidth * page.dtype.itemsize
     return [_Plane(page, s * segments, s * plane_bytes, 1) for s in range(samples)]
-
-
-def _jpeg_pixels(data: bytes) -> int:
-    """Pixels that the header of a JPEG stream says there are; 0 where it says nothing."""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
-        at += 1 if marker == 0xFF else 2 + length
-    return 0
 
 
 def _level(page: Any, in_rows: bool) -> Level:
@@ -242,7 +214,7 @@ def _is_complete(plane: _Plane, grid: Level, in_rows: bool, file_size: int) -> b
 
 
 def _to_rgb(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8]:
-    """Samples (h, w, n) of a page as RGB on white."""
+    """Convert samples (h, w, n) of a page to RGB on white."""
     if page.photometric == _PALETTE:
         table = to_uint8(np.asarray(page.colormap, np.uint16), 16).T
         return np.asarray(table[samples[..., 0]])
@@ -261,11 +233,11 @@ def _to_rgb(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(rgb)
 
 
-def _read_whole(path: Path) -> ArrayReader:
+def _read_whole(path: Path, max_pixels: int | None) -> ArrayReader:
     with tifffile.TiffFile(path, _multifile=False) as tif:
         series = max(tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
         page = series.keyframe
-        require_decodable(page.imagewidth, page.imagelength, "a rare layout")
+        check_pixels((page.imagewidth, page.imagelength), "an unusual layout", max_pixels)
         pixels = series.asarray()
         order = [axis for axis in series.axes if axis in "YXCS"]
         pixels = pixels.reshape([n for axis, n in zip(series.axes, series.shape, strict=True) if axis in order])

@@ -1,7 +1,7 @@
 """A trained model as a folder: `model.safetensors` (every tensor) and `model.json` (everything else). No pickle, no code.
 
-A bundle holds all that prediction needs but the encoder's weights, which it names with their SHA-256. Architectures and scalers are named,
-never imported from what the file says, so that opening a stranger's bundle runs nothing of theirs.
+A bundle holds all that prediction needs except the encoder's weights, which it identifies by SHA-256. It names architecture and likelihood
+by what is registered, so opening a stranger's bundle never imports what the file says.
 """
 
 from __future__ import annotations
@@ -21,60 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prts.data.targets import SCALERS, Scaler
 from prts.errors import InputError
-from prts.features.feature_reader import BLOCKS
 from prts.io.cache import atomic, sha256_file
-from prts.io.mpp import is_plausible
+from prts.models.bundle_description import FORMAT_VERSION, GIVEN_KEYS, OWN_KEYS, Description, edited, read_description
+from prts.models.likelihoods import Likelihood, likelihoods
 from prts.models.network import PRTSNet
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import OutputRule
 from prts.models.predictor import Predictor
 from prts.models.uncertainty import CountIntervals
 
-# 2: tensors of what is usual (`ood`), beside those of network and scaler
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-
 ARCHITECTURES: dict[str, type[PRTSNet]] = {"mlp": PRTSNet}
-
-# What the caller of `save_bundle` must say.
-GIVEN_KEYS = (
-    "encoder",
-    "encoder_weights",
-    "mpp",
-    "tile",
-    "pooling",
-    "input",
-    "loss",
-    "segmentation",
-    "qc",
-    "tissue",
-    "species",
-    "train_sections",
-    "split",
-    "seed",
-    "validation",
-)
-OWN_KEYS = ("format_version", "genes", "architecture", "target", "output", "weights_sha256", "versions")
-
-# What prediction goes on with, checked here so that it cannot fail hours later.
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    "genes": list,
-    "encoder": dict,
-    "encoder_weights": (str, type(None)),
-    "segmentation": dict,
-    "qc": dict,
-    "tissue": str,
-    "species": str,
-    "train_sections": list,
-    "validation": dict,
-    "weights_sha256": str,
-    "versions": dict,
-    "stain": (dict, type(None)),
-    "nuclei": (dict, type(None)),
-    "provenance": dict,
-}
 
 _PACKAGES = ("prts", "torch", "timm", "pytorch-lightning", "numpy", "scipy", "anndata", "scanpy", "stardist")
 
@@ -85,12 +42,12 @@ class Bundle(Predictor):
 
     Parameters
     ----------
-    net, scaler, rule
-        The network in evaluation mode, what turns its levels into UMI, and its gate and threshold.
+    net, likelihood, rule
+        The network in evaluation mode, its likelihood, and its gate and threshold.
     metadata
         All of `model.json`.
     ood
-        What says how unusual a nucleus is; None where the bundle does not know.
+        Scores how unusual a nucleus is; None in bundles of older versions.
     """
 
     metadata: dict[str, Any]
@@ -108,7 +65,7 @@ class Bundle(Predictor):
 
     @property
     def input_use(self) -> tuple[str, ...]:
-        """Feature blocks in the order in which the network takes them."""
+        """Feature blocks in the order of the network's input."""
         return tuple(self.metadata["input"]["use"])
 
     @property
@@ -118,7 +75,7 @@ class Bundle(Predictor):
 
     @property
     def val_pcc(self) -> NDArray[np.float64]:
-        """(g,) PCC of each gene on validation, NaN where it was constant or unknown."""
+        """(g,) PCC of each gene on validation, NaN where it was constant or is unknown."""
         return self._per_gene("pcc")
 
     @property
@@ -128,33 +85,28 @@ class Bundle(Predictor):
 
     @property
     def predictable(self) -> NDArray[np.bool_] | None:
-        """(g,) genes that were predicted on validation beyond chance and the baselines; None where an older bundle does not say."""
+        """(g,) genes predicted on validation beyond chance and the baselines; None in bundles of older versions."""
         flags = self.metadata["validation"].get("predictable")
         return None if flags is None else np.array(flags, dtype=bool)
 
     @property
     def intervals(self) -> CountIntervals | None:
-        """Intervals of counts, calibrated on validation; None where an older bundle has none."""
+        """Intervals of counts, calibrated on validation; None in bundles of older versions."""
         settings = self.metadata.get("intervals")
         return None if settings is None else CountIntervals.from_settings(settings)
 
     def _per_gene(self, name: str) -> NDArray[np.float64]:
-        values = _numbers(self.metadata["validation"].get(name))
-        return np.full(len(self.metadata["genes"]), np.nan) if values is None else values
-
-
-def _numbers(values: Sequence[float | None] | None) -> NDArray[np.float64] | None:
-    """Numbers of JSON, whose null is NaN."""
-    if values is None:
-        return None
-    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
+        values = self.metadata["validation"].get(name)
+        if values is None:
+            return np.full(len(self.metadata["genes"]), np.nan)
+        return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
 def save_bundle(
     folder: Path,
     *,
     net: PRTSNet,
-    scaler: Scaler,
+    likelihood: Likelihood,
     rule: OutputRule,
     genes: Sequence[tuple[str, str]],
     metadata: Mapping[str, Any],
@@ -165,45 +117,45 @@ def save_bundle(
     Parameters
     ----------
     folder
-        Where; an older bundle there is replaced.
+        Where to write; an older bundle there is replaced.
     net
         The trained network.
-    scaler
-        Its target scaling.
+    likelihood
+        Its likelihood, fitted.
     rule
         Its output rule.
     genes
         (name, id) in the order of the output.
     metadata
-        `encoder` (settings with weights sha256 and normalisation), `encoder_weights` (the file, or None), `mpp`, `tile`, `pooling`,
-        `input` (`use`, `widths`), `loss`, `segmentation` (`name`, `arguments`), `qc`, `tissue`, `species`, `train_sections`, `split`,
-        `seed`, `validation` (`pcc` and `ceiling`, one value per gene or None), and anything else worth keeping. Values are JSON-like;
-        NaN is written as null.
+        `encoder` (settings with weights sha256 and normalization), `encoder_weights` (the file, or None), `mpp`, `tile`, `pooling`,
+        `input` (`use`, `widths`), `segmentation` (`name`, `arguments`), `qc`, `tissue`, `species`, `train_sections`, `split`, `seed`,
+        `validation` (`pcc` and `ceiling`, one value per gene or None), and anything else worth keeping. Values are JSON-like; NaN is
+        written as null.
     ood
-        What says how unusual a nucleus is.
+        Scores how unusual a nucleus is.
 
     Raises
     ------
     ValueError
         If `metadata` lacks a key, or the parts do not belong together.
     """
-    missing = [key for key in GIVEN_KEYS if key not in metadata]
-    if missing or set(metadata) & set(OWN_KEYS):
+    missing, taken = sorted(set(GIVEN_KEYS) - set(metadata)), sorted(set(metadata) & set(OWN_KEYS))
+    if missing or taken:
+        raise ValueError(f"bundle metadata: missing {missing}, reserved {taken}")
+    if not len(genes) == net.n_genes == likelihood.n_genes:
         raise ValueError(
-            f"bundle metadata: missing {missing}, not for the caller {sorted(set(metadata) & set(OWN_KEYS))}"
+            f"bundle: {len(genes)} genes, a network of {net.n_genes} and a likelihood of {likelihood.n_genes}"
         )
-    if not len(genes) == net.n_genes == scaler.n_genes:
-        raise ValueError(f"bundle: {len(genes)} genes, a network of {net.n_genes} and a scaler of {scaler.n_genes}")
     kinds = {kind: name for name, kind in ARCHITECTURES.items()}
     with atomic(Path(folder)) as temporary:
         temporary.mkdir()
         weights = temporary / "model.safetensors"
-        save_file(_tensors(net, scaler, ood), weights)
+        save_file(_tensors(net, likelihood, ood), weights)
         description = {
             "format_version": FORMAT_VERSION,
             "genes": [{"name": name, "id": gene_id} for name, gene_id in genes],
             "architecture": {"name": kinds[type(net)], **net.settings()},
-            "target": {"name": scaler.name},
+            "likelihood": likelihood.settings(),
             "output": rule.settings(),
             "ood": None if ood is None else ood.settings(),
             **metadata,
@@ -225,133 +177,117 @@ def load_bundle(folder: Path) -> Bundle:
     Raises
     ------
     InputError
-        If a file is missing or damaged, of another format version, or the two files do not belong together.
+        If a file is missing or damaged or has another format version, the two files do not belong together, or its likelihood comes from
+        a package that is not installed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a bundle is the folder `model` of a training run")
-    metadata = _read_description(folder / "model.json")
-    net, scaler, rule, ood = _build(folder / "model.json", metadata)
-    _load_weights(folder / "model.safetensors", net, scaler, ood, metadata["weights_sha256"])
+    path = folder / "model.json"
+    metadata, about = read_description(path)
+    net, likelihood, rule, ood = _build(path, metadata, about)
+    _load_weights(folder / "model.safetensors", about, net, likelihood, ood)
     net.eval()
-    return Bundle(net, scaler, rule, metadata, ood)
+    return Bundle(net, likelihood, rule, metadata, ood)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a bundle holds model.json and model.safetensors") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is no readable JSON ({error})") from error
-    if not isinstance(metadata, dict) or "format_version" not in metadata:
-        raise InputError(f"{path}: has no format_version, so it describes no prts model")
-    if metadata["format_version"] not in READABLE:
+def _build(
+    path: Path, metadata: dict[str, Any], about: Description
+) -> tuple[PRTSNet, Likelihood, OutputRule, MahalanobisOOD | None]:
+    """Everything that holds tensors, without memory behind them (the weights file brings it), and the rule."""
+    if about.architecture.name not in ARCHITECTURES:
         raise InputError(
-            f"{path}: is of format version {metadata['format_version']!r}, this prts reads {READABLE[0]} to {READABLE[-1]}; "
-            f"use the prts that wrote it ({_writer(metadata)}) or train again"
+            f"{path}: architecture {about.architecture.name!r} is not one of {', '.join(ARCHITECTURES)}; use a newer prts"
         )
-    missing = [key for key in (*OWN_KEYS, *GIVEN_KEYS) if key not in metadata]
-    if missing:
-        raise InputError(f"{path}: lacks {', '.join(missing)}; the file was edited or cut short")
-    wrong = [key for key, kind in _KINDS.items() if key in metadata and not isinstance(metadata[key], kind)]
-    if not isinstance(metadata["mpp"], int | float) or not is_plausible(metadata["mpp"]):
-        wrong.append("mpp")
-    if wrong:
+    if about.likelihood.name not in likelihoods:
         raise InputError(
-            f"{path}: is not laid out as prts writes it ({wrong[0]} is {str(metadata[wrong[0]])[:40]!r}); the file was edited"
+            f"{path}: likelihood {about.likelihood.name!r} is not one of {', '.join(likelihoods.names())}; "
+            "install the package that offers it"
         )
-    return metadata
-
-
-def _build(path: Path, metadata: dict[str, Any]) -> tuple[PRTSNet, Scaler, OutputRule, MahalanobisOOD | None]:
-    """Network, scaler and what is usual without memory behind their tensors (the weights file brings it), and the rule."""
+    width = sum(about.input.widths.get(block, 0) for block in about.input.use)
+    settings = {
+        part: {key: value for key, value in metadata[part].items() if key != "name"}
+        for part in ("architecture", "likelihood")
+    }
     try:
-        settings = dict(metadata["architecture"])
-        kind, scaling = settings.pop("name"), metadata["target"]["name"]
-        genes = [(str(gene["name"]), str(gene["id"])) for gene in metadata["genes"]]
-        use, widths = metadata["input"]["use"], metadata["input"]["widths"]
-        width = sum(int(widths[block]) for block in use)
-        per_gene = [_numbers(metadata["validation"].get(name)) for name in ("pcc", "ceiling", "predictable")]
-        if (intervals := metadata.get("intervals")) is not None:
-            found = CountIntervals.from_settings(intervals)
-            per_gene += [found.scale, found.dispersion, found.mass]
-        if any(values.ndim != 1 for values in per_gene if values is not None):
-            raise ValueError("one number per gene is needed")
-        lengths = {len(genes), *(len(values) for values in per_gene if values is not None)}
-        if kind in ARCHITECTURES and scaling in SCALERS:
-            with torch.device("meta"):
-                net = ARCHITECTURES[kind](**settings)
-                scaler = SCALERS[scaling](len(genes))
-                usual = metadata.get("ood")
-                ood = None if usual is None else MahalanobisOOD(width, int(usual["components"]))
-            rule = OutputRule(**metadata["output"])
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, InputError) as error:
-        raise InputError(f"{path}: is not laid out as prts writes it ({type(error).__name__}: {error})") from error
-    for what, name, known in (("architecture", kind, ARCHITECTURES), ("target", scaling, SCALERS)):
-        if name not in known:
-            raise InputError(f"{path}: {what} {name!r} is not one of {', '.join(known)}; use a newer prts")
-    if lengths != {net.n_genes}:
-        raise InputError(f"{path}: lists {len(genes)} genes beside a network of {net.n_genes}; the file was edited")
-    if len({name for name, _ in genes}) < len(genes):
+        with torch.device("meta"):
+            net = ARCHITECTURES[about.architecture.name](**settings["architecture"])
+            likelihood = likelihoods[about.likelihood.name](**settings["likelihood"])
+            likelihood.allocate(len(about.genes))
+            ood = None if about.ood is None else MahalanobisOOD(width, about.ood.components)
+        rule = OutputRule(**metadata["output"])
+        per_gene: list[Sequence[Any] | None] = [
+            about.validation.pcc,
+            about.validation.ceiling,
+            about.validation.predictable,
+        ]
+        if about.intervals is not None:
+            CountIntervals.from_settings(metadata["intervals"])
+            per_gene += [about.intervals.scale, about.intervals.dispersion, about.intervals.mass]
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, InputError) as error:
+        raise edited(path, str(error)) from error
+    if {len(about.genes), *(len(values) for values in per_gene if values is not None)} != {net.n_genes}:
+        raise InputError(f"{path}: lists {len(about.genes)} genes for a network of {net.n_genes}; the file was edited")
+    if len({gene.name for gene in about.genes}) < len(about.genes):
         raise InputError(f"{path}: lists a gene twice; names must be unique")
-    if not set(use) <= set(BLOCKS) or len(set(use)) < len(use) or width != net.in_features:
+    if net.outputs != likelihood.outputs:
+        raise edited(path, f"{list(net.outputs)} are not the outputs of likelihood {about.likelihood.name}")
+    if len(set(about.input.use)) < len(about.input.use) or width != net.in_features:
         raise InputError(
-            f"{path}: feature blocks {use} of {widths} do not add up to the network's {net.in_features} inputs; the file was edited"
+            f"{path}: feature blocks {about.input.use} of {about.input.widths} do not add up to the network's {net.in_features} inputs; "
+            "the file was edited"
         )
-    return net, scaler, rule, ood
+    return net, likelihood, rule, ood
 
 
-def _load_weights(path: Path, net: nn.Module, scaler: nn.Module, ood: nn.Module | None, sha256: str) -> None:
+def _load_weights(path: Path, about: Description, net: nn.Module, likelihood: nn.Module, ood: nn.Module | None) -> None:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a bundle holds model.json and model.safetensors") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: is damaged or cut short ({error}); copy the bundle again") from error
-    expected = _tensors(net, scaler, ood)
+    if about.format_version < 3:
+        prefix = "likelihood.scaler." if about.likelihood.name == "paper" else "likelihood."
+        tensors = {
+            name if not name.startswith("scaler.") else f"{prefix}{name.removeprefix('scaler.')}": tensor
+            for name, tensor in tensors.items()
+        }
+    expected = _tensors(net, likelihood, ood)
     for problem, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has unknown", tensors.keys() - expected.keys()),
     ):
         if names:
-            raise InputError(f"{path}: {problem} {_first(names)}; it does not belong to the model.json beside it")
+            first, *rest = sorted(names)
+            more = f" and {len(rest)} more" if rest else ""
+            raise InputError(f"{path}: {problem} {first}{more}; it does not belong to the model.json next to it")
     for name, tensor in expected.items():
         if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
             raise InputError(
                 f"{path}: {name} is {tensors[name].dtype} {tuple(tensors[name].shape)}, model.json asks for "
                 f"{tensor.dtype} {tuple(tensor.shape)}; the two files do not belong together"
             )
-    if sha256_file(path) != sha256:
+    if sha256_file(path) != about.weights_sha256:
         raise InputError(
             f"{path}: has another SHA-256 than model.json says; it was damaged or comes from another bundle"
         )
-    for prefix, module in _parts(net, scaler, ood):
+    for prefix, module in _parts(net, likelihood, ood):
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         module.load_state_dict(state, assign=True)
 
 
-def _parts(net: nn.Module, scaler: nn.Module, ood: nn.Module | None) -> list[tuple[str, nn.Module]]:
-    parts = [("net.", net), ("scaler.", scaler), ("ood.", ood)]
+def _parts(net: nn.Module, likelihood: nn.Module, ood: nn.Module | None) -> list[tuple[str, nn.Module]]:
+    parts = [("net.", net), ("likelihood.", likelihood), ("ood.", ood)]
     return [(prefix, module) for prefix, module in parts if module is not None]
 
 
-def _tensors(net: nn.Module, scaler: nn.Module, ood: nn.Module | None) -> dict[str, Tensor]:
+def _tensors(net: nn.Module, likelihood: nn.Module, ood: nn.Module | None) -> dict[str, Tensor]:
     return {
         f"{prefix}{name}": tensor.contiguous()
-        for prefix, module in _parts(net, scaler, ood)
+        for prefix, module in _parts(net, likelihood, ood)
         for name, tensor in module.state_dict().items()
     }
-
-
-def _first(names: set[str]) -> str:
-    first, *rest = sorted(names)
-    return f"{first} and {len(rest)} more" if rest else first
-
-
-def _writer(metadata: Mapping[str, Any]) -> str:
-    versions = metadata.get("versions")
-    return f"prts {versions['prts']}" if isinstance(versions, dict) and "prts" in versions else "unknown version"
 
 
 def _versions() -> dict[str, str]:
@@ -365,7 +301,7 @@ def _versions() -> dict[str, str]:
 
 
 def _jsonable(value: Any) -> Any:
-    """Plain JSON types; NaN and infinities, which JSON has not, become null."""
+    """Plain JSON types. NaN and infinities, which JSON lacks, become null."""
     if isinstance(value, Mapping):
         return {str(key): _jsonable(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | list | tuple):

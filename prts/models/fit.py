@@ -1,90 +1,171 @@
-"""Fitting the model of a run: its network through Lightning, or the linear model that it names."""
+"""Fit a model: a network through Lightning, or a linear model in closed form."""
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hydra.utils import instantiate
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from prts.models.linear import fit_linear
+from prts.errors import ParameterError
+from prts.models.likelihoods.base import Likelihood
+from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
 from prts.models.module import KeepBest, PRTSModule
+from prts.models.network import PRTSNet
+from prts.models.output import OutputSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
-
-    from omegaconf import DictConfig
 
     from prts.data.datamodule import PRTSDataModule
     from prts.models.checkpoint import EpochCheckpoint
-    from prts.models.network import PRTSNet
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a model. Checked when it is made, so that a mistake does not surface after hours of preparation.
+
+    Parameters
+    ----------
+    network
+        Makes the network from `in_features`, `n_genes` and `outputs`, such as `functools.partial(PRTSNet, hidden=(256, 256))`.
+    likelihood
+        Not fitted.
+    optimizer
+        Makes the optimizer from the parameters.
+    trainer
+        Makes Lightning's Trainer from `callbacks` and `logger`, such as `functools.partial(pl.Trainer, max_epochs=40)`.
+    scheduler
+        Makes a learning-rate scheduler from the optimizer.
+    callbacks
+        Lightning callbacks, such as `KeepBest`.
+    output
+        How gate and threshold are chosen after training.
+    baseline
+        One of `prts.models.linear.LINEAR`: fit this linear model instead of the network.
+    seed
+        Seed of the baseline `permuted`. The network follows torch's generator; see `prts.models.module.seed_everything`.
+
+    Raises
+    ------
+    ParameterError
+        If the parts do not work together, or nothing would be trained.
+    """
+
+    network: Callable[..., PRTSNet]
+    likelihood: Likelihood
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    trainer: Callable[..., pl.Trainer]
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None
+    callbacks: Sequence[pl.Callback] = ()
+    output: OutputSettings = field(default_factory=OutputSettings)
+    baseline: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.baseline is not None:
+            check_linear(self.baseline)
+            return
+        with torch.device("meta"):
+            net = self.network(in_features=1, n_genes=1, outputs=self.likelihood.outputs)
+        self.likelihood.require(heads=net.heads, gate=self.output.gate)
+        optimizer: Optimizer = _make("optimizer", self.optimizer, [nn.Parameter(torch.zeros(1))])
+        if self.scheduler is not None:
+            _make("scheduler", self.scheduler, optimizer)
+        trainer: pl.Trainer = _make("trainer", self.trainer, logger=False)
+        for name in ("max_epochs", "max_steps", "limit_train_batches"):
+            if getattr(trainer, name) == 0:
+                raise ParameterError("trainer", name, "0 trains nothing; use 1 or more")
+
+
+def _make(owner: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return factory(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
+        raise ParameterError(owner, "", str(error)) from error
+
+
 class Fitted(NamedTuple):
-    """A fitted network, the gates that its level allows, and the epoch whose weights it has (None: fitted without epochs)."""
+    """A fitted model.
+
+    Attributes
+    ----------
+    net, likelihood
+        The network and its likelihood.
+    output
+        How its gate and threshold are to be chosen.
+    best_epoch
+        The epoch whose weights it has; None if it was fitted without epochs.
+    is_global_zero
+        Whether this process is the one that writes results; the others of a DDP job only train.
+    """
 
     net: PRTSNet
-    gates: tuple[str, ...]
+    likelihood: Likelihood
+    output: OutputSettings
     best_epoch: int | None
     is_global_zero: bool
 
 
 def fit(
-    cfg: DictConfig,
+    recipe: Recipe,
     datamodule: PRTSDataModule,
-    start_loggers: Callable[[], list[Any]],
-    checkpoint: EpochCheckpoint,
-    goes_on_from: Path | None,
+    *,
+    start_loggers: Callable[[], list[Any]] = list,
+    checkpoint: EpochCheckpoint | None = None,
+    resume_from: Path | None = None,
 ) -> Fitted:
-    """Fit what `cfg.model` names.
+    """Fit a recipe to training nuclei.
 
     Parameters
     ----------
-    cfg
-        The run's whole config, settled.
+    recipe
+        What to fit.
     datamodule
         Set up.
     start_loggers
         Opens the run's loggers and returns them for Lightning's Trainer.
     checkpoint
-        Writes what an interrupted run goes on from; a linear model needs none.
-    goes_on_from
-        What it wrote, where the run goes on.
+        Writes what an interrupted run resumes from. A linear model needs none.
+    resume_from
+        A checkpoint to resume from.
+
+    Raises
+    ------
+    ParameterError
+        If training diverged or ended before its first step.
     """
-    if cfg.model.baseline:
+    counts = [nuclei.counts for nuclei in datamodule.train_sets]
+    if recipe.baseline is not None:
         start_loggers()
-        net = fit_linear(cfg.model.baseline, datamodule.train_sets, datamodule.val_sets, seed=cfg.seed)
-        return Fitted(net, ("none",), None, True)
-    return _fit_network(cfg, datamodule, start_loggers, checkpoint, goes_on_from)
-
-
-def _fit_network(
-    cfg: DictConfig,
-    datamodule: PRTSDataModule,
-    start_loggers: Callable[[], list[Any]],
-    checkpoint: EpochCheckpoint,
-    goes_on_from: Path | None,
-) -> Fitted:
-    net = instantiate(cfg.model.net)(in_features=datamodule.in_features, n_genes=datamodule.n_genes)
+        net = fit_linear(recipe.baseline, datamodule.train_sets, datamodule.val_sets, seed=recipe.seed)
+        return Fitted(net, copy.deepcopy(LIKELIHOOD).fit(counts), replace(recipe.output, gate="none"), None, True)
+    likelihood = copy.deepcopy(recipe.likelihood).fit(counts)
+    net = recipe.network(in_features=datamodule.in_features, n_genes=datamodule.n_genes, outputs=likelihood.outputs)
     if net.standardize:
         net.set_input_scaling(*datamodule.feature_moments())
-    if datamodule.scaler.start is not None:
-        net.start_at(datamodule.scaler.start)
-    module = PRTSModule(
-        net,
-        instantiate(cfg.loss),
-        datamodule.scaler,
-        instantiate(cfg.model.optimizer),
-        None if cfg.model.scheduler is None else instantiate(cfg.model.scheduler),
-    )
-    callbacks = [checkpoint, *(instantiate(node) for node in cfg.callbacks.values())]
-    trainer = instantiate(cfg.trainer, callbacks=callbacks, logger=start_loggers() or False)
+    if likelihood.start is not None:
+        net.start_at(likelihood.start)
+    module = PRTSModule(net, likelihood, recipe.optimizer, recipe.scheduler)
+    callbacks = [*recipe.callbacks] if checkpoint is None else [checkpoint, *recipe.callbacks]
+    trainer = recipe.trainer(callbacks=callbacks, logger=start_loggers() or False)
     logger.info("network: %s on %s", trainer.precision, trainer.strategy.root_device)
-    if goes_on_from is not None:
-        logger.info("going on from %s", goes_on_from)
-    trainer.fit(module, datamodule=datamodule, ckpt_path=goes_on_from, weights_only=True)
+    if resume_from is not None:
+        logger.info("resuming from %s", resume_from)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)
+    if trainer.global_step == 0:
+        raise ParameterError(
+            "trainer", "max_epochs", "training ended before its first step; allow it more epochs or time"
+        )
     best_epoch = next((callback.best_epoch for callback in callbacks if isinstance(callback, KeepBest)), None)
-    return Fitted(net, module.loss.gates, best_epoch, module.trainer.is_global_zero)
+    return Fitted(net, likelihood, recipe.output, best_epoch, trainer.is_global_zero)

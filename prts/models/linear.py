@@ -1,6 +1,6 @@
-"""The baselines that can be models of their own (`model=ridge` and its like): a network without hidden layers, fitted in closed form.
+"""Baselines that can be a run's model (`ridge` and others): a network without hidden layers, fitted in closed form.
 
-A run with such a model is tested, written and shipped as any other, and predicts any slide: what a network adds is then seen side by side.
+A run with such a model is tested, written and shipped like any other, and predicts any slide, which shows what a network adds.
 """
 
 from __future__ import annotations
@@ -13,41 +13,43 @@ import torch
 from numpy.typing import NDArray
 
 from prts.data.nucleus_set import NucleusSet
-from prts.errors import InputError
-from prts.evaluation.baselines import LinearBaseline, gene_mean, ridge
-from prts.evaluation.comparison import permuted
+from prts.errors import ParameterError
+from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
+from prts.models.ridge import LinearBaseline, gene_mean, permuted, ridge
 
 logger = logging.getLogger(__name__)
 
 LINEAR = ("gene_mean", "morphology", "ridge", "permuted")
-TARGET = "log1p"
-"""What they predict, as `data.target` names it."""
+LIKELIHOOD = Paper(w_0=1.0, alpha_w=1.0, lambda_2=0.0, target="log1p")
+"""They minimize the squared error of log1p UMI."""
 
 _CHUNK = 4096
 _NEWTON_STEPS = 12
-# Of slope and offset, in units of nuclei: a gene that is expressed in all or in none has no finite solution without.
+# Of slope and offset, in units of nuclei. Without it, a gene that all nuclei or none express has no finite solution.
 _PRIOR = 1e-2
 
 
 def check_linear(name: str) -> None:
-    """Refuse what is no model, saying why.
+    """Refuse a baseline that cannot be a model.
 
     Raises
     ------
-    InputError
+    ParameterError
         If `name` is not one of `LINEAR`.
     """
-    if name in ("colour", "position"):
-        why = {
-            "colour": "its 12 statistics are not among the inputs of a bundle",
-            "position": "it knows nothing but the training nuclei of the section that it predicts",
-        }
-        raise InputError(
-            f"model={name}: cannot predict another slide, {why[name]}; every run's metrics.json has it as baseline/{name}"
+    reason = {
+        "colour": "its 12 statistics are not among the inputs of a bundle",
+        "position": "it knows only the training nuclei of the section that it predicts",
+    }.get(name)
+    if reason is not None:
+        raise ParameterError(
+            "",
+            "baseline",
+            f"{name} cannot predict another slide: {reason}; see baseline/{name} in any run's metrics.json",
         )
     if name not in LINEAR:
-        raise InputError(f"model.baseline: {name!r} is not one of {', '.join(LINEAR)}")
+        raise ParameterError("", "baseline", f"{name!r} is not one of {', '.join(LINEAR)}")
 
 
 def fit_linear(
@@ -58,15 +60,15 @@ def fit_linear(
     Parameters
     ----------
     name
-        One of `LINEAR`; `morphology` is ridge on whatever features the sets hold.
+        One of `LINEAR`; `morphology` is ridge on the features of the sets.
     train_sets, val_sets
-        Nuclei to fit on, and to choose the penalty on.
+        Nuclei to fit on and to choose the penalty on.
     seed
-        Of the permutations.
+        Seed of the permutations.
 
     Returns
     -------
-    In evaluation mode. P(expressed) is a logistic function of the level, of each gene, fitted on training nuclei.
+    In evaluation mode. P(expressed) is a logistic function of the level for each gene, fitted on training nuclei.
     """
     if name == "gene_mean":
         fitted = gene_mean(train_sets)
@@ -87,14 +89,14 @@ def fit_linear(
 def _calibrate(
     fitted: LinearBaseline, train_sets: Sequence[NucleusSet]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Slope and offset (g,) of each gene's logistic regression of "expressed" on its level, by Newton's method for all genes at once."""
+    """Slope and offset (g,) of each gene's logistic regression of "expressed" on its level, by Newton's method for all genes together."""
     n_genes = len(fitted.intercept)
     share = sum(np.asarray((nuclei.counts > 0).sum(axis=0)).ravel() for nuclei in train_sets)
     n = sum(map(len, train_sets))
     slope, offset = np.zeros(n_genes), np.log((share + 0.5) / (n - share + 0.5))
     start = offset.copy()
     for _ in range(_NEWTON_STEPS):
-        # first and second derivatives of the penalised log-likelihood
+        # first and second derivatives of the penalized log-likelihood
         d_slope, d_offset = -_PRIOR * slope, -_PRIOR * (offset - start)
         h_slope, h_both, h_offset = np.full(n_genes, _PRIOR), np.zeros(n_genes), np.full(n_genes, _PRIOR)
         for nuclei in train_sets:

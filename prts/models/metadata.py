@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from hydra.utils import instantiate
 
 from prts import provenance
 from prts.evaluation.predictable import predictable
-from prts.evaluation.scoring import mean_per_gene
-from prts.features.encoders import encoders
+from prts.evaluation.summaries import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     from prts.data.datamodule import PRTSDataModule
     from prts.data.prepare import PreparedTissue
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.models.uncertainty import CountIntervals
 
 
 def bundle_metadata(
     config: Mapping[str, Any],
     datamodule: PRTSDataModule,
-    validation: Sequence[Scored],
+    validation: Sequence[ScoredSection],
     beyond: Mapping[str, NDArray[np.bool_]],
     intervals: CountIntervals,
 ) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def bundle_metadata(
     intervals
         Of the counts, calibrated there.
     """
-    encoder = encoders.build(config["encoder"]).settings()
+    encoder = instantiate(config["encoder"]).settings()
     weights = config["encoder"].get("weights")
     is_network = not config["model"]["baseline"]
     per_gene = mean_per_gene([scored.result.per_gene for scored in validation])
@@ -62,11 +62,9 @@ def bundle_metadata(
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
         "baseline": config["model"]["baseline"],
-        "loss": config["loss"] if is_network else None,
         "optimizer": config["model"]["optimizer"] if is_network else None,
         "segmentation": _segmentation(dict(config["segmentation"]), datamodule),
         "qc": config["qc"],
-        "register": config["preprocess"]["register"],
         "tissue": config["tissue"]["name"],
         "species": config["tissue"]["species"],
         "train_sections": _train_sections(datamodule),

@@ -1,11 +1,11 @@
-"""The Lightning part: one network, one loss, one optimiser, and what is logged of them."""
+"""The Lightning module: one network, one likelihood, one optimizer, and what they log."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -13,20 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from prts.arguments import checked
 from prts.data.datamodule import Batch
-from prts.data.targets import Scaler
-from prts.errors import InputError
-from prts.evaluation.streaming import GenePearson
-from prts.models.losses import Loss
+from prts.errors import ParameterError
+from prts.models.likelihoods.base import Likelihood
 from prts.models.output import OutputRule
+from prts.models.pearson import GenePearson
 
 logger = logging.getLogger(__name__)
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy, torch and the workers of data loaders, and keep Lightning's hints for developers out of the log."""
-    # With cuBLAS' own choice of workspace, sums can differ from run to run. Lightning sets this too, but the encoder may have used CUDA by
-    # then, and cuBLAS reads it at first use only. A user's own value stays.
+    """Seed Python, NumPy, torch and the workers of data loaders, and keep Lightning's hints for developers out of the log."""
+    # With the workspace that cuBLAS chooses, sums can differ from run to run. Lightning sets this too, but cuBLAS reads it at first use,
+    # and the encoder may have used CUDA by then. A value set by the user is kept.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     pl.seed_everything(seed, workers=True, verbose=False)
@@ -35,47 +35,43 @@ def seed_everything(seed: int) -> None:
 class PRTSModule(pl.LightningModule):
     """Trains a network on counts, and logs `train/*` and `val/*` once per epoch.
 
-    Logged: `train/loss`, `train/reg`, `train/bin`, the same under `val/`, and `val/pcc`: the mean over validation sections of the mean
-    per-gene PCC between log1p of the predicted UMI and log1p of the measured UMI. The gate is the first that the loss allows, `none` for
-    all but the hurdle's `soft`.
+    Logged: `train/loss`, `train/reg`, `train/bin` (or other parts of the likelihood's loss), the same under `val/`, and `val/pcc`: the mean
+    over validation sections of the mean per-gene PCC between log1p of the predicted UMI and log1p of the measured UMI. The gate is the
+    first that the likelihood allows: `none` for all but the hurdle's `soft`.
 
     Parameters
     ----------
     net
-        Called with features (b, d), returns level and logit, each (b, g).
-    loss
-        Called with level, logit, target and counts, returns a dict with `loss` and its parts.
-    scaler
-        Makes targets from counts, and UMI from levels.
+        Called with features (b, d), returns the likelihood's outputs, (b, g) each.
+    likelihood
+        Fitted on the training counts.
     optimizer
-        Makes the optimiser from the parameters.
+        Makes the optimizer from the parameters.
     scheduler
-        Makes a learning-rate scheduler from the optimiser; stepped once per epoch, on `val/loss` if it watches a plateau.
+        Makes a learning-rate scheduler from the optimizer; stepped once per epoch, on `val/loss` if it watches a plateau.
     """
 
     def __init__(
         self,
         net: nn.Module,
-        loss: Loss,
-        scaler: Scaler,
+        likelihood: Likelihood,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
-        self.loss = loss
-        self.scaler = scaler
+        self.likelihood = likelihood
         self._make_optimizer = optimizer
         self._make_scheduler = scheduler
-        self._rule = OutputRule(loss.gates[0], threshold=0.5)
+        self._rule = OutputRule(likelihood.allowed_gates[0], threshold=0.5)
         self._train = _Means()
         self._val = _Means()
         self._pearson: dict[int, GenePearson] = {}
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Level and logit, each (b, g)."""
-        level, logit = self.net(features)
-        return level, logit
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The network's outputs, (b, g) each."""
+        outputs: tuple[Tensor, ...] = self.net(features)
+        return outputs
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
@@ -89,9 +85,9 @@ class PRTSModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the epoch's losses and correlations."""
-        parts, level, logit = self._losses(batch)
+        parts, outputs = self._losses(batch)
         self._val.add(parts, len(batch.features))
-        predicted = torch.log1p(self._rule.apply(self.scaler.inverse(level), logit.sigmoid()))
+        predicted = torch.log1p(self._rule.apply(self.likelihood.mean(outputs), self.likelihood.prob(outputs)))
         self._pearson.setdefault(dataloader_idx, GenePearson()).update(predicted, torch.log1p(batch.counts))
 
     def on_validation_epoch_end(self) -> None:
@@ -107,8 +103,8 @@ class PRTSModule(pl.LightningModule):
             logger.info("epoch %3d: val/loss %.4f, val/pcc %.4f", self.current_epoch, means["loss"], pcc)
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, and the scheduler if there is one."""
-        optimizer = self._make_optimizer(self.net.parameters())
+        """The optimizer, and the scheduler if there is one."""
+        optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
         scheduler = self._make_scheduler(optimizer)
@@ -117,12 +113,10 @@ class PRTSModule(pl.LightningModule):
             config["monitor"] = "val/loss"
         return {"optimizer": optimizer, "lr_scheduler": config}
 
-    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        level, logit = self.net(batch.features)
+    def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         # float32 even where the network ran in bf16: the loss sums over half a million pairs
-        level, logit = level.float(), logit.float()
-        parts: dict[str, Tensor] = self.loss(level, logit, self.scaler.transform(batch.counts), batch.counts)
-        return parts, level, logit
+        outputs = tuple(output.float() for output in self.net(batch.features))
+        return self.likelihood.loss(outputs, batch.counts), outputs
 
     def _log_means(self, stage: str, means: _Means) -> dict[str, Tensor]:
         taken = means.take()
@@ -131,7 +125,7 @@ class PRTSModule(pl.LightningModule):
         return taken
 
     def _over_processes(self, pearson: GenePearson) -> GenePearson:
-        """The correlation over all processes' shares of the section."""
+        """Merge the correlations of all processes, each of which has seen a part of the section."""
         if self.trainer.world_size == 1:
             return pearson
         n, state = pearson.state
@@ -143,24 +137,23 @@ class PRTSModule(pl.LightningModule):
 
 
 class KeepBest(pl.Callback):
-    """Keeps the network's weights of the best epoch in memory and puts them back when training ends; a checkpoint holds them too.
+    """Keeps the weights of the best epoch in memory and restores them when training ends. Checkpoints hold them too.
 
     Parameters
     ----------
     monitor
-        Logged figure to watch.
+        Logged metric to watch.
     mode
         `min` or `max`.
 
     Attributes
     ----------
     best_epoch, best_value
-        The epoch whose weights were put back, and its figure.
+        The epoch whose weights were restored, and its metric.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
-        if mode not in ("min", "max"):
-            raise InputError(f"callbacks.keep_best.mode: {mode!r} is not one of min, max")
+    @checked("keep_best")
+    def __init__(self, monitor: str = "val/loss", mode: Literal["min", "max"] = "min") -> None:
         self.monitor = monitor
         self.mode = mode
         self.best_epoch: int | None = None
@@ -172,45 +165,41 @@ class KeepBest(pl.Callback):
         if trainer.sanity_checking:
             return
         if self.monitor not in trainer.callback_metrics:
-            raise InputError(f"callbacks.keep_best.monitor: {self.monitor!r} is not logged; val/loss and val/pcc are")
+            logged = ", ".join(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ParameterError("keep_best", "monitor", f"{self.monitor!r} is not logged; choose from {logged}")
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best_value if self.mode == "min" else value > self.best_value:
             self.best_epoch, self.best_value = trainer.current_epoch, value
-            self._weights = {name: tensor.detach().clone() for name, tensor in _net(pl_module).state_dict().items()}
+            self._weights = {name: tensor.detach().clone() for name, tensor in pl_module.state_dict().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
+        """State for a checkpoint."""
         return {"best_epoch": self.best_epoch, "best_value": self.best_value, "weights": self._weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.best_epoch, self.best_value = state_dict["best_epoch"], state_dict["best_value"]
         self._weights = state_dict["weights"]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the best weights back.
+        """Restore the best weights.
 
         Raises
         ------
         InputError
-            If no epoch had a finite figure: training diverged, or (`val/pcc`) no gene of the panel varies on validation.
+            If no epoch had a finite metric: training diverged, or (`val/pcc`) no gene of the panel varies on validation.
         """
         if self.best_epoch is None:
-            cause = "training diverged (use a smaller model.optimizer.lr)"
+            cause = "training diverged; use a smaller learning rate"
             if self.monitor == "val/pcc":
-                cause += " or every panel gene is constant on validation (give it more nuclei, or monitor val/loss)"
-            raise InputError(f"callbacks.keep_best.monitor: {self.monitor} was never finite: {cause}")
-        _net(pl_module).load_state_dict(self._weights)
+                cause += ", or, if every panel gene is constant on validation, more nuclei or `val/loss`"
+            raise ParameterError("keep_best", "monitor", f"{self.monitor} was never finite: {cause}")
+        pl_module.load_state_dict(self._weights)
         logger.info("kept the weights of epoch %d: %s %.5g", self.best_epoch, self.monitor, self.best_value)
 
 
-def _net(module: pl.LightningModule) -> nn.Module:
-    assert isinstance(module, PRTSModule)
-    return module.net
-
-
 class _Means:
-    """Means over an epoch, weighted by batch size, summed on the device: reading a value would make the device wait."""
+    """Means over an epoch, weighted by batch size. They stay on the device: reading a value would make it wait."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}

@@ -1,19 +1,23 @@
-"""The network: features of a nucleus in, expression level and "expressed or not" of every gene out."""
+"""The network: features of a nucleus in, the outputs of a likelihood for every gene out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from prts.errors import InputError
+from prts.arguments import checked
+from prts.errors import ParameterError
+
+Width = Annotated[int, Field(ge=1)]
 
 
 class PRTSNet(nn.Module):
-    """Multilayer perceptron with two outputs per gene (paper, Methods).
+    """Multilayer perceptron with one linear output layer for each output of the likelihood (paper, Methods).
 
     Parameters
     ----------
@@ -28,57 +32,66 @@ class PRTSNet(nn.Module):
     dropout
         Probability of dropping a hidden unit in training.
     heads
-        `dual`: a linear layer for the level and one for the logit (the loss needs both). `single`: one linear layer gives the level,
-        and the logit is a_i level_i + b_i with two learned scalars per gene: the 4.0 million parameters that the paper states.
+        `dual`: one linear layer for each output. `single`: the logit is a_i level_i + b_i with two learned scalars per gene instead, which
+        gives the 4.0 million parameters that the paper states.
     standardize
-        Whether the input is first centred and scaled by fixed values, set with `set_input_scaling` from training nuclei.
+        Whether the input is first centered and scaled by fixed values, set with `set_input_scaling` from training nuclei.
         The paper does not.
+    outputs
+        Names of the outputs, as in `Likelihood.outputs`. The first is the level.
 
     Raises
     ------
-    InputError
-        For an unknown order or kind of heads, or widths that are no positive numbers.
+    ParameterError
+        If an argument is out of range.
+
+    Examples
+    --------
+    >>> net = PRTSNet(576, 1820, heads="single")
+    >>> level, logit = net(torch.randn(8, 576))
+    >>> level.shape
+    torch.Size([8, 1820])
     """
 
     input_mean: Tensor
     input_scale: Tensor
+    level: nn.Linear
 
+    @checked("network")
     def __init__(
         self,
-        in_features: int,
-        n_genes: int,
-        hidden: Sequence[int] = (512, 512, 1024, 1024),
-        order: str = "paper",
-        dropout: float = 0.1,
-        heads: str = "dual",
+        in_features: Width,
+        n_genes: Width,
+        hidden: Sequence[Width] = (512, 512, 1024, 1024),
+        order: Literal["paper", "released"] = "paper",
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        heads: Literal["dual", "single"] = "dual",
         standardize: bool = False,
+        outputs: Sequence[str] = ("level", "logit"),
     ) -> None:
         super().__init__()
-        if order not in _BLOCKS:
-            raise InputError(f"model.net.order: {order!r} is not one of {', '.join(_BLOCKS)}")
-        if heads not in ("dual", "single"):
-            raise InputError(f"model.net.heads: {heads!r} is not one of dual, single")
-        if any(width < 1 for width in hidden):
-            raise InputError(f"model.net.hidden: {list(hidden)} must list one positive width per hidden layer")
-        if not 0 <= dropout < 1:
-            raise InputError(f"model.net.dropout: {dropout} must lie in [0, 1)")
         self.in_features = in_features
         self.n_genes = n_genes
-        self.hidden = tuple(int(width) for width in hidden)
+        self.hidden = tuple(hidden)
         self.order = order
-        self.dropout = float(dropout)
+        self.dropout = dropout
         self.heads = heads
-        self.standardize = bool(standardize)
+        self.standardize = standardize
+        self.outputs = tuple(outputs)
+        if not outputs or outputs[0] != "level" or not all(name.isidentifier() for name in outputs):
+            raise ParameterError("network", "outputs", f"{list(outputs)} must be names, of which the first is 'level'")
 
         widths = (in_features, *self.hidden)
         block = _BLOCKS[order]
         self.body = nn.Sequential(*(block(a, b, self.dropout) for a, b in pairwise(widths)))
-        self.level = nn.Linear(widths[-1], n_genes)
-        if heads == "dual":
-            self.logit = nn.Linear(widths[-1], n_genes)
-        else:
-            self.logit_slope = nn.Parameter(torch.ones(n_genes))
-            self.logit_offset = nn.Parameter(torch.zeros(n_genes))
+        for name in self.outputs:
+            if name == "logit" and heads == "single":
+                self.logit_slope = nn.Parameter(torch.ones(n_genes))
+                self.logit_offset = nn.Parameter(torch.zeros(n_genes))
+            elif hasattr(self, name):
+                raise ParameterError("network", "outputs", f"{name!r} is taken; choose another name")
+            else:
+                self.add_module(name, nn.Linear(widths[-1], n_genes))
         if standardize:
             self.register_buffer("input_mean", torch.zeros(in_features))
             self.register_buffer("input_scale", torch.ones(in_features))
@@ -93,19 +106,20 @@ class PRTSNet(nn.Module):
             "dropout": self.dropout,
             "heads": self.heads,
             "standardize": self.standardize,
+            "outputs": list(self.outputs),
         }
 
     def set_input_scaling(self, mean: Tensor, scale: Tensor) -> None:
-        """Fix the mean and scale (d,) by which the input is standardised."""
+        """Fix the mean and scale (d,) by which the input is standardized."""
         self.input_mean = mean.to(self.input_mean)
         self.input_scale = scale.to(self.input_scale)
 
     def start_at(self, level: Tensor) -> None:
-        """Let the level of an untrained network lie around these values (g,)."""
+        """Start the level of an untrained network around these values (g,)."""
         with torch.no_grad():
             self.level.bias.copy_(level)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         """Predict.
 
         Parameters
@@ -115,7 +129,7 @@ class PRTSNet(nn.Module):
 
         Returns
         -------
-        Level (b, g) on the scale of the targets, and logit (b, g) of "at least one UMI".
+        The outputs in their order, (b, g) each.
         """
         if self.standardize:
             features = (features - self.input_mean) / self.input_scale
@@ -123,12 +137,17 @@ class PRTSNet(nn.Module):
         for number, block in enumerate(self.body):
             hidden = block(hidden) if number or self.standardize else _in_float32(block, hidden)
         level = self.level(hidden)
-        logit = self.logit(hidden) if self.heads == "dual" else self.logit_slope * level + self.logit_offset
-        return level, logit
+        return level, *(self._output(name, hidden, level) for name in self.outputs[1:])
+
+    def _output(self, name: str, hidden: Tensor, level: Tensor) -> Tensor:
+        if name == "logit" and self.heads == "single":
+            return self.logit_slope * level + self.logit_offset
+        output: Tensor = self.get_submodule(name)(hidden)
+        return output
 
 
 def _in_float32(block: nn.Module, features: Tensor) -> Tensor:
-    """A block on raw features, whatever autocast says: bfloat16 has too few digits for a small spread on a large mean."""
+    """A block on raw features without autocast: bfloat16 has too few digits for a small spread on a large mean."""
     with torch.autocast(features.device.type, enabled=False):
         hidden: Tensor = block(features)
     return hidden

@@ -1,4 +1,4 @@
-"""Whether a nucleus looks like those a model has learnt from: `obs["ood"]`, and a verdict on a slide in words."""
+"""How unusual a nucleus is compared with the training nuclei (`obs["ood"]`), and a verdict on a slide in words."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 COMPONENTS = 64
 _QUANTILES = 201
 _CHUNK = 4096
-# A nucleus is called strange above this: so are one in twenty held-out nuclei.
+# A nucleus above this is called unusual, as one in twenty held-out nuclei is.
 STRANGE = 0.95
-# Shares of strange nuclei from which a slide is partly, or altogether, unlike those of training.
+# Shares of unusual nuclei from which a slide is partly, or altogether, unlike the training slides.
 PARTLY, _ALTOGETHER = 0.15, 0.5
-# Share of nuclei on artefacts that is worth a word: clean slides have 1 to 4 %.
+# Share of nuclei on artifacts that is worth a warning: clean slides have 1 to 4 %.
 SPOILT = 0.1
 
 
 class MahalanobisOOD(nn.Module):
-    """How unusual the features of a nucleus are among held-out nuclei of the model's own tissue.
+    """Mahalanobis distance of a nucleus from the training nuclei, ranked among held-out nuclei.
 
-    Features are standardised and projected on the leading principal components of the training nuclei. The squared distance from their
-    mean, in units of the variance along each component and, for what the components leave over, of its mean variance (Mahalanobis distance
-    under probabilistic PCA, Tipping and Bishop 1999), is compared with that of validation nuclei.
+    Features are standardized and projected on the leading principal components of the training nuclei. The squared distance from their
+    mean is in units of the variance along each component and, for the remaining directions, of their mean variance (Mahalanobis distance
+    under probabilistic PCA, Tipping and Bishop 1999).
 
     Parameters
     ----------
@@ -52,25 +52,23 @@ class MahalanobisOOD(nn.Module):
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("scale", torch.ones(n_features))
         self.register_buffer("axes", torch.zeros(components, n_features))
-        self.register_buffer(
-            "variance", torch.ones(components + 1)
-        )  # the last: of each direction beside the components
+        self.register_buffer("variance", torch.ones(components + 1))  # the last: of each remaining direction
         self.register_buffer("quantiles", torch.zeros(_QUANTILES))
 
     def settings(self) -> dict[str, Any]:
-        """What it takes to make another of the same shape."""
+        """Constructor arguments except the number of features, JSON-like."""
         return {"components": len(self.axes)}
 
     @classmethod
     def fit(cls, train: Sequence[NucleusSet], held_out: Sequence[NucleusSet]) -> Self:
-        """Learn what is usual.
+        """Fit the reference distribution.
 
         Parameters
         ----------
         train
             Training nuclei.
         held_out
-            Nuclei that the distances are calibrated on: those of validation.
+            Nuclei to calibrate the distances on: those of validation.
         """
         mean, scale = feature_moments(train)
         n, d = sum(map(len, train)), len(mean)
@@ -109,7 +107,7 @@ class MahalanobisOOD(nn.Module):
         return found
 
     def share(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Share of held-out nuclei that are less unusual than each nucleus (n, d): `obs["ood"]`, (n,) in [0, 1]."""
+        """Share of held-out nuclei that are less unusual than each nucleus (n, d), (n,) in [0, 1]: `obs["ood"]`."""
         quantiles = self.quantiles.cpu().numpy()
         shares = np.interp(self.distance(features), quantiles, np.linspace(0, 1, len(quantiles)))
         return shares.astype(np.float32)
@@ -118,27 +116,27 @@ class MahalanobisOOD(nn.Module):
 def verdict(
     ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None, artefact: NDArray[np.bool_] | None = None
 ) -> str:
-    """What to think of a prediction, in a sentence or two.
+    """Say in a sentence or two how far a prediction can be trusted.
 
     Parameters
     ----------
     ood
-        Of `MahalanobisOOD.share`, (n,).
+        From `MahalanobisOOD.share`, (n,).
     predictable
-        The bundle's flags, (g,); None where it has none.
+        The bundle's flags, (g,), or None.
     artefact
-        Which nuclei lie on an artefact (`prts.preprocess.artefacts`), (n,); None where nobody looked.
+        Which nuclei are on an artifact (`prts.preprocess.artefacts`), (n,), or None if that was not checked.
     """
     strange = float((ood > STRANGE).mean()) if len(ood) else 0.0
     if strange < PARTLY:
-        text = "the slide looks like those the model learnt from"
+        text = "the slide looks like the training slides"
     elif strange < _ALTOGETHER:
-        text = "parts of the slide are unlike those the model learnt from; obs['ood'] says which nuclei, take them with care"
+        text = "parts of the slide are unlike the training slides; treat nuclei with a high obs['ood'] with care"
     else:
-        text = "the slide is unlike those the model learnt from, and its prediction should not be believed"
-    text += f": {strange:.0%} of nuclei are stranger than 95% of held-out ones (5% would be usual)"
+        text = "the slide is unlike the training slides, and its prediction should not be believed"
+    text += f": {strange:.0%} of nuclei are more unusual than 95% of held-out nuclei (5% expected)"
     if artefact is not None and len(artefact) and (spoilt := float(artefact.mean())) >= SPOILT:
-        text += f". {spoilt:.0%} of nuclei lie on what looks like an artefact; obs['artefact'] says which"
+        text += f". {spoilt:.0%} of nuclei are on a likely artifact; see obs['artefact']"
     if predictable is not None:
-        text += f". Of {len(predictable)} genes, {int(predictable.sum())} were predictable on validation"
+        text += f". {int(predictable.sum())} of {len(predictable)} genes were predictable on validation"
     return text

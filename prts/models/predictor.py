@@ -1,4 +1,4 @@
-"""Network, target scaling and output rule together: from features to expected UMI."""
+"""Network, likelihood and output rule together: from features to expected UMI."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prts.data.targets import Scaler
 from prts.errors import InputError
+from prts.models.likelihoods.base import Likelihood
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 
@@ -23,26 +23,26 @@ Prediction = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Predictor:
-    """What turns features into a prediction.
+    """Turns features into expected UMI.
 
     Parameters
     ----------
     net
         The network.
-    scaler
-        Turns its levels into UMI.
+    likelihood
+        Turns the network's outputs into UMI and P(expressed).
     rule
         Gate and threshold.
     """
 
     net: PRTSNet
-    scaler: Scaler
+    likelihood: Likelihood
     rule: OutputRule
 
     def to(self, device: torch.device | str) -> Self:
         """The same predictor with its tensors on a device."""
         self.net.to(device)
-        self.scaler.to(device)
+        self.likelihood.to(device)
         return self
 
     @torch.inference_mode()
@@ -61,20 +61,20 @@ class Predictor:
         Raises
         ------
         InputError
-            If the features have another width than those of training.
+            If the features are not as wide as those of training.
         """
         if features.shape[1] != self.net.in_features:
             raise InputError(
-                f"features: are {features.shape[1]} wide, the model takes {self.net.in_features}; "
-                "extract them with the encoder that its model.json names"
+                f"features: {features.shape[1]} wide, but the model takes {self.net.in_features}; "
+                "extract them with the encoder named in its model.json"
             )
         self.net.eval()
-        level, logit = self.net(features.to(next(self.net.parameters()).device))
-        prob = logit.sigmoid()
-        return self.rule.apply(self.scaler.inverse(level), prob), prob
+        outputs = self.net(features.to(next(self.net.parameters()).device))
+        prob = self.likelihood.prob(outputs)
+        return self.rule.apply(self.likelihood.mean(outputs), prob), prob
 
     def predict_chunks(self, features: NDArray[np.float32], chunk: int = CHUNK) -> Iterator[Prediction]:
-        """Predict features (n, d) in memory; yields UMI and P(expressed) of the next nuclei, each (b, g) float32."""
+        """Predict features (n, d) in memory, yielding UMI and P(expressed) of `chunk` nuclei at a time, each (b, g) float32."""
         for start in range(0, len(features), chunk):
             umi, prob = self.predict(torch.from_numpy(features[start : start + chunk]))
             yield umi.float().cpu().numpy(), prob.float().cpu().numpy()

@@ -1,6 +1,6 @@
-"""Whether um/px can be right: nuclei of a slide against those of training, in size and density.
+"""Check um/px by comparing the nuclei of a slide with those of training, in size and density.
 
-A wrong um/px raises no error by itself: the encoder sees tiles of the wrong magnification and the network answers all the same.
+A wrong um/px raises no error elsewhere: the encoder gets tiles of the wrong magnification and the network predicts anyway.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Half or twice the true um/px makes nuclei look a quarter or four times as large; segmenters, which expect nuclei, find somewhat less.
+# Half or twice the true um/px makes nuclei look a quarter or four times as large, and somewhat less after segmentation.
 GROSS = 2.5
-# The least factor that is worth a word, and the power of the training sections' own spread that is.
+# The smallest factor that is worth a warning, and the power of the training sections' own spread that is.
 _LEAST, _POWER = 1.3, 2
 _NEIGHBOURS = 5
 _COARSER = 1.5
@@ -33,7 +33,7 @@ _QUANTILES = (5, 25, 50, 75, 95)
 
 
 def describe_nuclei(nuclei: Mapping[str, GeoDataFrame], mpp: Mapping[str, float]) -> dict[str, Any]:
-    """Size and density of the nuclei a model has learnt from.
+    """Describe size and density of the nuclei that a model was trained on.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ def describe_nuclei(nuclei: Mapping[str, GeoDataFrame], mpp: Mapping[str, float]
 
     Returns
     -------
-    JSON-like: quantiles of the area (um2) and density (nuclei a mm2) over all sections, `factor`, by which a median area may differ from
-    the training's without a word (the square of the ratio between the sections' own medians, and at least 1.3), and the sections' um/px.
+    JSON-like: quantiles of the area (um2) and density (nuclei per mm2) over all sections; `factor`, by which a median area may differ from
+    training without a warning (the square of the ratio between the sections' own medians, at least 1.3); and the sections' um/px.
     """
     areas = {name: part["area_um2"].to_numpy(dtype=float) for name, part in nuclei.items()}
     medians = [float(np.median(area)) for area in areas.values()]
@@ -62,7 +62,7 @@ def describe_nuclei(nuclei: Mapping[str, GeoDataFrame], mpp: Mapping[str, float]
 def check_scale(
     nuclei: GeoDataFrame, section: Section, model_mpp: float, training: Mapping[str, Any] | None, *, refuse: bool
 ) -> dict[str, Any]:
-    """Hold the nuclei of a slide against those of training.
+    """Compare the nuclei of a slide with those of training.
 
     Parameters
     ----------
@@ -71,15 +71,15 @@ def check_scale(
     section
         The slide.
     model_mpp
-        um/px that the encoder sees; the slide is rescaled to it.
+        um/px of the encoder's input, to which the slide is rescaled.
     training
-        Of `describe_nuclei`; None where the bundle does not say.
+        From `describe_nuclei`, or None if the bundle lacks it.
     refuse
-        Whether a gross difference stops the prediction; it is a warning else.
+        Whether a gross difference is an error instead of a warning.
 
     Returns
     -------
-    What was found, for provenance: um/px of slide and model, the factor between them, median areas and densities.
+    For provenance: um/px of slide and model, the factor between them, median areas and densities.
 
     Raises
     ------
@@ -100,25 +100,27 @@ def check_scale(
     found |= {"training_median_area_um2": usual, "training_density_per_mm2": float(training["density_per_mm2"])}
     ratio = max(area / usual, usual / area)
     text = (
-        f"is {section.mpp:.4g} um/px ({section.mpp_source}) right? The median nucleus has {area:.0f} um2 here, {usual:.0f} in training "
-        f"({density:.0f} and {training['density_per_mm2']:.0f} nuclei a mm2); with {section.mpp * np.sqrt(usual / area):.2g} um/px they "
-        "would be alike"
+        f"is {section.mpp:.4g} um/px ({section.mpp_source}) right? The median nucleus has {area:.0f} um2 here and {usual:.0f} in training "
+        f"({density:.0f} and {training['density_per_mm2']:.0f} nuclei per mm2); they would agree at "
+        f"{section.mpp * np.sqrt(usual / area):.2g} um/px"
     )
     if ratio > GROSS and refuse:
-        raise InputError(f"{section.image}: {text}; give the right mpp=, or check_scale=false if such nuclei are meant")
+        raise InputError(
+            f"{section.image}: {text}; give the right `mpp`, or turn `check_scale` off if these nuclei are as expected"
+        )
     if ratio > training["factor"]:
         logger.warning("%s: %s", section.image, text)
     coarsest = max(training["mpp"].values())
     if section.mpp > _COARSER * coarsest:
         logger.warning(
-            "%s: %.3g um/px shows less than the model learnt from (%.3g): what is enlarged is not sharper",
+            "%s: %.3g um/px is coarser than the training images (%.3g); upscaling does not add detail",
             section.image, section.mpp, coarsest,
         )  # fmt: skip
     return found
 
 
 def _density(nuclei: GeoDataFrame, mpp: float) -> float:
-    """Nuclei a mm2 where nuclei are, from the median distance to the fifth neighbour; 0 with fewer."""
+    """Nuclei per mm2 of tissue, from the median distance to the fifth neighbor; 0 with fewer nuclei."""
     xy_um: NDArray[np.float64] = shapely.get_coordinates(shapely.centroid(nuclei.geometry.to_numpy())) * mpp
     if len(xy_um) <= _NEIGHBOURS:
         return 0.0

@@ -1,45 +1,44 @@
-"""How many UMI a gene may have in a nucleus: intervals of counts around the expected UMI, calibrated on validation.
+"""Intervals of counts around the expected UMI, calibrated on validation.
 
-A count is taken as negative binomial around the expected UMI, with a dispersion per gene. Of the probability of that distribution an
-interval takes at least the nominal level, and more where validation counts were covered less often than that (conformal calibration, one
-number per gene: Romano et al. 2019). Genes with few UMI on validation share their numbers with genes of like expression.
+A count is modeled as negative binomial around the expected UMI, with a dispersion per gene. An interval covers at least the nominal level
+of that distribution, and more where it covered validation counts less often than that (conformal calibration, one number per gene: Romano
+et al. 2019). Genes with few UMI on validation share their numbers with genes of similar expression.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import nbinom
 
-from prts.evaluation.arrays import gene_slices
+from prts.data.gene_arrays import gene_slices
 
 if TYPE_CHECKING:
     from prts.data.nucleus_set import NucleusSet
-    from prts.evaluation.scoring import Scored
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
 LEVEL = 0.9
-# Nuclei with UMI of a gene, of which its own dispersion and calibration are known well enough.
+# With UMI in this many nuclei, a gene gets its own dispersion and calibration.
 _MIN_EXPRESSED = 100
 _STRATA = 5
-# Expected UMI at which bounds are worked out, four an octave; the nearest one speaks for each nucleus.
+# Expected UMI at which bounds are computed, four per octave; each nucleus takes the nearest.
 _PER_OCTAVE = 4
 _OCTAVES = (-8, 12)
 _GRID = 2.0 ** (np.arange(_OCTAVES[0] * _PER_OCTAVE, _OCTAVES[1] * _PER_OCTAVE + 1) / _PER_OCTAVE)
-# Shares of the mass left out that lie below the interval; the narrowest interval is taken.
-_BELOW = (0.0, 0.25, 0.5)
+# Candidate shares of the uncovered mass below the interval; the narrowest interval is taken.
+BELOW = (0.0, 0.25, 0.5)
 _MAX_MASS = 0.9999
-# A model whose sums are further from the counts than this knows nothing of the gene, and no count is larger than int32 holds.
+# A model whose sums are further from the counts than this has not learned the gene. Counts fit into int32.
 _SCALES = (1e-4, 1e4)
 _MAX_DISPERSION = 100.0
 _HALVINGS = 8
-# Calibration needs no more nuclei than these of a section, evenly chosen.
+# Calibration uses at most this many nuclei per section, evenly chosen.
 _MAX_NUCLEI = 20_000
 
 
@@ -50,13 +49,13 @@ class CountIntervals:
     Parameters
     ----------
     level
-        Share of the counts that the intervals are to hold.
+        Share of the counts that the intervals should cover.
     scale
         Mean count per expected UMI on validation, (g,).
     dispersion
         phi of a count with mean m and variance m + phi m^2, (g,).
     mass
-        Probability that the interval takes of that distribution, (g,).
+        Probability of that distribution that the interval covers, (g,).
     """
 
     level: float
@@ -65,18 +64,18 @@ class CountIntervals:
     mass: Floats
 
     def settings(self) -> dict[str, Any]:
-        """All of it, JSON-like, to four digits."""
+        """All fields, JSON-like, to four digits."""
         arrays = {"scale": self.scale, "dispersion": self.dispersion, "mass": self.mass}
         return {"level": self.level} | {name: [float(f"{v:.4g}") for v in values] for name, values in arrays.items()}
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> CountIntervals:
-        """From what `settings` gave.
+        """Restore from `settings`.
 
         Raises
         ------
         ValueError
-            If a number is one that `calibrate_intervals` cannot have found.
+            If a number is outside the range of `calibrate_intervals`.
         """
         limits = {"scale": _SCALES, "dispersion": (0.0, _MAX_DISPERSION), "mass": (0.0, 1.0)}
         arrays = {name: np.array(settings[name], dtype=np.float64) for name in limits}
@@ -97,7 +96,7 @@ class CountIntervals:
         umi
             Expected UMI, (b, g).
         table
-            Of `table`, where many chunks are to be looked up.
+            From `table`, to compute it once for many chunks.
 
         Returns
         -------
@@ -120,7 +119,7 @@ def calibrate_intervals(
     sets
         The nuclei, with their counts.
     level
-        Share of the counts that the intervals are to hold.
+        Share of the counts that the intervals should cover.
     """
     rows = [np.linspace(0, len(part) - 1, min(len(part), _MAX_NUCLEI)).astype(np.intp) for part in sets]
     expected = np.concatenate([part[take] for part, take in zip(umi, rows, strict=True)])
@@ -128,7 +127,7 @@ def calibrate_intervals(
     group = _groups((counts > 0).sum(axis=0), counts.mean(axis=0))
 
     def pooled(per_gene: Floats) -> Floats:
-        """The sum over the genes that share a group, for each gene."""
+        """Sum over the genes of each gene's group."""
         summed: Floats = np.bincount(group, weights=per_gene)[group].astype(np.float64)
         return summed
 
@@ -144,9 +143,9 @@ def calibrate_intervals(
     dispersion = np.divide(pooled(excess), power, out=np.zeros_like(power), where=power > 0).clip(0.0, _MAX_DISPERSION)
 
     n = len(counts) * pooled(np.ones(len(total)))
-    # of n counts that calibrate, this share must be inside, so that the next one is with probability `level`
+    # this share of the n calibration counts must be inside for the next count to be inside with probability `level`
     wanted = np.minimum(np.ceil((n + 1) * level) / n, 1.0)
-    # never less than the distribution asks for: else a gene that is rare on the whole would have the bound 0 where it is expected
+    # never less than the nominal mass: otherwise a rare gene would have the bound 0 even where it is expected
     low, high = np.full(len(total), level), np.full(len(total), _MAX_MASS)
     place = _place(expected)
     at = np.arange(len(total))
@@ -169,66 +168,8 @@ def calibrate_intervals(
     return CountIntervals(level, scale, dispersion, high)
 
 
-def marginal_bounds(sets: Iterable[NucleusSet], *, level: float = LEVEL) -> tuple[Ints, Ints]:
-    """The narrowest interval of each gene that holds `level` of its counts in all nuclei of some sections, whatever they look like.
-
-    What a model's intervals have to be narrower than. Returns lower and upper bounds, each (g,).
-    """
-    parts = list(sets)
-    n, n_genes = sum(map(len, parts)), parts[0].counts.shape[1]
-    lower, upper = np.zeros(n_genes, np.int32), np.zeros(n_genes, np.int32)
-    columns = [part.counts.tocsc() for part in parts]
-    for genes in gene_slices(n, n_genes):
-        ordered = np.sort(np.concatenate([part[:, genes].toarray() for part in columns]), axis=0)
-        inside = min(n, int(np.ceil((n + 1) * level)))
-        starts = np.unique([int(share * (n - inside)) for share in _BELOW])
-        width = np.stack([ordered[start + inside - 1] - ordered[start] for start in starts])
-        start = starts[width.argmin(axis=0)]
-        at = np.arange(ordered.shape[1])
-        lower[genes], upper[genes] = ordered[start, at], ordered[start + inside - 1, at]
-    return lower, upper
-
-
-def score_intervals(scored: Scored, intervals: CountIntervals, marginal: tuple[Ints, Ints]) -> Scored:
-    """How often the counts of a section lie inside their intervals, and how wide these are.
-
-    Parameters
-    ----------
-    scored
-        The model's prediction of the section.
-    intervals
-        The model's.
-    marginal
-        Of `marginal_bounds`.
-
-    Returns
-    -------
-    The same with four more figures, in the summary and in the table of genes: `coverage90` and `interval_width` (0 where an interval is
-    one count), and the two of the marginal intervals.
-    """
-    lower, upper = intervals.bounds(scored.umi)
-    columns = scored.nuclei.counts.tocsc()
-    n, n_genes = columns.shape
-    figures = {
-        f"{name}{end}": np.zeros(n_genes) for name in ("coverage90", "interval_width") for end in ("", "_marginal")
-    }
-    for genes in gene_slices(n, n_genes):
-        k = columns[:, genes].toarray()
-        for end, low, high in (
-            ("", lower[:, genes], upper[:, genes]),
-            ("_marginal", marginal[0][genes], marginal[1][genes]),
-        ):
-            figures[f"coverage90{end}"][genes] = ((low <= k) & (k <= high)).mean(axis=0)
-            figures[f"interval_width{end}"][genes] = np.broadcast_to(high - low, k.shape).mean(axis=0)
-    means = {name: float(values.mean()) for name, values in figures.items()}
-    result = replace(
-        scored.result, summary=scored.result.summary | means, per_gene=scored.result.per_gene.assign(**figures)
-    )
-    return replace(scored, result=result)
-
-
 def _groups(expressed: NDArray[Any], mean: NDArray[Any]) -> NDArray[np.intp]:
-    """A number for each gene: its own where it is measured often enough, else that of its stratum of expression."""
+    """Group of each gene: its own if it is measured often enough, else that of its stratum of expression."""
     group = np.arange(len(mean))
     rare = np.flatnonzero(expressed < _MIN_EXPRESSED)
     for stratum in np.array_split(rare[np.argsort(mean[rare], kind="stable")], _STRATA):
@@ -238,7 +179,7 @@ def _groups(expressed: NDArray[Any], mean: NDArray[Any]) -> NDArray[np.intp]:
 
 
 def _place(umi: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The nearest point of the grid for each expected UMI."""
+    """Index of the nearest grid point for each expected UMI."""
     place = np.log2(np.maximum(umi, np.float32(_GRID[0])))
     place -= _OCTAVES[0]
     place *= _PER_OCTAVE
@@ -251,7 +192,7 @@ def _bounds(scale: Floats, dispersion: Floats, mass: Floats) -> tuple[Ints, Ints
     counts = nbinom(size, size / (size + mean))
     wanted = mass[:, None]
     lower, upper = np.zeros(mean.shape), np.asarray(counts.ppf(wanted))
-    for below in _BELOW[1:]:
+    for below in BELOW[1:]:
         start = counts.ppf(below * (1 - wanted))
         stop = counts.ppf(np.minimum(counts.cdf(start - 1) + wanted, _MAX_MASS))
         narrower = stop - start < upper - lower

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import scipy.sparse as sp
     from anndata import AnnData
 
-    from prts.io.mpp import Source
+    from prts.io.mpp import MppSource
 
 WARN_UM = 2.0
 """Displacement beyond which transcripts of one nucleus are counted for its neighbor or for none."""
@@ -67,11 +67,11 @@ class Measurement(Protocol):
         """
         ...
 
-    def mpp_sources(self) -> list[Source]:
+    def mpp_sources(self) -> list[MppSource]:
         """What the files say about the um/px of the full-resolution image; may be empty."""
         ...
 
-    def check(self, image: Path, width: int, height: int, mpp: Source) -> None:
+    def check(self, image: Path, width: int, height: int, mpp: MppSource) -> None:
         """Check that the measurement belongs to an image.
 
         Parameters

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from prts.errors import InputError
 from prts.io.cache import file_identity
-from prts.io.mpp import Source, require_agreement
+from prts.io.mpp import MppSource, require_agreement
 from prts.platforms import platforms
 from prts.platforms.base import Registration
 from prts.platforms.bin_counts import count_bins
@@ -67,12 +67,12 @@ class VisiumHD:
         """Identities of matrix and positions."""
         return {name: file_identity(path) for name, path in self.files.items()}
 
-    def mpp_sources(self) -> list[Source]:
+    def mpp_sources(self) -> list[MppSource]:
         """`microns_per_pixel` of scalefactors_json.json."""
         factors = read_scalefactors(self.path)
         return [(Path(SCALEFACTORS).name, factors["microns_per_pixel"])] if "microns_per_pixel" in factors else []
 
-    def check(self, image: Path, width: int, height: int, mpp: Source) -> None:
+    def check(self, image: Path, width: int, height: int, mpp: MppSource) -> None:
         """Check that the matrix is there, and that spacing and positions of the bins fit the image."""
         matrix_path(self.path)
         grid = read_positions(self.path)

@@ -15,6 +15,7 @@ import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
 from prts.progress import track
 from prts.segmentation.segment import blocks
 
@@ -32,9 +33,8 @@ _BLOCK = 1024
 # Sides of the boxes, px at 1 um/px.
 _NEAR, _AROUND = 10, 20
 _MARGIN = _AROUND
-_GLASS_OD = 0.05
 _STATISTICS = ("glass", "red", "pale", "texture", "blue", "contrast", "focus")
-_DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
+_DENSITY = OPTICAL_DENSITY.astype(np.float32)
 
 
 def find_artefacts(slide: Slide, nuclei: gpd.GeoDataFrame) -> pd.Categorical:
@@ -108,7 +108,7 @@ def _maps(rgb: NDArray[np.uint8]) -> list[NDArray[Any]]:
     """The statistics about every pixel, (rows, columns) each."""
     density = _DENSITY[rgb]
     mean = density.mean(axis=-1)
-    tissue = (mean > _GLASS_OD).astype(np.float32)
+    tissue = (mean > GLASS_OD).astype(np.float32)
     share = {size: np.maximum(ndimage.uniform_filter(tissue, size), 0.02) for size in (_NEAR, _AROUND)}
 
     def in_tissue(values: NDArray[Any], size: int) -> NDArray[Any]:

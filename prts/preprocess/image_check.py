@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prts.errors import InputError
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
 from prts.segmentation.segment import sample
 
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ logger = logging.getLogger(__name__)
 # Grey levels. Of the images that the limits were chosen on (three her2st sections, CMU-1, histo.jpg, 78 of nuclei_dsb2018, three simulated
 # sections) the darkest has a median of 132; fluorescence lies below 30.
 _DARK = 60.0
-# Mean optical density (base 10) below which a pixel is glass: grey levels above 227.
-_GLASS_OD = 0.05
 # A pixel is coloured where its channels span more grey levels than noise does. Haematoxylin and eosin, blue to pink, both absorb green
 # most: in the images above green is the lowest channel of at least 75 % of the coloured pixels, in a dozen photographs of at most 39 %.
 _COLOURED, _TIE, _GREEN_LOWEST = 20, 3, 0.5
@@ -78,6 +77,5 @@ def require_h_and_e(slide: Slide) -> None:
 
 
 def _without_glass(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    density = -np.log10(np.maximum(np.arange(256), 1) / 255)
-    tissue: NDArray[np.uint8] = rgb[density[rgb].mean(axis=1) > _GLASS_OD]
+    tissue: NDArray[np.uint8] = rgb[OPTICAL_DENSITY[rgb].mean(axis=1) > GLASS_OD]
     return tissue

@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 
-from prts.errors import InputError
+from prts.errors import InputError, some_of
 from prts.io.cache import atomic, file_identity
 from prts.io.gene_list import is_names, read_gene_list, read_json
 
@@ -98,11 +98,11 @@ class Panel:
         absent = np.setdiff1d(np.arange(len(self.genes)), column[found])
         if len(found) == 0:
             raise InputError(
-                f"panel: none of its {len(self.genes)} genes ({_some(self.gene_ids)}) is among the section's {counts.n_vars} "
-                f"({_some(counts.var['gene_id'])}); model and section must be of one species and name genes by the same ids"
+                f"panel: none of its {len(self.genes)} genes ({some_of(self.gene_ids)}) is among the section's {counts.n_vars} "
+                f"({some_of(counts.var['gene_id'])}); model and section must be of one species and name genes by the same ids"
             )
         if len(absent):
-            names = _some([self.genes[i] for i in absent])
+            names = some_of([self.genes[i] for i in absent])
             logger.warning(
                 "%d of %d panel genes are not in the section and count as 0: %s", len(absent), len(self.genes), names
             )
@@ -352,13 +352,13 @@ class FilePanel:
         at = np.where(by_id >= 0, by_id, np.where(by_name >= 0, by_name, by_symbol))
         unclear = wanted[(at < 0) & wanted.isin(symbols[ambiguous])]
         if len(unclear):
-            ids = _some(var["gene_id"][symbols == unclear[0]])
+            ids = some_of(var["gene_id"][symbols == unclear[0]])
             raise InputError(f"{path}: {unclear[0]} names several genes ({ids}); list the id of the one that is meant")
         unknown = wanted[at < 0]
         if len(unknown) == len(wanted):
             raise InputError(
-                f"{path}: none of its {len(wanted)} genes ({_some(wanted)}) is in the training sections (such as "
-                f"{_some(var.index)}); symbols or gene ids of the same species would be right"
+                f"{path}: none of its {len(wanted)} genes ({some_of(wanted)}) is in the training sections (such as "
+                f"{some_of(var.index)}); symbols or gene ids of the same species would be right"
             )
         if len(unknown):
             logger.warning(
@@ -366,7 +366,7 @@ class FilePanel:
                 path,
                 len(unknown),
                 len(wanted),
-                _some(unknown),
+                some_of(unknown),
             )
         chosen = var.iloc[pd.unique(at[at >= 0])]
         steps = {"listed": len(wanted), "genes": len(var), "kept": len(chosen)}
@@ -413,8 +413,3 @@ def _in_range(key: str, value: float, low: float, high: float = math.inf) -> Non
     if not low <= value <= high:
         upper = "" if high == math.inf else f" and at most {high}"
         raise InputError(f"panel.{key}={value}: a value of at least {low}{upper} would be right")
-
-
-def _some(names: Sequence[str] | pd.Index | pd.Series, n: int = 5) -> str:
-    """The first few names, for a message."""
-    return ", ".join(map(str, list(names[:n]))) + (", ..." if len(names) > n else "")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts.errors import InputError
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
 from prts.segmentation.segment import sample
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ METHODS = ("histogram", "reinhard", "macenko")
 
 _MPP = 1.0  # of the pixels that statistics are taken from
 _WINDOW, _PER_WINDOW, _ALL = 512 * 512, 20_000, 500_000
-_GLASS_OD = 0.05
 _PERCENTILES = np.r_[0.1, 0.5, np.arange(1, 100), 99.5, 99.9]
 _MIN_PIXELS = 1000
 # RGB to the cones' LMS, and log LMS to the decorrelated space (Reinhard et al. 2001, equations 4 and 6).
@@ -127,7 +127,7 @@ def sample_slides(slides: Iterable[Slide]) -> Sampled:
             some = pixels[
                 rng.integers(0, len(pixels), min(len(pixels), _PER_WINDOW if len(pixels) <= _WINDOW else _ALL))
             ]
-            shows = -np.log10(np.maximum(some, 1) / 255).mean(axis=1) > _GLASS_OD
+            shows = OPTICAL_DENSITY[some].mean(axis=1) > GLASS_OD
             tissue.append(some[shows])
             glass.append(some[~shows])
     empty = np.concatenate(glass)

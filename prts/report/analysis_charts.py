@@ -71,7 +71,7 @@ def type_shares(out: Sequence[Path], table: pd.DataFrame, colours: Mapping[str, 
     out
         Paths with the suffix .png, .pdf or .svg.
     table
-        `name, predicted` and, if measured, `measured` (`prts.analysis.compare.type_shares`).
+        `name, predicted` and, if measured, `measured` (`prts.analysis.compare.share_of_types`).
     colours
         Colors of the slices by name; others are gray.
     """

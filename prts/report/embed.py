@@ -119,10 +119,10 @@ def nucleus_columns(obs: pd.DataFrame, measured: pd.DataFrame | None = None) -> 
     """
     found = []
     for name, values in obs.items():
-        beside = None if measured is None or name not in measured else measured[name]
+        other = None if measured is None or name not in measured else measured[name]
         if values.nunique(dropna=True) < 2:
             continue
-        column = _categories(values, beside) if _is_category(values) else _numbers(values, beside)
+        column = _categories(values, other) if _is_category(values) else _numbers(values, other)
         if column is not None:
             found.append({"name": str(name), **column})
     return found
@@ -132,8 +132,8 @@ def _is_category(values: pd.Series) -> bool:
     return pd.api.types.is_bool_dtype(values) or not pd.api.types.is_numeric_dtype(values)
 
 
-def _numbers(values: pd.Series, beside: pd.Series | None) -> dict[str, Any]:
-    sides = [side.to_numpy(dtype=np.float32, na_value=np.nan) for side in (values, beside) if side is not None]
+def _numbers(values: pd.Series, other: pd.Series | None) -> dict[str, Any]:
+    sides = [side.to_numpy(dtype=np.float32, na_value=np.nan) for side in (values, other) if side is not None]
     every = np.concatenate(sides)
     every = every[np.isfinite(every)]
     low, high = np.percentile(every, [100 - PERCENTILE, PERCENTILE]).tolist()
@@ -144,8 +144,8 @@ def _numbers(values: pd.Series, beside: pd.Series | None) -> dict[str, Any]:
     return {"kind": "number", "low": low, "high": high, "block": blocks[0], "measured_block": [*blocks, None][1]}
 
 
-def _categories(values: pd.Series, beside: pd.Series | None) -> dict[str, Any] | None:
-    sides = [side.astype("category") for side in (values, beside) if side is not None]
+def _categories(values: pd.Series, other: pd.Series | None) -> dict[str, Any] | None:
+    sides = [side.astype("category") for side in (values, other) if side is not None]
     labels = pd.unique(np.concatenate([side.cat.categories.astype(str) for side in sides]))
     if len(labels) > _MOST_CATEGORIES:
         return None

@@ -190,8 +190,12 @@ def _label_genes(axes: Axes, table: pd.DataFrame, reach: float, n_named: int) ->
     x, y = table["ceiling"].to_numpy(), table["pcc"].to_numpy()
     heights: list[float] = []
     for i in np.argsort(-y):
-        beside = (np.abs(y - y[i]) < 0.015 * reach) & (x < x[i]) & (x > x[i] - 0.17 * reach)
-        if len(heights) < n_named and not beside.any() and all(abs(y[i] - other) > 0.03 * reach for other in heights):
+        in_the_way = (np.abs(y - y[i]) < 0.015 * reach) & (x < x[i]) & (x > x[i] - 0.17 * reach)
+        if (
+            len(heights) < n_named
+            and not in_the_way.any()
+            and all(abs(y[i] - other) > 0.03 * reach for other in heights)
+        ):
             heights.append(y[i])
             axes.annotate(
                 table["gene"].iloc[i],

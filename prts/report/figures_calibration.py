@@ -117,7 +117,7 @@ def _draw_reliability(axes: Axes, bins: pd.DataFrame) -> None:
     known = bins[bins["n"] > 0]
     error = float((known["n"] * (known["predicted"] - known["observed"]).abs()).sum() / known["n"].sum())
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
-    axes.plot(known["predicted"], known["observed"], color=BLUE, marker="o", markersize=3, linewidth=1)
+    axes.plot(known["predicted"], known["observed"], color=BLUE, marker="o", markersize=3, linewidth=1, clip_on=False)
     axes.text(0.03, 0.97, f"calibration error {error:.3f}", transform=axes.transAxes, va="top")
     axes.set(ylabel="observed share expressed", ylim=(0, 1), title="Detection")
 

@@ -137,8 +137,8 @@ def tissue_maps(
             if row.measured is not None:
                 draw_nuclei(views["Measured"], nuclei, row.measured, window, top)
             maps = [views[title] for title in ("Measured", "Predicted") if title in views]
-            beside = axes_of_row[-1] if second else maps
-            add_colorbar(figure, shown, beside, f"{row.unit}\n(0 to 99th percentile)", extend="max", pad=0.01)
+            bar_next_to = axes_of_row[-1] if second else maps
+            add_colorbar(figure, shown, bar_next_to, f"{row.unit}\n(0 to 99th percentile)", extend="max", pad=0.01)
             views["H&E"].set_ylabel(row.name, fontstyle="italic" if row.gene else "normal", fontsize=9)
             if row.note:
                 views["Predicted"].text(

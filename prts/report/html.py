@@ -236,15 +236,12 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
         counted = np.minimum(_dense(prediction.layers[end], chosen), 255)
         blocks[end] = delta_blocks(counted.astype(np.uint8), codes)
     columns = nucleus_columns(prediction.obs, page.measured_obs)
+    blocks |= _position_blocks(prediction)
     blocks["columns"] = [column.pop("block") for column in columns]
     blocks["measured_columns"] = [column.pop("measured_block") for column in columns]
     for column, block in zip(columns, blocks["measured_columns"], strict=True):
         column["measured"] = block is not None
-    xy = np.asarray(prediction.obsm["spatial"], np.float32)
-    blocks |= {"x": packed(xy[:, 0]), "y": packed(xy[:, 1])}
-    area = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
-    blocks["area"] = packed(area.to_numpy(dtype=np.float32))
-    blocks["ids"] = packed_text(json.dumps([str(name) for name in prediction.obs_names]))
+    xy, area = np.asarray(prediction.obsm["spatial"], np.float32), _areas(prediction)
     diameter_um = 2 * float(np.sqrt(area.median() / np.pi)) if area.notna().any() else 7.0
     keys = [key for key in _HEADINGS if key in table]
     meta = {
@@ -270,6 +267,22 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
         "table": _rows(table, keys, chosen),
     }
     return meta, blocks
+
+
+def _areas(prediction: ad.AnnData) -> pd.Series:
+    areas: pd.Series = prediction.obs.get("area_um2", pd.Series(np.nan, index=prediction.obs_names))
+    return areas
+
+
+def _position_blocks(prediction: ad.AnnData) -> dict[str, str]:
+    """Coordinates, areas and names of the nuclei."""
+    xy = np.asarray(prediction.obsm["spatial"], np.float32)
+    return {
+        "x": packed(xy[:, 0]),
+        "y": packed(xy[:, 1]),
+        "area": packed(_areas(prediction).to_numpy(dtype=np.float32)),
+        "ids": packed_text(json.dumps([str(name) for name in prediction.obs_names])),
+    }
 
 
 def _rows(table: pd.DataFrame, keys: Sequence[str], chosen: NDArray[np.intp]) -> list[list[Any]]:

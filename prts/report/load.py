@@ -18,10 +18,10 @@ from prts.data.nucleus_set import NucleusSet
 from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
-from prts.evaluation.bootstrap import BLOCK_UM
 from prts.evaluation.measured import measure_predicted
-from prts.evaluation.scoring import Scored
-from prts.evaluation.section_scores import Evaluation, evaluate_section
+from prts.evaluation.scored_section import ScoredSection
+from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
+from prts.evaluation.settings import EvaluationSettings
 from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
@@ -32,29 +32,13 @@ if TYPE_CHECKING:
     import anndata as ad
     from numpy.typing import NDArray
 
-    from prts.evaluation.section_scores import Matched
+    from prts.evaluation.matching import MatchedNuclei
     from prts.section import Section
 
 logger = logging.getLogger(__name__)
 
 PICTURE_PX = 2400
 _REQUIRED = ("section", "width", "height", "mpp", "threshold")
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How confidence intervals are resampled.
-
-    Attributes
-    ----------
-    block_um
-        Side of the spatial blocks, um.
-    n_replicates
-        Number of bootstrap replicates.
-    """
-
-    block_um: float = BLOCK_UM
-    n_replicates: int = 1000
 
 
 @dataclass(frozen=True)
@@ -75,18 +59,18 @@ class ReportSource:
 
     path: Path
     page: PageContent
-    scored: Scored | None = None
+    scored: ScoredSection | None = None
     suffix: str = ""
 
 
-def load_run(folder: Path, bootstrap: Bootstrap) -> list[ReportSource]:
+def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]:
     """Load the test sections of a run; the first has no suffix.
 
     Parameters
     ----------
     folder
         Run folder of `prts train`.
-    bootstrap
+    evaluation
         For runs with several test sections, which are evaluated again: their per_gene.csv holds the mean over sections.
 
     Raises
@@ -115,7 +99,9 @@ def load_run(folder: Path, bootstrap: Bootstrap) -> list[ReportSource]:
         prediction.uns["prts"].setdefault("register", config.get("preprocess", {}).get("register", False))
         matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
         result = (
-            Evaluation({}, per_gene, None) if len(paths) == 1 else _evaluate(matched, prediction, section, bootstrap)
+            SectionScores({}, per_gene, None)
+            if len(paths) == 1
+            else _evaluate(matched, prediction, section, evaluation)
         )
         page = PageContent(
             prediction,
@@ -135,7 +121,7 @@ def load_prediction(
     image: Path,
     section_folder: Path | None = None,
     analysis: Path | None = None,
-    bootstrap: Bootstrap | None = None,
+    evaluation: EvaluationSettings | None = None,
 ) -> ReportSource:
     """Load a prediction and its image.
 
@@ -149,7 +135,7 @@ def load_prediction(
         Folder of the section with its bins, if it was measured.
     analysis
         analysis.h5ad of `prts analyze`; its columns can be shown on the map.
-    bootstrap
+    evaluation
         For the confidence intervals of a measured section.
 
     Raises
@@ -174,7 +160,7 @@ def load_prediction(
         return ReportSource(path, PageContent(prediction, picture))
     section = open_section_folder(section_folder)
     matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
-    result = _evaluate(matched, prediction, section, bootstrap or Bootstrap())
+    result = _evaluate(matched, prediction, section, evaluation or EvaluationSettings())
     page = PageContent(
         prediction,
         picture,
@@ -187,7 +173,7 @@ def load_prediction(
 
 
 def content_after_training(
-    path: Path, scored: Scored, metrics: Mapping[str, Any], model: Mapping[str, Any]
+    path: Path, scored: ScoredSection, metrics: Mapping[str, Any], model: Mapping[str, Any]
 ) -> PageContent:
     """Page content of a test section at the end of training, when its arrays are still in memory.
 
@@ -222,18 +208,18 @@ def _picture(section: Section) -> NDArray[np.uint8]:
         return slide.thumbnail(PICTURE_PX)
 
 
-def _rows(prediction: ad.AnnData, matched: Matched) -> NDArray[np.intp]:
+def _rows(prediction: ad.AnnData, matched: MatchedNuclei) -> NDArray[np.intp]:
     """Row of the prediction for each matched nucleus; those matched by centroid are the nearest."""
     if matched.by == "cell_id":
         return np.asarray(prediction.obs_names.get_indexer(matched.cell_id), dtype=np.intp)
     return np.asarray(cKDTree(prediction.obsm["spatial"]).query(matched.xy_px)[1], dtype=np.intp)
 
 
-def _measured_counts(prediction: ad.AnnData, matched: Matched) -> MeasuredCounts:
+def _measured_counts(prediction: ad.AnnData, matched: MatchedNuclei) -> MeasuredCounts:
     return MeasuredCounts(matched.measured, _rows(prediction, matched))
 
 
-def _scored(prediction: ad.AnnData, section: Section, matched: Matched, result: Evaluation) -> Scored:
+def _scored(prediction: ad.AnnData, section: Section, matched: MatchedNuclei, result: SectionScores) -> ScoredSection:
     rows = _rows(prediction, matched)
     nuclei = NucleusSet(
         section=section.name,
@@ -245,20 +231,15 @@ def _scored(prediction: ad.AnnData, section: Section, matched: Matched, result: 
         area_um2=prediction.obs["area_um2"].to_numpy()[rows],
     )
     umi, prob = _dense(matched.predicted), _dense(matched.predicted if matched.prob is None else matched.prob)
-    return Scored(nuclei, section, None, umi, prob, result)
+    return ScoredSection(nuclei, section, None, umi, prob, result)
 
 
-def _evaluate(matched: Matched, prediction: ad.AnnData, section: Section, bootstrap: Bootstrap) -> Evaluation:
-    return evaluate_section(
-        matched.measured,
-        matched.predicted,
-        matched.prob,
-        genes=matched.genes,
-        threshold=float(prediction.uns["prts"]["threshold"]),
-        xy_um=matched.xy_px * section.mpp,
-        block_um=bootstrap.block_um,
-        n_replicates=bootstrap.n_replicates,
-    )
+def _evaluate(
+    matched: MatchedNuclei, prediction: ad.AnnData, section: Section, evaluation: EvaluationSettings
+) -> SectionScores:
+    threshold = float(prediction.uns["prts"]["threshold"])
+    predicted = PredictedCounts(matched.predicted, matched.genes, matched.prob, threshold)
+    return score_section(matched.measured, predicted, xy_um=matched.xy_px * section.mpp, settings=evaluation)
 
 
 def _join_analysis(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:

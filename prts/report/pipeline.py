@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prts.errors import ParameterError
-from prts.evaluation.section_scores import check_intervals
+from prts.evaluation.settings import EvaluationSettings
 from prts.io.nuclei import load_nuclei
+from prts.io.outputs import check_out_folder
 from prts.io.prediction import nuclei_path
 from prts.report.figures import training_figure
 from prts.report.html import write_page
-from prts.report.load import Bootstrap, ReportSource, load_prediction, load_run
+from prts.report.load import ReportSource, load_prediction, load_run
 from prts.report.section_figures import Region, prediction_figures, scored_figures
 
 
@@ -29,17 +30,16 @@ class ReportSettings:
         Region to enlarge in the figures, x0, y0, x1, y1 in full-resolution pixels; None picks one where expression varies.
     second
         Another image with the same field of view, such as registered IHC, to show next to the region.
-    bootstrap
+    evaluation
         Resampling for confidence intervals.
     """
 
     genes: int | Sequence[str] | None = None
     box_px: Sequence[float] | None = None
     second: Path | None = None
-    bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
     def __post_init__(self) -> None:
-        check_intervals(self.bootstrap.block_um, self.bootstrap.n_replicates)
         if self.box_px is not None and len(self.box_px) != 4:
             raise ParameterError("", "region", f"{list(self.box_px)} must be four numbers: x0, y0, x1, y1 in px")
 
@@ -76,8 +76,8 @@ def report_run(run: str | Path, out: str | Path | None = None, *, settings: Repo
     >>> report_run("outputs/demo/make")  # doctest: +SKIP
     """
     run, settings = Path(run), settings or ReportSettings()
-    out = run if out is None else _output_folder(out)
-    pages = [_report_scored(out, source, settings) for source in load_run(run, settings.bootstrap)]
+    out = run if out is None else check_out_folder(out, "report.html and figures")
+    pages = [_report_scored(out, source, settings) for source in load_run(run, settings.evaluation)]
     training_figure(run, out / "figures")
     return pages
 
@@ -121,9 +121,9 @@ def report_prediction(
     --------
     >>> report_prediction("slide.h5ad", "slide.svs", "report/", settings=ReportSettings(genes=["EPCAM"]))  # doctest: +SKIP
     """
-    settings, out, image = settings or ReportSettings(), _output_folder(out), Path(image)
+    settings, out, image = settings or ReportSettings(), check_out_folder(out, "report.html and figures"), Path(image)
     section, analysis = (None if path is None else Path(path) for path in (section, analysis))
-    source = load_prediction(Path(prediction), image, section, analysis, settings.bootstrap)
+    source = load_prediction(Path(prediction), image, section, analysis, settings.evaluation)
     if source.scored is not None:
         return _report_scored(out, source, settings)
     nuclei = source.page.prediction
@@ -144,10 +144,3 @@ def _report_scored(out: Path, source: ReportSource, settings: ReportSettings) ->
         region=settings.region,
     )
     return write_page(out / f"report{source.suffix}.html", source.page, genes=settings.genes)
-
-
-def _output_folder(out: str | Path) -> Path:
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ParameterError("", "out", f"{out} is a file; give a folder for report.html and figures")
-    return out

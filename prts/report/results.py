@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from prts.data.datamodule import PRTSDataModule
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.models.bundle import Bundle
 
 
 def write_predictions(
-    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[Scored], folder: Path, best_epoch: int | None
+    datamodule: PRTSDataModule, bundle: Bundle, test: Sequence[ScoredSection], folder: Path, best_epoch: int | None
 ) -> None:
     """Write predictions.h5ad and figures/; further sections go to predictions-<section>.h5ad.
 
@@ -52,7 +52,7 @@ def write_predictions(
     training_figure(folder, folder / "figures", best_epoch=best_epoch)
 
 
-def write_pages(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any], folder: Path) -> None:
+def write_pages(bundle: Bundle, test: Sequence[ScoredSection], metrics: dict[str, Any], folder: Path) -> None:
     """Write report.html and report-<section>.html, after `write_predictions`.
 
     Parameters
@@ -67,6 +67,6 @@ def write_pages(bundle: Bundle, test: Sequence[Scored], metrics: dict[str, Any],
         write_page(folder / f"report{suffix}.html", page)
 
 
-def _with_suffix(test: Sequence[Scored]) -> Iterator[tuple[str, Scored]]:
+def _with_suffix(test: Sequence[ScoredSection]) -> Iterator[tuple[str, ScoredSection]]:
     for i, scored in enumerate(test):
         yield "" if i == 0 else f"-{scored.nuclei.section}", scored

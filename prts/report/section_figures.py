@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import anndata as ad
     from numpy.typing import NDArray
 
-    from prts.evaluation.scoring import Scored
+    from prts.evaluation.scored_section import ScoredSection
     from prts.io.slide import Slide
 
 _N_MAPS = 4
@@ -85,7 +85,7 @@ class MapData:
 
 def scored_figures(
     folder: Path,
-    scored: Scored,
+    scored: ScoredSection,
     genes: Sequence[str],
     outlines: NDArray[Any],
     *,

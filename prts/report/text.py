@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prts.models.ood import PARTLY, SPOILT, STRANGE
 from prts.preprocess.artefacts import is_artefact
 
-# Baselines of a run (`prts.evaluation.comparison`).
+# Baselines of a run (`prts.evaluation.baselines`).
 _BASELINES = {
     "ridge": "ridge regression on the same inputs",
     "morphology": "ridge regression on nucleus shape and density",

@@ -15,6 +15,7 @@ from skimage.segmentation import watershed
 
 from prts.errors import InputError
 from prts.io.nuclei import make_nuclei
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
 from prts.io.outlines import labels_to_polygons
 from prts.progress import track
 from prts.segmentation.segment import blocks, owned, sample, without_doubles
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
     from prts.io.slide import Slide
 
-# Mean optical density (base 10) below which a pixel is glass: grey levels above 227.
-_GLASS_OD = 0.05
 # Rows of an image whose colours are looked up at once: few enough for a processor's cache.
 _ROWS = 32
 # Gaussians are cut off at this many sigmas, which bounds how far a block sees.
@@ -118,7 +117,7 @@ class Watershed:
         """The least haematoxylin of a nucleus, from the slide's tissue; None where it has none."""
         tissue = []
         for window in sample(slide, self.mpp):
-            tissue.append(self._haematoxylin(window)[_optical_density(window) > _GLASS_OD])
+            tissue.append(self._haematoxylin(window)[_optical_density(window) > GLASS_OD])
         values = np.concatenate(tissue)
         if len(values) * self.mpp**2 < self.min_area_um2:
             return None
@@ -130,7 +129,7 @@ class Watershed:
     def _labels(self, rgb: NDArray[np.uint8], threshold: float) -> NDArray[np.int32]:
         """Labels of one block with its surroundings."""
         stain = self._haematoxylin(rgb)
-        mask = (stain > threshold) & (_optical_density(rgb) > _GLASS_OD)
+        mask = (stain > threshold) & (_optical_density(rgb) > GLASS_OD)
         if mask.any():
             mask &= stain > _gaussian(stain, self.local_um / self.mpp)
             mask = ndimage.binary_opening(mask)
@@ -169,7 +168,7 @@ def haematoxylin(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Mean over the channels, base 10."""
-    table = -np.log10(np.maximum(np.arange(256), 1) / 255).astype(np.float32)
+    table = OPTICAL_DENSITY.astype(np.float32)
     return _sum_over_channels(rgb, np.stack([table] * 3)) / np.float32(3)
 
 

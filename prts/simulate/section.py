@@ -19,6 +19,7 @@ from prts.errors import ParameterError
 from prts.io.cache import atomic
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import make_nuclei, write_nuclei
+from prts.io.outputs import check_out_folder
 from prts.progress import track
 from prts.simulate.artefacts import ARTEFACT_KINDS, draw_artefacts
 from prts.simulate.bins import write_bins
@@ -195,8 +196,7 @@ def _parameters(settings: SimulationSettings, folder: Path) -> dict[str, Any]:
 
 def _refuse_foreign(out: Path) -> None:
     """Replace only simulated sections, never files of the user."""
-    if out.exists() and not out.is_dir():
-        raise ParameterError("", "out", f"{out} is a file; give a folder")
+    check_out_folder(out, "the section")
     if out == Path.cwd():
         raise ParameterError("", "out", f"{out} is the current folder; give a new folder")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()

@@ -13,6 +13,7 @@ from prts.analysis.clusters import (
     cluster_to_match,
     embed,
     find_markers,
+    log_normalise,
     score_subtypes,
     silhouette,
 )
@@ -115,6 +116,27 @@ def test_one_cluster_only_is_refused() -> None:
     nuclei = embed(planted(), SETTINGS)
     with pytest.raises(InputError, match=r"1 of them with at least 132 nuclei.*raise `resolution`"):
         cluster(nuclei, ClusterSettings(resolution=0.1, min_share=0.4))
+
+
+@pytest.mark.parametrize("n_genes", [2, 12])
+def test_markers_of_a_small_panel_are_scored(n_genes: int) -> None:
+    rng = np.random.default_rng(0)
+    rates = np.ones((120, n_genes))
+    rates[:60, 0], rates[60:, 1] = 8, 8
+    nuclei = ad.AnnData(sp.csr_matrix(rng.poisson(rates).astype(np.float32)))
+    nuclei.obs["cluster"] = pd.Categorical(np.repeat(["0", "1"], 60))
+    log_normalise(nuclei)
+    scores = score_subtypes(nuclei, find_markers(nuclei))
+    for name in ("0", "1"):
+        inside = (nuclei.obs["cluster"] == name).to_numpy()
+        assert scores.loc[inside, f"score_{name}"].mean() > scores.loc[~inside, f"score_{name}"].mean() + 0.5
+
+
+def test_nuclei_that_are_all_alike_are_refused() -> None:
+    counts = ad.AnnData(sp.csr_matrix(np.ones((40, 10), np.float32)))
+    counts.obsm["spatial"] = np.zeros((40, 2))
+    with pytest.raises(InputError, match="all nuclei have the same expression"):
+        embed(counts, SETTINGS)
 
 
 def test_too_few_nuclei_are_refused() -> None:

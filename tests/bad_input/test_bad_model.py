@@ -42,9 +42,9 @@ WRONG_BUNDLE: dict[str, tuple[Any, str]] = {
     "another version": ({"format_version": 99}, "format version 99"),
     "no genes": ({"genes": []}, "0 genes"),
     "genes of numbers": ({"genes": 5}, "not laid out"),
-    "a gene less": ({"genes": [{"name": "A", "id": "a"}]}, "1 genes beside a network of"),
+    "a gene less": ({"genes": [{"name": "A", "id": "a"}]}, "1 genes for a network of"),
     "unknown architecture": ({"architecture": {"name": "os.system"}}, "is not one of"),
-    "unknown target": ({"target": {"name": "eval"}}, "is not one of"),
+    "unknown likelihood": ({"likelihood": {"name": "eval"}}, "is not one of"),
     "negative width": ({"architecture": {"name": "mlp", "in_features": -1, "n_genes": 50}}, "model.json"),
     "other input": ({"input": {"use": ["local"], "widths": {"local": 3}}}, "do not add up"),
     "a rule of nothing": ({"output": {}}, "not laid out"),
@@ -122,7 +122,7 @@ def test_a_prediction_without_its_polygons_is_refused(
 
 
 def test_out_must_be_a_place_for_the_result(predict: Ask, evaluate: Ask, tmp_path: Path, refused: Refused) -> None:
-    refused(predict(out=tmp_path / "slide.h5"), "must end in .h5ad")
+    refused(predict(out=tmp_path / "slide.h5"), "does not end in .h5ad")
     (tmp_path / "x" / "folder.h5ad").mkdir(parents=True)
     refused(predict(out=tmp_path / "x" / "folder.h5ad"), "is a folder")
     (tmp_path / "file").touch()
@@ -170,7 +170,7 @@ def test_a_wrong_gene_list_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_gene_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genes.txt").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "genes.txt", tmp_path, tmp_path / "nowhere.txt"):
-        with pytest.raises(InputError, match=r"cannot be read|is not UTF-8"):
+        with pytest.raises(InputError, match=r"cannot be read|not UTF-8"):
             read_gene_list(path)
 
 

@@ -98,6 +98,7 @@ def fills_up(
             assert disk.files() == whole
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("format", ["geojson", "parquet", "csv", "spatialdata"])
 def test_export(disk: Disk, ask: Ask, world: Any, format: str) -> None:
     if format == "spatialdata":
@@ -116,6 +117,7 @@ def test_predict(disk: Disk, ask: Ask, world: Any) -> None:
     fills_up(disk, lambda: ask("predict", **given, out=out, paths__cache_dir=cache), (".parts/",))
 
 
+@pytest.mark.nightly
 def test_report(disk: Disk, ask: Ask, world: Any) -> None:
     given = {"prediction": world.prediction, "image": world.image, "out": disk.root / "report"}
     fills_up(disk, lambda: ask("report", **given), shares=(0.1, 0.6), anew=False)
@@ -134,11 +136,13 @@ def say(capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, s
     return run
 
 
+@pytest.mark.nightly
 def test_prepare(disk: Disk, say: Any, tissue: list[str], quick_encoder: None) -> None:
     command = ["prepare", *tissue, f"paths.cache_dir={disk.root / 'cache'}"]
     fills_up(disk, lambda: say(command), (".parts/",))
 
 
+@pytest.mark.nightly
 def test_train(disk: Disk, say: Any, training: list[str], tmp_path: Path, quick_encoder: None) -> None:
     run = disk.root / "run"
     command = ["train", *training, f"paths.cache_dir={tmp_path / 'cache'}", f"hydra.run.dir={run}"]

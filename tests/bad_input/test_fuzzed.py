@@ -1,4 +1,4 @@
-"""A few broken files for every reader, of those that `benchmarks/fuzz.py` tries by the ten thousand."""
+"""A few of the broken files for every reader of which `benchmarks/fuzz.py` tries ten thousands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.fuzz import READERS, Trial  # noqa: E402
 
 EXAMPLES = 15
+
+pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")

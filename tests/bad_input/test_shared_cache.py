@@ -43,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("command", ["prepare", "train"])
+@pytest.mark.parametrize("command", ["prepare", pytest.param("train", marks=pytest.mark.nightly)])
 def test_a_cache_that_is_deleted_midway(
     command: str,
     tissue: list[str],
@@ -157,7 +157,7 @@ CROWD = """
 """
 
 
-@pytest.mark.parametrize("kill", ["spare", "kill"])
+@pytest.mark.parametrize("kill", ["kill", pytest.param("spare", marks=pytest.mark.nightly)])
 def test_four_processes_on_one_cache(kill: str, tissue: list[str], tmp_path: Path) -> None:
     def crowd(n: int, how: str, cache: Path) -> tuple[str, str]:
         script = "\n".join(line.removeprefix("    ") for line in CROWD.splitlines())

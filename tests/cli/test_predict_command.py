@@ -19,13 +19,13 @@ from PIL import Image
 
 from prts.cli.app import config_dir, run
 from prts.cli.predict import _segmenter, _weights
-from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.features.encoders import Classical
 from prts.features.encoders.tokens import torch_device
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.orientation import Orientation
 from prts.models.bundle import Bundle, load_bundle, save_bundle
+from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.preprocess.artefacts import KINDS
@@ -52,7 +52,6 @@ def write_bundle(folder: Path) -> Path:
         "tile": 256,
         "pooling": "nucleus",
         "input": {"use": ["local", "global"], "widths": {"local": 192, "global": 384}},
-        "loss": {},
         "segmentation": {"name": "watershed", "arguments": {}},
         "qc": {},
         "tissue": "demo",
@@ -62,8 +61,11 @@ def write_bundle(folder: Path) -> Path:
         "seed": 0,
         "validation": {},
     }
-    scaler = make_scaler("log1p", 1)
-    parts = {"net": PRTSNet(576, 1, hidden=(4,)), "scaler": scaler, "rule": OutputRule("none", 0.5)}
+    parts = {
+        "net": PRTSNet(576, 1, hidden=(4,)),
+        "likelihood": Paper(target="log1p").allocate(1),
+        "rule": OutputRule("none", 0.5),
+    }
     save_bundle(folder, **parts, genes=[("A", "idA")], metadata=metadata)
     return folder
 

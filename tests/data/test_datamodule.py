@@ -103,14 +103,6 @@ def test_an_ablation_changes_the_input_width(tissue: PreparedTissue, use: tuple[
     assert list(module.feature_widths) == list(use)
 
 
-def test_the_scaler_sees_training_nuclei_only(tissue: PreparedTissue) -> None:
-    module = ready(tissue)
-    counts = np.vstack([nuclei.counts.toarray() for nuclei in module.train_sets]).astype(float)
-    counts[counts == 0] = np.nan
-    np.testing.assert_array_equal(module.scaler.minimum, np.nanmin(counts, axis=0))
-    np.testing.assert_array_equal(module.scaler.range, np.nanmax(counts, axis=0) - np.nanmin(counts, axis=0))
-
-
 def test_an_epoch_has_every_training_nucleus_once_in_a_new_order(tissue: PreparedTissue) -> None:
     module = ready(tissue, batch_size=32)
     loader = module.train_dataloader()
@@ -273,7 +265,6 @@ def test_blocks_split_one_section_into_sets(tissue: PreparedTissue) -> None:
         ({"use": ()}, "use"),
         ({"use": ("local", "cls")}, "use"),
         ({"batch_size": 1}, "batch_size"),
-        ({"target": "z"}, "target"),
     ],
 )
 def test_bad_settings_name_their_key(tissue: PreparedTissue, arguments: dict[str, object], key: str) -> None:

@@ -1,95 +1,182 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from sklearn.linear_model import Ridge
-from sklearn.preprocessing import StandardScaler
+import scanpy as sc
+import scipy.sparse as sp
+import shapely
+from anndata import AnnData
+from scipy.stats import t
 
 from prts.data.nucleus_set import NucleusSet
-from prts.evaluation import baselines
-from prts.evaluation.baselines import gene_mean, ridge
+from prts.evaluation.baseline_features import with_colour, with_morphology
+from prts.evaluation.baselines import Position, fit_baselines, fit_position, refuse_leakage
+from prts.evaluation.expression import pearson_per_gene
+from prts.evaluation.gene_sets import gene_sets, variable_genes
+from prts.features.store import Rows, write_store
+from prts.io.nuclei import make_nuclei, write_nuclei
+from prts.models.ridge import permuted, ridge
+from prts.preprocess.panel import Panel
 
 
-def joined(sets: list[NucleusSet]) -> tuple[np.ndarray, np.ndarray]:
-    features = np.vstack([nuclei.features for nuclei in sets]).astype(np.float64)
-    return features, np.log1p(np.vstack([nuclei.counts.toarray() for nuclei in sets]).astype(np.float64))
+def on_a_gradient(make_nuclei: Callable[..., NucleusSet], n: int, seed: int, section: str = "s") -> NucleusSet:
+    """Genes whose rate depends on where a nucleus lies."""
+    rng = np.random.default_rng(seed)
+    xy = rng.uniform(0, 1000, (n, 2))
+    rate = np.exp(np.sin(xy[:, :1] / 200 + np.arange(6)) + xy[:, 1:] / 1000)
+    return replace(make_nuclei(rng.normal(size=(n, 4)), rng.poisson(rate), section), xy_um=xy)
 
 
-def mean_pcc(predicted: np.ndarray, measured: np.ndarray) -> float:
-    return float(np.mean([np.corrcoef(predicted[:, g], measured[:, g])[0, 1] for g in range(measured.shape[1])]))
+def test_position_is_the_mean_of_log1p_over_the_nearest(make_nuclei: Callable[..., NucleusSet]) -> None:
+    train, test = on_a_gradient(make_nuclei, 80, 0), on_a_gradient(make_nuclei, 15, 1)
+    predicted = Position(train, 7)(test)
+    log = np.log1p(train.counts.toarray())
+    for i in range(len(test)):
+        near = np.argsort(np.linalg.norm(train.xy_um - test.xy_um[i], axis=1))[:7]
+        np.testing.assert_allclose(np.log1p(predicted[i]), log[near].mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(np.log1p(Position(train, 500)(test)), np.tile(log.mean(axis=0), (15, 1)), rtol=1e-5)
 
 
-def test_gene_mean_is_the_mean_of_log1p_umi(poisson_nuclei: Callable[..., NucleusSet]) -> None:
-    sets = [poisson_nuclei(30, 1), poisson_nuclei(50, 2)]
-    predicted = gene_mean(sets).predict(sets[0].features)
-    assert predicted.shape == (30, 20)
-    np.testing.assert_allclose(np.log1p(predicted), np.tile(joined(sets)[1].mean(axis=0), (30, 1)), rtol=1e-5)
-
-
-def test_ridge_is_sklearns_with_the_penalty_that_validates_best(
-    poisson_nuclei: Callable[..., NucleusSet], monkeypatch: pytest.MonkeyPatch
+def test_position_takes_the_neighbours_that_validate_best_in_the_section(
+    make_nuclei: Callable[..., NucleusSet],
 ) -> None:
-    monkeypatch.setattr(baselines, "_CHUNK", 17)
-    train, val = [poisson_nuclei(40, 1), poisson_nuclei(35, 2)], [poisson_nuclei(60, 3), poisson_nuclei(200, 4)]
-    penalties = [1e-3, 0.1, 1.0, 30.0]
-    fitted = ridge(train, val, penalties)
-
-    x, y = joined(train)
-    scaler = StandardScaler().fit(x)
-    slow = {penalty: Ridge(alpha=penalty * len(x)).fit(scaler.transform(x), y) for penalty in penalties}
-    scores = {
-        penalty: np.mean(
-            [
-                mean_pcc(model.predict(scaler.transform(features)), measured)
-                for features, measured in (joined([s]) for s in val)
-            ]
-        )
-        for penalty, model in slow.items()
-    }
-    assert fitted.scores == pytest.approx(scores, rel=1e-6)
-    assert fitted.penalty == max(scores, key=scores.__getitem__)
-    expected = slow[fitted.penalty].predict(scaler.transform(joined(val[:1])[0])).clip(0)
-    np.testing.assert_allclose(np.log1p(fitted.predict(val[0].features)), expected, atol=1e-5)
+    train, val = on_a_gradient(make_nuclei, 400, 0), on_a_gradient(make_nuclei, 400, 1)
+    elsewhere = on_a_gradient(make_nuclei, 50, 2, "elsewhere")
+    fitted = fit_position([elsewhere, train], [val], "s")
+    assert fitted is not None
+    scores = {k: pearson_per_gene(val.counts, Position(train, k)(val)).mean() for k in (10, 30, 100, 300)}
+    assert fitted.k == max(scores, key=scores.__getitem__) == 30
+    assert scores[30] > 0.4
+    without = fit_position([train], [elsewhere], "s")
+    assert without is not None
+    assert without.k == 100
 
 
-def test_ridge_recovers_a_linear_truth(make_nuclei: Callable[..., NucleusSet]) -> None:
-    """log1p(UMI) linear in features of very different scales, one of them constant."""
-    rng = np.random.default_rng(0)
-    effect = rng.normal(0, 0.4, (3, 5))
-
-    def draw(n: int) -> NucleusSet:
-        latent = rng.uniform(-1, 1, (n, 3))
-        counts = np.round(np.expm1(4 + latent @ effect))
-        features = np.hstack([latent * [1e-2, 1, 1e3] + [0, 5, 2e3], np.full((n, 1), 0.1)])
-        return make_nuclei(features, counts)
-
-    train, val, test = draw(800), draw(200), draw(200)
-    fitted = ridge([train], [val])
-    measured = joined([test])[1]
-    assert mean_pcc(np.log1p(fitted.predict(test.features)), measured) > 0.995
-    assert np.abs(np.log1p(fitted.predict(test.features)) - measured).max() < 0.05
-    assert fitted.penalty == baselines.PENALTIES[0]
+def test_position_is_absent_where_no_nucleus_of_the_section_trains(
+    make_nuclei: Callable[..., NucleusSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="prts")
+    assert fit_position([on_a_gradient(make_nuclei, 30, 0, "other")], [], "s") is None
+    assert "no training nucleus lies in s" in caplog.text
 
 
-def test_features_without_information_get_the_greatest_penalty_and_no_pcc(
+def test_permuted_deals_the_same_counts_out_anew(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    sets = [poisson_nuclei(300, 1), poisson_nuclei(200, 2)]
+    dealt = permuted(sets, seed=3)
+    assert [len(nuclei) for nuclei in dealt] == [300, 200]
+    assert [nuclei.counts.shape for nuclei in dealt] == [(300, 20), (200, 20)]
+    before, after = (sp.vstack([nuclei.counts for nuclei in some]).toarray() for some in (sets, dealt))
+    np.testing.assert_array_equal(np.sort(before, axis=0), np.sort(after, axis=0))
+    # neither with their own nucleus nor with each other do genes keep company
+    own = [np.corrcoef(before[:, g], after[:, g])[0, 1] for g in range(20)]
+    assert np.abs(own).mean() < 0.08
+    together = np.corrcoef(after, rowvar=False)[np.triu_indices(20, 1)]
+    assert np.abs(together).mean() < 0.06
+    np.testing.assert_array_equal(dealt[0].features, sets[0].features)
+    again = permuted(sets, seed=3)
+    assert (again[0].counts != dealt[0].counts).nnz == 0
+
+
+def test_permuted_scores_nothing_and_the_rest_of_the_check_is_exact(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    train, val, test = (poisson_nuclei(500, seed, g=100) for seed in (1, 2, 3))
+    honest = ridge(permuted([train]), [val])
+    refuse_leakage(pearson_per_gene(test.counts, honest.predict(test.features)), "t")
+    with pytest.raises(RuntimeError, match=r"leakage: .* on t.* can be trusted"):
+        refuse_leakage(pearson_per_gene(test.counts, ridge([train], [val]).predict(test.features)), "t")
+    spread = np.tile([0.1, -0.1], 50)
+    bound = 0.02 + t.ppf(0.99865, 99) * spread.std(ddof=1) / 10
+    refuse_leakage(np.append(spread + bound - 1e-6, np.nan), "t")
+    for shift in (bound + 1e-6, -bound - 1e-6):
+        with pytest.raises(RuntimeError, match="leakage"):
+            refuse_leakage(spread + shift, "t")
+
+
+def test_chance_among_a_few_genes_is_not_called_leakage(caplog: pytest.LogCaptureFixture) -> None:
+    # 10 genes: beyond 3 standard errors, where a t of 9 degrees of freedom is five times as often as a normal variable
+    spread = np.tile([0.1, -0.1], 5)
+    error = spread.std(ddof=1) / np.sqrt(10)
+    refuse_leakage(spread + 0.02 + 3.5 * error, "t")
+    with pytest.raises(RuntimeError, match="leakage"):
+        refuse_leakage(spread + 0.02 + 5 * error, "t")
+    assert not caplog.records
+    refuse_leakage(np.array([0.3, 0.31, 0.32, 0.3, np.nan]), "t")  # four genes stop no run
+    assert "0.307 on t" in caplog.text and "4 genes are too few" in caplog.text
+
+
+def test_variable_genes_are_scanpys_most_variable_after_log_normalisation(
     poisson_nuclei: Callable[..., NucleusSet],
 ) -> None:
-    rng = np.random.default_rng(0)
-    sets = [poisson_nuclei(300, seed, g=200) for seed in (1, 2, 3)]
-    shuffled = [nuclei.take(np.arange(len(nuclei))) for nuclei in sets]
-    for nuclei in shuffled:
-        rng.shuffle(nuclei.features)
-    fitted = ridge(shuffled[:1], shuffled[1:2])
-    assert abs(mean_pcc(np.log1p(fitted.predict(shuffled[2].features)), joined(shuffled[2:])[1])) < 0.03
+    sets = [poisson_nuclei(200, 1, g=260), poisson_nuclei(100, 2, g=260)]
+    nuclei = AnnData(sp.vstack([s.counts for s in sets]).astype(np.float32))
+    sc.pp.normalize_total(nuclei)
+    sc.pp.log1p(nuclei)
+    variance = nuclei.X.toarray().astype(np.float64).var(axis=0)
+    ordered, chosen = np.sort(variance)[::-1], variable_genes(sets)
+    # variances, not genes: in float32 two close ones may change places
+    np.testing.assert_allclose(variance[chosen["hvg50"]], ordered[:50], rtol=1e-5)
+    np.testing.assert_allclose(variance[chosen["hvg200"]], ordered[:200], rtol=1e-5)
 
 
-def test_constant_genes_are_left_out_of_the_choice(make_nuclei: Callable[..., NucleusSet]) -> None:
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(100, 2))
-    counts = np.stack([rng.poisson(np.exp(features[:, 0])), np.full(100, 3), np.zeros(100)], axis=1)
-    nuclei = make_nuclei(features, counts)
-    fitted = ridge([nuclei], [nuclei])
-    assert all(score > 0.3 for score in fitted.scores.values())
-    np.testing.assert_allclose(fitted.predict(features.astype(np.float32))[:, 1:], np.tile([3, 0], (100, 1)), atol=1e-4)
+def test_marker_genes_are_a_set_of_their_own_where_the_panel_has_some(
+    poisson_nuclei: Callable[..., NucleusSet], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    sets, panel = [poisson_nuclei(50, 1)], Panel(tuple(f"g{j}" for j in range(20)), ("",) * 20, "file", {})
+    assert gene_sets(sets, panel, ["g7", "g2", "absent"])["markers"].tolist() == [2, 7]
+    assert "2 of the tissue's 3 are in the panel" in caplog.text
+    assert set(gene_sets(sets, panel, ["absent"])) == {"hvg50", "hvg200"}
+
+
+def prepared(folder: Path, name: str, n: int, seed: int) -> tuple[SimpleNamespace, NucleusSet]:
+    """A section whose gene 0 follows colour, gene 1 the nucleus' size, gene 2 the features."""
+    rng = np.random.default_rng(seed)
+    ids = np.array([f"{name}-{i}" for i in range(n)], dtype=object)
+    side = rng.uniform(6, 14, n + 5)
+    corner = rng.uniform(0, 2000, (n + 5, 2))
+    polygons = make_nuclei(shapely.box(*corner.T, *(corner + side[:, None]).T), 0.5, cell_id=[*ids, *"abcde"])
+    write_nuclei(polygons, folder / f"{name}.parquet")
+    colour, features = rng.normal(size=(n, 12)).astype(np.float32), rng.normal(size=(n, 3)).astype(np.float32)
+    order = rng.permutation(n)
+    rows = Rows(colour[order, 6:], colour[order, :6])
+    write_store(folder / f"{name}.h5", ids[order], np.zeros((n, 2)), (6, 6), [rows], {})
+    log_area = np.log(side[:n] ** 2 / 100)
+    rate = 5 * np.exp(np.stack([0.5 * colour[:, 7], log_area, 0.5 * features[:, 1]], axis=1))
+    counts = sp.csr_matrix(rng.poisson(rate).astype(np.int32))
+    nuclei = NucleusSet(
+        name, ids, np.zeros((n, 2)), features, counts, np.asarray(counts.sum(axis=1)).ravel(), side[:n] ** 2 / 4
+    )
+    section = SimpleNamespace(
+        nuclei=folder / f"{name}.parquet", colour=folder / f"{name}.h5", section=SimpleNamespace(mpp=0.5)
+    )
+    return section, nuclei
+
+
+def test_each_baseline_predicts_what_it_sees_and_nothing_else(tmp_path: Path) -> None:
+    made = {name: prepared(tmp_path, name, 600, seed) for seed, name in enumerate(("train", "val", "test"))}
+    tissue = SimpleNamespace(sections={name: section for name, (section, _) in made.items()})
+    test = made["test"][1]
+    fitted = fit_baselines([made["train"][1]], [made["val"][1]], tissue)
+    assert list(fitted) == ["gene_mean", "colour", "morphology", "ridge", "permuted"]
+    pcc = {name: pearson_per_gene(test.counts, predict(test)) for name, predict in fitted.items()}
+    assert not pcc["gene_mean"].any()
+    for gene, name in enumerate(("colour", "morphology", "ridge")):
+        assert pcc[name][gene] > 0.5
+        assert np.abs(np.delete(pcc[name], gene)).max() < 0.2
+    assert np.abs(pcc["permuted"]).max() < 0.25
+
+
+def test_descriptions_are_found_by_cell_id(tmp_path: Path) -> None:
+    section, nuclei = prepared(tmp_path, "a", 30, 0)
+    tissue = SimpleNamespace(sections={"a": section})
+    some = nuclei.take(np.array([7, 2, 29]))
+    whole = with_colour([nuclei], tissue)[0].features
+    np.testing.assert_array_equal(with_colour([some], tissue)[0].features, whole[[7, 2, 29]])
+    (described,) = with_morphology([some], tissue)
+    np.testing.assert_allclose(described.features[:, 0], np.log10(some.area_um2), rtol=1e-4)
+    assert described.features.shape == (3, 21)
+    assert described.cell_id is some.cell_id

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, rankdata, spearmanr
 
-from prts.evaluation import arrays
+from prts.data import gene_arrays
 from prts.evaluation.expression import expression_per_gene, pearson_per_gene
 
 
@@ -98,7 +98,7 @@ def test_sparse_predictions_and_small_slices_give_the_same(section, monkeypatch)
     counts, predicted = section
     predicted[predicted < 0.3] = 0
     whole = expression_per_gene(counts, predicted)
-    monkeypatch.setattr(arrays, "_VALUES_AT_ONCE", 700)
+    monkeypatch.setattr(gene_arrays, "_VALUES_AT_ONCE", 700)
     parts = expression_per_gene(counts.toarray(), sp.csr_matrix(predicted))
     np.testing.assert_allclose(parts.astype(float), whole.astype(float), rtol=1e-9, atol=1e-12)
 
@@ -116,4 +116,4 @@ def test_values_that_are_no_counts_are_refused(section, wrong):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=7, max_size=7), min_size=1, max_size=4))
 def test_average_ranks_equal_scipy(rows):
-    np.testing.assert_array_equal(arrays.average_ranks(np.array(rows)), rankdata(rows, axis=1))
+    np.testing.assert_array_equal(gene_arrays.average_ranks(np.array(rows)), rankdata(rows, axis=1))

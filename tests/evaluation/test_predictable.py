@@ -10,9 +10,10 @@ import pytest
 from prts.data.nucleus_set import NucleusSet
 from prts.evaluation.bootstrap import block_sums, genes_above, resampling_weights, spatial_blocks
 from prts.evaluation.predictable import genes_beyond, precision, predictable, validated_genes
-from prts.evaluation.scoring import Scored
+from prts.evaluation.scored_section import ScoredSection
+from prts.evaluation.settings import EvaluationSettings
 
-SETTINGS = {"block_um": 250, "bootstrap": 200}
+SETTINGS = EvaluationSettings(250, 200)
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_gene_must_hold_in_every_validation_section(nuclei: NucleusSet) -> Non
     for sd in ([0.3, 0.3, 30, 0.3, 0.3], [0.3, 0.3, 0.3, 30, 0.3]):
         umi = noisy(nuclei, sd)
         result = SimpleNamespace(sums=block_sums(nuclei.counts, umi, blocks))
-        scored.append(Scored(nuclei, SimpleNamespace(mpp=0.5), None, umi, umi, result))
+        scored.append(ScoredSection(nuclei, SimpleNamespace(mpp=0.5), None, umi, umi, result))
     worse = noisy(nuclei, [2, 2, 2, 2, 2])
     beyond = validated_genes([{"colour": lambda _: worse}] * 2, scored, SETTINGS)
     np.testing.assert_array_equal(predictable(beyond), np.tile([True, True, False, False, True], 4))

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse as sp
 from skimage.metrics import structural_similarity
 
-from prts.evaluation.spatial import map_ssim, moran_agreement, morans_i, neighbour_weights
+from prts.evaluation.spatial import map_ssim, moran_agreement, morans_i, neighbor_weights
 
 
 def test_morans_i_is_the_double_sum():
@@ -20,7 +20,7 @@ def test_morans_i_is_the_double_sum():
     for g in range(3):
         z = np.log1p(counts[:, g]) - np.log1p(counts[:, g]).mean()
         expected.append(60 / w.sum() * sum(w[i, j] * z[i] * z[j] for i in range(60) for j in range(60)) / (z @ z))
-    weights = neighbour_weights(xy)
+    weights = neighbor_weights(xy)
     np.testing.assert_allclose(weights.toarray(), w)
     for given in (counts, sp.csr_matrix(counts)):
         np.testing.assert_allclose(morans_i(given, weights), [*expected, np.nan])
@@ -28,7 +28,7 @@ def test_morans_i_is_the_double_sum():
 
 def test_morans_i_of_a_chessboard_and_of_halves():
     x, y = (a.ravel() for a in np.meshgrid(np.arange(20.0), np.arange(20.0)))
-    weights = neighbour_weights(np.stack([x, y], axis=1), k=4)
+    weights = neighbor_weights(np.stack([x, y], axis=1), k=4)
     inside = (x > 0) & (x < 19) & (y > 0) & (y < 19)
     board, halves = (x + y) % 2, (x < 10).astype(float)
     # within the board each nucleus has its four opposites; at the rim k = 4 reaches further
@@ -39,10 +39,10 @@ def test_morans_i_of_a_chessboard_and_of_halves():
 
 
 def test_nuclei_at_one_place_are_not_their_own_neighbours():
-    weights = neighbour_weights(np.zeros((20, 2)), k=3)
+    weights = neighbor_weights(np.zeros((20, 2)), k=3)
     assert weights.diagonal().sum() == 0
     np.testing.assert_allclose(weights.sum(axis=1), 1)
-    assert neighbour_weights(np.zeros((1, 2))).nnz == 0
+    assert neighbor_weights(np.zeros((1, 2))).nnz == 0
 
 
 def test_moran_agreement_counts_a_gene_that_cannot_be_emitted_as_no_pattern():
@@ -109,7 +109,7 @@ def test_a_thousand_genes_take_two_seconds():
     xy, counts = rng.uniform(0, 2000, (5000, 2)), sp.random(5000, 1000, 0.1, "csr", rng=rng)
     predicted = rng.random((5000, 1000), dtype=np.float32)
     started = time.perf_counter()
-    weights = neighbour_weights(xy)
+    weights = neighbor_weights(xy)
     assert np.isfinite(morans_i(counts, weights)).all()
     assert np.isfinite(morans_i(predicted, weights)).all()
     map_ssim(counts[:, :50], predicted[:, :50], xy)

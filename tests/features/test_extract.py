@@ -256,9 +256,9 @@ def test_wrong_stores_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("name", "values", "why"),
     [
-        ("global", np.zeros((9, 2), np.float32), "is no feature store: 10 cell_id"),
-        ("global", np.zeros(10, np.float32), "is no feature store"),
-        ("local", np.full((10, 1), "a", object), "is no feature store"),
+        ("global", np.zeros((9, 2), np.float32), "not a feature store: 10 cell_id"),
+        ("global", np.zeros(10, np.float32), "not a feature store"),
+        ("local", np.full((10, 1), "a", object), "not a feature store"),
         ("cell_id", np.full(10, "twice", object), "must be unique"),
         ("cell_id", np.arange(10), "damaged"),
         ("cell_id", h5py.SoftLink("/spatial"), "is a link"),

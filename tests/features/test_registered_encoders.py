@@ -118,11 +118,11 @@ def test_settings_without_a_name_are_refused(name):
         ({"pooling": "nucleus"}, r"encoder name: is missing; choose one of classical"),
         (
             {"name": "classical", "tilepx": 3},
-            r"encoder tilepx: classical has no such setting, did you mean 'tile_px'\?; it has",
+            r"encoder tilepx: classical has no such setting, did you mean 'tile_px'",
         ),
         ({"name": "classical", "tile_px": 100}, r"encoder tile_px: 100 is not a multiple of 32"),
-        ({"name": "classical", "tile_px": "wide"}, r"encoder tile_px: 'wide' is not allowed"),
-        ({"name": "vit256", "pooling": "mean"}, r"encoder pooling: 'mean' is not allowed: .*'nucleus' or 'center2x2'"),
+        ({"name": "classical", "tile_px": "wide"}, r"encoder tile_px: 'wide' is not accepted"),
+        ({"name": "vit256", "pooling": "mean"}, r"encoder pooling: 'mean' is not accepted; .*nucleus'? or '?center2x2"),
     ],
 )
 def test_wrong_settings_name_the_setting(settings, why):

@@ -100,12 +100,12 @@ def test_what_is_made_of_a_turned_slide_has_another_fingerprint(file: Path) -> N
 
 @pytest.mark.parametrize("rotate", [45, -90, 360, "quarter", None, True, 90.5])
 def test_what_is_no_rotation_is_refused(rotate: object) -> None:
-    with pytest.raises(InputError, match=r"rotate=.*0, 90, 180, 270, degrees counter-clockwise") as caught:
+    with pytest.raises(InputError, match=r"rotate: .*0, 90, 180, 270 degrees counterclockwise") as caught:
         Orientation(rotate)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("flip", ["both", "", None, True])
 def test_what_is_no_reflection_is_refused(flip: object) -> None:
-    with pytest.raises(InputError, match=r"flip=.*none, horizontal, vertical"):
+    with pytest.raises(InputError, match=r"flip: .*none, horizontal, vertical"):
         Orientation(flip=flip)  # type: ignore[arg-type]

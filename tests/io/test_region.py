@@ -42,7 +42,7 @@ def test_a_polygon_may_have_more_corners_than_a_file_name_characters() -> None:
     assert len(text) > 255
     taken = inside(read_region(text, 100, 100), nuclei())
     np.testing.assert_array_equal(taken, inside(circle, nuclei()))
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="does not exist"):
         read_region("x" * 5000, 100, 100)
 
 
@@ -70,10 +70,10 @@ def test_polygons_of_a_file_are_taken_together(tmp_path: Path) -> None:
         ("[0,0,ten,10]", "four numbers"),
         ("[[0,0],[9,9]]", "three corners"),
         ("[[0,0],[9,9],[9]]", "three corners"),
-        ("[[0,0],[5,5],[9,9]]", "covers nothing of the image"),
+        ("[[0,0],[5,5],[9,9]]", "does not overlap the image"),
         ("[10,0,0,10]", "x0 < x1"),
-        ("[200,0,300,10]", "covers nothing of the image"),
-        ("missing.geojson", "no such file"),
+        ("[200,0,300,10]", "does not overlap the image"),
+        ("missing.geojson", "does not exist"),
     ],
 )
 def test_what_is_no_region_is_refused_in_one_line(text: str, message: str) -> None:
@@ -84,7 +84,7 @@ def test_what_is_no_region_is_refused_in_one_line(text: str, message: str) -> No
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is no GeoJSON"), (json.dumps(feature(shapely.Point(1, 1))), "no polygon"), ("\x00", "is no GeoJSON")],
+    [("{", "is not GeoJSON"), (json.dumps(feature(shapely.Point(1, 1))), "no polygon"), ("\x00", "is not GeoJSON")],
 )
 def test_a_file_without_polygons_is_refused_in_one_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "roi.geojson"

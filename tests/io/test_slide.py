@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -123,18 +122,6 @@ def test_a_stack_is_refused(tmp_path: Path) -> None:
         open_slide(path, mpp=0.5)
 
 
-def test_pages_of_less_than_nothing_do_not_hang_tifffile(tmp_path: Path) -> None:
-    path = tmp_path / "slide.tif"
-    tifffile.imwrite(path, IMAGE, tile=(64, 64), photometric="rgb", metadata={"axes": "YXS"})
-    with tifffile.TiffFile(path) as tif:
-        entry = tif.pages[0].tags["SamplesPerPixel"].offset
-    data = bytearray(path.read_bytes())
-    data[entry + 2 : entry + 12] = struct.pack("<HIhh", 8, 1, -1, 0)  # a signed short
-    path.write_bytes(data)
-    with pytest.raises(InputError, match=r"slide\.tif: holds a page of 301 x 403 x -1 samples"):
-        open_slide(path, mpp=0.5)
-
-
 @pytest.mark.parametrize("damage", ["size", "offset", "length"])
 def test_tables_of_tiles_that_lie_do_not_reach_openslide(damage: str, tmp_path: Path) -> None:
     """It follows them, and ends the process."""
@@ -152,7 +139,7 @@ def test_tables_of_tiles_that_lie_do_not_reach_openslide(damage: str, tmp_path: 
     }[damage]
     with tifffile.TiffFile(path, mode="r+b") as tif:
         tif.pages[0].tags[tag].overwrite(value)
-    with pytest.raises(InputError, match="lists 4 tiles where 168 are needed" if damage == "size" else "is truncated"):
+    with pytest.raises(InputError, match="lists 4 of 168 tiles" if damage == "size" else "truncated"):
         open_slide(path)
 
 
@@ -401,7 +388,7 @@ def test_metadata_says_um_per_pixel(write, arguments, mpp: float, source: str, t
 )
 def test_what_is_no_source_is_not_used(write, arguments, tmp_path: Path) -> None:
     write(tmp_path / "a.tif", *arguments)
-    with pytest.raises(InputError, match=r"a\.tif.*mpp="):
+    with pytest.raises(InputError, match=r"a\.tif.*set mpp to"):
         open_slide(tmp_path / "a.tif")
     with open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
         assert slide.mpp == 0.5
@@ -413,7 +400,7 @@ def test_dpi_of_png_and_jpeg(tmp_path: Path) -> None:
         with open_slide(tmp_path / name) as slide:
             assert slide.mpp == pytest.approx(0.5, rel=1e-3)
     Image.fromarray(IMAGE).save(tmp_path / "c.jpg", dpi=(96, 96))
-    with pytest.raises(InputError, match=r"c\.jpg.*mpp="):
+    with pytest.raises(InputError, match=r"c\.jpg.*set mpp to"):
         open_slide(tmp_path / "c.jpg")
 
 
@@ -431,7 +418,7 @@ def test_precedence_and_contradiction(tmp_path: Path) -> None:
     # each within 2 % of the explicit one, but not of each other
     with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME"):
         open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)])
-    with pytest.raises(InputError, match=r"mpp=0\.01"):
+    with pytest.raises(InputError, match=r"mpp: 0\.01 is out of range"):
         open_slide(path, mpp=0.01)
     ome(path, 0.5, "µm", y=0.6)
     with pytest.raises(InputError, match=r"OME metadata along x.*along y"):
@@ -455,7 +442,7 @@ def test_tags_of_other_kinds_are_refused(tmp_path: Path) -> None:
     entry = data.index(b"\x1a\x01\x05\x00\x01\x00\x00\x00")  # XResolution: one ratio
     data[entry + 4] = 3
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"a\.tif: its tags of um/px cannot be read"):
+    with pytest.raises(InputError, match=r"a\.tif: its um/px tags cannot be read"):
         open_slide(path)
 
 
@@ -464,21 +451,8 @@ def test_tiles_too_big_to_be_decoded_are_refused(tmp_path: Path) -> None:
     tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="zlib")
     with tifffile.TiffFile(path, mode="r+b") as tif:
         tif.pages[0].tags["TileWidth"].overwrite(2**31, dtype="I")
-    with pytest.raises(InputError, match=r"a\.tif: has 2,147,483,648 x 64 px in one compressed piece"):
+    with pytest.raises(InputError, match=r"a\.tif: one compressed piece of 2,147,483,648 x 64 px"):
         open_slide(path, mpp=0.5)
-
-
-def test_a_jpeg_tile_that_says_it_is_huge_is_not_decoded(tmp_path: Path) -> None:
-    path = tmp_path / "a.tif"
-    tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="jpeg")
-    with open_slide(path, mpp=0.5) as slide:
-        slide.read_region(0, 0, 20, 20)
-    data = bytearray(path.read_bytes())
-    size = data.index(b"\xff\xc0\x00\x11\x08") + 5
-    data[size : size + 4] = b"\xff\xff\xff\xff"
-    path.write_bytes(data)
-    with open_slide(path, mpp=0.5) as slide, pytest.raises(InputError, match="a tile says that it is larger than any"):
-        slide.read_region(0, 0, 20, 20)
 
 
 def test_a_tile_with_other_samples_than_its_page_says_is_refused(tmp_path: Path) -> None:
@@ -591,7 +565,7 @@ def test_aperio_slide(prts_data: Path) -> None:
 
 @pytest.mark.real
 def test_photograph_without_um_per_pixel(prts_data: Path) -> None:
-    with pytest.raises(InputError, match=r"histo\.jpg.*mpp="):
+    with pytest.raises(InputError, match=r"histo\.jpg.*set mpp to"):
         open_slide(prts_data / "images/histo.jpg")
 
 

@@ -65,7 +65,7 @@ def put(where: str, key: str, value: object) -> Callable[[ad.AnnData], None]:
         (change(X=-COUNTS), "negative"),
         (change(X=np.where(COUNTS > 0, COUNTS, np.nan)), "raw UMI counts"),
         (change(X=None), "no counts"),
-        (change(var_names=["X", "X", "Z"]), "twice"),
+        (change(var_names=["X", "X", "Z"]), "duplicate"),
         (delete("obsm", "spatial"), "spatial"),
         (put("obsm", "spatial", np.zeros((2, 3))), "spatial"),
         (put("obsm", "spatial", np.full((2, 2), np.nan)), "spatial"),

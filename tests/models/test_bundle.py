@@ -10,10 +10,10 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file, save_file
 
-from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.io.cache import sha256_file
 from prts.models.bundle import load_bundle, save_bundle
+from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 
@@ -32,7 +32,6 @@ def metadata(**changes: object) -> dict[str, object]:
         "tile": 256,
         "pooling": "nucleus",
         "input": {"use": ["local", "global"], "widths": {"local": 2, "global": 3}},
-        "loss": {"name": "paper", "lambda_2": 20.0},
         "train_sections": ["a"],
         "split": {"name": "by_section"},
         "seed": 0,
@@ -47,8 +46,8 @@ def save(folder: Path, *, target: str = "minmax", heads: str = "dual", standardi
     net(torch.randn(64, 5))  # moves the running statistics of batch normalisation
     if standardize:
         net.set_input_scaling(torch.randn(5), torch.rand(5) + 0.5)
-    scaler = make_scaler(target, 3).fit([sp.csr_matrix([[1, 0, 7], [4, 2, 0]])])
-    save_bundle(folder, net=net, scaler=scaler, rule=OutputRule("soft", 0.3), genes=GENES, metadata=metadata())
+    likelihood = Paper(target=target).fit([sp.csr_matrix([[1, 0, 7], [4, 2, 0]])])
+    save_bundle(folder, net=net, likelihood=likelihood, rule=OutputRule("soft", 0.3), genes=GENES, metadata=metadata())
     return net.eval()
 
 
@@ -100,7 +99,7 @@ def test_saving_again_replaces_and_the_same_model_gives_the_same_bytes(tmp_path:
 
 def test_features_of_another_width_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "model")
-    with pytest.raises(InputError, match="are 4 wide, the model takes 5"):
+    with pytest.raises(InputError, match="4 wide, but the model takes 5"):
         load_bundle(tmp_path / "model").predict(torch.randn(2, 4))
 
 
@@ -136,11 +135,11 @@ def flip_a_bit(folder: Path) -> None:
 DAMAGE = {
     "no json": (lambda folder: (folder / "model.json").unlink(), "model.json: no such file"),
     "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: no such file"),
-    "broken json": (lambda folder: (folder / "model.json").write_text('{"format_version": 1,'), "no readable JSON"),
-    "not text": (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe\x00"), "no readable JSON"),
-    "lists in lists": (lambda folder: (folder / "model.json").write_text("[" * 100_000), "no readable JSON"),
+    "broken json": (lambda folder: (folder / "model.json").write_text('{"format_version": 1,'), "not readable as JSON"),
+    "not text": (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe\x00"), "not readable as JSON"),
+    "lists in lists": (lambda folder: (folder / "model.json").write_text("[" * 100_000), "not readable as JSON"),
     "not ours": (lambda folder: (folder / "model.json").write_text("[1]"), "has no format_version"),
-    "newer": (edit_json(lambda j: j.update(format_version=3)), "format version 3, this prts reads 1 to 2"),
+    "newer": (edit_json(lambda j: j.update(format_version=4)), "format version 4, this prts reads 1 to 3"),
     "no encoder": (edit_json(lambda j: j.pop("encoder")), "lacks encoder"),
     **{
         f"no {key}": (edit_json(lambda j, key=key: j.pop(key)), f"lacks {key}")
@@ -150,10 +149,15 @@ DAMAGE = {
         edit_json(lambda j: j["architecture"].update(name="os.system")),
         "architecture 'os.system' is not",
     ),
-    "other target": (edit_json(lambda j: j["target"].update(name="rank")), "target 'rank' is not"),
+    "other likelihood": (
+        edit_json(lambda j: j["likelihood"].update(name="zinb")),
+        "likelihood 'zinb' is not one of .*; install the package that offers it",
+    ),
+    "odd likelihood": (edit_json(lambda j: j["likelihood"].update(rank=1)), "not laid out.*rank: no such setting"),
+    "no likelihood": (edit_json(lambda j: j.pop("likelihood")), "lacks likelihood"),
     "odd argument": (edit_json(lambda j: j["architecture"].update(depth=3)), "not laid out as prts writes it"),
     "genes a number": (edit_json(lambda j: j.update(genes=3)), "not laid out as prts writes it"),
-    "a gene less": (edit_json(lambda j: j["genes"].pop()), "lists 2 genes beside a network of 3"),
+    "a gene less": (edit_json(lambda j: j["genes"].pop()), "lists 2 genes for a network of 3"),
     "a pcc less": (edit_json(lambda j: j["validation"]["pcc"].pop()), "lists 3 genes"),
     "a flag less": (edit_json(lambda j: j["validation"].update(predictable=[True])), "lists 3 genes"),
     "a pcc a word": (edit_json(lambda j: j["validation"].update(pcc=["a", 1, 2])), "not laid out as prts writes it"),
@@ -230,7 +234,7 @@ def test_incomplete_metadata_is_a_bug_and_writes_nothing(tmp_path: Path) -> None
         save_bundle(
             tmp_path / "model",
             net=PRTSNet(5, 3, hidden=(4,)),
-            scaler=make_scaler("log1p", 3),
+            likelihood=Paper(target="log1p").allocate(3),
             rule=OutputRule("none", 0.5),
             genes=GENES,
             metadata=incomplete,

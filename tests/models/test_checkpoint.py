@@ -1,4 +1,4 @@
-"""A training run that is killed and goes on ends with the weights of one that was not."""
+"""A training run that is killed and resumed ends with the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from torch.utils.data import DataLoader
 
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
 from prts.data.nucleus_set import NucleusSet
-from prts.data.targets import make_scaler
 from prts.errors import InputError
 from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
-from prts.models.losses import PaperLoss
+from prts.models.likelihoods.paper import Paper
 from prts.models.module import KeepBest, PRTSModule
 from prts.models.network import PRTSNet
 
 EPOCHS = 7
-INPUTS = {"the gene panel": "panel-01234567.json"}
+IDENTITY = {"seed": 0, "data": {"batch_size": 256}, "cache": {"gene panel": "panel-01234567.json"}}
 Draw = Callable[..., NucleusSet]
 
 
 class KilledError(Exception):
-    """What stands for SIGKILL here."""
+    """In place of SIGKILL."""
 
 
 class Kill(pl.Callback):
@@ -54,13 +53,12 @@ def fit(
     pl.seed_everything(3, verbose=False)
     module = PRTSModule(
         PRTSNet(8, 20, hidden=(16, 16), dropout=0.2),
-        PaperLoss(),
-        make_scaler("log1p", 20).fit([train.counts]),
+        Paper(target="log1p").fit([train.counts]),
         partial(torch.optim.AdamW, lr=0.05),
         partial(ReduceLROnPlateau, patience=0, factor=0.3, threshold=0.2),
     )
     best = KeepBest()
-    callbacks = [EpochCheckpoint(folder / NAME, INPUTS), pl.callbacks.EarlyStopping("val/loss", patience=3), best]
+    callbacks = [EpochCheckpoint(folder / NAME, IDENTITY), pl.callbacks.EarlyStopping("val/loss", patience=3), best]
     trainer = pl.Trainer(
         accelerator="cpu",
         precision=precision,
@@ -78,7 +76,7 @@ def fit(
         DataLoader(sets[0], batch_size=None, sampler=order),
         DataLoader(sets[1], batch_size=None, sampler=ShuffledBatches(100, 50, 0)),
     )
-    path = find_checkpoint(folder, {}, INPUTS) if resume else None
+    path = find_checkpoint(folder, IDENTITY) if resume else None
     trainer.fit(module, *loaders, ckpt_path=path, weights_only=True)
     return module, best
 
@@ -87,7 +85,7 @@ def fit(
 @pytest.mark.parametrize(
     ("at", "precision"), [((1, 0), "32-true"), ((3, 4), "32-true"), ((5, 6), "32-true"), ((3, 4), "bf16-mixed")]
 )
-def test_a_killed_run_goes_on_to_the_same_weights(
+def test_a_killed_run_resumes_to_the_same_weights(
     tmp_path: Path, poisson_nuclei: Draw, at: tuple[int, int], precision: str
 ) -> None:
     whole, best = fit(poisson_nuclei, tmp_path / "whole", precision=precision)
@@ -105,17 +103,15 @@ def test_a_killed_run_goes_on_to_the_same_weights(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_only_the_same_run_goes_on(tmp_path: Path, poisson_nuclei: Draw) -> None:
-    assert find_checkpoint(tmp_path, {}, INPUTS) is None
+def test_only_the_same_run_resumes(tmp_path: Path, poisson_nuclei: Draw) -> None:
+    assert find_checkpoint(tmp_path, IDENTITY) is None
     with pytest.raises(KilledError):
         fit(poisson_nuclei, tmp_path, kill=(2, 0))
-    config = {"seed": 0, "data": {"batch_size": 256}, "resume": True}
-    (tmp_path / "config.yaml").write_text("seed: 0\ndata: {batch_size: 256}\nresume: false\n")
-    assert find_checkpoint(tmp_path, config, INPUTS) == tmp_path / NAME
-    with pytest.raises(InputError, match=r"was begun with data\.batch_size=256, now it is 64"):
-        find_checkpoint(tmp_path, {**config, "data": {"batch_size": 64}}, INPUTS)
-    with pytest.raises(InputError, match="the gene panel is no longer what"):
-        find_checkpoint(tmp_path, config, {"the gene panel": "panel-76543210.json"})
+    assert find_checkpoint(tmp_path, IDENTITY) == tmp_path / NAME
+    with pytest.raises(InputError, match=r"started with data\.batch_size=256, now it is 64"):
+        find_checkpoint(tmp_path, IDENTITY | {"data": {"batch_size": 64}})
+    with pytest.raises(InputError, match=r"cache\.gene panel=panel-01234567\.json, now it is panel-76543210\.json"):
+        find_checkpoint(tmp_path, IDENTITY | {"cache": {"gene panel": "panel-76543210.json"}})
     (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:-1000])
-    with pytest.raises(InputError, match=r"is damaged .*delete it and train anew"):
-        find_checkpoint(tmp_path, config, INPUTS)
+    with pytest.raises(InputError, match=r"is damaged .*delete it and train again"):
+        find_checkpoint(tmp_path, IDENTITY)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.models.network import PRTSNet
 
 
@@ -79,8 +79,17 @@ def test_settings_rebuild_the_same_shape() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"order": "other"}, {"heads": "triple"}, {"hidden": (7, -1)}, {"hidden": (0,)}, {"dropout": 1.0}]
+    "arguments",
+    [
+        {"order": "other"},
+        {"heads": "triple"},
+        {"hidden": (7, -1)},
+        {"hidden": (0,)},
+        {"dropout": 1.0},
+        {"hidden": 5},
+        {"outputs": ("level", "body")},
+    ],
 )
 def test_bad_options_name_their_key(arguments: dict[str, object]) -> None:
-    with pytest.raises(InputError, match=rf"model\.net\.{next(iter(arguments))}:"):
+    with pytest.raises(ParameterError, match=rf"^network {next(iter(arguments))}: "):
         PRTSNet(5, 3, **arguments)

@@ -10,9 +10,9 @@ from sklearn.metrics import matthews_corrcoef
 from torch import Tensor, nn
 
 from prts.data.nucleus_set import NucleusSet
-from prts.data.targets import Counts
-from prts.errors import InputError
-from prts.models.output import OutputRule, best_threshold, choose_output
+from prts.errors import ParameterError
+from prts.models.likelihoods.paper import Paper
+from prts.models.output import OutputRule, OutputSettings, best_threshold, choose_output
 
 
 class Oracle(nn.Module):
@@ -67,7 +67,7 @@ def section(make_nuclei: Callable[..., NucleusSet]) -> NucleusSet:
 
 
 def test_the_gate_of_greatest_pcc_wins(section: NucleusSet) -> None:
-    rule = choose_output(Oracle(), Counts(4), [section], batch_size=64)
+    rule = choose_output(Oracle(), Paper(target="counts"), [section], batch_size=64)
     assert rule.gate == "hard"
     assert 0.3 < rule.threshold <= 0.8
     counts, features = section.counts.toarray(), section.features
@@ -86,20 +86,25 @@ def test_sections_are_scored_apart(section: NucleusSet, make_nuclei: Callable[..
             np.hstack([depth + rng.random((400, 1)), np.zeros((400, 1))]), rng.poisson(depth, (400, 1)), name
         )
 
-    rule = choose_output(Oracle(), Counts(1), [noise(1, "a"), noise(40, "b")], gate="none")
+    rule = choose_output(Oracle(), Paper(target="counts"), [noise(1, "a"), noise(40, "b")], OutputSettings("none"))
     assert abs(rule.scores["none"]) < 0.1
 
 
 def test_given_gate_and_threshold_are_kept(section: NucleusSet) -> None:
-    rule = choose_output(Oracle(), Counts(4), [section], gate="hard", threshold=0.2, min_umi=0.5)
+    rule = choose_output(Oracle(), Paper(target="counts"), [section], OutputSettings("hard", 0.2, 0.5))
     assert (rule.gate, rule.threshold, rule.min_umi) == ("hard", 0.2, 0.5)
     assert list(rule.scores) == ["hard"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "key"),
-    [({"gate": "firm"}, "gate"), ({"threshold": 2.0}, "threshold"), ({"threshold": "best"}, "threshold")],
+    [
+        ({"gate": "firm"}, "gate"),
+        ({"threshold": 2.0}, "threshold"),
+        ({"threshold": "best"}, "threshold"),
+        ({"min_umi": -1}, "min_umi"),
+    ],
 )
-def test_bad_rules_name_their_key(section: NucleusSet, arguments: dict[str, object], key: str) -> None:
-    with pytest.raises(InputError, match=rf"model\.output\.{key}:"):
-        choose_output(Oracle(), Counts(4), [section], **arguments)
+def test_bad_rules_name_their_key(arguments: dict[str, object], key: str) -> None:
+    with pytest.raises(ParameterError, match=rf"^output {key}: "):
+        OutputSettings(**arguments)

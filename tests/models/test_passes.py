@@ -10,8 +10,7 @@ import torch
 
 from prts.data.datamodule import PRTSDataModule
 from prts.data.nucleus_set import NucleusSet
-from prts.data.targets import make_scaler
-from prts.models.losses import PaperLoss
+from prts.models.likelihoods.paper import Paper
 from prts.models.module import PRTSModule
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
@@ -39,7 +38,7 @@ def test_work_an_epoch_passes_each_batch_once() -> None:
     passed: list[int] = []
     net = PRTSNet(8, 5, hidden=(4,))
     net.register_forward_hook(lambda _net, given, _made: passed.append(len(given[0])))
-    module = PRTSModule(net, PaperLoss(), make_scaler("counts", 5), partial(torch.optim.AdamW, lr=0.01))
+    module = PRTSModule(net, Paper(target="counts"), partial(torch.optim.AdamW, lr=0.01))
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", num_sanity_val_steps=0, log_every_n_steps=1, **quiet)
 
@@ -51,7 +50,7 @@ def test_work_an_epoch_passes_each_batch_once() -> None:
 def test_work_a_prediction_passes_each_nucleus_once() -> None:
     net, passed = PRTSNet(8, 5, hidden=(4,)), []
     net.register_forward_hook(lambda _net, given, _made: passed.append(len(given[0])))
-    predictor = Predictor(net, make_scaler("counts", 5), OutputRule("none", 0.5))
+    predictor = Predictor(net, Paper(target="counts"), OutputRule("none", 0.5))
 
     chunks = list(predictor.predict_chunks(np.zeros((1000, 8), np.float32), chunk=400))
 

@@ -63,5 +63,5 @@ def test_rescaling_is_recorded_and_enlarging_warned_about(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         found = check_scale(lattice(7.2, mpp=1.0), section(1.0), 0.5, TRAINING, refuse=True)
     assert (found["slide_mpp"], found["model_mpp"], found["rescaled_by"]) == (1.0, 0.5, 2.0)
-    assert "shows less than the model learnt from (0.5)" in caplog.text
+    assert "is coarser than the training images (0.5)" in caplog.text
     assert "training_median_area_um2" not in check_scale(lattice(1), section(), 0.5, None, refuse=True)

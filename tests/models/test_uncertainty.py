@@ -10,9 +10,10 @@ import scipy.sparse as sp
 from scipy.stats import nbinom
 
 from prts.data.nucleus_set import NucleusSet
-from prts.evaluation.scoring import Scored
-from prts.evaluation.section_scores import Evaluation
-from prts.models.uncertainty import CountIntervals, calibrate_intervals, marginal_bounds, score_intervals
+from prts.evaluation.intervals import marginal_bounds, score_intervals
+from prts.evaluation.scored_section import ScoredSection
+from prts.evaluation.section_scores import SectionScores
+from prts.models.uncertainty import CountIntervals, calibrate_intervals
 
 PHI = np.array([0.0, 0.5, 1.0, 0.2, 2.0, 0.0])
 MEAN = np.array([0.02, 0.2, 1.0, 4.0, 1.0, 30.0])
@@ -121,8 +122,8 @@ def test_coverage_and_width_by_hand() -> None:
     counts = np.array([[0, 500], [3, 5]], np.int32)
     nuclei = replace(draw(2, 0)[1], counts=sp.csr_matrix(counts))
     intervals = CountIntervals(0.9, np.ones(2), np.zeros(2), np.full(2, 0.9))
-    result = Evaluation({"pcc_mean": 0.5}, pd.DataFrame({"gene": ["a", "b"]}), None)
-    scored = Scored(nuclei, SimpleNamespace(), None, umi, umi, result)
+    result = SectionScores({"pcc_mean": 0.5}, pd.DataFrame({"gene": ["a", "b"]}), None)
+    scored = ScoredSection(nuclei, SimpleNamespace(), None, umi, umi, result)
     marginal = np.array([0, 0], np.int32), np.array([2, 600], np.int32)
     scored = score_intervals(scored, intervals, marginal)
     # Poisson of 1: P(0..2) = 0.92; of 8: the narrowest that holds 0.9

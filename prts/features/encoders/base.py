@@ -281,8 +281,7 @@ def checked(kind: type[D], **given: Any) -> D:
     except ValidationError as error:
         fault = error.errors()[0]
         key = str(fault["loc"][0])
-        problem = fault["msg"][:1].lower() + fault["msg"][1:]
-        raise ParameterError("encoder", key, f"{given.get(key)!r} is not allowed: {problem}") from error
+        raise ParameterError("encoder", key, f"{given.get(key)!r} is not accepted; {fault['msg'].lower()}") from error
 
 
 def signature_of(kind: type) -> Callable[[E], E]:

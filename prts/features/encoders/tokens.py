@@ -374,8 +374,8 @@ class TokenEncoder(Encoder):
                 return center2x2(patches)
             return pool_local(patches, torch.from_numpy(patch_overlap(polygons, self.tile_px, patch)))
         if self.pooling == "center2x2":
-            centres = shapely.get_coordinates(shapely.centroid(polygons))
-            chosen = patches_around(centres, self.tile_px, patch)
+            centers = shapely.get_coordinates(shapely.centroid(polygons))
+            chosen = patches_around(centers, self.tile_px, patch)
         else:
             chosen = patch_overlap(polygons, self.tile_px, patch)
         return pool_shared(patches, torch.from_numpy(chosen), torch.from_numpy(tile))

@@ -5,8 +5,11 @@ import pytest
 import scipy.sparse as sp
 from scipy.stats import pearsonr
 
-from prts.errors import InputError
-from prts.evaluation.section_scores import evaluate_section, match, spot_pcc
+from prts.errors import InputError, ParameterError
+from prts.evaluation.matching import match
+from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
+from prts.evaluation.settings import EvaluationSettings
+from prts.evaluation.spot_scores import spot_pcc
 
 GENES = [f"g{j}" for j in range(10)]
 CONTRACT = (
@@ -14,6 +17,11 @@ CONTRACT = (
     "balanced_accuracy mcc auroc auprc n_cells n_genes n_constant_genes"
 ).split()
 COLUMNS = "gene mean_counts pcc spearman rmse skill auroc auprc ceiling constant".split()
+
+
+def score(measured, umi, prob=None, *, genes=GENES, n_replicates=1000, **given) -> SectionScores:
+    settings = EvaluationSettings(bootstrap=n_replicates)
+    return score_section(measured, PredictedCounts(umi, genes, prob), settings=settings, **given)
 
 
 class Spots:
@@ -33,7 +41,7 @@ def section():
 def test_summary_and_table_keep_the_contract(section):
     counts, rate, xy_um = section
     rate[:, 1] = 0  # a gene that the model cannot emit
-    result = evaluate_section(counts, rate.astype(np.float32), genes=GENES, xy_um=xy_um, n_replicates=200)
+    result = score(counts, rate.astype(np.float32), xy_um=xy_um, n_replicates=200)
     assert set(CONTRACT) <= set(result.summary)
     assert list(result.per_gene.columns[:10]) == COLUMNS
     assert result.per_gene["gene"].tolist() == GENES
@@ -51,7 +59,7 @@ def test_summary_and_table_keep_the_contract(section):
 def test_gene_sets_and_maps_have_figures_of_their_own(section):
     counts, rate, xy_um = section
     sets = {"hvg50": np.array([0, 2, 5]), "hvg200": np.arange(10)}
-    result = evaluate_section(counts, rate, genes=GENES, xy_um=xy_um, gene_sets=sets, n_replicates=50)
+    result = score(counts, rate, xy_um=xy_um, gene_sets=sets, n_replicates=50)
     table, summary = result.per_gene, result.summary
     assert summary["hvg50_pcc_mean"] == pytest.approx(table["pcc"][[2, 5]].mean())  # gene 0 is constant
     assert summary["hvg200_pcc_mean"] == pytest.approx(summary["pcc_mean"])
@@ -59,7 +67,7 @@ def test_gene_sets_and_maps_have_figures_of_their_own(section):
         np.corrcoef(table["moran"][1:], table["moran_predicted"][1:])[0, 1]
     )
     assert summary["moran_difference"] == pytest.approx((table["moran"] - table["moran_predicted"])[1:].abs().mean())
-    itself = evaluate_section(counts, counts, genes=GENES, xy_um=xy_um, gene_sets=sets, n_replicates=50).summary
+    itself = score(counts, counts, xy_um=xy_um, gene_sets=sets, n_replicates=50).summary
     assert 0 < summary["ssim_mean"] < 1 == pytest.approx(itself["ssim_mean"])
     assert itself["moran_agreement"] == pytest.approx(1)
 
@@ -68,28 +76,27 @@ def test_gene_sets_and_maps_have_figures_of_their_own(section):
     ("settings", "key"),
     [
         *(({"block_um": value}, "block_um") for value in (0, -250.0, float("nan"), float("inf"), "wide")),
-        *(({"n_replicates": value}, "bootstrap") for value in (-5, 0, 1, 100.0, None)),
+        *(({"bootstrap": value}, "bootstrap") for value in (-5, 0, 1, 100.0, None)),
     ],
 )
-def test_settings_of_which_no_interval_comes_are_refused(section, settings, key):
-    counts, rate, xy_um = section
-    with pytest.raises(InputError, match=rf"^evaluation\.{key}: [^\n]+; give [^\n]+$"):
-        evaluate_section(counts, rate, genes=GENES, xy_um=xy_um, **settings)
+def test_settings_that_give_no_interval_are_refused(settings, key):
+    with pytest.raises(ParameterError, match=rf"^evaluation {key}: [^\n]+ must be [^\n]+$"):
+        EvaluationSettings(**settings)
 
 
 def test_true_rates_reach_the_whole_ceiling(section):
     counts, rate, xy_um = section
-    summary = evaluate_section(counts, rate, genes=GENES, xy_um=xy_um).summary
+    summary = score(counts, rate, xy_um=xy_um).summary
     assert summary["ceiling_share"] == pytest.approx(1, abs=0.06)
-    shuffled = evaluate_section(counts, np.random.default_rng(1).permutation(rate), genes=GENES, xy_um=xy_um).summary
+    shuffled = score(counts, np.random.default_rng(1).permutation(rate), xy_um=xy_um).summary
     assert abs(shuffled["ceiling_share"]) < 0.15
 
 
 def test_without_probabilities_those_of_a_poisson_count_are_taken(section):
     counts, rate, _ = section
-    given = evaluate_section(counts, rate, 1 - np.exp(-rate), genes=GENES, n_replicates=50)
+    given = score(counts, rate, 1 - np.exp(-rate), n_replicates=50)
     for predicted in (rate, sp.csr_matrix(rate)):
-        implied = evaluate_section(counts, predicted, genes=GENES, n_replicates=50)
+        implied = score(counts, predicted, n_replicates=50)
         for name, value in given.summary.items():
             assert implied.summary[name] == pytest.approx(value, rel=1e-9), name
     assert given.summary["calibration_error"] < 0.03
@@ -99,9 +106,9 @@ def test_without_probabilities_those_of_a_poisson_count_are_taken(section):
 def test_nothing_to_evaluate_is_a_bug(section):
     counts, rate, _ = section
     with pytest.raises(ValueError, match="names"):
-        evaluate_section(counts, rate, genes=GENES[1:])
+        score(counts, rate, genes=GENES[1:])
     with pytest.raises(ValueError, match="0 nuclei"):
-        evaluate_section(counts[:0], rate[:0], genes=GENES)
+        score(counts[:0], rate[:0])
 
 
 def var(names, **columns):

@@ -9,8 +9,8 @@ from torch import Tensor
 class GenePearson:
     """Running means, squares and products of two (n, g) arrays that come in batches.
 
-    Batches are centred on their own mean and merged (Chan et al. 1983), so that nothing cancels; sums are kept in float64 where the device
-    has it.
+    Batches are centered on their own mean and merged (Chan et al. 1983), which avoids cancellation. Sums are in float64 where the device
+    supports it.
     """
 
     def __init__(self) -> None:

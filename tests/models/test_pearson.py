@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prts.evaluation.expression import pearson_per_gene
-from prts.evaluation.streaming import GenePearson
+from prts.models.pearson import GenePearson
 
 
 def accumulated(x: np.ndarray, y: np.ndarray, batch: int) -> GenePearson:

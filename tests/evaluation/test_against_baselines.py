@@ -11,30 +11,37 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from prts.data.nucleus_set import NucleusSet
+from prts.evaluation.against_baselines import score_baselines
 from prts.evaluation.expression import pearson_per_gene
-from prts.evaluation.scoring import Scored, evaluate_set, json_ready, score_baselines, unpooled_mean
+from prts.evaluation.scored_section import ScoredSection, Scoring
+from prts.evaluation.section_scores import PredictedCounts, score_section
+from prts.evaluation.settings import EvaluationSettings
+from prts.evaluation.summaries import json_ready, unpooled_mean
 from prts.io.spots import Spots
 from prts.preprocess.panel import Panel
 
-SETTINGS = {"block_um": 250, "bootstrap": 50}
-SETS = {"hvg50": np.array([0, 3])}
 PANEL = Panel(tuple(f"g{j}" for j in range(20)), tuple(f"i{j}" for j in range(20)), "file", {})
+SCORING = Scoring(PANEL, {"hvg50": np.array([0, 3])}, EvaluationSettings(250, 50))
 
 
 @pytest.fixture
-def scored(poisson_nuclei: Callable[..., NucleusSet]) -> Scored:
+def scored(poisson_nuclei: Callable[..., NucleusSet]) -> ScoredSection:
     rng = np.random.default_rng(0)
     nuclei = replace(poisson_nuclei(400, 1), xy_um=rng.uniform(0, 2000, (400, 2)))
     umi = (nuclei.counts.toarray() + rng.gamma(1.0, 0.5, (400, 20))).astype(np.float32)
-    result = evaluate_set(nuclei, umi, None, PANEL, 0.5, None, 0.5, SETTINGS, SETS)
-    return Scored(nuclei, SimpleNamespace(mpp=0.5), None, umi, umi, result)
-
-
-def test_a_baseline_is_scored_as_the_model_is(scored: Scored) -> None:
-    worse = scored.umi + np.random.default_rng(1).gamma(1.0, 2.0, scored.umi.shape).astype(np.float32)
-    figures, _ = score_baselines(
-        {"itself": lambda _: scored.umi, "ridge": lambda _: worse}, scored, PANEL, SETTINGS, SETS
+    result = score_section(
+        nuclei.counts,
+        PredictedCounts(umi, PANEL.genes),
+        xy_um=nuclei.xy_um,
+        gene_sets=SCORING.gene_sets,
+        settings=SCORING.settings,
     )
+    return ScoredSection(nuclei, SimpleNamespace(mpp=0.5), None, umi, umi, result)
+
+
+def test_a_baseline_is_scored_as_the_model_is(scored: ScoredSection) -> None:
+    worse = scored.umi + np.random.default_rng(1).gamma(1.0, 2.0, scored.umi.shape).astype(np.float32)
+    figures, _ = score_baselines({"itself": lambda _: scored.umi, "ridge": lambda _: worse}, scored, SCORING)
     model = scored.result.summary
     assert figures["itself/pcc_mean"] == pytest.approx(model["pcc_mean"])
     assert figures["itself/hvg50_pcc_mean"] == pytest.approx(model["hvg50_pcc_mean"])
@@ -45,7 +52,7 @@ def test_a_baseline_is_scored_as_the_model_is(scored: Scored) -> None:
     assert 0 < figures["ridge/difference_low"] < figures["ridge/difference"] < figures["ridge/difference_high"]
 
 
-def test_the_difference_at_spots_has_an_interval_from_the_same_spots_for_both(scored: Scored) -> None:
+def test_the_difference_at_spots_has_an_interval_from_the_same_spots_for_both(scored: ScoredSection) -> None:
     rng = np.random.default_rng(2)
     xy_px = scored.nuclei.xy_um / 0.5
     centres = np.stack(np.meshgrid(np.arange(200, 4000, 400), np.arange(200, 4000, 400)), axis=-1).reshape(-1, 2)
@@ -54,9 +61,9 @@ def test_the_difference_at_spots_has_an_interval_from_the_same_spots_for_both(sc
     truth = AnnData(sp.csr_matrix(inside @ scored.nuclei.counts.toarray()).astype(np.int32), var=var)
     scored = replace(scored, spots=Spots(truth, centres.astype(float), 200.0))
     worse = scored.umi + rng.gamma(0.3, 4.0, scored.umi.shape).astype(np.float32)
-    settings = SETTINGS | {"bootstrap": 300}
+    scoring = replace(SCORING, settings=EvaluationSettings(250, 300))
     baselines = {"itself": lambda _: scored.umi, "ridge": lambda _: worse}
-    figures, _ = score_baselines(baselines, scored, PANEL, settings, SETS)
+    figures, _ = score_baselines(baselines, scored, scoring)
     assert [figures[f"itself/spot_difference{end}"] for end in ("", "_low", "_high")] == [0, 0, 0]
 
     def level(umi: np.ndarray) -> np.ndarray:
@@ -76,9 +83,9 @@ def test_the_difference_at_spots_has_an_interval_from_the_same_spots_for_both(sc
     np.testing.assert_allclose(found, ends, atol=0.15 * (ends[1] - ends[0]))
 
 
-def test_a_permuted_baseline_that_predicts_stops_the_run(scored: Scored) -> None:
+def test_a_permuted_baseline_that_predicts_stops_the_run(scored: ScoredSection) -> None:
     with pytest.raises(RuntimeError, match="leakage"):
-        score_baselines({"permuted": lambda _: scored.umi}, scored, PANEL, SETTINGS, SETS)
+        score_baselines({"permuted": lambda _: scored.umi}, scored, SCORING)
 
 
 def test_sections_without_a_baseline_are_left_out_of_its_mean() -> None:

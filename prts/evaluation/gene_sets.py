@@ -1,0 +1,59 @@
+"""Sets of genes whose mean PCC is also reported on its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from prts.data.nucleus_set import NucleusSet
+    from prts.preprocess.panel import Panel
+
+logger = logging.getLogger(__name__)
+
+
+def gene_sets(train_sets: Sequence[NucleusSet], panel: Panel, markers: Sequence[str]) -> dict[str, NDArray[np.intp]]:
+    """Genes whose figures are also given apart: positions in the panel of `hvg50`, `hvg200` and, where it has any, `markers`.
+
+    Parameters
+    ----------
+    train_sets
+        Training nuclei.
+    panel
+        The genes.
+    markers
+        Names of the tissue's marker genes; those that the panel has not are left out.
+    """
+    sets = variable_genes(train_sets)
+    found = np.flatnonzero(np.isin(np.array(panel.genes, dtype=object), np.array(markers, dtype=object)))
+    if len(found):
+        sets["markers"] = found
+    if len(found) < len(markers):
+        logger.info("gene set markers: %d of the tissue's %d are in the panel", len(found), len(markers))
+    return sets
+
+
+def variable_genes(train_sets: Sequence[NucleusSet]) -> dict[str, NDArray[np.intp]]:
+    """The panel's genes that vary most in training nuclei: positions of `hvg50` and `hvg200`, most variable first.
+
+    Variance of log1p of counts scaled to the median total of all genes, as in `prts.preprocess.panel.TopPanel`.
+
+    Parameters
+    ----------
+    train_sets
+        Training nuclei, all sections together.
+    """
+    from sklearn.utils.sparsefuncs import mean_variance_axis
+
+    total = np.concatenate([nuclei.total_counts for nuclei in train_sets]).astype(np.float64)
+    factor = np.divide(np.median(total[total > 0]), total, out=np.zeros_like(total), where=total > 0)
+    counts = sp.vstack([nuclei.counts for nuclei in train_sets], format="csr", dtype=np.float64)
+    _, variance = mean_variance_axis((sp.diags_array(factor) @ counts).tocsr().log1p(), axis=0)
+    order = np.argsort(-variance, kind="stable")
+    return {f"hvg{size}": order[:size] for size in (50, 200)}

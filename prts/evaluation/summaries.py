@@ -1,0 +1,50 @@
+"""Combine the scores of several sections into the content of metrics.json and per_gene.csv."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+
+def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> dict[str, float]:
+    """`<prefix>/<figure>` of one section, or of several `<prefix>/<section>/<figure>` and their mean; never pooled over sections.
+
+    The ends of intervals, `<figure>_low` and `<figure>_high`, stay with their sections: the mean of ends is no end of an interval of the
+    mean.
+    """
+    merged: dict[str, float] = {}
+    if len(sections) > 1:
+        for section, summary in sections.items():
+            merged |= {f"{prefix}/{section}/{key}": value for key, value in summary.items()}
+    keys: list[str] = list(dict.fromkeys(key for summary in sections.values() for key in summary))
+    if len(sections) > 1:
+        keys = [key for key in keys if not key.endswith(("_low", "_high"))]
+    for key in keys:
+        values = [summary[key] for summary in sections.values() if key in summary and math.isfinite(summary[key])]
+        merged[f"{prefix}/{key}"] = float(np.mean(values)) if values else math.nan
+    for key in ("n_cells", "n_genes", "n_constant_genes", "n_predictable"):
+        if key in keys:
+            values = [int(summary[key]) for summary in sections.values()]
+            merged[f"{prefix}/{key}"] = sum(values) if key == "n_cells" else max(values)
+    return merged
+
+
+def mean_per_gene(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The per-gene table of one section, or the unpooled mean of several (a gene is constant if it is so in all)."""
+    if len(tables) == 1:
+        return tables[0]
+    stacked = pd.concat(tables)
+    mean = stacked.drop(columns="constant").groupby("gene", sort=False).mean()
+    mean["constant"] = stacked.groupby("gene", sort=False)["constant"].all()
+    return mean.reset_index()[list(tables[0].columns)]
+
+
+def json_ready(metrics: Mapping[str, float | str]) -> dict[str, float | str | None]:
+    """Metrics as JSON has them: NaN, which JSON has not, becomes null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in sorted(metrics.items())
+    }

@@ -1,0 +1,130 @@
+"""Every key of every command refuses values of the wrong kind in one line that names it, unless the value is meant."""
+
+import copy
+import re
+from functools import cache
+
+import pytest
+
+from prts.cli.check import check_values
+from prts.cli.config import compose, plain
+from prts.cli.exit_status import in_config_terms
+from prts.cli.schema import COMMANDS
+from prts.errors import InputError
+
+REQUIRED = {
+    "simulate": ["out=o"],
+    "predict": ["bundle=b", "image=i", "out=o"],
+    "evaluate": ["prediction=p", "section=s", "out=o"],
+    "analyze": ["prediction=p", "out=o"],
+    "export": ["prediction=p", "format=csv", "out=o"],
+    "download": ["tissue=lung"],
+}
+CHOICES = [
+    *((command, ()) for command in COMMANDS),
+    ("prepare", ("tissue=lung",)),
+    ("train", ("tissue=her2st", "split=blocks", "experiment=paper")),
+    ("train", ("split=random", "experiment=released", "logger=many")),
+    ("train", ("loss=hurdle", "trainer=ddp", "segmentation=stardist", "logger=mlflow")),
+    ("train", ("encoder=timm", "panel=file", "debug=default", "segmentation=polygons")),
+    ("predict", ("segmentation=stardist",)),
+    ("evaluate", ("qc=paper",)),
+]
+WRONG = {
+    "text": "lots",
+    "null": None,
+    "negative": -7,
+    "fraction": -0.5,
+    "flag": True,
+    "huge": 10**40,
+    "infinite": float("inf"),
+    "empty": [],
+    "list": [["a"]],
+    "mapping": {"a": 1},
+}
+# What is meant, by key: any text is a path or a name, null a default, and some numbers have no limit that could be known here.
+MEANT = {
+    "text": r"(.*\.)?(analysis|annotations|artifact_location|bins|bundle|cache_dir|checkpoint_key|classification|data_dir|experiment_name"
+    r"|gmt|image|markers|model|model_name|monitor|name|nuclei|obo|orthologs|out|path|prediction|project|roi|run|run_name|save_dir|second"
+    r"|section|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
+    r"|data\.target|trainer\.(accelerator|strategy|devices|precision)|encoder\.(device|pooling))",
+    "null": r"(.*\.)?(analysis|annotations|artifact_location|batch_size|broad|bundle|checkpoint_key|classification|download|experiment_name"
+    r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pixels|mean|std|min_cells|model_mpp|mpp|name"
+    r"|nms_thresh|nuclei|obo|orthologs|out|path|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section|segmentation"
+    r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|optimizer\.fused)"
+    r"|trainer\.\w+|logger\.\w+\.\w+|md5)",
+    "negative": r"tilt_deg|trainer\.devices|logger\.\w+\.version",
+    "fraction": r"tilt_deg|(.*\.)?stain",
+    "flag": r"encoder\.compile|intervals|logger\.tensorboard\.default_hp_metric|trainer\.deterministic|model\.optimizer\.fused",
+    "huge": r"max_pixels|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|trainer\.(devices|limit_\w+|num_sanity_val_steps)|logger\.\w+\.version",
+    "empty": r"(.*\.)?(tissues|markers|val|test|gmt|genes|figures|hidden|broad\.\w+)|trainer\.devices|callbacks|logger",
+    "mapping": r"callbacks|logger|.*\.md5",
+}
+# wandb takes what it likes; `download` reads nothing of the choices that a tissue makes for training
+# and the constructors of encoders and segmenters do not state their ranges yet
+ANYTHING = r"(segmentation|encoder)\.(?!_)\w+|logger\.wandb\.(group|mode|settings.*)|download:(segmentation|panel|encoder|split).*"
+
+
+@cache
+def configured(command, choices):
+    return plain(compose(command, [*REQUIRED.get(command, ()), *choices]))
+
+
+def keys_of(node, prefix=()):
+    for key, value in node.items():
+        yield (*prefix, key)
+        if isinstance(value, dict):
+            yield from keys_of(value, (*prefix, key))
+
+
+def refusal(command, values):
+    """The message; None if the values are taken."""
+    try:
+        check_values(command, values)
+    except InputError as error:
+        return in_config_terms(error)
+    return None
+
+
+def is_meant(command, name, kind, default):
+    if isinstance(default, bool) and kind == "flag":
+        return True
+    if any(re.fullmatch(ANYTHING, each) for each in (name, f"{command}:{name}")):
+        return True
+    return kind in MEANT and re.fullmatch(MEANT[kind], name) is not None
+
+
+@pytest.mark.parametrize(("command", "choices"), CHOICES)
+def test_a_value_of_the_wrong_kind_is_refused_in_one_line_that_names_its_key(command, choices):
+    values = configured(command, choices)
+    assert refusal(command, values) is None
+    # of a second config of a command, what the first does not have
+    known = set(keys_of(configured(command, ()))) if choices else set()
+    faults = []
+    for path in keys_of(values):
+        if path in known:
+            continue
+        name = ".".join(map(str, path))
+        for kind, value in WRONG.items():
+            wrong = copy.deepcopy(values)
+            node = wrong
+            for key in path[:-1]:
+                node = node[key]
+            default, node[path[-1]] = node[path[-1]], value
+            message = refusal(command, wrong)
+            if message is None:
+                if not is_meant(command, name, kind, default):
+                    faults.append(f"{name}: takes {value!r}")
+            elif not message.startswith((name, name.rpartition(".")[0])) or "\n" in message:
+                faults.append(f"{name}: {value!r} is refused with {message!r}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_key_is_known_and_none_is_left_out(command):
+    values = configured(command, ())
+    for key in values:
+        less = {name: value for name, value in values.items() if name != key}
+        message = refusal(command, less)
+        assert message is None or message.startswith(key)
+    assert refusal(command, values | {"nonsense": 1}).startswith("nonsense: no such key")
