@@ -1,0 +1,134 @@
+"""What `model.json` records of a trained model, apart from what its network, likelihood and output rule record of themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prts import provenance
+from prts.evaluation.predictable import predictable
+from prts.evaluation.summaries import mean_per_gene
+from prts.io.cache import fingerprint
+from prts.io.nuclei import load_nuclei
+from prts.models.scale import describe_nuclei
+from prts.preprocess.stains.base import sample_slides, statistics
+from prts.segmentation.segment import describe_segmenter
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from prts.api.train import TrainingPlan
+    from prts.data.datamodule import PRTSDataModule
+    from prts.data.prepare import PreparedTissue
+    from prts.evaluation.scored_section import ScoredSection
+    from prts.models.uncertainty import CountIntervals
+
+# Where things are on this machine, and who is told: nothing that made the model.
+_LOCAL = ("paths", "logger", "resume")
+
+
+def bundle_metadata(
+    plan: TrainingPlan,
+    datamodule: PRTSDataModule,
+    validation: Sequence[ScoredSection],
+    beyond: Mapping[str, NDArray[np.bool_]],
+    intervals: CountIntervals,
+) -> dict[str, Any]:
+    """The `metadata` of `prts.models.bundle.save_bundle` for the model of a run.
+
+    Parameters
+    ----------
+    plan
+        What was trained.
+    datamodule
+        What it was fitted on.
+    validation
+        Its predictions of the validation nuclei.
+    beyond
+        Genes, (g,), in which it was better there than each baseline and than chance (`prts.evaluation.predictable.validated_genes`).
+    intervals
+        Of the counts, calibrated there.
+    """
+    preparation, recipe = plan.preparation, plan.recipe
+    encoder = preparation.encoder.settings()
+    weights = getattr(preparation.encoder, "weights", None)
+    per_gene = mean_per_gene([scored.result.per_gene for scored in validation])
+    return {
+        "encoder": encoder,
+        "encoder_weights": None if weights is None else str(Path(weights).resolve()),
+        "mpp": encoder["mpp"],
+        "tile": encoder["tile"],
+        "pooling": encoder["pooling"],
+        "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
+        "baseline": recipe.baseline,
+        "optimizer": None if recipe.baseline else _described(recipe.optimizer),
+        "segmentation": _segmentation(plan, datamodule),
+        "qc": preparation.qc.settings(),
+        "register": preparation.register,
+        "tissue": datamodule.tissue.name,
+        "species": datamodule.tissue.species,
+        "train_sections": _train_sections(datamodule),
+        "split": datamodule.split_report,
+        "seed": recipe.seed,
+        "stain": _colors(datamodule),
+        "panel": {"method": datamodule.panel.method, **datamodule.panel.steps},
+        "validation": {
+            "pcc": per_gene["pcc"].tolist(),
+            "ceiling": per_gene["ceiling"].tolist(),
+            "predictable": predictable(beyond).tolist(),
+            "beyond": {name: np.flatnonzero(flags).tolist() for name, flags in beyond.items()},
+        },
+        "intervals": intervals.settings(),
+        "nuclei": _nuclei(datamodule),
+        "provenance": run_provenance(plan.config, datamodule.tissue),
+    }
+
+
+def run_provenance(config: Mapping[str, Any], tissue: PreparedTissue) -> dict[str, Any]:
+    """Code, config and data that made the model, without places on this machine."""
+    kept = {key: value for key, value in config.items() if key not in _LOCAL}
+    return {
+        "code": provenance.code(),
+        "config": kept,
+        "config_fingerprint": fingerprint(kept),
+        "data": {name: provenance.section_files(part.section) for name, part in tissue.sections.items()},
+    }
+
+
+def _described(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Name and arguments of a partial such as `partial(torch.optim.AdamW, lr=0.003)`."""
+    if isinstance(factory, partial):
+        return {"name": factory.func.__name__, **factory.keywords}
+    return {"name": getattr(factory, "__name__", type(factory).__name__)}
+
+
+def _train_sections(datamodule: PRTSDataModule) -> list[str]:
+    return sorted({nuclei.section for nuclei in datamodule.train_sets})
+
+
+def _colors(datamodule: PRTSDataModule) -> dict[str, Any]:
+    """The stain of the training sections' tissue, for every method that can match a new slide to it."""
+    with ExitStack() as stack:
+        sections = (datamodule.tissue.sections[name].section for name in _train_sections(datamodule))
+        return statistics(sample_slides(stack.enter_context(section.open_slide()) for section in sections))
+
+
+def _nuclei(datamodule: PRTSDataModule) -> dict[str, Any]:
+    """Size and density of all nuclei of the training and validation sections, including those that fail quality control."""
+    names = {part.section for part in (*datamodule.train_sets, *datamodule.val_sets)}
+    prepared = {name: datamodule.tissue.sections[name] for name in sorted(names)}
+    mpp = {name: part.section.mpp for name, part in prepared.items()}
+    return describe_nuclei({name: load_nuclei(part.nuclei) for name, part in prepared.items()}, mpp)
+
+
+def _segmentation(plan: TrainingPlan, datamodule: PRTSDataModule) -> dict[str, Any]:
+    """The segmenter of the training nuclei by its registered name, so that prediction finds nuclei in the same way."""
+    sections = datamodule.tissue.sections
+    if plan.preparation.prefer_given and any(sections[name].section.nuclei for name in _train_sections(datamodule)):
+        return {"name": "given", "arguments": {}}
+    return describe_segmenter(plan.preparation.segmenter)
