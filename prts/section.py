@@ -69,7 +69,7 @@ class Section:
     orientation
         Rotation and flip as the image is read.
     max_pixels
-        Limit on the size of images that are decoded whole; see `prts.io.limits`.
+        Largest image that is decoded as a whole; None: 2^29 px.
     """
 
     name: str
@@ -139,7 +139,7 @@ def read_visium_hd(
     spots
         Measured spots (.h5ad); if None, `spots.h5ad` if it is there.
     max_pixels
-        Limit on the size of images that must be decoded whole (PNG, JPEG); 537 million px by default.
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Returns
     -------
@@ -199,7 +199,7 @@ def read_section(
     spots
         Measured spots (.h5ad).
     max_pixels
-        Limit on the size of images that must be decoded whole (PNG, JPEG); 537 million px by default.
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Returns
     -------
@@ -214,8 +214,9 @@ def read_section(
     --------
     >>> section = read_section("slide.svs", mpp=0.5)  # doctest: +SKIP
     """
-    stem = Path(image).stem if name is None else name
-    return open_section(stem, image, mpp=mpp, nuclei=nuclei, spots=spots, max_pixels=max_pixels)
+    return open_section(
+        Path(image).stem if name is None else name, image, mpp=mpp, nuclei=nuclei, spots=spots, max_pixels=max_pixels
+    )
 
 
 def open_section(
@@ -251,7 +252,7 @@ def open_section(
     truth
         Ground truth of a simulated section (.h5ad).
     max_pixels
-        Limit on the size of images that must be decoded whole (PNG, JPEG); 537 million px by default.
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Raises
     ------
@@ -304,7 +305,7 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
     name
         Name of the section; by default that of the folder.
     max_pixels
-        Limit on the size of images that must be decoded whole (PNG, JPEG); 537 million px by default.
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Raises
     ------

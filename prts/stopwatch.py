@@ -1,4 +1,4 @@
-"""Seconds per stage and peak memory, for metrics.json and the log."""
+"""Time per stage and peak memory, for metrics.json and the log."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Adds up wall time per named stage."""
+    """Adds up wall time per stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        """Time a block as part of a stage."""
+        """Add the time of a block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -26,6 +26,6 @@ class Stopwatch:
 
 
 def peak_rss_mb() -> float:
-    """Largest resident memory of this process so far, in MB."""
+    """Peak resident memory of this process so far, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e6 if sys.platform == "darwin" else 1e3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
@@ -11,7 +12,7 @@ from prts.arguments import check_settings, check_value, shown
 from prts.cli.config import compose, missing, plain
 from prts.cli.hydra_errors import explained
 from prts.cli.overrides import quote_paths
-from prts.cli.schema import COMMANDS, Built, SectionFiles, Simulation, Tissue, annotated_fields, optional
+from prts.cli.schema import SCHEMAS, Built, SectionFiles, Simulation, Tissue, annotated_fields, optional
 from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ _REGISTRIES = {
     "segmenter": ("prts.segmentation", "segmenters"),
     "likelihood": ("prts.models.likelihoods", "likelihoods"),
 }
-# What is built once before any work, so that it checks its own settings. Encoders are not: they would read their weights.
-_TRIED = ("likelihood", "panel", "split")
+# What is built once before any work, so that it checks its own settings; none of them reads a file when it is made.
+_TRIED = ("encoder", "segmenter", "likelihood", "panel", "split")
 _MISSING = "???"
 
 
@@ -34,7 +35,7 @@ def check_config(command: str, overrides: Sequence[str] = ()) -> DictConfig:
     Parameters
     ----------
     command
-        One of `prts.cli.schema.COMMANDS`.
+        One of `prts.cli.schema.SCHEMAS`.
     overrides
         As typed, paths unquoted.
 
@@ -69,7 +70,7 @@ def check(command: str, cfg: DictConfig) -> None:
 
 def check_values(command: str, values: Mapping[str, Any]) -> None:
     """Check a config in plain containers; see `check`."""
-    _check_fields(COMMANDS[command], values, "")
+    _check_fields(SCHEMAS[command], values, "")
 
 
 def _check_fields(kind: type, values: Any, prefix: str, *, partial: bool = False) -> None:
@@ -167,25 +168,30 @@ def _is_registered(built: Built, node: Mapping[str, Any]) -> bool:
 
 
 def _factory(built: Built, key: str, node: Mapping[str, Any]) -> Any:
-    from hydra.utils import get_object
-
     import prts._torchvision  # noqa: F401  (before the first import of torchvision)
 
     if _is_registered(built, node):
         module, attribute = _REGISTRIES[built.owner]
-        return getattr(importlib.import_module(module), attribute)[node["name"]]
+        registry = getattr(importlib.import_module(module), attribute)
+        name = node["name"]
+        if not isinstance(name, str):
+            raise ParameterError(
+                "", f"{key}.name", f"{shown(name)} is not accepted; give one of {', '.join(registry.names())}"
+            )
+        return registry[name]
     target = node.get("_target_")
+    if target is None and built.owner in _REGISTRIES:
+        raise ParameterError("", f"{key}.name", f"is missing; choose one with {key}=NAME")
     if not isinstance(target, str):
         raise ParameterError("", f"{key}._target_", f"{shown(target)} is not accepted; choose one with {key}=NAME")
     partial = node.get("_partial_", False)
     if not isinstance(partial, bool):
         raise ParameterError("", f"{key}._partial_", f"{shown(partial)} is not accepted; give true or false")
     try:
-        return get_object(target)
-    except Exception as error:
-        cause = error.__cause__ or error
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ParameterError(
-            "", f"{key}._target_", f"{target} cannot be imported ({cause}); check the name and what is installed"
+            "", f"{key}._target_", f"{target} cannot be imported ({error}); check the name and what is installed"
         ) from error
 
 

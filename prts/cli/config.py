@@ -33,7 +33,7 @@ def compose(command: str, overrides: Sequence[str] = (), folders: Sequence[Path]
     Parameters
     ----------
     command
-        One of `prts.cli.schema.COMMANDS`.
+        One of `prts.cli.schema.SCHEMAS`.
     overrides
         In Hydra's grammar.
     folders

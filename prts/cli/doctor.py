@@ -1,6 +1,9 @@
-"""Check versions, accelerator, extras, folders and a model, with the fix for what fails.
+"""Check the installation, the accelerator, folders and a model, and print a fix for each failure.
 
 usage: prts doctor [bundle=DIR] [paths.data_dir=DIR] [paths.cache_dir=DIR]
+
+Prints PASS, WARN or FAIL for the versions, optional extras, GPU, data and cache folders, and for a bundle: its encoder's weights, package
+versions and origin. The exit status is 2 if a check fails.
 
 example: prts doctor bundle=outputs/demo/make/model
 """
@@ -22,7 +25,7 @@ from prts.io.cache import fingerprint
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-Check = tuple[str, str, str]  # PASS, WARN or FAIL; what; a sentence
+Check = tuple[str, str, str]  # PASS, WARN or FAIL; what was checked; a sentence
 
 _EXTRAS = {
     "stardist": ("stardist", "the default segmenter of real tissues"),
@@ -50,7 +53,7 @@ def _software() -> Iterator[Check]:
         if _has(module):
             yield "PASS", f"extra {extra}", use
         else:
-            yield "WARN", f"extra {extra}", f"not installed ({use}): pip install 'prts[{extra}]'"
+            yield "WARN", f"extra {extra}", f"not installed ({use}); run pip install 'prts[{extra}]'"
 
 
 def _hardware() -> Iterator[Check]:
@@ -61,16 +64,16 @@ def _hardware() -> Iterator[Check]:
     if torch.cuda.is_available():
         yield "PASS", "accelerator", torch.cuda.get_device_name(0)
     elif torch.version.cuda is not None:
-        yield "WARN", "accelerator", "this torch is built for CUDA but sees no GPU: check the driver with nvidia-smi"
+        yield "WARN", "accelerator", "torch is built for CUDA but finds no GPU; check the driver with nvidia-smi"
     else:
-        yield "WARN", "accelerator", f"none: the CPU build of torch, {os.cpu_count()} cores"
+        yield "WARN", "accelerator", f"none; CPU build of torch, {os.cpu_count()} cores"
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        yield "FAIL", "torchvision", f"does not import ({error}): install the build that matches torch"
+        yield "FAIL", "torchvision", f"cannot be imported ({error}); install the build that matches torch"
     else:
         shim = torchvision_schemas._library is not None
-        yield "PASS", "torchvision", "CUDA build beside a CPU torch, mended" if shim else "matches torch"
+        yield "PASS", "torchvision", "CUDA build with a CPU torch; prts works around it" if shim else "matches torch"
 
 
 def _folders(cfg: DictConfig) -> Iterator[Check]:
@@ -78,12 +81,12 @@ def _folders(cfg: DictConfig) -> Iterator[Check]:
     if data.is_dir():
         yield "PASS", "data", str(data.resolve())
     else:
-        yield "WARN", "data", f"{data} is no folder: set PRTS_DATA, or `prts download tissue=lung` makes it"
+        yield "WARN", "data", f"{data} is not a folder; set PRTS_DATA, or run `prts download tissue=lung`"
     cache = Path(cfg.paths.cache_dir)
     place = next(folder for folder in (cache, *cache.resolve().parents) if folder.is_dir())
     free_gb = shutil.disk_usage(place).free / 1e9
     if not os.access(place, os.W_OK):
-        yield "FAIL", "cache", f"{place} cannot be written: set PRTS_CACHE to a folder of yours"
+        yield "FAIL", "cache", f"{place} is not writable; set PRTS_CACHE to a folder that is"
     elif free_gb < _MIN_FREE_GB:
         yield (
             "WARN",
@@ -108,42 +111,62 @@ def _bundle(cfg: DictConfig) -> Iterator[Check]:
     yield "PASS", "bundle", f"{cfg.bundle}: {trained}"
     found, text = weights_status(about["encoder"], about["encoder_weights"])
     yield "PASS" if found else "WARN", "weights", text
+    yield _segmentation(about["segmentation"])
     yield from _provenance(about)
 
 
+def _segmentation(recorded: dict[str, Any]) -> Check:
+    """Whether the segmenter of training can be used here."""
+    from prts.segmentation import segmenters
+
+    name, what = str(recorded["name"]), "bundle segmentation"
+    if name in ("given", "polygons"):
+        return "PASS", what, "trained on given nuclei: predict needs them, or a segmenter"
+    if name not in segmenters:
+        return "WARN", what, f"{name} is not installed: choose another segmenter ({', '.join(segmenters.names())})"
+    extra = segmenters[name].extra
+    if extra is not None and not _has(_EXTRAS[extra][0] if extra in _EXTRAS else extra):
+        return "WARN", what, f"{name} needs pip install 'prts[{extra}]'"
+    return "PASS", what, name
+
+
 def _provenance(about: dict[str, Any]) -> Iterator[Check]:
-    """What made the bundle, against what is here."""
+    """Compare how the bundle was made with this installation."""
     known = {"flags of predictable genes": about["validation"].get("predictable"), "intervals": about.get("intervals")}
     known |= {"obs['ood']": about.get("ood"), "a check of um/px": about.get("nuclei")}
     missing = [name for name, value in known.items() if value is None]
     if missing:
-        text = f"format version {about['format_version']}: without {', '.join(missing)}; train again for them"
+        text = f"format version {about['format_version']}, without {', '.join(missing)}; train again to get them"
         yield "WARN", "bundle trust", text
     else:
-        yield "PASS", "bundle trust", f"format version {about['format_version']}: with {', '.join(known)}"
+        yield "PASS", "bundle trust", f"format version {about['format_version']}, with {', '.join(known)}"
 
     here = {name: importlib.metadata.version(name) for name in about["versions"] if _has_package(name)}
     other = [
-        f"{name} {then} ({here.get(name, 'none')} here)"
+        f"{name} {then} (here: {here.get(name, 'not installed')})"
         for name, then in about["versions"].items()
         if here.get(name) != then
     ]
     yield (
         ("WARN", "bundle packages", f"made with {', '.join(other)}")
         if other
-        else ("PASS", "bundle packages", "as here")
+        else ("PASS", "bundle packages", "the same versions as here")
     )
 
     made = about.get("provenance")
     if made is None:
-        yield "WARN", "bundle origin", "code, config and data are not recorded: an older prts trained it"
+        yield "WARN", "bundle origin", "code, config and data are not recorded; it was trained with an older prts"
         return
     code = made["code"]
     commit = f", commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if "changed" in code else ""
     data = "; ".join(f"{name}: {', '.join(files)}" for name, files in made["data"].items())
     changed = fingerprint(made["config"]) != made["config_fingerprint"]
     yield (
-        ("FAIL", "bundle origin", "its config is not the one it was trained with: model.json was edited")
+        (
+            "FAIL",
+            "bundle origin",
+            "model.json was edited: its config is not the one that trained it; use an unchanged copy",
+        )
         if changed
         else (
             "PASS",
@@ -162,18 +185,17 @@ def _has_package(name: str) -> bool:
 
 
 def main(cfg: DictConfig) -> None:
-    """Print a line per check; fail if one of them does."""
+    """Print one line per check; fail if a check fails."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     checks = [*_software(), *_hardware(), *_folders(cfg)]
     if cfg.bundle is not None:
         checks += _bundle(cfg)
-    colours = {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
-    table = Table(box=None, show_header=False)
-    for verdict, what, text in checks:
-        table.add_row(f"[{colours[verdict]}]{verdict}[/]", what, text)
-    Console(soft_wrap=True).print(table)
-    failed = [what for verdict, what, _ in checks if verdict == "FAIL"]
+    console, colors = Console(), {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
+    for status, what, text in checks:
+        # as Text: rich would read [stardist] in a string as markup and drop it
+        console.print(Text.assemble((status, colors[status]), f"  {what:<16}", text), soft_wrap=True)
+    failed = [what for status, what, _ in checks if status == "FAIL"]
     if failed:
-        raise InputError(f"doctor: {', '.join(failed)} failed; each line above says what would mend it")
+        raise InputError(f"doctor: {', '.join(failed)} failed; the lines above say how to fix it")

@@ -1,9 +1,9 @@
-"""Fetch the public sections that a tissue config names.
+"""Download the public sections of a tissue.
 
 usage: prts download tissue=brain|lung|breast [paths.data_dir=DIR]
 
-Fetches what is missing into the data folder, goes on where a broken download stopped, checks sums where they are known, and
-unpacks only the 2 um bins. A section is 5 to 15 GB.
+Downloads missing files to the data folder, resumes interrupted downloads, verifies checksums if they are known, and unpacks only the 2 um
+bins. Expect 5 to 15 GB per section.
 
 example: prts download tissue=lung paths.data_dir=data
 """
@@ -23,16 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Download every section of a tissue that has an address."""
+    """Download every section that has an address."""
     from prts.data.tissue import parse_tissue
     from prts.download import download_section
 
     tissue = parse_tissue(plain(cfg.tissue))
     with_address = [spec for spec in tissue.sections.values() if spec.download]
     if not with_address:
-        raise InputError(
-            f"tissue={tissue.name}: none of its sections has a download address; brain, lung and breast have"
-        )
+        raise InputError(f"tissue={tissue.name}: its sections have no download address; choose brain, lung or breast")
     for spec in with_address:
         download_section(spec)
-    logger.info("%s is complete: `prts train tissue=%s` can start", tissue.name, tissue.name)
+    logger.info("%s is complete; run `prts train tissue=%s`", tissue.name, tissue.name)

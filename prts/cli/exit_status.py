@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import re
-
 from prts.errors import InputError, ParameterError, chain, refusal
 
 INTERRUPTED = 130
@@ -44,7 +42,7 @@ def exit_status_of(error: BaseException) -> tuple[int, str]:
         where = f"{error.full_key}: " if error.full_key else ""
         return 2, f"{where}{lines[0]}; `--cfg job` prints the config"
     if isinstance(error, HydraException) and error.__cause__ is None:
-        return 2, _plugin_hint(lines[0]) or type(error).__name__
+        return 2, lines[0] or type(error).__name__
     return 1, f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
 
 
@@ -74,10 +72,3 @@ def system_exit_status(error: SystemExit) -> int:
     if error.code is None:
         return 0
     return error.code if isinstance(error.code, int) else 1
-
-
-def _plugin_hint(text: str) -> str:
-    """Name the extra where a launcher or sweeper is not installed."""
-    if re.search(r"hydra/(launcher|sweeper)", text) and any(name in text for name in ("joblib", "submitit", "optuna")):
-        return f"{text.rstrip('.')}: needs the extra `sweeps`, pip install 'prts[sweeps]'"
-    return text

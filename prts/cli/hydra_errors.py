@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prts.cli.config import compose, config_groups, plain
+from prts.cli.schema import SCHEMAS, all_keys
 from prts.errors import InputError, did_you_mean
 
 
@@ -35,6 +36,8 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = [str(option) for option in error.options or [] if not str(option).startswith("_")]
+        if group in ("hydra/launcher", "hydra/sweeper") and name.startswith(("joblib", "submitit_", "optuna")):
+            return InputError(f"{group}={name}: needs the extra `sweeps`; run pip install 'prts[sweeps]'")
         return InputError(
             f"{group}={name}: no such choice{did_you_mean(name, options)} (there are: {', '.join(options)})"
         )
@@ -53,9 +56,9 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
             )
         if match := re.match(r"In '([^']+)': ConfigKeyError", lines[0]):
             key = re.search(r"full_key: (\S+)", str(error))
-            return InputError(
-                f"{match[1]}.yaml: {key[1] if key else 'a key'}: no such key; `prts {command} --cfg job` prints all"
-            )
+            name = key[1] if key else "a key"
+            hint = did_you_mean(name, all_keys(SCHEMAS[command])) or f"; `prts {command} --cfg job` prints them all"
+            return InputError(f"{match[1]}.yaml: {name}: no such key{hint}")
     if lines[0].startswith("Config group override must be"):
         groups = config_groups(folders)
         wrong = next((each for each in overrides if each.partition("=")[0] in groups), "")

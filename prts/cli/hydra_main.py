@@ -32,7 +32,7 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
     Parameters
     ----------
     command
-        One of `prts.cli.schema.COMMANDS`.
+        One of `prts.cli.schema.SCHEMAS`.
     overrides
         In Hydra's grammar.
     flags

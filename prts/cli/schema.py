@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, is_dataclass
 from typing import Annotated, Any, Literal
 
@@ -69,9 +70,9 @@ class Evaluation:
 class QualityControl:
     """`configs/qc`."""
 
-    min_umi: NotNegative
+    min_umi: NotNegative | None
     max_area_um2: Positive | None
-    max_pct_mt: Annotated[float, Field(ge=0, le=100)]
+    max_pct_mt: Positive | None
     max_area_px: Positive | None = None
 
 
@@ -119,6 +120,7 @@ class SectionFiles:
     nuclei: FilePath | None
     spots: FilePath | None
     mpp: Mpp | None
+    platform: Name | None
     simulate: Mapping | None
     download: DownloadedFiles | None
 
@@ -313,7 +315,7 @@ class Predict:
 class Registration:
     """`preprocess` of `evaluate`."""
 
-    register: bool
+    register: bool | None
 
 
 @dataclass
@@ -452,7 +454,8 @@ class Doctor:
     bundle: FilePath | None
 
 
-COMMANDS: dict[str, type] = {
+# By command, as `prts.cli.app.COMMANDS`, which imports nothing.
+SCHEMAS: dict[str, type] = {
     "simulate": Simulate,
     "prepare": Prepare,
     "train": Train,
@@ -477,12 +480,20 @@ def optional(kind: type) -> set[str]:
     return {item.name for item in dataclasses.fields(kind) if item.default is not MISSING}
 
 
+def all_keys(kind: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a dataclass of this module and of those in it."""
+    for key, hint in annotated_fields(kind).items():
+        yield f"{prefix}{key}"
+        if is_dataclass(hint):
+            yield from all_keys(typing.cast(type, hint), f"{prefix}{key}.")
+
+
 def register() -> None:
     """Tell Hydra the keys of every command, as `<command>_schema`, which each primary config names first."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    for command, kind in COMMANDS.items():
+    for command, kind in SCHEMAS.items():
         store.store(name=f"{command}_schema", node=_keys(kind))
 
 
@@ -502,7 +513,15 @@ def _keys(kind: type) -> type:
             else:
                 fields.append((key, Any, field(default=None if key in optional(kind) else "???")))
         made = dataclasses.make_dataclass(name, fields)
-        # found under this address when a job is sent to another process
+        # found under this address, if need be by __getattr__, when a job is sent to another process
         made.__module__, globals()[name] = __name__, made
     found: type = globals()[name]
     return found
+
+
+def __getattr__(name: str) -> Any:
+    """Make the keys of a dataclass in a process that has not registered them."""
+    kind = globals().get(name.removesuffix("Keys"))
+    if name.endswith("Keys") and isinstance(kind, type) and is_dataclass(kind):
+        return _keys(kind)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,10 +1,10 @@
-"""A synthetic Visium HD section with known truth.
+"""Simulate a Visium HD section with known truth.
 
 usage: prts simulate out=DIR [cells=2000] [genes=1000] [seed=0] [stain=0.0]
 
-Writes DIR as 10x Genomics lays out a section (image, 2 um bins, positions, scale factors), with truth.h5ad and
-truth_nuclei.parquet beside them. The same arguments give the same bytes. Sections of any seed share genes and cell types, so
-that a model trained on one predicts another.
+Writes a section to DIR in the layout of 10x Genomics (image, 2 um bins, positions, scale factors), along with truth.h5ad and
+truth_nuclei.parquet. The same arguments give the same bytes. Sections share genes and cell types across seeds, so a model trained
+on one can predict another.
 
 example: prts simulate out=data/sim1 cells=5000 genes=2000 seed=1
 """
@@ -15,7 +15,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prts.cli.app import plain, require
+from prts.cli.app import plain
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -27,7 +27,6 @@ def main(cfg: DictConfig) -> None:
     """Simulate one section."""
     from prts.simulate.section import simulate_section
 
-    require(cfg, "out")
     arguments = plain(cfg)
     folder = simulate_section(Path(arguments.pop("out")), **arguments)
     logger.info("wrote %s", folder)

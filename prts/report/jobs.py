@@ -1,4 +1,4 @@
-"""What became of the jobs of a multirun, read from their folders."""
+"""The outcome of each job of a multirun, read from their folders."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import yaml
 
 from prts.errors import InputError
 
-OBJECTIVE = "val/pcc_mean"  # what a sweep maximises; never a figure of the test sections
+OBJECTIVE = "val/pcc_mean"  # what a sweep maximizes; never a score of the test sections
 FIXED = ("job", "status", "reason", "tissue", "seed")
 
 
 def read_jobs(folder: Path) -> tuple[pd.DataFrame, list[str]]:
-    """One row a job: what was overridden, what became of it, and its metrics.
+    """Read the overrides, outcome and metrics of each job.
 
     Parameters
     ----------
     folder
-        Of a multirun; each job's folder in it holds `.hydra/`, and metrics.json or error.txt.
+        Folder of a multirun. Each job has a folder in it with `.hydra/`, and metrics.json or error.txt.
 
     Returns
     -------
-    The table, with columns `job, status, reason, tissue, seed`, the overrides (by their key) and the metrics, in the order of the job
-    numbers; and the keys of the overrides, without tissue and seed. `status` is done, wrong input, failed, killed or unfinished;
-    `reason` is one line.
+    A table with one row per job, in the order of the job numbers, and the keys of the overrides without tissue and seed. Columns are
+    `job, status, reason, tissue, seed`, the overrides by key, and the metrics. `status` is done, wrong input, failed, killed or
+    unfinished; `reason` is one line.
 
     Raises
     ------
     InputError
-        If there is no job in the folder.
+        If the folder has no jobs.
     """
     rows, keys, metrics = [], dict[str, None](), set[str]()
     for overrides_yaml in Path(folder).rglob(".hydra/overrides.yaml"):
@@ -51,7 +51,9 @@ def read_jobs(folder: Path) -> tuple[pd.DataFrame, list[str]]:
         metrics |= figures.keys()
         rows.append((int(number), row | overrides | figures))
     if not rows:
-        raise InputError(f"{folder}: holds no job of a multirun (folders with .hydra/overrides.yaml)")
+        raise InputError(
+            f"{folder}: has no jobs of a multirun (folders with .hydra/overrides.yaml); give the folder of a multirun"
+        )
     rows.sort(key=lambda numbered: numbered[0])
     own = [key for key in keys if key not in FIXED]
     table = pd.DataFrame([row for _, row in rows], columns=[*FIXED, *own, *sorted(metrics)])
@@ -64,11 +66,11 @@ def _overrides(path: Path) -> dict[str, str]:
 
 
 def _outcome(job: Path) -> tuple[str, str]:
-    if (job / "error.txt").is_file():  # first: a job may fail when its metrics are written, in a logger
+    if (job / "error.txt").is_file():  # first: a logger may fail after metrics.json is written
         first = (job / "error.txt").read_text(encoding="utf-8").partition("\n")[0]
         if match := re.fullmatch(r"(wrong input|failed|killed): (.*)", first):
             return match[1], match[2]
         return "failed", first
     if (job / "metrics.json").is_file():
         return "done", ""
-    return "unfinished", "stopped before it ended"
+    return "unfinished", "stopped before the end"

@@ -50,7 +50,7 @@ WRONG_PIXELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]
     "one row": (lambda p: p[:1], {}, "shows no tissue"),
     "dark": (lambda p: p // 12, {}, "is dark"),
     "white": (lambda p: np.full_like(p, 255), {}, "shows no tissue"),
-    "green and blue exchanged": (lambda p: p[..., [1, 0, 2]], {}, "is not coloured like H&E"),
+    "green and blue exchanged": (lambda p: p[..., [1, 0, 2]], {}, "does not have the colors of H&E"),
 }
 
 
@@ -202,17 +202,21 @@ def test_a_photograph_or_another_stain_is_refused(predict: Ask, tmp_path: Path, 
     import skimage.data
 
     path = save(tmp_path / "holiday.jpg", getattr(skimage.data, picture)())
-    refused(predict("segmentation=watershed", image=path), "holiday.jpg: is not coloured like H&E", "check_image=false")
+    refused(
+        predict("segmentation=watershed", image=path),
+        "holiday.jpg: does not have the colors of H&E",
+        "`check_image` option",
+    )
 
 
 def test_a_gray_image_is_predicted_with_a_warning(
     predict: Ask, pixels: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert predict("segmentation=watershed", image=save(tmp_path / "colour.png", pixels)) == (0, "")
-    assert "is grey" not in caplog.text
+    assert "is gray" not in caplog.text
     grey = save(tmp_path / "grey.png", pixels.mean(axis=2).astype(np.uint8))
     assert predict("segmentation=watershed", image=grey) == (0, "")
-    assert "grey.png: is grey" in caplog.text
+    assert "grey.png: is gray" in caplog.text
 
 
 def test_a_text_named_svs_is_refused(predict: Ask, tmp_path: Path, refused: Refused) -> None:

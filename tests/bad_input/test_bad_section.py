@@ -45,10 +45,10 @@ def _links(matrix: h5py.Group, name: str, link: Any) -> None:
 
 WRONG_MATRIX: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
     "fractions": (lambda m: put(m, "data", m["data"][:] * 0.5), "fractions"),
-    "negative": (lambda m: put(m, "data", -m["data"][:].astype(np.int64)), "UMI counts are needed"),
-    "NaN": (lambda m: put(m, "data", np.full(len(m["data"]), np.nan)), "UMI counts are needed"),
-    "Inf": (lambda m: put(m, "data", np.full(len(m["data"]), np.inf)), "UMI counts are needed"),
-    "beyond 32 bit": (lambda m: put(m, "data", m["data"][:].astype(np.int64) + 2**40), "UMI counts are needed"),
+    "negative": (lambda m: put(m, "data", -m["data"][:].astype(np.int64)), "give raw UMI counts"),
+    "NaN": (lambda m: put(m, "data", np.full(len(m["data"]), np.nan)), "give raw UMI counts"),
+    "Inf": (lambda m: put(m, "data", np.full(len(m["data"]), np.inf)), "give raw UMI counts"),
+    "beyond 32 bit": (lambda m: put(m, "data", m["data"][:].astype(np.int64) + 2**40), "give raw UMI counts"),
     "text for counts": (lambda m: put(m, "data", ["x"] * len(m["data"])), "must be numbers"),
     "index out of range": (lambda m: put(m, "indices", m["indices"][:] + 10**6), "reaches beyond"),
     "negative index": (lambda m: put(m, "indices", m["indices"][:].astype(np.int64) - 1000), "reaches beyond"),
@@ -58,7 +58,7 @@ WRONG_MATRIX: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
     "two-dimensional": (lambda m: put(m, "data", m["data"][:].reshape(1, -1)), "contradict each other"),
     "indptr of fractions": (lambda m: put(m, "indptr", m["indptr"][:] + 0.5), "indptr"),
     "no barcodes": (lambda m: m.__delitem__("barcodes"), "matrix/barcodes is missing"),
-    "barcode twice": (lambda m: put(m, "barcodes", [*m["barcodes"][:-1], m["barcodes"][0]]), "is there twice"),
+    "barcode twice": (lambda m: put(m, "barcodes", [*m["barcodes"][:-1], m["barcodes"][0]]), "occurs twice"),
     "bins of 8 um": (
         lambda m: put(m, "barcodes", [b.replace(b"002um", b"008um") for b in m["barcodes"][:]]),
         "bins of 8 um",
@@ -66,16 +66,16 @@ WRONG_MATRIX: dict[str, tuple[Callable[[h5py.Group], object], str]] = {
     "numbers for barcodes": (lambda m: put(m, "barcodes", np.arange(len(m["barcodes"]))), "must be text"),
     "gene id twice": (
         lambda m: put(m["features"], "id", [m["features/id"][0], *m["features/id"][:-1]]),
-        "ids must be unique",
+        "unique ids",
     ),
     "columns of features differ": (lambda m: put(m["features"], "name", m["features/name"][:-1]), "different lengths"),
     "no gene expression": (
         lambda m: put(m["features"], "feature_type", ["Antibody Capture"] * len(m["features/id"])),
         "Gene Expression",
     ),
-    "external link": (lambda m: _links(m, "data", h5py.ExternalLink("/etc/passwd", "/x")), "is a link to elsewhere"),
-    "soft link": (lambda m: _links(m, "data", h5py.SoftLink("/matrix/indices")), "is a link to elsewhere"),
-    "a group for data": (lambda m: (m.__delitem__("data"), m.create_group("data")), "is no dataset"),
+    "external link": (lambda m: _links(m, "data", h5py.ExternalLink("/etc/passwd", "/x")), "is a link to another file"),
+    "soft link": (lambda m: _links(m, "data", h5py.SoftLink("/matrix/indices")), "is a link to another file"),
+    "a group for data": (lambda m: (m.__delitem__("data"), m.create_group("data")), "is not a dataset"),
 }
 
 
@@ -121,14 +121,14 @@ def test_an_unusual_matrix_counts_the_same(
 
 WRONG_POSITIONS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "no column": (lambda p: p.drop(columns="pxl_col_in_fullres"), "no column pxl_col_in_fullres"),
-    "text": (lambda p: p.assign(array_row=p["array_row"].astype(str)), "must hold whole numbers"),
-    "fractions of bins": (lambda p: p.assign(array_row=p["array_row"] + 0.5), "must hold whole numbers"),
+    "text": (lambda p: p.assign(array_row=p["array_row"].astype(str)), "must have whole numbers"),
+    "fractions of bins": (lambda p: p.assign(array_row=p["array_row"] + 0.5), "must have whole numbers"),
     "NaN": (lambda p: p.assign(pxl_row_in_fullres=np.nan), "pxl_row_in_fullres"),
     "Inf": (lambda p: p.assign(pxl_row_in_fullres=np.inf), "not finite"),
     "twice": (lambda p: pd.concat([p, p.iloc[:1]]), "lists bins twice"),
-    "negative": (lambda p: p.assign(array_col=p["array_col"] - 10**6), "span no array of bins"),
-    "absurdly wide": (lambda p: p.assign(array_col=p["array_col"] * 10**6), "span no array of bins"),
-    "no rows": (lambda p: p.iloc[:0], "lists no bin"),
+    "negative": (lambda p: p.assign(array_col=p["array_col"] - 10**6), "do not span an array of bins"),
+    "absurdly wide": (lambda p: p.assign(array_col=p["array_col"] * 10**6), "do not span an array of bins"),
+    "no rows": (lambda p: p.iloc[:0], "lists no bins"),
     "one bin": (lambda p: p.iloc[:1], "fewer than three bins"),
     "another image's": (lambda p: p.assign(pxl_col_in_fullres=p["pxl_col_in_fullres"] + 10**5), "lie outside"),
     "another um/px": (
@@ -151,10 +151,10 @@ def test_wrong_positions_are_refused(evaluate: Ask, section: Path, refused: Refu
 
 WRONG_FACTORS: dict[str, tuple[Any, str]] = {
     "a list": ([1, 2], "a JSON object"),
-    "zero um/px": ({"microns_per_pixel": 0}, "must be a positive number"),
-    "negative um/px": ({"microns_per_pixel": -0.5}, "must be a positive number"),
-    "NaN um/px": ({"microns_per_pixel": float("nan")}, "must be a positive number"),
-    "text um/px": ({"microns_per_pixel": "half"}, "must be a positive number"),
+    "zero um/px": ({"microns_per_pixel": 0}, "give a positive number"),
+    "negative um/px": ({"microns_per_pixel": -0.5}, "give a positive number"),
+    "NaN um/px": ({"microns_per_pixel": float("nan")}, "give a positive number"),
+    "text um/px": ({"microns_per_pixel": "half"}, "give a positive number"),
     "other um/px": ({"microns_per_pixel": 0.25}, "must agree within 2 %"),
     "other bins": ({"bin_size_um": 8.0}, "those of 2 um"),
     "no bin size": ({"bin_size_um": None}, "bin_size_um"),

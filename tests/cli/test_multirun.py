@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pickle
 import subprocess
 import sys
 
@@ -50,9 +51,18 @@ def test_no_two_jobs_of_the_loss_grid_are_one_loss():
 
 def test_a_job_that_dies_says_how():
     assert _cause(-9).startswith("killed: by SIGKILL")
+    assert _cause(-15) == _cause(143) == "killed: by SIGTERM"
     assert _cause(1).startswith("failed: ")
+    assert _cause(0).startswith("failed: ")  # a job that ends well without metrics.json is not done
     assert exit_status_of(InputError("x: is wrong")) == (2, "x: is wrong")
     assert exit_status_of(ValueError("no\nmore")) == (1, "ValueError: no")
+
+
+def test_a_job_can_be_sent_to_a_process_that_composed_nothing():
+    sent = pickle.dumps(composed(hydra=False))
+    code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).seed)"
+    out = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout
+    assert out.strip() == b"0"
 
 
 def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
@@ -67,7 +77,7 @@ def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
 
 def test_a_logger_that_is_not_installed_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"logger=wandb: wandb is not installed; pip install 'prts\[loggers\]'"):
+    with pytest.raises(InputError, match=r"logger: wandb is not installed; pip install 'prts\[loggers\]'"):
         run_loggers(composed("logger=wandb", hydra=False), tmp_path)
 
 

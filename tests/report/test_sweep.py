@@ -64,7 +64,7 @@ def test_every_job_has_a_row_and_failed_ones_their_reason(tmp_path):
         ("0", "done", ""),
         ("2", "killed", "by SIGKILL"),
         ("9", "wrong input", "loss.w_0: is negative"),
-        ("10", "unfinished", "stopped before it ended"),
+        ("10", "unfinished", "stopped before the end"),
     ]
     assert [row["ablation"] for row in rows] == ["full", "local_only", "local_only", "full"]
     assert rows[0]["test/pcc_mean"] == "0.2" and rows[1]["test/pcc_mean"] == ""
@@ -176,5 +176,5 @@ def test_a_mean_over_test_sections_has_no_interval(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_jobs_is_named(tmp_path):
-    with pytest.raises(InputError, match="holds no job"):
+    with pytest.raises(InputError, match="has no jobs"):
         summarise(tmp_path)
