@@ -33,7 +33,7 @@ def run(quick: bool) -> Part:
         "extract/share_of_limit": rates["extract"] * FLOP_A_TILE / limit["square"],
     }
     part.row(
-        f"exact extraction, ViT-S/16 in {timed['precision']}, {n} neighboring nuclei of her2st C2 (straightforward: fp32, {slow_n} of them)",
+        f"exact extraction, ViT-S/16 in {timed['precision']}, {n} neighbors in her2st C2 (straightforward: fp32, {slow_n} of them)",
         f"{rates['extract']:.1f} nuclei/s, {ours.peak_gb:.1f} GB",
         f"{rates['straightforward']:.1f} nuclei/s, {slow.peak_gb:.1f} GB",
         f"{rates['encoder']:.1f} tiles/s: the bare encoder on tiles in memory",
@@ -98,7 +98,7 @@ def compare_networks(data: str, batches: int, rounds: int) -> dict[str, Any]:
 
     import torch
 
-    from prts.features.encoders.tokens import attend_plainly
+    from prts.features.token_network import attend_plainly
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # else what an earlier process compiled is taken over

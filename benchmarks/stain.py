@@ -25,7 +25,8 @@ from prts.features.store import read_features
 from prts.io.nuclei import read_nuclei
 from prts.preprocess.counts import measured_counts
 from prts.preprocess.panel import TopPanel
-from prts.preprocess.stain import METHODS, matched, sample_slides, statistics
+from prts.preprocess.stains import stains
+from prts.preprocess.stains.base import match_stain, sample_slides, statistics
 from prts.section import Section, open_section_folder
 from prts.segmentation.segment import segment
 from prts.segmentation.watershed import Watershed
@@ -38,8 +39,8 @@ ALPHA = 300.0
 def main() -> None:
     logging.disable(logging.WARNING)
     cells = int(sys.argv[1] if len(sys.argv) > 1 else 2000)
-    print("| slide | none | " + " | ".join(METHODS) + " |")
-    print("|---|---|" + "---|" * len(METHODS))
+    print("| slide | none | " + " | ".join(stains.names()) + " |")
+    print("|---|---|" + "---|" * len(stains.names()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = Model(open_section_folder(simulate_section(folder / "train", cells=cells, seed=1)))
@@ -87,8 +88,8 @@ class Model:
     def row(self, name: str, section: Section) -> None:
         """One line of the table."""
         figures = []
-        for method in ("none", *METHODS):
-            features, counts = self.measured(matched(section, method, self.reference, "here"))
+        for method in ("none", *stains.names()):
+            features, counts = self.measured(match_stain(section, method, self.reference))
             # features far from those of training take a line beyond anything that was counted
             predicted = np.clip(self.ridge.predict(self.scaler.transform(features)), 0, self.largest)
             figures.append(float(np.nanmean(pearson_per_gene(self.panel.align(counts), np.expm1(predicted)))))

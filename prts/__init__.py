@@ -1,8 +1,57 @@
-"""Single-cell spatial gene expression from an H&E image."""
+"""Single-cell spatial gene expression from an H&E image.
 
-from importlib.metadata import PackageNotFoundError, version
+>>> import prts
+>>> model = prts.Model.load("outputs/demo/make/model")  # doctest: +SKIP
+>>> adata = model.predict("slide.svs", nuclei="watershed")  # doctest: +SKIP
 
-try:
-    __version__ = version("prts")
-except PackageNotFoundError:  # a source tree that nobody installed
-    __version__ = "0+unknown"
+Names are imported when they are first used: `import prts` itself takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prts.api.evaluate import Scores as Scores
+    from prts.api.evaluate import evaluate as evaluate
+    from prts.api.model import Model as Model
+    from prts.errors import InputError as InputError
+    from prts.features import encoders as encoders
+    from prts.section import Section as Section
+    from prts.section import read_section as read_section
+    from prts.section import read_visium_hd as read_visium_hd
+
+_PUBLIC = {
+    "InputError": "prts.errors",
+    "Model": "prts.api.model",
+    "Scores": "prts.api.evaluate",
+    "Section": "prts.section",
+    "encoders": "prts.features.encoders",
+    "evaluate": "prts.api.evaluate",
+    "read_section": "prts.section",
+    "read_visium_hd": "prts.section",
+}
+
+__all__ = sorted([*_PUBLIC, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            value: Any = version("prts")
+        except PackageNotFoundError:  # a source tree that is not installed
+            value = "0+unknown"
+    elif name in _PUBLIC:
+        module = importlib.import_module(_PUBLIC[name])
+        value = module if name == "encoders" else getattr(module, name)
+    else:
+        raise AttributeError(f"module 'prts' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

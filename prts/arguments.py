@@ -176,10 +176,10 @@ def check_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: a path as text and an array as a list."""
+    """For JSON: a path as text, an array or any other sequence (such as a config's list) as a list."""
     if isinstance(value, PurePath):
         return str(value)
-    return value.tolist()
+    return list(value) if isinstance(value, Sequence) else value.tolist()
 
 
 @functools.cache
@@ -189,9 +189,12 @@ def parameters(factory: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]
     A constructor that passes `**kwargs` on to its base class has the base's parameters as well.
     """
     functions = [factory]
-    if "__signature__" in getattr(factory, "__dict__", {}):  # stated by hand, types and all
-        given = inspect.signature(factory).parameters.values()
-        return {each.name: Parameter(each.annotation, each.default is each.empty) for each in given}, False
+    for kind in getattr(factory, "__mro__", (factory,)):
+        if "__signature__" in getattr(kind, "__dict__", {}):  # stated by hand, types and all
+            given = inspect.signature(kind).parameters.values()
+            return {each.name: Parameter(each.annotation, each.default is each.empty) for each in given}, False
+        if "__init__" in getattr(kind, "__dict__", {}):
+            break
     if inspect.isclass(factory):
         functions = [
             vars(kind)["__init__"] for kind in factory.__mro__ if "__init__" in vars(kind) and kind is not object

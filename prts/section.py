@@ -68,6 +68,8 @@ class Section:
         Change of colors as the image is read.
     orientation
         Rotation and flip as the image is read.
+    max_pixels
+        Largest image that is decoded as a whole; None: 2^29 px.
     """
 
     name: str
@@ -82,10 +84,11 @@ class Section:
     truth: Path | None = None
     recolour: StainTransform | None = None
     orientation: Orientation = UPRIGHT
+    max_pixels: int | None = None
 
     def open_slide(self) -> Slide:
         """The image, at the section's um/px."""
-        slide = open_slide(self.image, mpp=self.mpp, orientation=self.orientation)
+        slide = open_slide(self.image, mpp=self.mpp, orientation=self.orientation, max_pixels=self.max_pixels)
         slide.recolour = self.recolour
         return slide
 
@@ -117,6 +120,7 @@ def read_visium_hd(
     mpp: float | None = None,
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
+    max_pixels: int | None = None,
 ) -> Section:
     """Read a Visium HD section.
 
@@ -134,6 +138,8 @@ def read_visium_hd(
         Nuclei from another tool, in any format that `prts.io.nuclei` reads; if None, Space Ranger's segmentation if it is there.
     spots
         Measured spots (.h5ad); if None, `spots.h5ad` if it is there.
+    max_pixels
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Returns
     -------
@@ -165,6 +171,7 @@ def read_visium_hd(
         nuclei=_first(folder, *_NUCLEI) if nuclei is None else nuclei,
         spots=_first(folder, "spots.h5ad") if spots is None else spots,
         truth=_first(folder, "truth.h5ad"),
+        max_pixels=max_pixels,
     )
 
 
@@ -175,6 +182,7 @@ def read_section(
     mpp: float | None = None,
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
+    max_pixels: int | None = None,
 ) -> Section:
     """Read a section that has an image but no measured counts per nucleus.
 
@@ -190,6 +198,8 @@ def read_section(
         Nuclei from another tool, in any format that `prts.io.nuclei` reads.
     spots
         Measured spots (.h5ad).
+    max_pixels
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Returns
     -------
@@ -204,7 +214,9 @@ def read_section(
     --------
     >>> section = read_section("slide.svs", mpp=0.5)  # doctest: +SKIP
     """
-    return open_section(Path(image).stem if name is None else name, image, mpp=mpp, nuclei=nuclei, spots=spots)
+    return open_section(
+        Path(image).stem if name is None else name, image, mpp=mpp, nuclei=nuclei, spots=spots, max_pixels=max_pixels
+    )
 
 
 def open_section(
@@ -216,6 +228,7 @@ def open_section(
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
     truth: Path | str | None = None,
+    max_pixels: int | None = None,
 ) -> Section:
     """Check that the parts of a section belong together.
 
@@ -238,6 +251,8 @@ def open_section(
         Measured spots (.h5ad).
     truth
         Ground truth of a simulated section (.h5ad).
+    max_pixels
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Raises
     ------
@@ -252,7 +267,7 @@ def open_section(
             raise InputError(f"{path}: no such file; give the {key} of section {name}, or omit them")
     sources = [] if measurement is None else measurement.mpp_sources()
     image = Path(image)
-    with open_slide(image, mpp=mpp, sources=sources) as slide:
+    with open_slide(image, mpp=mpp, sources=sources, max_pixels=max_pixels) as slide:
         section = Section(
             name=name,
             image=image,
@@ -264,6 +279,7 @@ def open_section(
             nuclei=nuclei,
             spots=spots,
             truth=truth,
+            max_pixels=max_pixels,
         )
     if measurement is not None:
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
@@ -275,7 +291,7 @@ def open_section(
     return section
 
 
-def open_section_folder(folder: Path | str, name: str | None = None) -> Section:
+def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixels: int | None = None) -> Section:
     """Open a section's folder as 10x delivers it: `tissue_image.*`, measured counts, and optional files.
 
     Counts are those of the first platform whose files are there, Visium HD before the others. Nuclei are taken from
@@ -288,6 +304,8 @@ def open_section_folder(folder: Path | str, name: str | None = None) -> Section:
         The section's folder.
     name
         Name of the section; by default that of the folder.
+    max_pixels
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
     Raises
     ------
@@ -304,6 +322,7 @@ def open_section_folder(folder: Path | str, name: str | None = None) -> Section:
         nuclei=_first(folder, *_NUCLEI),
         spots=_first(folder, "spots.h5ad"),
         truth=_first(folder, "truth.h5ad"),
+        max_pixels=max_pixels,
     )
 
 

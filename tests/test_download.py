@@ -19,7 +19,7 @@ BODY = bytes(range(256)) * 20_000  # 5 MB
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; `cut[name]` lists after how many bytes to drop each next connection."""
+    """Serve `files`; `cut[name]` lists the bytes after which to drop each connection."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -93,7 +93,7 @@ def archive(*members, link=None):
     return buffer.getvalue()
 
 
-def test_a_file_is_fetched_once_and_checked(server, tmp_path):
+def test_a_file_is_downloaded_once_and_verified(server, tmp_path):
     server.files["slide é.tif"] = server.files["slide%20%C3%A9.tif"] = BODY
     source = {
         "url": server.url("slide%20%C3%A9.tif"),
@@ -116,7 +116,7 @@ def test_a_file_without_known_checksum_says_so(server, tmp_path, caplog):
     assert hashlib.sha256(BODY).hexdigest() in caplog.text
 
 
-def test_a_dropped_connection_is_taken_up_where_it_broke(server, tmp_path):
+def test_a_dropped_connection_is_resumed(server, tmp_path):
     server.files["a.bin"], server.cut["a.bin"] = BODY, [2_000_000, 1_500_000]
     md5 = hashlib.md5(BODY).hexdigest()
     download([{"url": server.url("a.bin"), "path": "a.bin", "md5": md5}], tmp_path)
@@ -145,21 +145,21 @@ def test_a_later_call_resumes_and_a_changed_file_starts_again(server, tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == BODY[::-1]
 
 
-def test_a_server_without_ranges_sends_it_all_again(server, tmp_path):
+def test_a_server_without_ranges_restarts(server, tmp_path):
     server.files["a.bin"], server.cut["a.bin"], server.ranges = BODY, [1_000_000], False
     download([{"url": server.url("a.bin"), "path": "a.bin"}], tmp_path)
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
 
 @pytest.mark.parametrize("extra", [b"", b"of another file"])
-def test_a_part_that_is_already_whole_or_too_long(server, tmp_path, extra):
+def test_a_part_that_is_complete_or_too_long(server, tmp_path, extra):
     server.files["a.bin"] = BODY
     (tmp_path / "a.bin.part").write_bytes(BODY + extra)
     download([{"url": server.url("a.bin"), "path": "a.bin"}], tmp_path)
     assert (tmp_path / "a.bin").read_bytes() == BODY
 
 
-def test_a_busy_server_is_asked_again(server, tmp_path):
+def test_a_busy_server_is_retried(server, tmp_path):
     server.files["a.bin"], server.busy = b"x", 2
     download([{"url": server.url("a.bin"), "path": "a.bin"}], tmp_path)
     server.busy = 100
@@ -174,7 +174,7 @@ def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_no_such_file_and_no_server(server, tmp_path):
+def test_missing_file_and_no_server(server, tmp_path):
     with pytest.raises(InputError, match="404"):
         download([{"url": server.url("none.bin"), "path": "a.bin"}], tmp_path)
     url = server.url("a.bin")
@@ -184,7 +184,7 @@ def test_no_such_file_and_no_server(server, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_full_disk_is_said_before_the_download(server, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_the_download(server, tmp_path, monkeypatch):
     server.files["a.bin"] = BODY
     usage = module.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
@@ -205,7 +205,7 @@ def test_a_disk_that_fills_up_keeps_the_part(server, tmp_path, monkeypatch):
     assert (tmp_path / "a.bin.part").stat().st_size == 1 << 20
 
 
-def test_an_archive_gives_only_what_is_wanted(server, tmp_path):
+def test_an_archive_unpacks_only_the_listed_members(server, tmp_path):
     server.files["x.tar.gz"] = archive("./bins/002/m.h5", "bins/002/spatial/p.json", "bins/0021/m.h5", "bins/008/m.h5")
     (tmp_path / "s").mkdir()
     (tmp_path / "s/slide.tif").write_text("mine")
@@ -218,7 +218,7 @@ def test_an_archive_gives_only_what_is_wanted(server, tmp_path):
     assert len(server.requests) == 1
 
 
-def test_a_whole_archive_and_one_that_lacks_what_is_wanted(server, tmp_path):
+def test_a_whole_archive_and_a_missing_member(server, tmp_path):
     server.files["x.tar.gz"] = archive("a/b.txt", "c.txt")
     for _ in range(2):
         download([{"url": server.url("x.tar.gz"), "path": "s", "unpack": True}], tmp_path)

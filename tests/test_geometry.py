@@ -10,7 +10,7 @@ from prts import geometry
 from prts.geometry import lattice_points_within
 
 IDENTITY = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-# Identity, fine, tilted by about 1.3 degrees, turned by a right angle, mirrored and sheared (all but "tilted" exact).
+# Identity, fine, tilted by about 1.3 degrees, rotated by a right angle, mirrored and sheared (all but "tilted" exact).
 LATTICES = {
     "identity": IDENTITY,
     "half": np.array([[0.5, 0.0, 0.25], [0.0, 0.5, 0.0]]),
@@ -22,7 +22,7 @@ N_COLS, N_ROWS = 17, 14
 
 
 def slow(polygons, affine, n_cols=N_COLS, n_rows=N_ROWS, xy=None):
-    """Every point against every polygon."""
+    """Test every point against every polygon."""
     row, col = np.divmod(np.arange(n_rows * n_cols), n_cols)
     x, y = affine @ np.stack([col, row, np.ones_like(col)]).astype(float) if xy is None else xy(row, col).T
     hits = [shapely.within(shapely.points(x, y), polygon) for polygon in polygons]
@@ -40,7 +40,7 @@ def polygon_parts(geometry_):
 
 @st.composite
 def polygon_lists(draw):
-    """Up to three valid polygons on a half-integer grid, often with holes, reaching beyond the lattice."""
+    """Up to three valid polygons on a half-integer grid, often with holes, extending beyond the lattice."""
     vertex = st.tuples(*[st.integers(-4, 30).map(lambda v: v / 2)] * 2)
     polygons = []
     for _ in range(draw(st.integers(1, 3))):
@@ -69,7 +69,7 @@ def test_measured_positions_decide_near_edges(polygons, seed, residual):
     assert fast(polygons, affine, xy=xy, residual=residual) == slow(polygons, affine, xy=xy)
 
 
-def test_boundary_belongs_to_none():
+def test_boundary_points_are_not_within():
     square = shapely.box(1, 1, 3, 3)
     assert fast([square], IDENTITY) == [(0, 2, 2)]
 

@@ -14,7 +14,7 @@ import tifffile
 
 from prts.errors import InputError
 from prts.platforms.visium_hd import VisiumHD
-from prts.section import open_section, open_section_folder
+from prts.section import open_section, open_section_folder, read_section, read_visium_hd
 
 MPP = 0.5
 N = 40  # bins along each side of the array: 80 um, 160 px
@@ -100,7 +100,7 @@ def test_folders_with_no_image_or_two(tmp_path: Path) -> None:
 
 def test_um_per_pixel_is_never_taken_from_the_bins_alone(tmp_path: Path) -> None:
     bins, image = write_bins(tmp_path / "square_002um", mpp=None), write_image(tmp_path / "a.tif")
-    with pytest.raises(InputError, match=r"a\.tif.*mpp="):
+    with pytest.raises(InputError, match=r"a\.tif.*set mpp"):
         open_section("a", image, measurement=VisiumHD(bins))
     assert open_section("a", image, measurement=VisiumHD(bins), mpp=MPP).mpp_source == "mpp="
 
@@ -178,3 +178,42 @@ def test_bins_of_a_mouse_brain_do_not_belong_to_a_breast(prts_data: Path) -> Non
     bins = prts_data / "visium_hd_schema/binned_outputs/square_002um"
     with pytest.raises(InputError, match=r"scalefactors_json\.json but 0\.6881 in the TIFF"):
         open_section("a", prts_data / "her2st_hd/C2/tissue_image.tif", measurement=VisiumHD(bins))
+
+
+@pytest.mark.parametrize("given", ["", "outs", "outs/binned_outputs", "outs/binned_outputs/square_002um"])
+def test_visium_hd_is_read_from_any_folder_of_space_ranger(tmp_path: Path, given: str) -> None:
+    folder = tmp_path / "sample"
+    bins = write_bins(folder / "outs/binned_outputs/square_002um")
+    image = write_image(folder / "tissue_image.tif", MPP)
+    nuclei = folder / "outs/segmented_outputs/nucleus_segmentations.geojson"
+    nuclei.parent.mkdir()
+    nuclei.write_text("{}")
+    section = read_visium_hd(folder / given)
+    assert section.name == "sample"
+    assert section.image.samefile(image) and section.nuclei.samefile(nuclei)
+    assert section.measurement.path.samefile(bins)
+    other = write_image(tmp_path / "other.tif", MPP)
+    assert read_visium_hd(folder / given, other, name="b").image == other
+
+
+def test_the_folder_of_bins_alone_needs_an_image(tmp_path: Path) -> None:
+    bins = write_bins(tmp_path / "square_002um")
+    with pytest.raises(InputError, match=r"expected exactly one tissue_image"):
+        read_visium_hd(bins)
+    image = write_image(tmp_path / "a.tif", MPP)
+    assert read_visium_hd(bins, image).measurement == VisiumHD(bins)
+    with pytest.raises(InputError, match="contains no Visium HD bins"):
+        read_visium_hd(tmp_path / "square_002um" / "spatial", image)
+
+
+def test_segmented_outputs_below_outs_are_found(tmp_path: Path) -> None:
+    write_image(tmp_path / "tissue_image.tif", MPP)
+    nuclei = tmp_path / "outs/segmented_outputs/nucleus_segmentations.geojson.gz"
+    nuclei.parent.mkdir(parents=True)
+    nuclei.touch()
+    assert open_section_folder(tmp_path).nuclei == nuclei
+
+
+def test_an_image_alone_is_a_section(tmp_path: Path) -> None:
+    section = read_section(write_image(tmp_path / "slide.tif"), mpp=0.25)
+    assert (section.name, section.mpp, section.measurement) == ("slide", 0.25, None)

@@ -39,6 +39,8 @@ GROUPS = {
 # Settings of Hydra itself, not of prts.
 _HIDDEN_GROUPS = ("hydra",)
 _HIDDEN_KEYS = ("defaults", "hydra", "_partial_")
+# Groups whose options name a member of a registry.
+_REGISTERED = {"encoder": "encoder", "segmentation": "segmenter", "loss": "likelihood"}
 _LONG = 60
 
 
@@ -97,7 +99,7 @@ def config_reference(configs: Path = CONFIGS) -> str:
     order += [name for name in groups if name not in GROUPS and name.split("/")[0] not in _HIDDEN_GROUPS]
     for group in order:
         parts += [f"## `{group}`", "", GROUPS.get(group, ""), ""]
-        for path in sorted((configs / group).glob("*.yaml")):
+        for path in sorted((configs / group).glob("[!_]*.yaml")):  # _x.yaml is what other options share
             parts += _option(group, read_config(path))
     return "\n".join(parts)
 
@@ -138,14 +140,21 @@ def _option(group: str, config: Config) -> Iterator[str]:
         if body:
             yield from ("````{dropdown} The file", "```yaml", body, "```", "````", "")
         return
-    targets = [key.default for key in config.keys if key.name == "_target_"]
-    if targets:
-        yield f"Builds `{targets[0]}`."
+    keys = {key.name: key for key in config.keys}
+    for base in reversed(config.bases):
+        if base.startswith("_"):
+            keys = {key.name: key for key in read_config(config.path.with_name(f"{base}.yaml")).keys} | keys
+    target, name = keys.pop("_target_", None), keys.get("name")
+    if target is not None:
+        yield f"Builds `{target.default}`."
         yield ""
-    if config.bases:
-        yield f"As {' and '.join(f'`{base}`' for base in config.bases)}, with these changes:" if config.keys else ""
+    elif name is not None and group in _REGISTERED:
+        yield f"Builds the {_REGISTERED[group]} registered as `{keys.pop('name').default}`."
         yield ""
-    yield from _table(config.keys)
+    if bases := [f"`{base}`" for base in config.bases if not base.startswith("_")]:
+        yield f"As {' and '.join(bases)}, with these changes:" if keys else f"As {' and '.join(bases)}."
+        yield ""
+    yield from _table(list(keys.values()))
 
 
 def _table(keys: list[Key]) -> Iterator[str]:

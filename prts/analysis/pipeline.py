@@ -148,7 +148,7 @@ class Analysis:
         for name, section in {"analysis": self.predicted, "measured": self.measured}.items():
             if section is not None:
                 with atomic(folder / f"{name}.h5ad") as path:
-                    write_h5ad(section.nuclei, path, compression="lzf")
+                    write_h5ad(section.nuclei, path, compression="gzip")
         with atomic(folder / "analysis.json") as path:
             scores = json_ready(self.comparison.summary)
             path.write_text(json.dumps(scores, indent=1, allow_nan=False) + "\n", encoding="utf-8")

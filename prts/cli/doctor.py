@@ -111,7 +111,23 @@ def _bundle(cfg: DictConfig) -> Iterator[Check]:
     yield "PASS", "bundle", f"{cfg.bundle}: {trained}"
     found, text = weights_status(about["encoder"], about["encoder_weights"])
     yield "PASS" if found else "WARN", "weights", text
+    yield _segmentation(about["segmentation"])
     yield from _provenance(about)
+
+
+def _segmentation(recorded: dict[str, Any]) -> Check:
+    """Whether the segmenter of training can be used here."""
+    from prts.segmentation import segmenters
+
+    name, what = str(recorded["name"]), "bundle segmentation"
+    if name in ("given", "polygons"):
+        return "PASS", what, "trained on given nuclei: predict needs them, or a segmenter"
+    if name not in segmenters:
+        return "WARN", what, f"{name} is not installed: choose another segmenter ({', '.join(segmenters.names())})"
+    extra = segmenters[name].extra
+    if extra is not None and not _has(_EXTRAS[extra][0] if extra in _EXTRAS else extra):
+        return "WARN", what, f"{name} needs pip install 'prts[{extra}]'"
+    return "PASS", what, name
 
 
 def _provenance(about: dict[str, Any]) -> Iterator[Check]:

@@ -11,7 +11,6 @@ example: prts evaluate prediction=slide.h5ad section=data/lung/lung2 out=evaluat
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,58 +25,31 @@ logger = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Count, match, evaluate, write."""
-    from prts.evaluation.measured import measure_predicted
-    from prts.evaluation.summaries import json_ready
-    from prts.evaluation.section_scores import evaluate_section, spot_pcc
-    from prts.io.cache import atomic
-    from prts.io.limits import allow_pixels
-    from prts.io.nuclei import load_nuclei
-    from prts.io.prediction import nuclei_path, read_prediction
-    from prts.io.spots import read_spots
+    """Score a prediction and write what was found."""
+    require(cfg, "prediction", "section", "out")
+    from prts.api.evaluate import evaluate
+    from prts.api.model import Model
+    from prts.api.polygons import nuclei_of
+    from prts.evaluation.settings import EvaluationSettings
+    from prts.io.prediction import read_prediction
     from prts.preprocess.counts import QCSettings
     from prts.section import open_section_folder
 
-    require(cfg, "prediction", "section", "out")
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
-        raise InputError(f"out={out}: is a file; name a folder for metrics.json and per_gene.csv")
-    allow_pixels(cfg.max_pixels)
-    prediction = read_prediction(Path(cfg.prediction))
-    section = open_section_folder(Path(cfg.section))
-    if "threshold" not in prediction.uns["prts"]:
-        raise InputError(f"prediction={cfg.prediction}: lacks uns['prts']['threshold']; predict again with this prts")
-    matched = measure_predicted(
+        raise InputError(f"{out}: is a file; name a folder for metrics.json and per_gene.csv")
+    file = Path(cfg.prediction)
+    prediction = read_prediction(file)
+    scores = evaluate(
         prediction,
-        load_nuclei(nuclei_path(Path(cfg.prediction))),
-        section,
+        open_section_folder(Path(cfg.section), max_pixels=cfg.max_pixels),
+        nuclei=nuclei_of(prediction, file),
+        model=None if cfg.bundle is None else Model.load(cfg.bundle),
         qc=None if cfg.get("qc") is None else QCSettings(**plain(cfg.qc)),
         register=cfg.preprocess.register,
-    ).matched
-    result = evaluate_section(
-        matched.measured,
-        matched.predicted,
-        matched.prob,
-        genes=matched.genes,
-        threshold=float(prediction.uns["prts"]["threshold"]),
-        xy_um=matched.xy_px * section.mpp,
-        block_um=cfg.evaluation.block_um,
-        n_replicates=cfg.evaluation.bootstrap,
+        settings=EvaluationSettings(**plain(cfg.evaluation)),
     )
-    summary = dict(result.summary)
-    if section.spots is not None:
-        spots, ids = read_spots(section.spots), prediction.var["gene_id"].astype(str).tolist()
-        summary["spot_pcc_mean"], _ = spot_pcc(matched.predicted, matched.xy_px, spots, matched.genes, ids)
-        # a spot also holds nuclei that measured too few UMIs to be compared one by one
-        centres = prediction.obsm["spatial"]
-        summary["spot_pcc_mean_all_nuclei"], _ = spot_pcc(prediction.X, centres, spots, matched.genes, ids)
-
-    with atomic(out / "metrics.json") as path:
-        figures = json_ready({f"test/{key}": value for key, value in summary.items()})
-        path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    with atomic(out / "per_gene.csv") as path:
-        result.per_gene.to_csv(path, index=False)
-    logger.info(
-        "%d nuclei x %d genes: PCC %.3f (ceiling %.3f), see %s",
-        summary["n_cells"], summary["n_genes"], summary["pcc_mean"], summary["ceiling_mean"], out,
-    )  # fmt: skip
+    scores.write(out)
+    for line in str(scores).splitlines():
+        logger.info("%s", line)
+    logger.info("wrote %s", out)

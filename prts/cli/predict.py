@@ -21,160 +21,59 @@ example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prts.cli.app import plain, require
-from prts.errors import InputError
+from prts.errors import ParameterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from omegaconf import DictConfig
 
-    from prts.models.bundle import Bundle
-    from prts.segmentation.segment import Segmenter
-
-logger = logging.getLogger(__name__)
+    from prts.api.predict import NucleiSource
 
 
 def main(cfg: DictConfig) -> None:
-    """Segment, extract features, predict, write."""
-    from prts.io.cache import reading
-
+    """Predict one slide."""
     require(cfg, "bundle", "image", "out")
-    with reading(Path(cfg.paths.cache_dir)):
-        _predict(cfg)
-
-
-def _predict(cfg: DictConfig) -> None:
-    from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
-    from prts.features.encoders import encoder_from_settings
-    from prts.features.encoders.tokens import torch_device
-    from prts.io.cache import fingerprint, sha256_file
-    from prts.io.limits import allow_pixels
-    from prts.io.nuclei import load_nuclei
-    from prts.io.orientation import Orientation
-    from prts.io.prediction import check_out
-    from prts.io.region import inside, read_region
+    from prts.api.predict import EncoderRuntime, SlideSettings, predict_slide
     from prts.models.bundle import load_bundle
-    from prts.models.predict import predict_store, write_prediction
-    from prts.models.scale import check_scale
-    from prts.preprocess.artefacts import log_artefacts
-    from prts.preprocess.stain import matched
-    from prts.section import open_section
-    from prts.stopwatch import Stopwatch, peak_rss_mb
 
-    watch = Stopwatch()
-    out = check_out(Path(cfg.out))
-    allow_pixels(cfg.max_pixels)
-    orientation = Orientation(cfg.rotate, cfg.flip)
-    device = torch_device(cfg.encoder.device)
-    bundle = load_bundle(Path(cfg.bundle))
-    image = Path(cfg.image)
-    section = open_section(image.stem, image, mpp=cfg.mpp, nuclei=None if cfg.nuclei is None else Path(cfg.nuclei))
-    region = None if cfg.roi is None else read_region(cfg.roi, section.width, section.height)
-    seen = matched(section.reoriented(orientation), str(cfg.stain), bundle.metadata.get("stain"), str(cfg.bundle))
-    encoder = encoder_from_settings(
-        bundle.metadata["encoder"], _weights(cfg, bundle), device=cfg.encoder.device, compile=cfg.encoder.compile
+    names = (
+        "mpp",
+        "stain",
+        "rotate",
+        "flip",
+        "roi",
+        "intervals",
+        "artefacts",
+        "check_image",
+        "check_scale",
+        "max_pixels",
     )
-    segmenter, prefer_given = _segmenter(cfg, bundle)
-
-    cache = Path(cfg.paths.cache_dir) / "predict" / section.name
-    with watch("segment"):
-        nuclei_path = prepare_nuclei(cache, seen, segmenter, prefer_given, check_image=cfg.check_image)
-    everywhere = load_nuclei(nuclei_path)  # in pixels of the slide as it is read
-    about = bundle.metadata
-    scaling = check_scale(everywhere, section, about["mpp"], about.get("nuclei"), refuse=cfg.check_scale)
-    in_file = orientation.nuclei_in_file(everywhere, section.file_size)
-    if cfg.artefacts:
-        with watch("artefacts"):
-            in_file = in_file.assign(artefact=prepare_artefacts(cache, seen, nuclei_path))
-    nuclei, source = everywhere, nuclei_path.stem
-    if region is not None:
-        chosen = inside(region, in_file)
-        nuclei, in_file = (table[chosen].reset_index(drop=True) for table in (everywhere, in_file))
-        if len(nuclei) == 0:
-            raise InputError(
-                f"roi={cfg.roi}: none of the slide's {len(everywhere)} nuclei lies there; give a larger region"
-            )
-        source += f"-{fingerprint({'roi': region.wkt})}"
-    if cfg.artefacts:
-        log_artefacts(section.name, in_file["artefact"])
-    with watch("features"):
-        store = prepare_features(cache, seen, nuclei, encoder, source)
-    with watch("predict"):
-        bundle.to(device)
-        chunks = predict_store(bundle, store, nuclei, section.mpp, among=everywhere)
-        made = about.get("provenance", {})
-        provenance = {
-            "stain": str(cfg.stain),
-            "orientation": orientation.settings(),
-            "scaling": scaling,
-            "roi": None if region is None else region.wkt,
-            "bundle": {
-                "sha256": sha256_file(Path(cfg.bundle) / "model.json"),
-                "format_version": about["format_version"],
-                "code": made.get("code"),
-                "config_fingerprint": made.get("config_fingerprint"),
-                "data": made.get("data"),
-            },
-        }
-        said = write_prediction(
-            out, bundle, section, in_file, chunks, store=store, intervals=cfg.intervals, provenance=provenance
-        )
-    for stage, seconds in watch.seconds.items():
-        logger.info("%-10s%8.1f s", stage, seconds)
-    logger.info("peak memory %.0f MB", peak_rss_mb())
-    if said is not None:
-        logger.info("verdict: %s", said)
-
-
-def _weights(cfg: DictConfig, bundle: Bundle) -> Path | None:
-    """The encoder's weights file: the one given, else the one that training read; None where the encoder finds its own or needs none."""
-    from prts.features.encoders import weights_status
-
-    if cfg.encoder.weights is not None:
-        return Path(cfg.encoder.weights)
-    settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
-    if recorded is None or Path(recorded).is_file():
-        return None if recorded is None else Path(recorded)
-    if weights_status(settings).found:
-        return None
-    raise InputError(
-        f"encoder.weights: is required, since {recorded} of training is not on this machine; give {Path(recorded).name} with sha256 "
-        f"{settings['weights_sha256']} as encoder.weights=FILE"
+    given = plain(cfg)
+    predict_slide(
+        load_bundle(Path(cfg.bundle)),
+        cfg.image,
+        cfg.out,
+        nuclei=_nuclei(given),
+        settings=SlideSettings(**{name: given[name] for name in names}),
+        encoder=EncoderRuntime(**given["encoder"]),
+        cache_dir=cfg.paths.cache_dir,
     )
 
 
-def _segmenter(cfg: DictConfig, bundle: Bundle) -> tuple[Segmenter | None, bool]:
-    """The segmenter asked for, or that of training; and whether given nuclei come first."""
-    from hydra.utils import instantiate
+def _nuclei(given: dict[str, object]) -> NucleiSource:
+    """The nuclei file, or the segmenter that was asked for; None means that of training."""
+    from prts.segmentation import segmenters
 
-    from prts.segmentation.stardist import StarDist
-    from prts.segmentation.watershed import Watershed
-
-    if cfg.get("segmentation") is not None:
-        node = plain(cfg.segmentation)
-        prefer_given = node.pop("prefer_given")
-        if cfg.nuclei is not None and not prefer_given:
-            raise InputError("nuclei, segmentation: both are given; leave one away")
-        return instantiate(node), prefer_given
-    if cfg.nuclei is not None:
-        return None, True
-    trained = bundle.metadata["segmentation"]
-    # by name from this list: a bundle names no code to import
-    segmenters: dict[str, Callable[..., Segmenter]] = {"stardist": StarDist, "watershed": Watershed}
-    if trained["name"] not in segmenters:
-        raise InputError(
-            "nuclei: is required, since this bundle was trained on given nuclei; name their file, or segment with segmentation=stardist "
-            "or segmentation=watershed"
-        )
-    try:
-        return segmenters[trained["name"]](**trained["arguments"]), False
-    except TypeError as error:
-        raise InputError(
-            f"{cfg.bundle}: segmentation.arguments in its model.json are not for this version of prts ({error}); choose with "
-            "segmentation=stardist or segmentation=watershed, or give nuclei=FILE"
-        ) from error
+    node, file = given.get("segmentation"), given["nuclei"]
+    if node is None:
+        return None if file is None else Path(str(file))
+    assert isinstance(node, dict)
+    prefer_given = node.pop("prefer_given")
+    if file is None:
+        return segmenters.build(node)
+    if not prefer_given:
+        raise ParameterError("", "nuclei", "and segmentation are mutually exclusive; omit one of them")
+    return Path(str(file))

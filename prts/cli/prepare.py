@@ -12,6 +12,7 @@ example: prts prepare tissue=her2st encoder=vit256 encoder.weights=vit256_small_
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain
@@ -21,33 +22,28 @@ if TYPE_CHECKING:
 
     from omegaconf import DictConfig
 
-    from prts.data.prepare import PreparedTissue
+    from prts.data.prepare import PreparedTissue, PrepareSettings
     from prts.segmentation.segment import Segmenter
     from prts.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
 
-def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedTissue]:
-    """The preparation that a config describes, to be run (again and again: it skips what is done) by whoever needs it.
+def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue], PrepareSettings]:
+    """What prepares the sections that a config describes (again and again: it skips what is done), and how.
 
     Raises
     ------
     InputError
         If the tissue config is wrong, or a segmenter, panel or encoder refuses its settings.
     """
-    from functools import partial
-    from pathlib import Path
-
     from hydra.utils import instantiate
 
     from prts.data.prepare import PrepareSettings, prepare_tissue
     from prts.data.tissue import parse_tissue
     from prts.features.encoders import encoders
-    from prts.io.limits import allow_pixels
     from prts.preprocess.counts import QCSettings
 
-    allow_pixels(cfg.max_pixels)
     segmenter, prefer_given = chosen_segmenter(plain(cfg.segmentation))
     settings = PrepareSettings(
         segmenter=segmenter,
@@ -59,28 +55,29 @@ def preparation(cfg: DictConfig, stopwatch: Stopwatch) -> Callable[[], PreparedT
         encoder=encoders.build(plain(cfg.encoder)),
         cache_dir=Path(cfg.paths.cache_dir),
         check_image=cfg.check_image,
+        max_pixels=cfg.max_pixels,
     )
-    return partial(prepare_tissue, parse_tissue(plain(cfg.tissue)), settings, stopwatch)
+    tissue = parse_tissue(plain(cfg.tissue))
+    return lambda stopwatch: prepare_tissue(tissue, settings, stopwatch), settings
 
 
 def chosen_segmenter(node: dict[str, Any]) -> tuple[Segmenter, bool]:
     """The segmenter of a plain `segmentation` node, and whether a section's own nuclei are preferred."""
-    from hydra.utils import instantiate
+    from prts.segmentation import segmenters
 
     prefer_given = bool(node.pop("prefer_given"))
-    return instantiate(node), prefer_given
+    return segmenters.build(node), prefer_given
 
 
 def main(cfg: DictConfig) -> None:
     """Prepare every section of a tissue."""
-    from pathlib import Path
-
     from prts.io.cache import reading
     from prts.stopwatch import Stopwatch
 
     stopwatch = Stopwatch()
-    with reading(Path(cfg.paths.cache_dir)):
-        prepared = preparation(cfg, stopwatch)()
+    prepare, settings = preparation(cfg)
+    with reading(settings.cache_dir):
+        prepared = prepare(stopwatch)
     for stage, seconds in stopwatch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("%s is prepared: %s", prepared.name, prepared.panel.parent)

@@ -18,7 +18,7 @@ example: prts report prediction=slide.h5ad image=slide.svs out=report
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prts.cli.app import plain, require
 from prts.errors import InputError
@@ -60,21 +60,10 @@ def _settings(cfg: DictConfig) -> ReportSettings:
 
     return ReportSettings(
         genes=_genes(cfg.genes),
-        box_px=_box(cfg.region),
+        box_px=None if cfg.region is None else list(cfg.region),
         second=None if cfg.second is None else Path(cfg.second),
         evaluation=EvaluationSettings(**plain(cfg.evaluation)),
     )
-
-
-def _box(value: Any) -> tuple[float, ...] | None:
-    """`region` as x0, y0, x1, y1."""
-    if value is None:
-        return None
-    try:
-        x0, y0, x1, y1 = (float(edge) for edge in value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"region={value}: must be four numbers, [x0,y0,x1,y1] in full-resolution px") from error
-    return x0, y0, x1, y1
 
 
 def _genes(value: object) -> int | list[str] | None:

@@ -55,9 +55,9 @@ class Evaluation:
 class QualityControl:
     """`configs/qc`."""
 
-    min_umi: NotNegative
+    min_umi: NotNegative | None
     max_area_um2: Positive | None
-    max_pct_mt: Annotated[float, Field(ge=0, le=100)]
+    max_pct_mt: Positive | None
     max_area_px: Positive | None = None
 
 
@@ -105,6 +105,7 @@ class SectionFiles:
     nuclei: FilePath | None
     spots: FilePath | None
     mpp: Mpp | None
+    platform: Name | None
     simulate: Mapping | None
     download: DownloadedFiles | None
 

@@ -1,4 +1,4 @@
-"""Walk a nuclei x genes matrix a few genes at a time, gene by gene in memory, and rank values within a gene."""
+"""Read a nuclei x genes matrix a few genes at a time, and rank values within a gene."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 _VALUES_AT_ONCE = 4_000_000
-# Predictions that differ in the last digits of float32 only are one value: batches of another size round differently.
+# Values that differ only in the last digits of float32 are equal: batches of another size round differently.
 _RELATIVE_RANGE = 1e-6
 
 Matrix = Any  # a NumPy array or a SciPy sparse matrix, (n_nuclei, n_genes)
@@ -31,7 +31,7 @@ class GeneRows:
     matrix
         (n_nuclei, n_genes).
     name
-        What it is, for the message when a value is not a count.
+        Name for error messages.
 
     Raises
     ------
@@ -50,9 +50,7 @@ class GeneRows:
         rows: NDArray[Any] = part.toarray() if sp.issparse(part) else np.ascontiguousarray(part)
         # NaN fails both comparisons.
         if rows.size and not (rows.min() >= 0 and rows.max() < np.inf):
-            raise ValueError(
-                f"{self._name}: a value is negative or not finite; UMI counts and probabilities are neither"
-            )
+            raise ValueError(f"{self._name}: a value is negative or not finite")
         return rows
 
 

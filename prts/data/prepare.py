@@ -79,7 +79,9 @@ def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwat
     watch = stopwatch or Stopwatch()
     specs = [tissue.sections[name] for name in tissue.used]
     with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
-        sections = {spec.name: resolve_section(spec, tissue.name, settings.cache_dir) for spec in specs}
+        sections = {
+            spec.name: resolve_section(spec, tissue.name, settings.cache_dir, settings.max_pixels) for spec in specs
+        }
     roles = Roles(tissue.train, tissue.val, tissue.test)
     return prepare_sections(tissue.name, tissue.species, sections, roles, settings, watch)
 

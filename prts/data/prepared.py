@@ -58,6 +58,8 @@ class PrepareSettings:
         Find artifacts among the nuclei, and choose genes and train without them.
     check_image
         Refuse images that cannot be H&E.
+    max_pixels
+        Largest image that is decoded as a whole; None: 2^29 px.
     """
 
     segmenter: Segmenter
@@ -70,6 +72,7 @@ class PrepareSettings:
     register: bool = False
     artefacts: bool = False
     check_image: bool = True
+    max_pixels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 _VERSION = 2
 
 
-def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
+def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path, max_pixels: int | None = None) -> Section:
     """Open a section of a tissue; one with `simulate` is simulated into the cache first.
 
     Parameters
@@ -33,6 +33,8 @@ def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
         Name of the tissue.
     cache_dir
         Folder for simulated sections, `<tissue>/<section>/section-<fingerprint>`.
+    max_pixels
+        Largest image that is decoded as a whole; None: 2^29 px.
 
     Raises
     ------
@@ -52,7 +54,13 @@ def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path) -> Section:
         )
         raise InputError(f"{missing[0]}: no such file; {cure}")
     return open_section(
-        spec.name, spec.image, measurement=measurement, mpp=spec.mpp, nuclei=spec.nuclei, spots=spec.spots
+        spec.name,
+        spec.image,
+        measurement=measurement,
+        mpp=spec.mpp,
+        nuclei=spec.nuclei,
+        spots=spec.spots,
+        max_pixels=max_pixels,
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,18 @@ class Splitter(Protocol):
 
 @dataclass(frozen=True)
 class BySection:
-    """Whole sections: each nucleus has the role that the tissue gives its section."""
+    """Whole sections: each nucleus has the role of its section.
+
+    Parameters
+    ----------
+    test_required
+        Refuse a tissue without a test section, whose run would end without a test.
+    """
+
+    test_required: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """The name alone: there is nothing to choose."""
+        """The name alone: the rest does not change who trains."""
         return {"name": "by_section"}
 
     def __call__(self, xy_um: Mapping[str, NDArray[np.float64]], roles: Roles) -> Parts:
@@ -76,9 +84,13 @@ class BySection:
             If the tissue has no section for validation or for test.
         """
         for part in roles.missing:
-            role = PARTS[part]
-            raise InputError(
-                f"tissue.{role}: names no section, which split=by_section needs; use split=blocks to cut one out of training"
+            if part == TEST and not self.test_required:
+                continue
+            raise ParameterError(
+                "split",
+                "",
+                f"by_section needs a section for {'validation' if part == VAL else 'test'}; name one, or use split=blocks, which "
+                "holds out part of the training sections",
             )
         return _whole_sections(xy_um, roles)
 
@@ -263,7 +275,7 @@ def split_report(splitter: Splitter, parts: Parts) -> dict[str, Any]:
     n = {name: sum(counts[name] for counts in sections.values()) for name in names.values()}
     settings = splitter.settings()
     for name in PARTS:
-        if n[name] == 0:
+        if n[name] == 0 and (name != "test" or getattr(splitter, "test_required", True)):
             raise InputError(
                 f"split={settings['name']}: leaves no nucleus for {name} ({n['left_out']} fell to the guard band); "
                 f"use a larger section, other folds or a section of its own in tissue.{name}"

@@ -1,4 +1,4 @@
-"""What baselines know of a nucleus: other, simpler inputs than the features, read from the cache of a prepared tissue."""
+"""Inputs of the baselines that are simpler than the features, read from the cache of a prepared tissue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def with_colour(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[NucleusSet]:
-    """The same nuclei with their 12 colour statistics (`prts.features.colour`) as features."""
+    """The same nuclei with their 12 color statistics (`prts.features.colour`) as features."""
     return [
         replace(nuclei, features=read_features(tissue.sections[nuclei.section].colour, nuclei.cell_id))
         for nuclei in sets

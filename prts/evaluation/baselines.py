@@ -1,13 +1,13 @@
-"""The six baselines that stand beside every model, fitted on its training nuclei and tuned on its validation nuclei.
+"""Six baselines for every model, fitted on its training nuclei and tuned on its validation nuclei.
 
-| name | sees |
+| name | input |
 |---|---|
 | gene_mean | nothing |
-| position | where a nucleus lies, among training nuclei of the same section (absent, where the section has none) |
-| colour | 12 colour statistics of tile and nucleus |
+| position | position among the training nuclei of the same section (absent if the section has none) |
+| colour | 12 color statistics of tile and nucleus |
 | morphology | shape and crowding of the polygons |
-| ridge | the features that the model sees |
-| permuted | the same features, of which training nuclei got each other's: its PCC is 0 unless information leaks into the test |
+| ridge | the model's features |
+| permuted | the same features, with counts permuted among training nuclei: its PCC is 0 unless information leaks into the test |
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PredictFn = Callable[["NucleusSet"], Floats]
 """Expected UMI (n, g) of the nuclei of a section."""
 
 NEIGHBOURS = (10, 30, 100, 300)
-# Enough to tell one number of neighbours from another.
+# Enough to compare numbers of neighbors.
 _VAL_NUCLEI = 5000
 _LEAKAGE_PCC = 0.02
-# One in 370 by chance, on either side together: three standard deviations of a normal distribution.
+# One in 370 by chance, two-sided: three standard deviations of a normal distribution.
 _LEAKAGE_QUANTILE = 0.99865
-# Of fewer genes the scatter is hardly known; no run is thrown away for that.
+# The scatter of fewer genes is too uncertain to discard a run.
 _LEAKAGE_GENES = 10
 _CHUNK = 4096
 
@@ -51,16 +51,16 @@ _CHUNK = 4096
 def fit_baselines(
     train: Sequence[NucleusSet], val: Sequence[NucleusSet], tissue: PreparedTissue, *, seed: int = 0
 ) -> dict[str, PredictFn]:
-    """Fit every baseline but `position`, which is a matter of the section that is to be predicted (`fit_position`).
+    """Fit every baseline except `position`, which depends on the section to predict (`fit_position`).
 
     Parameters
     ----------
     train, val
         Training and validation nuclei; penalties are chosen on the latter.
     tissue
-        Where colour and polygons of the nuclei are.
+        Holds colors and polygons of the nuclei.
     seed
-        Of the permutations.
+        Seed of the permutations.
     """
 
     def described_by(
@@ -90,7 +90,7 @@ class Position:
     train
         Training nuclei of the section.
     k
-        Neighbours.
+        Number of neighbors.
     """
 
     train: NucleusSet
@@ -105,27 +105,27 @@ class Position:
         )
         log = self.train.counts.log1p()
         level = np.empty((len(nuclei), log.shape[1]), dtype=np.float32)
-        for start in range(0, len(nuclei), _CHUNK):  # what many neighbours have together is hardly sparse
+        for start in range(0, len(nuclei), _CHUNK):  # the sum over many neighbors is hardly sparse
             level[start : start + _CHUNK] = (weights[start : start + _CHUNK] @ log).toarray()
         return np.expm1(level, out=level)
 
 
 def fit_position(train: Sequence[NucleusSet], val: Sequence[NucleusSet], section: str) -> Position | None:
-    """The `position` baseline of a section, or None where no nucleus of it trains.
+    """Fit the `position` baseline of a section; None if it has no training nuclei.
 
-    The number of neighbours is that of 10, 30, 100, 300 with the greatest mean per-gene PCC on the section's validation nuclei (at most
-    5,000 of them, evenly chosen), or 100 where it has none.
+    The number of neighbors is the one of 10, 30, 100 and 300 with the greatest mean per-gene PCC on the section's validation nuclei (at
+    most 5,000, evenly chosen), or 100 if it has none.
 
     Parameters
     ----------
     train, val
         Training and validation nuclei.
     section
-        The section that is to be predicted.
+        The section to predict.
     """
     mine = [nuclei for nuclei in train if nuclei.section == section]
     if not mine:
-        logger.info("baseline position: no training nucleus lies in %s, so there is none", section)
+        logger.info("baseline position: skipped for %s, which has no training nuclei", section)
         return None
     held_out = [nuclei for nuclei in val if nuclei.section == section]
     if not held_out:
@@ -137,16 +137,16 @@ def fit_position(train: Sequence[NucleusSet], val: Sequence[NucleusSet], section
         for k in NEIGHBOURS
     ]
     best = int(np.argmax(scores))
-    logger.info("baseline position: %d neighbours, validation PCC %.4f", NEIGHBOURS[best], scores[best])
+    logger.info("baseline position: %d neighbors, validation PCC %.4f", NEIGHBOURS[best], scores[best])
     return Position(mine[0], NEIGHBOURS[best])
 
 
 def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
-    """Stop if the permuted baseline predicts the test: |mean PCC| over .02 + the 99.865 % quantile of its scatter by chance.
+    """Stop if the permuted baseline predicts the test: |mean PCC| above .02 + the 99.865 % quantile of its scatter by chance.
 
-    Genes are permuted independently, so that their PCCs scatter independently around 0: the standard error of their mean is sd /
-    sqrt(genes), and the mean over it is Student's t, whose quantile is 3 for many genes and far above for a few. With fewer than 10
-    genes the finding is a warning only.
+    Genes are permuted independently, so their PCCs scatter independently around 0: the standard error of their mean is sd / sqrt(genes),
+    and the mean divided by it follows Student's t, whose quantile is 3 for many genes and far above for a few. With fewer than 10 genes
+    this is only a warning.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
     Raises
     ------
     RuntimeError
-        If it does, with 10 genes or more.
+        If it does, with 10 or more genes.
     """
     known = pcc[np.isfinite(pcc)]
     if len(known) < 2:
@@ -168,12 +168,12 @@ def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
     if abs(mean) <= bound:
         return
     finding = (
-        f"leakage: ridge regression on permuted features reaches a mean PCC of {mean:.3f} on {section}, which must be about 0 "
+        f"leakage: ridge regression on permuted features has a mean PCC of {mean:.3f} on {section} instead of about 0 "
         f"(at most {bound:.3f})"
     )
     if len(known) < _LEAKAGE_GENES:
-        logger.warning("%s; %d genes are too few to tell that from chance", finding, len(known))
+        logger.warning("%s; %d genes are too few to exclude chance", finding, len(known))
         return
     raise RuntimeError(
-        f"{finding}: test nuclei are known to training or the metric is wrong, and no figure of this run can be trusted"
+        f"{finding}: training has seen test nuclei or the metric is wrong; do not trust any result of this run"
     )

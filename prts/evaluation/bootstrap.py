@@ -1,4 +1,4 @@
-"""Block-bootstrap intervals: nuclei near each other are alike, so spatial blocks are resampled and not nuclei (Kunsch 1989)."""
+"""Block-bootstrap intervals. Nearby nuclei are alike, so spatial blocks are resampled instead of nuclei (Kunsch 1989)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _MIN_BLOCK_UM = 30.0
 
 
 def spatial_blocks(xy_um: NDArray[np.float64], block_um: float = BLOCK_UM) -> tuple[NDArray[np.intp], float]:
-    """Square blocks of tissue.
+    """Divide tissue into square blocks.
 
     Parameters
     ----------
     xy_um
-        Centres of the nuclei in um, (n_nuclei, 2).
+        Centers of the nuclei in um, (n_nuclei, 2).
     block_um
         Side of a block in um. It is halved until at least 20 blocks hold nuclei or a block is down to about 30 um, since percentiles
-        over a handful of blocks say nothing (this happens to a small simulated section, not to a slide).
+        over a handful of blocks are meaningless (this concerns small simulated sections, not slides).
 
     Returns
     -------
@@ -50,18 +50,18 @@ def spatial_blocks(xy_um: NDArray[np.float64], block_um: float = BLOCK_UM) -> tu
 
 
 def random_blocks(n_nuclei: int, n_blocks: int = 200, seed: int = 0) -> NDArray[np.intp]:
-    """Random groups of nuclei of equal size, (n_nuclei,): where coordinates are unknown and nuclei are taken as independent."""
+    """Random groups of nuclei of equal size, (n_nuclei,), for nuclei without coordinates, which count as independent."""
     return np.random.default_rng(seed).permutation(n_nuclei) % max(min(n_blocks, n_nuclei), 1)
 
 
 def block_matrix(blocks: NDArray[np.intp]) -> sp.csr_matrix:
-    """1 where a nucleus is in a block, (n_blocks, n_nuclei): its product with a matrix sums that over the nuclei of each block."""
+    """1 where a nucleus is in a block, (n_blocks, n_nuclei). Its product with a matrix sums over the nuclei of each block."""
     n = len(blocks)
     return sp.csr_matrix((np.ones(n), (blocks, np.arange(n))), shape=(int(blocks.max(initial=-1)) + 1, n))
 
 
 def resampling_weights(n_blocks: int, n_replicates: int, seed: int) -> NDArray[np.float64]:
-    """How often each block is drawn when as many as there are are drawn with replacement, (n_replicates, n_blocks)."""
+    """How often each block is drawn in n_blocks draws with replacement, (n_replicates, n_blocks)."""
     if n_blocks == 0:
         return np.zeros((n_replicates, 0))
     draws = np.random.default_rng(seed).multinomial(n_blocks, np.full(n_blocks, 1 / n_blocks), size=n_replicates)
@@ -70,7 +70,7 @@ def resampling_weights(n_blocks: int, n_replicates: int, seed: int) -> NDArray[n
 
 @dataclass(frozen=True)
 class BlockSums:
-    """What the PCC of log1p(UMI) needs from each block, so that a replicate of the bootstrap is a small matrix product.
+    """Sums per block for the PCC of log1p(UMI), which make a bootstrap replicate a small matrix product.
 
     Attributes
     ----------
@@ -90,7 +90,7 @@ class BlockSums:
     def mean_pcc(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mean PCC over the section's non-constant genes in each replicate, (n_replicates,).
 
-        A gene that has become constant in a replicate (a rare one) is left out of it.
+        A gene that is constant in a replicate (a rare one) is left out of it.
         """
         total, count = np.zeros(len(weights)), np.zeros(len(weights))
         for genes in gene_slices(4 * len(weights), self.sums.shape[2]):
@@ -146,7 +146,7 @@ def mean_pcc_interval(sums: BlockSums, *, n_replicates: int = 1000, seed: int = 
 def mean_pcc_difference(
     sums: BlockSums, other: BlockSums, *, n_replicates: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Difference in mean PCC of two predictions of the same nuclei, with its 95 % interval from the same resamples for both.
+    """Difference in mean PCC of two predictions of the same nuclei, with its 95 % interval from shared resamples.
 
     Parameters
     ----------
@@ -180,15 +180,15 @@ def mean_pcc_difference(
 def genes_above(
     sums: BlockSums, other: BlockSums | None = None, *, n_replicates: int = 1000, seed: int = 0
 ) -> NDArray[np.bool_]:
-    """Genes whose PCC is above 0, or above that of another prediction of the same nuclei, by the 95 % interval over resampled blocks.
+    """Find genes whose PCC is above 0, or above that of another prediction, by the 95 % interval over resampled blocks.
 
     Parameters
     ----------
     sums
         Block sums of the prediction.
     other
-        Of another prediction, with the same blocks and the same measured counts: the difference is that of the same resamples. None
-        compares with 0.
+        Block sums of another prediction of the same nuclei in the same blocks; differences are taken within resamples. None compares
+        with 0.
     n_replicates
         Resamples of the blocks.
     seed
@@ -197,7 +197,7 @@ def genes_above(
     Returns
     -------
     Whether the 2.5 percentile is above 0, (n_genes,). A resample in which a gene's measured counts are constant counts as 0, so that a
-    gene of a few nuclei is above nothing. False for all with fewer than two blocks.
+    gene expressed in a few nuclei is never above. False for all with fewer than two blocks.
 
     Raises
     ------

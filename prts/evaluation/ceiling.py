@@ -1,7 +1,7 @@
-"""The noise ceiling: the PCC that counting noise leaves to a perfect prediction of the rate, gene by gene.
+"""The noise ceiling: the PCC that a perfect prediction of the rate would have in spite of counting noise, gene by gene.
 
 Split every count c into halves a + b by a fair coin for each UMI (binomial thinning): given the rate, a and b are independent
-Poisson draws at half the depth, so what correlates between them over nuclei (rho) is the rate and not the noise. At full depth the
+Poisson draws at half the depth, so their correlation over nuclei (rho) is due to the rate and not to noise. At full depth the
 reliability is 2 rho / (1 + rho) (Spearman-Brown), and the ceiling its square root.
 
 The average over infinitely many splits needs no random draws: it depends on each nucleus through c alone, by the expectations of
@@ -9,7 +9,7 @@ g(a), g(a)^2 and g(a) g(b) under a ~ Binomial(c, 1/2), which are tabulated here 
 ceiling is then sqrt(1 - mean / variance), exactly the r_max = sqrt(mu CV^2 / (1 + mu CV^2)) of the Poisson model; for log1p the
 step from half to full depth is an approximation, .02 too high on average where rates are skewed (benchmarks/ceiling.py).
 
-It is an upper bound for what an image can show: bursting, depth and spill from neighbours count as signal.
+It is an upper bound for an image model: bursting, depth and spill from neighbors count as signal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prts.evaluation.bootstrap import block_matrix, resampling_weights
 # Beyond it the second-order expansion around c / 2 is exact to 1e-6.
 _TABLE = 1024
 RELIABLE = 0.1
-"""The least ceiling of a gene that counts for `ceiling_share`."""
+"""Smallest ceiling of a gene that enters `ceiling_share`."""
 
 
 def noise_ceiling(
@@ -80,7 +80,7 @@ def noise_ceiling(
 
 
 def ceiling_share(pcc: NDArray[np.float64], ceiling: NDArray[np.float64]) -> float:
-    """sum(PCC) / sum(ceiling) over genes with a ceiling of at least `RELIABLE` (a mean of ratios would be run by its smallest ceilings).
+    """sum(PCC) / sum(ceiling) over genes with a ceiling of at least `RELIABLE` (the smallest ceilings would dominate a mean of ratios).
 
     NaN if no gene has such a ceiling.
     """
@@ -111,7 +111,7 @@ def _rho(sums: list[NDArray[np.float64]], n: NDArray[np.float64]) -> NDArray[np.
     first, square, product = (s / n for s in sums)
     variance = square - first**2
     covariance = product - first**2
-    # A gene that a resample has not met at all has no correlation to speak of.
+    # a gene without counts in a resample has no correlation
     return np.divide(covariance, variance, out=np.zeros_like(covariance), where=variance > 1e-12)
 
 

@@ -1,4 +1,4 @@
-"""How well a prediction tells genes that a nucleus expresses (at least one UMI) from those it does not, in ONE section."""
+"""How well a prediction separates genes that a nucleus expresses (at least one UMI) from the others, in ONE section."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def detection_scores(
     threshold
         A gene is called expressed where prob >= threshold; one number or (n_genes,).
     scored
-        Genes that the figures over all genes are taken over, (n_genes,); None is all.
+        Genes that enter the summary, (n_genes,); None means all.
 
     Returns
     -------
     per_gene
-        `auroc` and `auprc` (average precision; both with ties as scikit-learn has them; NaN where all nuclei are of one class),
+        `auroc` and `auprc` (average precision; both treat ties as scikit-learn does; NaN where all nuclei are of one class),
         `accuracy`, `majority_accuracy`, `mcc` (0 where it is not defined).
     summary
         * `auroc`, `auprc`: mean over genes that have both classes;
         * `accuracy`: share of gene x nucleus pairs called right;
         * `majority_accuracy`: the same for the best constant call of each gene, max(share expressed, share not), which no accuracy
-          should be read without (all "not expressed" scores no more than this);
+          should be read without (calling everything "not expressed" scores no more than this);
         * `balanced_accuracy`, `mcc`: of the gene x nucleus pairs pooled, so knowing which genes are common already counts;
           `mcc_gene_mean`, the mean of the per-gene MCC, is free of that;
         * `calibration_error`: expected calibration error of the pooled pairs in 15 equal bins (Naeini et al. 2015).

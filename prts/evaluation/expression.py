@@ -1,8 +1,8 @@
 """How close predicted expression is to measured expression, gene by gene over the nuclei of ONE section.
 
-Everything is on log1p(UMI), as in the paper, but the Poisson deviance, which is on UMI. A gene whose measured counts are constant
-tells nothing and scores NaN (it is counted, and left out of means); a gene whose prediction is constant, such as one that the model
-cannot emit, scores 0.
+Everything is on log1p(UMI), as in the paper, except the Poisson deviance, which is on UMI. A gene whose measured counts are constant
+scores NaN (it is counted, and left out of means); a gene whose prediction is constant, such as one that the model cannot predict,
+scores 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy.special import xlogy
 
 from prts.data.gene_arrays import GeneRows, Matrix, average_ranks, gene_slices, is_constant
 
-# A rate of 0 where a UMI was seen has infinite deviance: no rate below one UMI in a thousand nuclei is told from it.
+# A rate of 0 where a UMI was measured has infinite deviance. Rates below one UMI per thousand nuclei are treated alike.
 RATE_FLOOR = 1e-3
 
 
@@ -43,7 +43,7 @@ def pearson_per_gene(measured: Matrix, predicted: Matrix) -> NDArray[np.float64]
 
 
 def expression_per_gene(measured: Matrix, predicted: Matrix) -> pd.DataFrame:
-    """All expression scores of each gene.
+    """Compute all expression scores of each gene.
 
     Parameters
     ----------
@@ -54,9 +54,9 @@ def expression_per_gene(measured: Matrix, predicted: Matrix) -> pd.DataFrame:
 
     Returns
     -------
-    One row a gene, with
+    One row per gene, with
 
-    * `mean_counts`: mean measured UMI a nucleus;
+    * `mean_counts`: mean measured UMI per nucleus;
     * `pcc`, `spearman` (average ranks), `rmse`: log1p(predicted) against log1p(measured);
     * `skill`: 1 - MSE / MSE of the best constant, the section's own mean of log1p(UMI), so 0 is what a constant reaches at best;
     * `deviance_explained`: 1 - D(predicted) / D(section's mean UMI) with the Poisson deviance D, rates below 0.001 taken as 0.001;

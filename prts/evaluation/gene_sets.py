@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def gene_sets(train_sets: Sequence[NucleusSet], panel: Panel, markers: Sequence[str]) -> dict[str, NDArray[np.intp]]:
-    """Genes whose figures are also given apart: positions in the panel of `hvg50`, `hvg200` and, where it has any, `markers`.
+    """Positions in the panel of the sets `hvg50`, `hvg200` and, if the panel has any of them, `markers`.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def gene_sets(train_sets: Sequence[NucleusSet], panel: Panel, markers: Sequence[
     panel
         The genes.
     markers
-        Names of the tissue's marker genes; those that the panel has not are left out.
+        Names of the tissue's marker genes; those missing from the panel are left out.
     """
     sets = variable_genes(train_sets)
     found = np.flatnonzero(np.isin(np.array(panel.genes, dtype=object), np.array(markers, dtype=object)))
@@ -40,7 +40,7 @@ def gene_sets(train_sets: Sequence[NucleusSet], panel: Panel, markers: Sequence[
 
 
 def variable_genes(train_sets: Sequence[NucleusSet]) -> dict[str, NDArray[np.intp]]:
-    """The panel's genes that vary most in training nuclei: positions of `hvg50` and `hvg200`, most variable first.
+    """Positions of the most variable genes in training nuclei, `hvg50` and `hvg200`, most variable first.
 
     Variance of log1p of counts scaled to the median total of all genes, as in `prts.preprocess.panel.TopPanel`.
 

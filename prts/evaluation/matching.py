@@ -40,7 +40,7 @@ class MatchedNuclei:
     cell_id
         Ids of the section's nuclei, (n_nuclei,).
     xy_px
-        Centres of the section's nuclei in full-resolution pixels, (n_nuclei, 2).
+        Centers of the section's nuclei in full-resolution pixels, (n_nuclei, 2).
     by
         How nuclei were matched: "cell_id" or "centroid".
     """
@@ -55,9 +55,9 @@ class MatchedNuclei:
 
 
 def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> MatchedNuclei:
-    """Find the nuclei and genes of a prediction among a section's measured counts.
+    """Pair the nuclei and genes of a prediction with a section's measured counts.
 
-    Nuclei are matched by `cell_id` if at least half of the smaller side's ids are known to the other and their centres agree (median
+    Nuclei are matched by `cell_id` if at least half of the smaller side's ids are known to the other and their centers agree (median
     distance under 1 um); otherwise two nuclei match if each is the other's nearest and they are no more than 3 um apart. Genes are
     matched by `gene_id`, then by name or symbol.
 
@@ -68,7 +68,7 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> MatchedN
     counts
         Measured nuclei x all genes with `obsm["spatial"]` in full-resolution pixels.
     mpp
-        um a pixel of the section's image.
+        um/px of the section's image.
 
     Raises
     ------
@@ -87,8 +87,8 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> MatchedN
         rows = rows[found]
     if len(found) == 0:
         raise InputError(
-            f"prediction: none of its {len(there)} nuclei is one of the section's {len(here)}, by cell_id or within {_NEAREST_UM:g} um; "
-            "it must have been made on this section's image"
+            f"prediction: none of its {len(there)} nuclei matches one of the section's {len(here)} by cell_id or within "
+            f"{_NEAREST_UM:g} um; give the prediction of this section's image"
         )
     logger.info("%d of the section's %d nuclei matched by %s", len(found), len(here), by)
     genes = tuple(str(g) for g in prediction.var_names)
@@ -118,7 +118,7 @@ def mutual_nearest(
 
 
 def align_genes(counts: ad.AnnData, genes: Sequence[str], gene_ids: Sequence[str] | None, what: str) -> sp.csr_matrix:
-    """The wanted genes of a counts table in their order, zeros where it has not measured one."""
+    """Columns of a counts table for these genes, in their order; zeros for a gene that it did not measure."""
     column = np.full(len(genes), -1)
     searches: list[tuple[Sequence[str] | None, Any]] = [
         (gene_ids, counts.var.get("gene_id")),
@@ -129,14 +129,14 @@ def align_genes(counts: ad.AnnData, genes: Sequence[str], gene_ids: Sequence[str
         if wanted is None or names is None:
             continue
         index = pd.Index(np.asarray(names, dtype=object))
-        unique = np.flatnonzero(~index.duplicated(keep=False))  # a symbol of two genes names neither
+        unique = np.flatnonzero(~index.duplicated(keep=False))  # a symbol shared by two genes identifies neither
         hit = index[unique].get_indexer(pd.Index(list(wanted), dtype=object))
         take = (column < 0) & (hit >= 0)
         column[take] = unique[hit[take]]
     known = np.flatnonzero(column >= 0)
     if len(known) == 0:
         raise InputError(
-            f"{what}: none of the {len(genes)} predicted genes ({genes[0]}, ...) was measured; is it another species or genome?"
+            f"{what}: none of the {len(genes)} predicted genes ({genes[0]}, ...) was measured; check species and genome"
         )
     if len(known) < len(genes):
         logger.warning("%s: %d of %d predicted genes were not measured", what, len(genes) - len(known), len(genes))

@@ -118,7 +118,9 @@ def measure_training(
     required_measurement(section)
     path = nuclei if nuclei is not None else section.nuclei
     if path is not None:
-        found = read_nuclei(path, mpp=section.mpp, width=section.width, height=section.height)
+        found = read_nuclei(
+            path, mpp=section.mpp, width=section.width, height=section.height, max_pixels=section.max_pixels
+        )
     elif segmenter is not None:
         with section.open_slide() as slide:
             found = segment(slide, segmenter)

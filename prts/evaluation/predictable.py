@@ -1,4 +1,4 @@
-"""Which genes can be believed: those that a model predicts on validation, beyond chance and beyond what needs no model."""
+"""Predictable genes: those that a model predicts on validation better than chance and better than simple baselines."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 Flags = NDArray[np.bool_]
 
 ZERO = "zero"
-# Ridge regression sees all that the model sees: a gene that both predict equally well is no less predictable for that.
+# Ridge regression has the same input as the model. A gene that both predict equally well is still predictable.
 RIVALS = ("ridge",)
 
 
 def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_replicates: int) -> dict[str, Flags]:
-    """For 0 and for each baseline, the genes whose PCC is above it by its 95 % interval over resampled blocks.
+    """Find the genes whose PCC is above 0, and above that of each baseline, by 95 % intervals over resampled blocks.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_repl
 def validated_genes(
     baselines: Sequence[Mapping[str, PredictFn]], validation: Sequence[ScoredSection], settings: EvaluationSettings
 ) -> dict[str, Flags]:
-    """`genes_beyond` of validation sections: a gene must be beyond a baseline in every one of them.
+    """`genes_beyond` over validation sections: a gene must be above a baseline in each of them.
 
     Parameters
     ----------
@@ -55,24 +55,24 @@ def validated_genes(
         Of the intervals.
     """
     merged: dict[str, Flags] = {}
-    for scored, beside in zip(validation, baselines, strict=True):
+    for scored, rivals in zip(validation, baselines, strict=True):
         nuclei = scored.nuclei
         blocks, _ = spatial_blocks(nuclei.xy_um, settings.block_um)
         assert scored.result.sums is not None  # nuclei of a run have coordinates
-        others = {name: block_sums(nuclei.counts, predict(nuclei), blocks) for name, predict in beside.items()}
+        others = {name: block_sums(nuclei.counts, predict(nuclei), blocks) for name, predict in rivals.items()}
         for name, flags in genes_beyond(scored.result.sums, others, n_replicates=settings.bootstrap).items():
             merged[name] = merged[name] & flags if name in merged else flags
     return merged
 
 
 def predictable(beyond: Mapping[str, Flags]) -> Flags:
-    """Genes above 0 and above every baseline that sees less than the model, (n_genes,)."""
+    """Genes above 0 and above every baseline with less input than the model, (n_genes,)."""
     flags: Flags = np.logical_and.reduce([flags for name, flags in beyond.items() if name not in RIVALS])
     return flags
 
 
 def precision(flagged: Flags, holds: Flags) -> dict[str, float]:
-    """How many genes are flagged, and for which share of them the same holds on another section (NaN where none is flagged)."""
+    """Number of flagged genes, and the share of them that is also predictable on another section (NaN if none is flagged)."""
     n = int(flagged.sum())
     return {
         "n_predictable": n,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prts.preprocess.register import WARN_UM
+from prts.platforms.base import WARN_UM
 
 if TYPE_CHECKING:
     from prts.data.prepare import PreparedTissue
 
 
 def registration_figures(tissue: PreparedTissue, *, moved_back: bool) -> dict[str, float | str]:
-    """How far the bins of each section lay off its nuclei; a warning where that was too far and is left so."""
-    found = {name: prepared.registration for name, prepared in tissue.sections.items()}
+    """How far the counts of each section were off its nuclei, and a warning if that was too far and was not corrected."""
+    found = {
+        name: prepared.registration for name, prepared in tissue.sections.items() if prepared.registration is not None
+    }
     figures: dict[str, float | str] = {}
     for name, section in found.items():
         figures[f"registration/{name}/confidence"] = section.confidence
@@ -23,6 +25,6 @@ def registration_figures(tissue: PreparedTissue, *, moved_back: bool) -> dict[st
     off = [name for name, section in found.items() if section.displacement_um > WARN_UM]
     if off and not moved_back:
         figures["warning/registration"] = (
-            f"bins of {', '.join(off)} lie over {WARN_UM:g} um off the nuclei; preprocess.register=true moves them back"
+            f"counts of {', '.join(off)} are over {WARN_UM:g} um off the nuclei; set the `register` option to correct them"
         )
     return figures

@@ -1,4 +1,4 @@
-"""How well a segmentation finds and outlines nuclei: one-to-one matches at an intersection over union."""
+"""Score a segmentation by one-to-one matches of nuclei at an intersection over union."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Matching:
-    """Counts of a matching; add those of several images for the score of all of them."""
+    """Counts of a matching. Add those of several images for their joint score."""
 
     true_positives: int
     n_predicted: int
@@ -45,14 +45,14 @@ class Matching:
 
 
 def match_nuclei(true: NDArray[Any], predicted: NDArray[Any], iou: float = 0.5) -> Matching:
-    """The most one-to-one pairs of nuclei whose intersection over union is at least `iou`.
+    """Find the most one-to-one pairs of nuclei whose intersection over union is at least `iou`.
 
     Parameters
     ----------
     true, predicted
         (n,), (m,) polygons in the same pixels; predicted ones may overlap.
     iou
-        Least intersection over union, greater than 0.
+        Smallest intersection over union, above 0.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Whether predicted maps look like measured maps: how patterned each gene is (Moran's I), and local structure (SSIM).
+"""Compare predicted maps with measured maps: spatial autocorrelation of each gene (Moran's I) and local structure (SSIM).
 
 Both are on log1p(UMI) over the nuclei of ONE section.
 """
@@ -15,25 +15,25 @@ from prts.data.gene_arrays import GeneRows, Matrix, gene_slices, is_constant
 
 MORAN_NEIGHBOURS = 6
 SSIM_UM_PER_PX = 50.0
-# Wang et al. 2004: window of sigma 1.5 and 11 x 11 px, constants against weak denominators.
+# Wang et al. 2004: window of sigma 1.5 and 11 x 11 px, constants that stabilize small denominators.
 _SIGMA, _RADIUS, _K1, _K2 = 1.5, 5, 0.01, 0.03
 
 
 def neighbor_weights(xy_um: NDArray[np.float64], k: int = MORAN_NEIGHBOURS) -> sp.csr_matrix:
-    """Row-normalised weights of the k nearest other nuclei, (n_nuclei, n_nuclei): 1 / k each.
+    """Row-normalized weights of the k nearest other nuclei, (n_nuclei, n_nuclei): 1 / k each.
 
     Parameters
     ----------
     xy_um
-        Centres of the nuclei, (n_nuclei, 2).
+        Centers of the nuclei, (n_nuclei, 2).
     k
-        Neighbours of a nucleus; n_nuclei - 1, where there are fewer.
+        Neighbors of a nucleus; at most n_nuclei - 1.
     """
     n = len(xy_um)
     k = min(k, n - 1)
     if k < 1:
         return sp.csr_matrix((n, n))
-    # One more than asked, for the nucleus itself, which need not come first among nuclei at one place.
+    # one more for the nucleus itself, which need not come first among nuclei at the same place
     _, near = cKDTree(xy_um).query(xy_um, k=k + 1)
     self_ = near == np.arange(n)[:, None]
     self_[~self_.any(axis=1), -1] = True
@@ -41,14 +41,14 @@ def neighbor_weights(xy_um: NDArray[np.float64], k: int = MORAN_NEIGHBOURS) -> s
 
 
 def morans_i(values: Matrix, weights: sp.csr_matrix) -> NDArray[np.float64]:
-    """Moran's I of log1p of each gene: the correlation of a nucleus with the mean of its neighbours (Moran 1950).
+    """Moran's I of log1p of each gene: the correlation of a nucleus with the mean of its neighbors (Moran 1950).
 
     Parameters
     ----------
     values
         UMI, sparse or dense, (n_nuclei, n_genes).
     weights
-        Row-normalised, (n_nuclei, n_nuclei), as `neighbor_weights` gives them.
+        Row-normalized, (n_nuclei, n_nuclei), as `neighbor_weights` gives them.
 
     Returns
     -------
@@ -71,8 +71,8 @@ def moran_agreement(measured: NDArray[np.float64], predicted: NDArray[np.float64
     Parameters
     ----------
     measured, predicted
-        Moran's I, (n_genes,). Genes whose measured counts are constant (NaN) are left out; one whose prediction is constant has no
-        pattern and counts as 0.
+        Moran's I, (n_genes,). Genes whose measured counts are constant (NaN) are left out; one whose prediction is constant
+        counts as 0.
     """
     known = np.isfinite(measured)
     x, y = measured[known], np.nan_to_num(predicted[known])
@@ -90,14 +90,14 @@ def map_ssim(
     """Structural similarity of the measured and the predicted map of each gene (Wang et al. 2004).
 
     A map's pixel is the mean log1p(UMI) of the nuclei in it. Pixels without a nucleus are in no window (the Gaussian weights of the
-    others are normalised to 1) and have no SSIM of their own; the rest are averaged. The dynamic range is that of the measured map.
+    others are normalized to 1) and get no SSIM; the rest are averaged. The dynamic range is that of the measured map.
 
     Parameters
     ----------
     measured, predicted
-        UMI, sparse or dense, (n_nuclei, n_genes); all genes are densified at once, so pass the few that are to be looked at.
+        UMI, sparse or dense, (n_nuclei, n_genes); all genes are densified at once, so pass only a few.
     xy_um
-        Centres of the nuclei, (n_nuclei, 2).
+        Centers of the nuclei, (n_nuclei, 2).
     um_per_px
         Side of a pixel.
 

@@ -30,26 +30,26 @@ def spot_pcc(
     genes: Sequence[str],
     gene_ids: Sequence[str] | None = None,
 ) -> tuple[float, pd.DataFrame]:
-    """Agreement with measured spots: predicted nuclei summed inside each spot, PCC over spots of log1p of the sums.
+    """PCC over spots of log1p of the measured UMI and of the predicted nuclei summed inside each spot.
 
     Parameters
     ----------
     predicted
         Expected UMI of ALL nuclei of the section, (n_nuclei, n_genes).
     xy_px
-        Their centres in full-resolution pixels, (n_nuclei, 2).
+        Their centers in full-resolution pixels, (n_nuclei, 2).
     spots
-        Measured spots. A nucleus is in a spot if its centre is no further than the radius from the spot's centre. Spots without a
+        Measured spots. A nucleus is in a spot if its center is no further than the radius from the spot's center. Spots without a
         nucleus are left out.
     genes, gene_ids
-        Names and ids of the predicted genes; ids are looked for first.
+        Names and ids of the predicted genes; ids take precedence.
 
     Returns
     -------
     mean
         Mean PCC over genes that vary over the spots.
     per_gene
-        `gene`, `mean_counts` (measured, a spot), `pcc` (NaN where constant over spots), `constant`; a gene that the spots have not
+        `gene`, `mean_counts` (measured, a spot), `pcc` (NaN where constant over spots), `constant`; a gene that was not
         measured counts as constant. `attrs` holds `n_spots` and `n_empty_spots`.
 
     Raises
@@ -74,14 +74,12 @@ def sum_in_spots(
 ) -> tuple[sp.csr_matrix, Matrix]:
     """Measured spots and the predicted nuclei summed inside each, both (n_spots, n_genes), for spots that hold a nucleus.
 
-    Parameters, what lies in a spot, and what is raised are those of `spot_pcc`.
+    Parameters and errors are those of `spot_pcc`.
     """
     pairs = cKDTree(spots.xy).sparse_distance_matrix(cKDTree(xy_px), spots.radius_px, output_type="coo_matrix")
     inside = sp.csr_matrix((np.ones(pairs.nnz), (pairs.row, pairs.col)), shape=pairs.shape)
     occupied = np.diff(inside.indptr) > 0
     if not occupied.any():
-        raise InputError(
-            "spots: no predicted nucleus lies in any spot; spots and nuclei must be in pixels of the same image"
-        )
+        raise InputError("spots: no predicted nucleus is inside a spot; give spots in pixels of the same image")
     logger.info("spots: %d hold nuclei, %d do not and are left out", occupied.sum(), (~occupied).sum())
     return align_genes(spots.counts, genes, gene_ids, "spots")[occupied], inside[occupied] @ predicted

@@ -12,8 +12,7 @@ import pandas as pd
 def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> dict[str, float]:
     """`<prefix>/<figure>` of one section, or of several `<prefix>/<section>/<figure>` and their mean; never pooled over sections.
 
-    The ends of intervals, `<figure>_low` and `<figure>_high`, stay with their sections: the mean of ends is no end of an interval of the
-    mean.
+    Interval bounds, `<figure>_low` and `<figure>_high`, are not averaged: the mean of bounds is not a bound for the mean.
     """
     merged: dict[str, float] = {}
     if len(sections) > 1:
@@ -33,7 +32,7 @@ def unpooled_mean(sections: Mapping[str, Mapping[str, float]], prefix: str) -> d
 
 
 def mean_per_gene(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The per-gene table of one section, or the unpooled mean of several (a gene is constant if it is so in all)."""
+    """The per-gene table of one section, or the unpooled mean of several (a gene is constant if it is constant in all)."""
     if len(tables) == 1:
         return tables[0]
     stacked = pd.concat(tables)
@@ -43,7 +42,7 @@ def mean_per_gene(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def json_ready(metrics: Mapping[str, float | str]) -> dict[str, float | str | None]:
-    """Metrics as JSON has them: NaN, which JSON has not, becomes null."""
+    """Metrics for JSON: sorted, with NaN as null."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in sorted(metrics.items())

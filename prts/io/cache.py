@@ -65,6 +65,11 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def default_cache(cache_dir: Path | str | None = None) -> Path:
+    """The folder of the cache: the one given, else `$PRTS_CACHE`, else `cache` in the working folder."""
+    return Path(cache_dir if cache_dir is not None else os.environ.get("PRTS_CACHE") or "cache")
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a whole file, for provenance that must survive copying."""
     with Path(path).open("rb") as handle:
@@ -110,7 +115,7 @@ def atomic(path: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        _in_progress.remove(temporary)
+        _in_progress.discard(temporary)
         _remove(temporary)
 
 

@@ -75,7 +75,7 @@ def write_h5ad(data: ad.AnnData, path: Path, compression: str | None = None) -> 
     path
         The file.
     compression
-        Compression of all arrays: gzip, lzf or None.
+        Compression of all arrays, such as gzip.
     """
     from anndata.io import write_elem
 

@@ -1,3 +1,3 @@
-"""The network, its losses, its Lightning part, the bundle it is saved as, and the baselines beside it."""
+"""Networks and linear models, likelihoods, training, bundles and prediction."""
 
 import prts._torchvision  # noqa: F401  (must come before the first import of torchvision)

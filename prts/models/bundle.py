@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
@@ -46,12 +47,20 @@ class Bundle(Predictor):
         The network in evaluation mode, its likelihood, and its gate and threshold.
     metadata
         All of `model.json`.
+    folder
+        Where it was read.
     ood
         Scores how unusual a nucleus is; None in bundles of older versions.
     """
 
     metadata: dict[str, Any]
+    folder: Path
     ood: MahalanobisOOD | None = None
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of `model.json`, which holds that of the weights: it identifies the model."""
+        return sha256_file(self.folder / "model.json")
 
     @property
     def genes(self) -> list[str]:
@@ -94,6 +103,16 @@ class Bundle(Predictor):
         """Intervals of counts, calibrated on validation; None in bundles of older versions."""
         settings = self.metadata.get("intervals")
         return None if settings is None else CountIntervals.from_settings(settings)
+
+    def per_gene(self) -> pd.DataFrame:
+        """How well each gene was predicted on validation: `gene_id, val_pcc, ceiling` and, where known, `predictable`, by gene."""
+        table = pd.DataFrame(
+            {"gene_id": self.gene_ids, "val_pcc": self.val_pcc, "ceiling": self.ceiling},
+            index=pd.Index(self.genes, name="gene"),
+        )
+        if self.predictable is not None:
+            table["predictable"] = self.predictable
+        return table
 
     def _per_gene(self, name: str) -> NDArray[np.float64]:
         values = self.metadata["validation"].get(name)
@@ -188,7 +207,7 @@ def load_bundle(folder: Path) -> Bundle:
     net, likelihood, rule, ood = _build(path, metadata, about)
     _load_weights(folder / "model.safetensors", about, net, likelihood, ood)
     net.eval()
-    return Bundle(net, likelihood, rule, metadata, ood)
+    return Bundle(net, likelihood, rule, metadata, folder, ood)
 
 
 def _build(
@@ -205,14 +224,11 @@ def _build(
             "install the package that offers it"
         )
     width = sum(about.input.widths.get(block, 0) for block in about.input.use)
-    settings = {
-        part: {key: value for key, value in metadata[part].items() if key != "name"}
-        for part in ("architecture", "likelihood")
-    }
+    architecture = {key: value for key, value in metadata["architecture"].items() if key != "name"}
     try:
         with torch.device("meta"):
-            net = ARCHITECTURES[about.architecture.name](**settings["architecture"])
-            likelihood = likelihoods[about.likelihood.name](**settings["likelihood"])
+            net = ARCHITECTURES[about.architecture.name](**architecture)
+            likelihood = likelihoods.build(metadata["likelihood"])
             likelihood.allocate(len(about.genes))
             ood = None if about.ood is None else MahalanobisOOD(width, about.ood.components)
         rule = OutputRule(**metadata["output"])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from prts import __version__
@@ -134,12 +133,7 @@ def write_prediction(
             "intervals: this bundle has none, since an older prts trained it; leave it away, or train again"
         )
     table = None if ranges is None else ranges.table()
-    genes = pd.DataFrame(
-        {"gene_id": bundle.gene_ids, "val_pcc": bundle.val_pcc, "ceiling": bundle.ceiling},
-        index=pd.Index(bundle.genes, name="gene"),
-    )
-    if bundle.predictable is not None:
-        genes["predictable"] = bundle.predictable
+    genes = bundle.per_gene()
     meta = bundle.metadata
     attrs = read_store_attrs(store)
     diameter_um = 2 * float(np.sqrt(np.median(nuclei["area_um2"]) / np.pi))
@@ -159,7 +153,7 @@ def write_prediction(
             "mpp_source": section.mpp_source,
             "species": meta["species"],
             "qc": meta["qc"],
-            "register": bool(meta.get("register", False)),
+            "register": meta.get("register", False),
             "threshold": bundle.rule.threshold,
             "interval_level": None if ranges is None else ranges.level,
             "gate": bundle.rule.gate,

@@ -88,7 +88,7 @@ def ridge(
     val_sets
         Validation nuclei. The penalty with the greatest mean per-gene PCC, averaged over sections, wins.
     penalties
-        Penalties per training nucleus: the map minimises |Y - XW|^2 + n penalty |W|^2.
+        Penalties per training nucleus: the map minimizes |Y - XW|^2 + n penalty |W|^2.
     name
         Name in the log.
     """

@@ -81,7 +81,7 @@ class CountIntervals:
         arrays = {name: np.array(settings[name], dtype=np.float64) for name in limits}
         for name, (least, most) in limits.items():
             if not ((arrays[name] >= least) & (arrays[name] <= most)).all():
-                raise ValueError(f"{name} of intervals must lie between {least:g} and {most:g}")
+                raise ValueError(f"{name} of intervals must be between {least:g} and {most:g}")
         return cls(float(settings["level"]), **arrays)
 
     def table(self) -> tuple[Ints, Ints]:

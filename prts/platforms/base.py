@@ -71,6 +71,10 @@ class Measurement(Protocol):
         """What the files say about the um/px of the full-resolution image; may be empty."""
         ...
 
+    def genes(self) -> pd.DataFrame:
+        """The measured genes without their counts: `gene_id` (unique) and `symbol`, indexed by a unique name, (n_genes,)."""
+        ...
+
     def check(self, image: Path, width: int, height: int, mpp: MppSource) -> None:
         """Check that the measurement belongs to an image.
 

@@ -84,7 +84,7 @@ def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None
 
 
 def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) -> NDArray[np.int32]:
-    """Which nucleus each bin of the matrix belongs to.
+    """Assign each bin of the matrix to a nucleus.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
     grid
         Positions of the bins.
     matrix
-        Whose bins are asked for.
+        The matrix, for its bins.
 
     Returns
     -------
@@ -108,17 +108,17 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
     unlisted = int(np.count_nonzero(~grid.lists(row, col)))
     if unlisted:
         raise InputError(
-            f"{matrix.path}: {unlisted} of {len(row)} bins are not in spatial/tissue_positions.parquet; matrix and positions "
-            "must come from one run of Space Ranger"
+            f"{matrix.path}: {unlisted} of {len(row)} bins are not in spatial/tissue_positions.parquet; give matrix and "
+            "positions of one run of Space Ranger"
         )
-    # The residual is the largest along one axis.
+    # the residual is the largest along one axis
     nucleus, at_row, at_col = lattice_points_within(
         polygons, grid.affine, grid.n_cols, grid.n_rows, xy=grid.xy, residual=1.5 * grid.residual_px
     )
     place = at_row * grid.n_cols + at_col
     owner = np.full(grid.n_rows * grid.n_cols, _NO_NUCLEUS, dtype=np.int32)
     owner[place] = nucleus
-    # A nucleus claims a bin once, so whoever does not find itself the owner shares the bin with another.
+    # a nucleus claims a bin once, so a nucleus that is not the owner shares the bin with another
     owner[place[owner[place] != nucleus]] = _SHARED
     of_bin: NDArray[np.int32] = owner[row.astype(np.int64) * grid.n_cols + col]
     return of_bin
@@ -156,7 +156,7 @@ def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tupl
         part = selector @ chunk
         part.sort_indices()
         parts.append(part)
-        # Like a binary counter: only sums of similar size are added, so each non-zero is moved O(log chunks) times.
+        # like a binary counter: only sums of similar size are added, so each non-zero is moved O(log chunks) times
         while len(parts) > 1 and parts[-2].nnz <= 2 * parts[-1].nnz:
             last = parts.pop()
             parts[-1] = parts[-1] + last

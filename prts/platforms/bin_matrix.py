@@ -1,4 +1,4 @@
-"""The matrix of bins and genes in 10x's HDF5 file, streamed: a section has 11 million bins and some hundred million counts."""
+"""The matrix of bins and genes in 10x's HDF5 file, streamed: a section has 11 million bins and hundreds of millions of counts."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ class BinMatrix:
     path
         The file.
     gene_ids, gene_names
-        (n_genes,) object arrays of str: Ensembl ids (unique) and symbols (not always). Features that are not of the type
-        "Gene Expression" are left out.
+        (n_genes,) object arrays of str: Ensembl ids (unique) and symbols (not always unique). Only features of the type
+        "Gene Expression" are included.
     genome
-        The reference, or several joined by commas.
+        The reference genome, or several joined by commas.
     n_bins, n_genes, nnz
-        Size, and entries stored.
+        Size, and number of stored entries.
     array_row, array_col
         (n_bins,) int32, from the barcodes.
 
     Raises
     ------
     InputError
-        If the file is not HDF5 or not 10x's, links out of itself, has bins of another size or twice, gene ids twice, or
-        contradicts itself.
+        If the file is not HDF5 or not 10x's, links to other files, has bins of another size, duplicate bins or gene ids, or
+        inconsistent content.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise InputError(f"{self.path}: no such file; Space Ranger's filtered_feature_bc_matrix.h5 is needed")
+            raise InputError(f"{self.path}: no such file; give Space Ranger's filtered_feature_bc_matrix.h5")
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
@@ -77,7 +77,7 @@ class BinMatrix:
     def var(self) -> pd.DataFrame:
         """The genes, (n_genes,): `gene_id`, `symbol`, `genome`, indexed by a unique name.
 
-        The name is the symbol where it is unique in the file, else `<symbol>_<gene_id>`; without a symbol it is the id.
+        The name is the symbol if it is unique in the file, else `<symbol>_<gene_id>`, or the id if there is no symbol.
         """
         ids, symbols = pd.Series(self.gene_ids, dtype=object), pd.Series(self.gene_names, dtype=object)
         names = symbols.where(symbols != "", ids)
@@ -89,23 +89,23 @@ class BinMatrix:
         return frame.set_index(pd.Index(names.to_numpy(dtype=object), dtype=object))
 
     def chunks(self, max_nnz: int = 20_000_000) -> Iterator[tuple[int, int, csr_matrix]]:
-        """Go through the matrix in bins' order, holding no more than one chunk.
+        """Iterate over the matrix in the order of bins, with one chunk in memory.
 
         Parameters
         ----------
         max_nnz
-            Entries of a chunk; a bin is never split.
+            Maximum number of entries in a chunk; a bin is never split.
 
         Yields
         ------
         first, stop, counts
-            The counts of bins first..stop-1: (stop - first, n_genes) int32. Indices within a bin are as the file has them,
-            unsorted at times.
+            The counts of bins first..stop-1: (stop - first, n_genes) int32. Indices within a bin are those of the file and
+            may be unsorted.
 
         Raises
         ------
         InputError
-            If a count is negative or fractional, a gene index out of range, or the file is damaged there.
+            If a count is negative or fractional, a gene index is out of range, or the file is damaged.
         """
         first = 0
         while first < self.n_bins:
@@ -118,7 +118,7 @@ class BinMatrix:
             n_features = len(self._is_gene)
             if len(indices) and (indices.min() < 0 or indices.max() >= n_features):
                 raise InputError(
-                    f"{self.path}: matrix/indices reaches beyond the {n_features} features; the file is damaged"
+                    f"{self.path}: matrix/indices reaches beyond the {n_features} features; get a complete copy"
                 )
             indptr = self._indptr[first : stop + 1] - start
             counts = csr_matrix(
@@ -129,12 +129,10 @@ class BinMatrix:
 
     def _counts(self, data: NDArray[Any]) -> NDArray[np.int32]:
         if len(data) and not (data.min() >= 0 and data.max() <= np.iinfo(np.int32).max):  # NaN fails both
-            raise InputError(f"{self.path}: matrix/data holds {data.min()}..{data.max()}; UMI counts are needed")
+            raise InputError(f"{self.path}: matrix/data has values {data.min()}..{data.max()}; give raw UMI counts")
         counts: NDArray[np.int32] = data.astype(np.int32)
         if data.dtype.kind == "f" and not np.array_equal(counts, data):
-            raise InputError(
-                f"{self.path}: matrix/data holds fractions; raw UMI counts are needed, not normalised ones"
-            )
+            raise InputError(f"{self.path}: matrix/data has fractions; give raw UMI counts, not normalized ones")
         return counts
 
     def _open(self) -> None:
@@ -142,24 +140,28 @@ class BinMatrix:
         features = self._get(matrix, "features", h5py.Group)
         ids, names, types, genomes = (self._strings(features, n) for n in ("id", "name", "feature_type", "genome"))
         if not (len(ids),) == ids.shape == names.shape == types.shape == genomes.shape:
-            raise InputError(f"{self.path}: matrix/features has columns of different lengths; the file is damaged")
+            raise InputError(f"{self.path}: matrix/features has columns of different lengths; get a complete copy")
         self._is_gene = types == "Gene Expression"
         if not self._is_gene.any():
-            raise InputError(f"{self.path}: has no feature of the type Gene Expression")
+            raise InputError(
+                f"{self.path}: has no feature of the type Gene Expression; give the matrix of a gene expression library"
+            )
         self.gene_ids, self.gene_names = ids[self._is_gene], names[self._is_gene]
         self._genomes = genomes[self._is_gene]
         self.genome = ",".join(dict.fromkeys(self._genomes))
         if (twice := pd.Series(self.gene_ids).duplicated()).any():
             raise InputError(
-                f"{self.path}: gene id {self.gene_ids[twice.argmax()]!r} is there twice; ids must be unique"
+                f"{self.path}: gene id {self.gene_ids[twice.argmax()]!r} occurs twice; give a matrix with unique ids"
             )
         self._data = self._get(matrix, "data", h5py.Dataset)
         self._indices = self._get(matrix, "indices", h5py.Dataset)
         if self._data.dtype.kind not in "iuf" or self._indices.dtype.kind not in "iu":
-            raise InputError(f"{self.path}: matrix/data and matrix/indices must be numbers; the file is not 10x's")
+            raise InputError(
+                f"{self.path}: matrix/data and matrix/indices must be numbers; give the file of Space Ranger"
+            )
         indptr = self._get(matrix, "indptr", h5py.Dataset)
         if indptr.dtype.kind not in "iu":
-            raise InputError(f"{self.path}: matrix/indptr must hold whole numbers; the file is not 10x's")
+            raise InputError(f"{self.path}: matrix/indptr must be whole numbers; give the file of Space Ranger")
         self._indptr = indptr[:].astype(np.int64)
         self.array_row, self.array_col = self._bins(self._get(matrix, "barcodes", h5py.Dataset))
         self.n_bins, self.n_genes, self.nnz = len(self.array_row), len(self.gene_ids), self._data.shape[0]
@@ -174,24 +176,24 @@ class BinMatrix:
         ):
             raise InputError(
                 f"{self.path}: shape {shape}, {len(ids)} features, {self.n_bins} barcodes, {self.nnz} counts and indptr "
-                "contradict each other; the file is damaged"
+                "contradict each other; get a complete copy"
             )
 
     def _bins(self, barcodes: h5py.Dataset) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows and columns of the array, read off the digits of `s_002um_<row>_<column>-1`."""
+        """Rows and columns of the array, from the digits of `s_002um_<row>_<column>-1`."""
         if len(barcodes.shape) != 1 or barcodes.dtype.kind not in "SO":
-            raise InputError(f"{self.path}: matrix/barcodes must be text; the file is not 10x's")
+            raise InputError(f"{self.path}: matrix/barcodes must be text; give the file of Space Ranger")
         rows = np.empty(barcodes.shape[0], np.int32)
         columns = np.empty_like(rows)
         pattern = np.frombuffer(_BARCODE, np.uint8)
         is_digit = (pattern >= ord("0")) & (pattern <= ord("9"))
-        is_digit[:8] = False  # those of the bin size are fixed
+        is_digit[:8] = False  # the bin size is fixed
         place = 10 ** np.arange(4, -1, -1)
         for start in range(0, len(rows), _BARCODES_AT_ONCE):
             stop = start + _BARCODES_AT_ONCE
             text = np.asarray(barcodes[start:stop]).astype("S")
             letters = text.astype(f"S{len(pattern)}").view(np.uint8).reshape(len(text), -1)
-            digits = letters - np.uint8(ord("0"))  # what is no digit wraps to more than 9
+            digits = letters - np.uint8(ord("0"))  # other characters wrap to more than 9
             fits = (np.char.str_len(text) == len(pattern)) & np.where(is_digit, digits <= 9, letters == pattern).all(
                 axis=1
             )
@@ -204,17 +206,17 @@ class BinMatrix:
         if (key[1:] == key[:-1]).any():
             twice = int(key[1:][key[1:] == key[:-1]][0])
             raise InputError(
-                f"{self.path}: barcode s_002um_{twice // 100_000:05}_{twice % 100_000:05}-1 is there twice; "
-                "each bin must have one column"
+                f"{self.path}: barcode s_002um_{twice // 100_000:05}_{twice % 100_000:05}-1 occurs twice; "
+                "give a matrix with one column per bin"
             )
         return rows, columns
 
     def _refuse_barcode(self, barcode: str) -> None:
         size = re.match(r"s_0*(\d+)um_", barcode)
-        what = f"bins of {size[1]} um" if size and size[1] != "2" else "no 2 um bin of Visium HD"
+        what = f"bins of {size[1]} um" if size and size[1] != "2" else "not a 2 um bin of Visium HD"
         raise InputError(
-            f"{self.path}: barcode {barcode!r}: {what}; the matrix of binned_outputs/square_002um, with barcodes such as "
-            f"{_BARCODE.decode()!r}, is needed"
+            f"{self.path}: barcode {barcode!r}: {what}; give the matrix of binned_outputs/square_002um, with barcodes such as "
+            f"{_BARCODE.decode()!r}"
         )
 
     def _strings(self, group: h5py.Group, name: str) -> NDArray[Any]:
@@ -222,26 +224,24 @@ class BinMatrix:
         if dataset.dtype.kind == "S":
             return np.char.decode(dataset[:], "utf-8").astype(object)
         if h5py.check_string_dtype(dataset.dtype) is None:
-            raise InputError(f"{self.path}: {dataset.name[1:]} must be text; the file is not 10x's")
+            raise InputError(f"{self.path}: {dataset.name[1:]} must be text; give the file of Space Ranger")
         return np.asarray(dataset.asstr()[:], dtype=object)
 
     def _get(self, group: h5py.Group, name: str, kind: type) -> Any:
-        """A member of a group that lies in this very file: links could make a shared file read another one."""
+        """A member of a group that is in this file: links could make a shared file read another one."""
         where = f"{group.name}/{name}".lstrip("/")
         link = group.get(name, getlink=True)
         if link is None:
-            raise InputError(
-                f"{self.path}: {where} is missing; 10x's filtered_feature_bc_matrix.h5 (version 3) is needed"
-            )
+            raise InputError(f"{self.path}: {where} is missing; give 10x's filtered_feature_bc_matrix.h5 (version 3)")
         if not isinstance(link, h5py.HardLink):
-            raise InputError(f"{self.path}: {where} is a link to elsewhere; a file that holds its own data is needed")
+            raise InputError(f"{self.path}: {where} is a link to another file; give a file that contains its own data")
         found = group[name]
         if not isinstance(found, kind):
-            raise InputError(f"{self.path}: {where} is no {kind.__name__.lower()}; the file is not 10x's")
+            raise InputError(f"{self.path}: {where} is not a {kind.__name__.lower()}; give the file of Space Ranger")
         if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
-            raise InputError(f"{self.path}: {where} lies in other files; a file that holds its own data is needed")
+            raise InputError(f"{self.path}: {where} is stored in other files; give a file that contains its own data")
         if isinstance(found, h5py.Dataset) and not fits_in_file(found):
-            raise InputError(f"{self.path}: {where} has more values than the file can hold; get a complete copy")
+            raise InputError(f"{self.path}: {where} has more values than the file can contain; get a complete copy")
         return found
 
     @contextmanager

@@ -24,26 +24,26 @@ SCALEFACTORS = "spatial/scalefactors_json.json"
 POSITIONS = "spatial/tissue_positions.parquet"
 MATRIX = "filtered_feature_bc_matrix.h5"
 
-# A capture area has 3,350 x 3,350 bins; positions are kept on the full grid, which beyond this is no array of bins.
+# A capture area has 3,350 x 3,350 bins; positions are kept on the full grid, and anything larger is not an array of bins.
 _MAX_GRID = 1 << 26
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class BinGrid:
-    """Where the bins of a section are, in full-resolution pixels.
+    """Positions of a section's bins, in full-resolution pixels.
 
     Attributes
     ----------
     positions
-        (n_rows, n_cols, 2): x (`pxl_col_in_fullres`) and y (`pxl_row_in_fullres`) of the centre of each bin, NaN for a
-        place of the grid that the file does not list.
+        (n_rows, n_cols, 2): x (`pxl_col_in_fullres`) and y (`pxl_row_in_fullres`) of the center of each bin, NaN for
+        bins that the file does not list.
     in_tissue
-        (n_rows, n_cols): bins that Space Ranger found under tissue.
+        (n_rows, n_cols): whether Space Ranger found tissue at the bin.
     affine
         (2, 3): [x, y] = affine @ [array_col, array_row, 1], least squares over all bins.
     residual_px
-        Largest distance along an axis between a bin and what `affine` says of it.
+        Largest distance along an axis between a bin and its position by `affine`.
     """
 
     positions: NDArray[np.float64]
@@ -63,12 +63,12 @@ class BinGrid:
 
     @property
     def pitch_px(self) -> tuple[float, float]:
-        """Distance (px) from a bin to the next along a row and along a column of the array."""
+        """Distance (px) between neighboring bins along a row and along a column of the array."""
         along_row, along_column = np.hypot(self.affine[0], self.affine[1])[:2]
         return float(along_row), float(along_column)
 
     def xy(self, array_row: NDArray[Any], array_col: NDArray[Any]) -> NDArray[np.float64]:
-        """Centres (n, 2) of bins of the grid; a bin that the file does not list is where `affine` puts it."""
+        """Centers (n, 2) of bins of the grid; those of bins that the file does not list are computed with `affine`."""
         xy: NDArray[np.float64] = self.positions[array_row, array_col]
         absent = np.isnan(xy[:, 0])
         if absent.any():
@@ -83,7 +83,7 @@ class BinGrid:
         return np.asarray(listed)
 
     def share_outside(self, width: int, height: int) -> float:
-        """Share of the bins in tissue (of all bins, if none is) whose centres lie outside an image of this size."""
+        """Share of the bins in tissue (of all bins, if none is) with centers outside an image of this size."""
         x, y = self.positions[..., 0], self.positions[..., 1]
         asked = self.in_tissue if self.in_tissue.any() else ~np.isnan(x)
         outside = (x < 0) | (x > width) | (y < 0) | (y > height)
@@ -105,21 +105,21 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
 
     Returns
     -------
-    Its numbers by name: `bin_size_um` (2), and where given `microns_per_pixel` (um per full-resolution pixel),
+    Its numbers by name: `bin_size_um` (2), and if given `microns_per_pixel` (um per full-resolution pixel),
     `tissue_hires_scalef` and others.
 
     Raises
     ------
     InputError
-        If the folder is another one, the file is missing or no JSON object of positive numbers, or the bins are not 2 um.
+        If the folder is another one, the file is missing or not a JSON object of positive numbers, or the bins are not 2 um.
     """
     path = _file(Path(bins), SCALEFACTORS)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no JSON ({error}); Space Ranger's own file is needed") from error
+        raise InputError(f"{path}: not valid JSON ({error}); give Space Ranger's own file") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; a JSON object of scale factors is needed")
+        raise InputError(f"{path}: contains a {type(content).__name__}; give a JSON object of scale factors")
     factors = {
         key: _float(value)
         for key, value in content.items()
@@ -127,11 +127,11 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     }
     for key in ("bin_size_um", "microns_per_pixel"):
         if key in content and not (key in factors and math.isfinite(factors[key]) and factors[key] > 0):
-            raise InputError(f"{path}: {key} is {content[key]!r}; it must be a positive number")
+            raise InputError(f"{path}: {key} is {content[key]!r}; give a positive number")
     if "bin_size_um" not in factors:
-        raise InputError(f"{path}: bin_size_um is missing; the scale factors of Visium HD bins are needed")
+        raise InputError(f"{path}: bin_size_um is missing; give the scale factors of Visium HD bins")
     if factors["bin_size_um"] != BIN_SIZE_UM:
-        raise InputError(f"{path}: bins of {factors['bin_size_um']:g} um; those of 2 um, in {_FOLDER}, are needed")
+        raise InputError(f"{path}: bins of {factors['bin_size_um']:g} um; give those of 2 um, in {_FOLDER}")
     return factors
 
 
@@ -146,16 +146,17 @@ def read_positions(bins: Path) -> BinGrid:
     Raises
     ------
     InputError
-        If the file is missing, no parquet or lacks a column; if a position is missing or given twice; if the bins do not
+        If the file is missing, not Parquet or lacks a column, a position is missing or given twice, or the bins do not
         span a plane.
     """
     path = _file(Path(bins), POSITIONS)
     row, col = _numbers(path, "array_row", integer=True), _numbers(path, "array_col", integer=True)
     if len(row) == 0:
-        raise InputError(f"{path}: lists no bin; Space Ranger's own file is needed")
+        raise InputError(f"{path}: lists no bins; give Space Ranger's own file")
     if row.min() < 0 or col.min() < 0 or (int(row.max()) + 1) * (int(col.max()) + 1) > _MAX_GRID:
         raise InputError(
-            f"{path}: array_row {row.min()}..{row.max()} and array_col {col.min()}..{col.max()} span no array of bins"
+            f"{path}: array_row {row.min()}..{row.max()} and array_col {col.min()}..{col.max()} do not span an array of bins; "
+            "give Space Ranger's own file"
         )
     shape = (int(row.max()) + 1, int(col.max()) + 1)
     place = row.astype(np.int64) * shape[1] + col
@@ -165,28 +166,28 @@ def read_positions(bins: Path) -> BinGrid:
     for axis, name in enumerate(("pxl_col_in_fullres", "pxl_row_in_fullres")):
         positions.reshape(-1, 2)[place, axis] = _numbers(path, name, integer=False)
     if np.isnan(positions[..., 0]).sum() != positions[..., 0].size - len(place):
-        raise InputError(f"{path}: lists bins twice; each (array_row, array_col) must have one position")
+        raise InputError(f"{path}: lists bins twice; give one position per (array_row, array_col)")
     affine = _fit(path, row, col, positions)
     return BinGrid(positions, in_tissue, affine, _residual(affine, positions))
 
 
 def _file(bins: Path, name: str) -> Path:
-    """A file of the folder of bins, with help for who gives the folder above."""
+    """A file in the folder of bins; the error for a folder above names the right one."""
     path = bins / name
     if path.is_file():
         return path
     if not bins.is_dir():
-        raise InputError(f"{bins}: no such folder; the folder {_FOLDER} of Space Ranger's binned outputs is needed")
+        raise InputError(f"{bins}: no such folder; give the folder {_FOLDER} of Space Ranger's binned outputs")
     for inner in (bins / _FOLDER, bins / "binned_outputs" / _FOLDER, bins / "outs" / "binned_outputs" / _FOLDER):
         if inner.is_dir():
-            raise InputError(f"{bins}: the folder of the 2 um bins itself is needed: {inner}")
-    raise InputError(f"{path}: no such file; Space Ranger's binned_outputs/{_FOLDER} holds it")
+            raise InputError(f"{bins}: is not the folder of the 2 um bins; give {inner}")
+    raise InputError(f"{path}: no such file; get it from Space Ranger's binned_outputs/{_FOLDER}")
 
 
 def _float(value: float) -> float:
     try:
         return float(value)
-    except OverflowError:  # JSON has whole numbers of any length
+    except OverflowError:  # JSON has integers of any length
         return math.inf
 
 
@@ -197,29 +198,29 @@ def _numbers(path: Path, name: str, *, integer: bool) -> NDArray[Any]:
             n_rows = file.metadata.num_rows
             column = file.read(columns=[name]) if n_rows <= _MAX_GRID else None
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: no parquet file that can be read ({error})") from error
+        raise InputError(f"{path}: not a readable Parquet file ({error}); get a complete copy") from error
     if column is None:
-        raise InputError(f"{path}: lists {n_rows} bins, more than any array has; Space Ranger's own file is needed")
+        raise InputError(f"{path}: lists {n_rows} bins, more than any array has; give Space Ranger's own file")
     if column.column_names.count(name) != 1:
         what = "two columns" if name in column.column_names else "no column"
-        raise InputError(f"{path}: has {what} {name}; Space Ranger's own file is needed")
+        raise InputError(f"{path}: has {what} {name}; give Space Ranger's own file")
     values = column.column(name)
     if len(values) != n_rows:
         raise InputError(f"{path}: column {name} has {len(values)} of {n_rows} values; get a complete copy")
     is_number = pa.types.is_integer(values.type) or (not integer and pa.types.is_floating(values.type))
     if not is_number or values.null_count:
         what = "whole numbers" if integer else "numbers"
-        raise InputError(f"{path}: column {name} must hold {what}, one for each bin")
+        raise InputError(f"{path}: column {name} must have {what} for all bins; give Space Ranger's own file")
     numbers: NDArray[Any] = values.to_numpy()
-    if numbers.dtype == np.uint64:  # which would make floats with any other type
+    if numbers.dtype == np.uint64:  # with other types it would become float
         numbers = np.minimum(numbers, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
     if not integer and not np.isfinite(numbers).all():
-        raise InputError(f"{path}: column {name} has values that are not finite; every bin needs a position")
+        raise InputError(f"{path}: column {name} has values that are not finite; give a position for every bin")
     return numbers
 
 
 def _fit(path: Path, row: NDArray[Any], col: NDArray[Any], positions: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares through the normal equations, centred for precision and summed block by block for memory."""
+    """Least squares by the normal equations, centered for precision and summed block by block to save memory."""
     centre = np.array([col.mean(), row.mean()])
     moments, mixed, sums = np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2)
     for start in range(0, len(row), _BLOCK):
@@ -230,7 +231,7 @@ def _fit(path: Path, row: NDArray[Any], col: NDArray[Any], positions: NDArray[np
         mixed += xy.T @ lattice
         sums += xy.sum(axis=0)
     if np.linalg.det(moments) <= 1e-9 * np.trace(moments) ** 2:
-        raise InputError(f"{path}: fewer than three bins that are not on one line; Space Ranger's own file is needed")
+        raise InputError(f"{path}: fewer than three bins that are not on one line; give Space Ranger's own file")
     linear = mixed @ np.linalg.inv(moments)
     return np.column_stack([linear, sums / len(row) - linear @ centre])
 

@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 MAX_SHIFT_UM = 40.0
 MAX_ROTATION_DEG = 1.0
 
-_REACH = 30  # bins: how far correlations are computed; the part beyond MAX_SHIFT_UM is background only
-_PEAK = 8  # bins about the peak that are no background
-_LARGE = 5.0  # bins: sigma beyond which structure is taken out
+_REACH = 30  # bins: largest shift of the correlations; the part beyond MAX_SHIFT_UM is background only
+_PEAK = 8  # bins around the peak that are not background
+_LARGE = 5.0  # bins: sigma beyond which structure is removed
 _SMOOTH = 1.0  # bins: sigma of the smoothing of the correlation, below the size of a nucleus
-_BLOCK = 256  # bins a side of the largest block; a small section is cut into 4 x 4
+_BLOCK = 256  # bins per side of the largest block; a small section is cut into 4 x 4
 _ENTRIES = 20_000_000
 
 
@@ -142,7 +142,7 @@ def moved(grid: BinGrid, shift_px: NDArray[np.float64], rotation_deg: float, abo
 
 
 def cover_of_bins(polygons: NDArray[Any], grid: BinGrid) -> Floats:
-    """How much of each bin lies in nuclei, (n_rows, n_cols), in quarters; overlapping nuclei count each."""
+    """Share of each bin within nuclei, (n_rows, n_cols), in quarters; overlapping nuclei are added."""
     linear, offset = grid.affine[:, :2], grid.affine[:, 2]
     finer = np.column_stack([linear / 2, offset - linear.sum(axis=1) / 4])
     _, row, col = lattice_points_within(polygons, finer, 2 * grid.n_cols, 2 * grid.n_rows)
@@ -156,17 +156,19 @@ def _rotation(angle: float) -> NDArray[np.float64]:
 
 
 def _without_large(values: Floats, valid: NDArray[np.bool_], *, poisson: bool = False) -> Floats:
-    """What differs from the mean around it, 0 outside the tissue; `poisson`: over the noise that counts of this mean have."""
+    """Difference from the local mean, 0 outside the tissue; with `poisson` relative to the noise of counts with this mean."""
     weight = ndimage.gaussian_filter(valid.astype(np.float32), _LARGE)
     mean = ndimage.gaussian_filter(np.where(valid, values, 0).astype(np.float32), _LARGE) / np.maximum(weight, 1e-3)
     rest = values - mean
     if poisson:
-        rest = np.clip(rest / np.sqrt(mean + 0.05), -5, 5)  # one bin of thousands of UMIs is no evidence of a place
+        rest = np.clip(
+            rest / np.sqrt(mean + 0.05), -5, 5
+        )  # one bin with thousands of UMIs says little about the position
     return np.where(valid, rest, np.float32(0)).astype(np.float32)
 
 
 def _block_spectra(cover: Floats, signal: Floats, centre: NDArray[np.float64]) -> tuple[Spectra, NDArray[np.float64]]:
-    """Spectra (b, q, q // 2 + 1) of the blocks' cross-correlations at shifts up to _REACH, and the blocks' places (b, 2) from the centre.
+    """Spectra (b, q, q // 2 + 1) of the blocks' cross-correlations at shifts up to _REACH, and the blocks' offsets (b, 2) from the center.
 
     Correlation at shift d: the sum over a block of cover[x] signal[x + d].
     """
@@ -179,7 +181,7 @@ def _block_spectra(cover: Floats, signal: Floats, centre: NDArray[np.float64]) -
     size = fft.next_fast_len(wide, real=True)
     windows = np.lib.stride_tricks.sliding_window_view(signal, (wide, wide))[::side, ::side]
     n_shifts = 2 * _REACH + 1
-    # room for shifts of one block against another without meeting itself at the other end
+    # room for shifts of one block against another without wrapping around
     small = fft.next_fast_len(n_shifts + _REACH, real=True)
     spectra, offsets = [], []
     for down in range(n_down):
@@ -193,7 +195,7 @@ def _block_spectra(cover: Floats, signal: Floats, centre: NDArray[np.float64]) -
         spectra.append(fft.rfft2(surface, (small, small)))
         weight = np.abs(strip)
         total = weight.sum(axis=(1, 2))
-        # where in the block its nuclei are: at the rim of the tissue that is not its middle
+        # center of the nuclei in the block: at the edge of the tissue that is not its middle
         at = np.arange(side)
         x = np.einsum("brc,c->b", weight, at) / total + here * side - centre[0]
         y = np.einsum("brc,r->b", weight, at) / total + down * side - centre[1]
@@ -211,7 +213,7 @@ def _best(
     down, right = 2j * np.pi * fft.fftfreq(n), 2j * np.pi * fft.rfftfreq(n)
 
     def summed(angle: float) -> Spectra:
-        """The blocks' correlations added, each moved by what the angle shifts its place."""
+        """Sum of the blocks' correlations, each shifted as the rotation shifts its block."""
         dx, dy = -angle * offsets[:, 1], angle * offsets[:, 0]
         ramp_y, ramp_x = (np.exp(k * d[:, None]).astype(np.complex64) for k, d in ((down, dy), (right, dx)))
         return np.asarray(np.einsum("bij,bi,bj->ij", spectra, ramp_y, ramp_x, optimize=True))
@@ -226,7 +228,7 @@ def _best(
         row, col = np.unravel_index(surface.argmax(), surface.shape)
         if surface[row, col] > highest:
             highest, start = surface[row, col], np.array([angle * half_diagonal, col - reach, row - reach])
-    # rfft2 leaves out half of the columns, which are conjugate to those that it keeps
+    # rfft2 omits half of the columns, which are conjugate to those that it keeps
     twice = np.full(spectra.shape[2], 2.0)
     twice[0] = 1.0
     if n % 2 == 0:
@@ -237,7 +239,7 @@ def _best(
         values = np.exp(down * (at[2] + _REACH)) @ spectrum @ (twice * np.exp(right * (at[1] + _REACH)))
         return float(-values.real / n**2)
 
-    # all three in bins: the angle as the way that it moves a corner
+    # all three in bins: the angle as the distance that it moves a corner
     found = optimize.minimize(
         height,
         start,
@@ -254,7 +256,7 @@ def _best(
 
 
 def _stands_out(surface: Floats, shift: NDArray[np.float64]) -> tuple[float, float]:
-    """Height of the peak, and how many spreads of the background it stands above it."""
+    """Height of the peak, and the same in spreads above the background."""
     at = np.arange(-_REACH, _REACH + 1)
     away = np.hypot(at[None, :] - shift[0], at[:, None] - shift[1])
     background = surface[away > _PEAK]

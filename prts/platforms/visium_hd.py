@@ -12,6 +12,7 @@ from prts.io.mpp import MppSource, require_agreement
 from prts.platforms import platforms
 from prts.platforms.base import Registration
 from prts.platforms.bin_counts import count_bins
+from prts.platforms.bin_matrix import BinMatrix
 from prts.platforms.bin_positions import (
     BIN_SIZE_UM,
     MATRIX,
@@ -25,6 +26,7 @@ from prts.platforms.bin_registration import corrected, register_bins
 
 if TYPE_CHECKING:
     import geopandas as gpd
+    import pandas as pd
     from anndata import AnnData
 
 # Bins at the edge may extend beyond an image that is cropped to the tissue; with a larger share outside it is another image.
@@ -71,6 +73,11 @@ class VisiumHD:
         """`microns_per_pixel` of scalefactors_json.json."""
         factors = read_scalefactors(self.path)
         return [(Path(SCALEFACTORS).name, factors["microns_per_pixel"])] if "microns_per_pixel" in factors else []
+
+    def genes(self) -> pd.DataFrame:
+        """Genes of the matrix."""
+        with BinMatrix(matrix_path(self.path)) as matrix:
+            return matrix.var()
 
     def check(self, image: Path, width: int, height: int, mpp: MppSource) -> None:
         """Check that the matrix is there, and that spacing and positions of the bins fit the image."""

@@ -1,7 +1,7 @@
-"""Nuclei that are none, or that show little of theirs: on glass, in a fold, under a bubble or pen, out of focus, or several in one.
+"""Find artifacts among nuclei: on glass, in a fold, under a bubble or pen, out of focus, or several nuclei in one outline.
 
-Rules on simple statistics of the image around each nucleus, relative to those of the slide's own nuclei. The slide is read in blocks at
-1 um/px; the statistics are box means, taken for all pixels of a block at once and looked up at the nuclei.
+Rules on simple statistics of the image around each nucleus, relative to those of all nuclei of the slide. The slide is read in blocks at
+1 um/px; the statistics are box means, computed for all pixels of a block at once and looked up at the nuclei.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _DENSITY = OPTICAL_DENSITY.astype(np.float32)
 
 
 def find_artefacts(slide: Slide, nuclei: gpd.GeoDataFrame) -> pd.Categorical:
-    """The kind of artefact of each nucleus, `none` for most.
+    """The kind of artifact of each nucleus, `none` for most.
 
-    "Usual" is the median over the slide's nuclei; boxes are 10 um (near) and 20 um (around) wide; the first rule that holds decides.
+    "Usual" is the median over the slide's nuclei; boxes are 10 um (near) and 20 um (around) wide; the first rule that applies decides.
 
-    * `glass`: less than a sixth of what is around is tissue.
-    * `pen`: ink covers what is below: near, red light (which eosin lets through) is taken 1.6 times the usual, texture is half of it.
-    * `fold`: two layers: around, blue light (which stains take least) is taken 1.6 times the usual, and fine contrast is over 3 times it.
-    * `bubble`: tissue near is half as dense as usual, its edges softer.
-    * `blur`: edges around are half as sharp as usual, whatever their contrast.
+    * `glass`: less than a sixth of the area around is tissue.
+    * `pen`: ink covers the tissue: near, red light (which eosin transmits) is absorbed 1.6 times the usual, and texture is half the usual.
+    * `fold`: two layers: around, blue light (which stains absorb least) is absorbed 1.6 times the usual, and fine contrast is over 3 times.
+    * `bubble`: tissue near is half as dense as usual, with softer edges.
+    * `blur`: edges around are half as sharp as usual, regardless of their contrast.
     * `aggregate`: over four times the usual area in an outline that fills less than 0.8 of its convex hull.
 
     Parameters
@@ -73,14 +73,14 @@ def find_artefacts(slide: Slide, nuclei: gpd.GeoDataFrame) -> pd.Categorical:
 
 
 def is_artefact(obs: pd.DataFrame) -> NDArray[np.bool_]:
-    """Which nuclei are flagged, (n,); none where nobody looked."""
+    """Which nuclei are flagged, (n,); none if artifacts were not searched for."""
     if "artefact" not in obs:
         return np.zeros(len(obs), bool)
     return np.asarray(obs["artefact"] != "none")
 
 
 def log_artefacts(section: str, kinds: pd.Series) -> dict[str, int]:
-    """Say how many there are of each kind, and return it."""
+    """Log the number of nuclei of each kind, and return it."""
     counts = {kind: int((kinds == kind).sum()) for kind in KINDS[1:]}
     said = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) or "none"
     logger.info("%s: artefacts among %d nuclei: %s", section, len(kinds), said)
@@ -88,7 +88,7 @@ def log_artefacts(section: str, kinds: pd.Series) -> dict[str, int]:
 
 
 def _measure(slide: Slide, polygons: NDArray[Any]) -> pd.DataFrame:
-    """The statistics around each nucleus's centroid, (n, statistics)."""
+    """The statistics around the centroid of each nucleus, (n, statistics)."""
     at = np.floor(shapely.get_coordinates(shapely.centroid(polygons)) * slide.mpp / _MPP).astype(np.int64)
     width, height = slide.size_at(_MPP)
     at = np.clip(at, 0, [width - 1, height - 1])
@@ -105,7 +105,7 @@ def _measure(slide: Slide, polygons: NDArray[Any]) -> pd.DataFrame:
 
 
 def _maps(rgb: NDArray[np.uint8]) -> list[NDArray[Any]]:
-    """The statistics about every pixel, (rows, columns) each."""
+    """The statistics around every pixel, (rows, columns) each."""
     density = _DENSITY[rgb]
     mean = density.mean(axis=-1)
     tissue = (mean > GLASS_OD).astype(np.float32)
@@ -116,8 +116,8 @@ def _maps(rgb: NDArray[np.uint8]) -> list[NDArray[Any]]:
 
     pale = in_tissue(mean, _NEAR)
     variance = ndimage.uniform_filter(mean**2, _NEAR) - ndimage.uniform_filter(mean, _NEAR) ** 2
-    # Blurring takes curvature first: over the slope, what is left says how wide edges are, whatever their contrast.
-    # Smoothed before, so that the camera's noise is not mistaken for detail.
+    # blur reduces curvature first: its ratio to the slope is the sharpness of edges, regardless of their contrast
+    # smoothed before, so that camera noise is not mistaken for detail
     smooth = ndimage.gaussian_filter(mean, 1.0)
     slope = ndimage.uniform_filter(ndimage.sobel(smooth, 0) ** 2 + ndimage.sobel(smooth, 1) ** 2, _AROUND)
     curvature = ndimage.uniform_filter(ndimage.laplace(smooth) ** 2, _AROUND)

@@ -1,4 +1,4 @@
-"""Whether an image can be H&E on a bright background at all, before hours go into what is not."""
+"""Check that an image can be H&E on a bright background, before hours of work."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Grey levels. Of the images that the limits were chosen on (three her2st sections, CMU-1, histo.jpg, 78 of nuclei_dsb2018, three simulated
-# sections) the darkest has a median of 132; fluorescence lies below 30.
+# Gray level. Of the images that the limits were chosen on (three her2st sections, CMU-1, histo.jpg, 78 of nuclei_dsb2018, three simulated
+# sections) the darkest has a median of 132; fluorescence is below 30.
 _DARK = 60.0
-# A pixel is coloured where its channels span more grey levels than noise does. Haematoxylin and eosin, blue to pink, both absorb green
-# most: in the images above green is the lowest channel of at least 75 % of the coloured pixels, in a dozen photographs of at most 39 %.
+# A pixel is colored if its channels span more gray levels than noise does. Hematoxylin and eosin, blue to pink, both absorb green
+# most: in the images above green is the lowest channel of at least 75 % of the colored pixels, in a dozen photographs of at most 39 %.
 _COLOURED, _TIE, _GREEN_LOWEST = 20, 3, 0.5
-# Below this share of coloured pixels an image is grey, and says nothing of its stain.
+# Below this share of colored pixels an image is gray, and its stain unknown.
 _GREY = 0.05
-_MPP = 0.5  # um/px to look at, or the slide's own where that is coarser
+_MPP = 0.5  # um/px of the pixels that are checked, or the slide's own if that is coarser
 _STRIDE = 4
 _THUMBNAIL = 2048
 
-_ANYWAY = "check_image=false takes it as it is"
+_ANYWAY = "or turn the `check_image` option off"
 
 
 def require_h_and_e(slide: Slide) -> None:
-    """Refuse an image that is dark, has no tissue, or is not coloured like haematoxylin and eosin.
+    """Refuse an image that is dark, has no tissue, or does not have the colors of hematoxylin and eosin.
 
-    Looks at 64 windows spread over the slide (all of a small one), and at a reduced picture where these show glass only. A grey image
-    is taken, with a warning: its stain cannot be told.
+    Checks 64 windows spread over the slide (all of a small one), and a thumbnail if these show only glass. A gray image
+    is accepted with a warning, since its stain is unknown.
 
     Parameters
     ----------
@@ -53,26 +53,25 @@ def require_h_and_e(slide: Slide) -> None:
     median = float(np.median(rgb.mean(axis=1)))
     if median < _DARK:
         raise InputError(
-            f"{slide.path}: is dark (median grey level {median:.0f} of 255), like fluorescence; H&E on a bright background is needed "
-            f"({_ANYWAY})"
+            f"{slide.path}: is dark (median gray level {median:.0f} of 255), like fluorescence; give H&E on a bright background, {_ANYWAY}"
         )
     tissue = _without_glass(rgb)
     if not len(tissue):
         tissue = _without_glass(slide.thumbnail(_THUMBNAIL).reshape(-1, 3))
     if not len(tissue):
-        raise InputError(f"{slide.path}: shows no tissue, only white; an image of an H&E section is needed ({_ANYWAY})")
+        raise InputError(f"{slide.path}: shows no tissue, only white; give an image of an H&E section, {_ANYWAY}")
     coloured = tissue[np.ptp(tissue, axis=1) > _COLOURED].astype(np.int16)
     if len(coloured) < _GREY * len(tissue):
         logger.warning(
-            "%s: is grey, so that it cannot be told whether it is H&E; a model that learnt from coloured H&E is hardly right about it",
+            "%s: is gray, so prts cannot tell whether it is H&E; predictions may be unreliable, since the model was trained on colored H&E",
             slide.path,
         )
         return
     share = float((coloured[:, 1] <= coloured.min(axis=1) + _TIE).mean())
     if share < _GREEN_LOWEST:
         raise InputError(
-            f"{slide.path}: is not coloured like H&E: {share:.0%} of its coloured pixels are violet to pink, as haematoxylin and eosin are "
-            f"(in H&E over {_GREEN_LOWEST:.0%}); is it a photograph, or another stain? An H&E image is needed ({_ANYWAY})"
+            f"{slide.path}: does not have the colors of H&E: {share:.0%} of its colored pixels are violet to pink, as in H&E "
+            f"(over {_GREEN_LOWEST:.0%} of them); it may be a photograph or another stain: give an H&E image, {_ANYWAY}"
         )
 
 

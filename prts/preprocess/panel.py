@@ -1,7 +1,7 @@
-"""The gene panel: which genes a model predicts, in which order, chosen on the nuclei of the training sections only.
+"""The gene panel: the ordered genes that a model predicts, chosen on the nuclei of the training sections only.
 
 Several training sections are stacked on the genes (by `gene_id`) that all of them measure. A gene that one section's probe
-set lacks has no count there for a technical reason; filled with zeros it would pass for a gene that differs between tissues.
+set lacks has no counts there for a technical reason; filled with zeros it would look like a gene that differs between tissues.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
+from pydantic import Field
 
-from prts.errors import InputError, some_of
+from prts.arguments import checked
+from prts.errors import InputError, ParameterError, some_of
 from prts.io.cache import atomic, file_identity
 from prts.io.gene_list import is_names, read_gene_list, read_json
 
@@ -35,11 +37,11 @@ class Panel:
     genes
         Unique names, (n_genes,).
     gene_ids
-        Unique ids, (n_genes,): what a gene is found by in another section.
+        Unique ids, (n_genes,), by which genes are found in other sections.
     method
-        What chose them: "paper", "top" or "file".
+        How they were chosen: "paper", "top" or "file".
     steps
-        How many nuclei, genes or clusters each step of the method kept.
+        The number of nuclei, genes or clusters that each step of the method kept.
     """
 
     genes: tuple[str, ...]
@@ -63,16 +65,16 @@ class Panel:
         """
         content = read_json(path)
         if not isinstance(content, dict) or set(content) != {"genes", "gene_ids", "method", "steps"}:
-            raise InputError(
-                f"{path}: not a gene panel; an object with genes, gene_ids, method and steps would be right"
-            )
+            raise InputError(f"{path}: not a gene panel; give a JSON object with genes, gene_ids, method and steps")
         for key in ("genes", "gene_ids"):
             if not is_names(content[key]) or len(set(content[key])) != len(content[key]):
-                raise InputError(f"{path}: {key} is not a list of distinct names")
+                raise InputError(f"{path}: {key} is not a list of distinct names; get a complete copy")
         if len(content["genes"]) != len(content["gene_ids"]):
-            raise InputError(f"{path}: {len(content['genes'])} genes but {len(content['gene_ids'])} gene_ids")
+            raise InputError(
+                f"{path}: {len(content['genes'])} genes but {len(content['gene_ids'])} gene_ids; get a complete copy"
+            )
         if not isinstance(content["steps"], dict) or not all(type(n) is int for n in content["steps"].values()):
-            raise InputError(f"{path}: steps does not map names to numbers")
+            raise InputError(f"{path}: steps does not map names to numbers; get a complete copy")
         genes, gene_ids = tuple(content["genes"]), tuple(content["gene_ids"])
         return cls(genes, gene_ids, str(content["method"]), content["steps"])
 
@@ -86,7 +88,7 @@ class Panel:
 
         Returns
         -------
-        CSR (n_nuclei, n_genes), sorted, of the dtype of `counts.X`; genes that `counts` lacks are zero columns.
+        CSR (n_nuclei, n_genes), sorted, of the dtype of `counts.X`; genes that `counts` lacks are columns of zeros.
 
         Raises
         ------
@@ -97,14 +99,16 @@ class Panel:
         found = np.flatnonzero(column >= 0)
         absent = np.setdiff1d(np.arange(len(self.genes)), column[found])
         if len(found) == 0:
-            raise InputError(
-                f"panel: none of its {len(self.genes)} genes ({some_of(self.gene_ids)}) is among the section's {counts.n_vars} "
-                f"({some_of(counts.var['gene_id'])}); model and section must be of one species and name genes by the same ids"
+            raise ParameterError(
+                "panel",
+                "",
+                f"none of its {len(self.genes)} genes ({some_of(self.gene_ids)}) is among the section's {counts.n_vars} "
+                f"({some_of(counts.var['gene_id'])}); use a model and a section of one species with the same kind of gene ids",
             )
         if len(absent):
             names = some_of([self.genes[i] for i in absent])
             logger.warning(
-                "%d of %d panel genes are not in the section and count as 0: %s", len(absent), len(self.genes), names
+                "%d of %d panel genes are not in the section and counted as 0: %s", len(absent), len(self.genes), names
             )
         ones = np.ones(len(found), dtype=counts.X.dtype)
         selector = sp.csr_matrix((ones, (found, column[found])), shape=(counts.n_vars, len(self.genes)))
@@ -114,13 +118,13 @@ class Panel:
 
 
 class PaperPanel:
-    """The paper's panel: highly variable genes that mark some cluster of nuclei.
+    """The paper's panel: highly variable genes that mark a cluster of nuclei.
 
-    normalize_total, log1p, highly variable genes (seurat flavour), PCA, neighbours, Leiden, Wilcoxon of each cluster against
+    normalize_total, log1p, highly variable genes (seurat flavor), PCA, neighbors, Leiden, Wilcoxon of each cluster against
     the rest; kept are the highly variable genes with adjusted p and |log2 fold change| beyond the limits in any cluster. All
-    steps are scanpy's. The test is run on the highly variable genes, which are the only candidates: the p values are those
-    of a test of all genes, and Benjamini-Hochberg adjusts for the hypotheses that are asked. Clusters of one nucleus have
-    no variance and are left out of the test, as scanpy asks.
+    steps are scanpy's. Only the highly variable genes are tested: their p values are those of a test of all genes, and
+    Benjamini-Hochberg adjusts for the hypotheses that are tested. Clusters of one nucleus have no variance and are
+    excluded from the test, as scanpy requires.
 
     Parameters
     ----------
@@ -129,34 +133,28 @@ class PaperPanel:
     n_pcs
         Principal components of the highly variable genes.
     n_neighbors
-        Neighbours of each nucleus (scanpy's default).
+        Neighbors of each nucleus (scanpy's default).
     resolution
-        Of Leiden; higher gives more clusters.
+        Resolution of Leiden; higher gives more clusters.
     max_p_adjusted
-        Benjamini-Hochberg adjusted p must be below.
+        Upper limit of the Benjamini-Hochberg adjusted p.
     min_abs_log2fc
-        |log2 fold change| must be above.
+        Lower limit of |log2 fold change|.
     seed
-        Of PCA, neighbours and Leiden.
+        Seed of PCA, neighbors and Leiden.
     """
 
+    @checked("panel")
     def __init__(
         self,
-        n_top_genes: int = 2000,
-        n_pcs: int = 50,
-        n_neighbors: int = 15,
-        resolution: float = 0.6,
-        max_p_adjusted: float = 0.01,
-        min_abs_log2fc: float = 1.0,
-        seed: int = 0,
+        n_top_genes: Annotated[int, Field(ge=1)] = 2000,
+        n_pcs: Annotated[int, Field(ge=1)] = 50,
+        n_neighbors: Annotated[int, Field(ge=2)] = 15,
+        resolution: Annotated[float, Field(ge=0)] = 0.6,
+        max_p_adjusted: Annotated[float, Field(ge=0, le=1)] = 0.01,
+        min_abs_log2fc: Annotated[float, Field(ge=0)] = 1.0,
+        seed: Annotated[int, Field(ge=0)] = 0,
     ) -> None:
-        _in_range("n_top_genes", n_top_genes, 1)
-        _in_range("n_pcs", n_pcs, 1)
-        _in_range("n_neighbors", n_neighbors, 2)
-        _in_range("resolution", resolution, 0)
-        _in_range("max_p_adjusted", max_p_adjusted, 0, 1)
-        _in_range("min_abs_log2fc", min_abs_log2fc, 0)
-        _in_range("seed", seed, 0)
         self.n_top_genes = n_top_genes
         self.n_pcs = n_pcs
         self.n_neighbors = n_neighbors
@@ -166,7 +164,7 @@ class PaperPanel:
         self.seed = seed
 
     def settings(self) -> dict[str, Any]:
-        """What the panel depends on besides the counts."""
+        """Everything that decides the panel apart from the counts."""
         return {"method": "paper", **vars(self)}
 
     def __call__(self, counts: Sequence[AnnData]) -> Panel:
@@ -186,17 +184,19 @@ class PaperPanel:
         InputError
             If there are fewer nuclei, genes or clusters than the settings need, or no gene passes.
         """
-        import prts._torchvision  # noqa: F401, I001  scanpy's neighbours import umap, which imports torchvision
+        import prts._torchvision  # noqa: F401, I001  scanpy's neighbors import umap, which imports torchvision
         import scanpy as sc
 
         nuclei = _stack(counts)
         self._check_size(nuclei)
-        _log_normalise(nuclei)
+        _log_normalize(nuclei)
         n_genes = nuclei.n_vars
         sc.pp.highly_variable_genes(nuclei, n_top_genes=self.n_top_genes, flavor="seurat")
         nuclei = nuclei[:, nuclei.var["highly_variable"]].copy()
         if nuclei.n_vars < self.n_top_genes:
-            raise InputError(f"panel.n_top_genes={self.n_top_genes}: only {nuclei.n_vars} genes vary; lower it")
+            raise ParameterError(
+                "panel", "n_top_genes", f"{self.n_top_genes}, but only {nuclei.n_vars} genes vary; lower it"
+            )
         sc.pp.pca(nuclei, n_comps=self.n_pcs, random_state=self.seed)
         sc.pp.neighbors(nuclei, n_neighbors=self.n_neighbors, n_pcs=self.n_pcs, random_state=self.seed)
         sc.tl.leiden(
@@ -205,9 +205,11 @@ class PaperPanel:
         sizes = nuclei.obs["leiden"].value_counts()
         tested = sorted(sizes.index[sizes > 1], key=int)
         if len(sizes) < 2 or not tested:
-            found = "one cluster; raise it" if len(sizes) < 2 else "clusters of one nucleus only; lower it"
-            raise InputError(
-                f"panel.resolution={self.resolution:g}: Leiden finds {found}, or take panel=top: there are {nuclei.n_obs} nuclei"
+            found = "one cluster; raise it" if len(sizes) < 2 else "only clusters of one nucleus; lower it"
+            raise ParameterError(
+                "panel",
+                "resolution",
+                f"at {self.resolution:g} Leiden splits {nuclei.n_obs} nuclei into {found}, or choose the panel top",
             )
         sc.tl.rank_genes_groups(nuclei, "leiden", groups=tested, method="wilcoxon", use_raw=False)
         result = pd.concat(sc.get.rank_genes_groups_df(nuclei, group=group) for group in tested)
@@ -215,9 +217,11 @@ class PaperPanel:
         strong = significant & (result["logfoldchanges"].abs() > self.min_abs_log2fc)
         kept = nuclei.var_names.isin(result.loc[strong, "names"])
         if not kept.any():
-            raise InputError(
-                f"panel: none of {nuclei.n_vars} highly variable genes marks one of {len(sizes)} clusters; lower "
-                "panel.min_abs_log2fc, raise panel.max_p_adjusted, or take panel=top"
+            raise ParameterError(
+                "panel",
+                "",
+                f"none of {nuclei.n_vars} highly variable genes marks one of {len(sizes)} clusters; lower `min_abs_log2fc`, "
+                "raise `max_p_adjusted`, or choose the panel top",
             )
         steps = {
             "nuclei": nuclei.n_obs,
@@ -232,22 +236,25 @@ class PaperPanel:
     def _check_size(self, nuclei: AnnData) -> None:
         n_nuclei, n_genes = nuclei.shape
         if n_genes < self.n_top_genes:
-            raise InputError(
-                f"panel.n_top_genes={self.n_top_genes}: the training sections share {n_genes} genes; lower it"
+            raise ParameterError(
+                "panel", "n_top_genes", f"{self.n_top_genes}, but the training sections share {n_genes} genes; lower it"
             )
         if min(n_nuclei, self.n_top_genes) <= self.n_pcs:
-            raise InputError(
-                f"panel.n_pcs={self.n_pcs}: needs more nuclei and highly variable genes than components, there are {n_nuclei} "
-                f"and {self.n_top_genes}; lower it"
+            raise ParameterError(
+                "panel",
+                "n_pcs",
+                f"{self.n_pcs} components need more nuclei and highly variable genes than {n_nuclei} and {self.n_top_genes}; lower it",
             )
         if n_nuclei <= self.n_neighbors:
-            raise InputError(f"panel.n_neighbors={self.n_neighbors}: there are {n_nuclei} training nuclei; lower it")
+            raise ParameterError(
+                "panel", "n_neighbors", f"{self.n_neighbors}, but there are {n_nuclei} training nuclei; lower it"
+            )
 
 
 class TopPanel:
-    """The most variable genes: highest variance of log-normalised counts over the training nuclei.
+    """The most variable genes: highest variance of log-normalized counts over the training nuclei.
 
-    Genes seen in few nuclei are left out: their variance is that of a few counts, and no metric could judge a prediction.
+    Genes seen in few nuclei are excluded: their variance is that of a few counts, and no metric could judge a prediction.
     Ties are broken by `gene_id`.
 
     Parameters
@@ -258,16 +265,19 @@ class TopPanel:
         A gene must have a count in at least `min_nuclei` nuclei and in at least this share of them.
     """
 
-    def __init__(self, n_genes: int = 1000, min_nuclei: int = 10, min_share: float = 0.01) -> None:
-        _in_range("n_genes", n_genes, 1)
-        _in_range("min_nuclei", min_nuclei, 0)
-        _in_range("min_share", min_share, 0, 1)
+    @checked("panel")
+    def __init__(
+        self,
+        n_genes: Annotated[int, Field(ge=1)] = 1000,
+        min_nuclei: Annotated[int, Field(ge=0)] = 10,
+        min_share: Annotated[float, Field(ge=0, le=1)] = 0.01,
+    ) -> None:
         self.n_genes = n_genes
         self.min_nuclei = min_nuclei
         self.min_share = min_share
 
     def settings(self) -> dict[str, Any]:
-        """What the panel depends on besides the counts."""
+        """Everything that decides the panel apart from the counts."""
         return {"method": "top", **vars(self)}
 
     def __call__(self, counts: Sequence[AnnData]) -> Panel:
@@ -293,11 +303,13 @@ class TopPanel:
         needed = max(self.min_nuclei, math.ceil(self.min_share * nuclei.n_obs))
         seen = nuclei.X.getnnz(axis=0) >= needed
         if seen.sum() < self.n_genes:
-            raise InputError(
-                f"panel.n_genes={self.n_genes}: only {seen.sum()} genes are seen in at least {needed} of {nuclei.n_obs} training "
-                "nuclei; lower it, or panel.min_nuclei and panel.min_share"
+            raise ParameterError(
+                "panel",
+                "n_genes",
+                f"{self.n_genes}, but only {seen.sum()} genes are seen in at least {needed} of {nuclei.n_obs} training nuclei; "
+                "lower it, or `min_nuclei` and `min_share`",
             )
-        _log_normalise(nuclei)
+        _log_normalize(nuclei)
         _, variance = mean_variance_axis(nuclei.X, axis=0)
         order = np.lexsort((nuclei.var["gene_id"].to_numpy(dtype=str), -np.where(seen, variance, -1.0)))[: self.n_genes]
         steps = {"nuclei": nuclei.n_obs, "genes": nuclei.n_vars, "seen": int(seen.sum()), "kept": self.n_genes}
@@ -305,11 +317,11 @@ class TopPanel:
 
 
 class FilePanel:
-    """The genes of a list: text with one a line, a table (comma, semicolon, tab), or JSON (a list, or a panel of ours).
+    """The genes of a list: text with one per line, a table (comma, semicolon, tab), or JSON (a list, or a panel of prts).
 
-    Entries are gene ids, or symbols where a symbol names one gene. A table with a header is read by its column of ids
-    (`gene_id`, `id`, ...) or names (`gene`, `symbol`, ...), any other by its first column. Lines that start with # are
-    skipped.
+    Entries are gene ids, or symbols that name exactly one gene. In a table with a header the column of ids
+    (`gene_id`, `id`, ...) or names (`gene`, `symbol`, ...) is read, in any other table the first column. Lines that start
+    with # are skipped.
 
     Parameters
     ----------
@@ -321,7 +333,7 @@ class FilePanel:
         self.path = path
 
     def settings(self) -> dict[str, Any]:
-        """What the panel depends on besides the counts."""
+        """Everything that decides the panel apart from the counts."""
         return {"method": "file", "file": file_identity(self._file())}
 
     def __call__(self, counts: Sequence[AnnData]) -> Panel:
@@ -342,40 +354,68 @@ class FilePanel:
             If the list cannot be read, names a symbol of several genes, or no gene that all training sections measure.
         """
         path = self._file()
-        wanted = pd.Index(read_gene_list(path)).unique()
-        var = _shared_genes(counts)
-        symbols = pd.Index(var["symbol"].to_numpy(dtype=object))
-        ambiguous = symbols.duplicated(keep=False)
-        own = np.append(np.flatnonzero(~ambiguous), -1)  # so that -1, not found, stays -1
-        by_id, by_name = pd.Index(var["gene_id"]).get_indexer(wanted), var.index.get_indexer(wanted)
-        by_symbol = own[symbols[own[:-1]].get_indexer(wanted)]
-        at = np.where(by_id >= 0, by_id, np.where(by_name >= 0, by_name, by_symbol))
-        unclear = wanted[(at < 0) & wanted.isin(symbols[ambiguous])]
-        if len(unclear):
-            ids = some_of(var["gene_id"][symbols == unclear[0]])
-            raise InputError(f"{path}: {unclear[0]} names several genes ({ids}); list the id of the one that is meant")
-        unknown = wanted[at < 0]
-        if len(unknown) == len(wanted):
-            raise InputError(
-                f"{path}: none of its {len(wanted)} genes ({some_of(wanted)}) is in the training sections (such as "
-                f"{some_of(var.index)}); symbols or gene ids of the same species would be right"
-            )
-        if len(unknown):
-            logger.warning(
-                "%s: %d of %d genes are not in the training sections: %s",
-                path,
-                len(unknown),
-                len(wanted),
-                some_of(unknown),
-            )
-        chosen = var.iloc[pd.unique(at[at >= 0])]
-        steps = {"listed": len(wanted), "genes": len(var), "kept": len(chosen)}
-        return _panel(chosen, "file", steps)
+        return _listed(read_gene_list(path), counts, str(path))
 
     def _file(self) -> Path:
         if self.path is None:
-            raise InputError("panel.path: panel=file needs the list of genes; panel.path=FILE would be right")
+            raise ParameterError("panel", "path", "is missing; give the list of genes")
         return Path(self.path)
+
+
+class ListPanel:
+    """Genes given by name or id, in this order.
+
+    Parameters
+    ----------
+    genes
+        Gene ids, or symbols that name one gene.
+    """
+
+    def __init__(self, genes: Sequence[str]) -> None:
+        self.genes = tuple(map(str, genes))
+        if not self.genes:
+            raise ParameterError("panel", "genes", "is empty; name at least one gene")
+
+    def settings(self) -> dict[str, Any]:
+        """The genes."""
+        return {"method": "list", "genes": list(self.genes)}
+
+    def __call__(self, counts: Sequence[AnnData]) -> Panel:
+        """Look the genes up in the training sections; see `FilePanel`."""
+        return _listed(self.genes, counts, "genes")
+
+
+def _listed(listed: Sequence[str], counts: Sequence[AnnData], source: str) -> Panel:
+    """The panel of the genes that a list names."""
+    wanted = pd.Index(list(listed)).unique()
+    var = _shared_genes(counts)
+    symbols = pd.Index(var["symbol"].to_numpy(dtype=object))
+    ambiguous = symbols.duplicated(keep=False)
+    own = np.append(np.flatnonzero(~ambiguous), -1)  # so that -1, not found, stays -1
+    by_id, by_name = pd.Index(var["gene_id"]).get_indexer(wanted), var.index.get_indexer(wanted)
+    by_symbol = own[symbols[own[:-1]].get_indexer(wanted)]
+    at = np.where(by_id >= 0, by_id, np.where(by_name >= 0, by_name, by_symbol))
+    unclear = wanted[(at < 0) & wanted.isin(symbols[ambiguous])]
+    if len(unclear):
+        ids = some_of(var["gene_id"][symbols == unclear[0]])
+        raise InputError(f"{source}: {unclear[0]} names several genes ({ids}); list the id of one of them")
+    unknown = wanted[at < 0]
+    if len(unknown) == len(wanted):
+        raise InputError(
+            f"{source}: none of its {len(wanted)} genes ({some_of(wanted)}) is in the training sections (such as "
+            f"{some_of(var.index)}); list symbols or gene ids of the same species"
+        )
+    if len(unknown):
+        logger.warning(
+            "%s: %d of %d genes are not in the training sections: %s",
+            source,
+            len(unknown),
+            len(wanted),
+            some_of(unknown),
+        )
+    chosen = var.iloc[pd.unique(at[at >= 0])]
+    steps = {"listed": len(wanted), "genes": len(var), "kept": len(chosen)}
+    return _panel(chosen, "file", steps)
 
 
 def _shared_genes(counts: Sequence[AnnData]) -> pd.DataFrame:
@@ -384,7 +424,9 @@ def _shared_genes(counts: Sequence[AnnData]) -> pd.DataFrame:
     for other in counts[1:]:
         var = var[var["gene_id"].isin(other.var["gene_id"])]
     if var.empty:
-        raise InputError("train: the training sections share no gene id; they must be of one species and genome")
+        raise ParameterError(
+            "panel", "", "the training sections share no gene id; use sections of one species and genome"
+        )
     return var
 
 
@@ -397,7 +439,7 @@ def _stack(counts: Sequence[AnnData]) -> AnnData:
     return AnnData(X, var=var.copy())
 
 
-def _log_normalise(nuclei: AnnData) -> None:
+def _log_normalize(nuclei: AnnData) -> None:
     import scanpy as sc
 
     sc.pp.normalize_total(nuclei)
@@ -407,9 +449,3 @@ def _log_normalise(nuclei: AnnData) -> None:
 def _panel(var: pd.DataFrame, method: str, steps: dict[str, int]) -> Panel:
     logger.info("panel %s: %s", method, ", ".join(f"{name} {n}" for name, n in steps.items()))
     return Panel(tuple(map(str, var.index)), tuple(map(str, var["gene_id"])), method, steps)
-
-
-def _in_range(key: str, value: float, low: float, high: float = math.inf) -> None:
-    if not low <= value <= high:
-        upper = "" if high == math.inf else f" and at most {high}"
-        raise InputError(f"panel.{key}={value}: a value of at least {low}{upper} would be right")

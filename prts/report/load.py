@@ -20,8 +20,8 @@ from prts.data.tissue import parse_tissue
 from prts.errors import InputError
 from prts.evaluation.measured import measure_predicted
 from prts.evaluation.scored_section import ScoredSection
-from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
+from prts.evaluation.settings import EvaluationSettings
 from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.io.cache import lock
 
 logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class RunLoggers:
         for name in self._specs:
             package, extra = _EXTRAS.get(name, ("", ""))
             if package and importlib.util.find_spec(package) is None:
-                raise InputError(f"logger={name}: {package} is not installed; pip install 'prts[{extra}]'")
+                raise ParameterError("", "logger", f"{package} is not installed; pip install 'prts[{extra}]'")
 
     def __enter__(self) -> RunLoggers:
         return self

@@ -159,7 +159,7 @@ def _best(settings: pd.DataFrame, best: dict[str, str]) -> str:
             difference = f"baseline/{baseline}/difference"
             if _known(row, difference):
                 lines.append(f"difference to baseline {_text(baseline)}: {_interval(row, difference, signed=True)}")
-        lines.append(f"job {_text(row['jobs'])}")
+        lines.append(f"job{'s' if row['n'] > 1 else ''} {_text(row['jobs'])}")
         cards.append(
             f'<div class="card"><b>★ {_text(tissue)}: {_text(setting)}</b><br>'
             + "<br>".join(filter(None, lines))

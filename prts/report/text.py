@@ -141,9 +141,11 @@ def model_facts(about: Mapping[str, Any], model: Mapping[str, Any]) -> list[tupl
     reads = f"{encoder.get('name', '')} at {encoder['mpp']:g} µm/px" if "mpp" in encoder else ""
     found.append(("image encoder", reads))
     found.append(("inputs", ", ".join(model.get("input", {}).get("use", ()))))
-    loss = (model.get("loss") or {}).get("_target_", "")  # a linear model has none
-    found.append(("loss", str(loss).rsplit(".", 1)[-1].removesuffix("Loss").lower()))
-    found.append(("linear model", str(model.get("baseline") or "")))
+    linear = str(model.get("baseline") or "")
+    of_older_bundle = str((model.get("loss") or {}).get("_target_", "")).rsplit(".", 1)[-1].removesuffix("Loss").lower()
+    loss = str((model.get("likelihood") or {}).get("name") or of_older_bundle)
+    found.append(("loss", "" if linear else loss))
+    found.append(("linear model", linear))
     split = model.get("split", {}).get("split", {}).get("name", "")
     found.append(("split", str(split).replace("_", " ")))
     found.append(("seed", str(of.get("seed", ""))))

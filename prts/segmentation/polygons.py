@@ -1,4 +1,4 @@
-"""Nuclei that someone else segmented."""
+"""Nuclei that another tool segmented."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.io.cache import file_identity
 from prts.io.nuclei import read_nuclei
+from prts.segmentation import segmenters
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -16,30 +17,35 @@ if TYPE_CHECKING:
     from prts.io.slide import Slide
 
 
+@segmenters.register("polygons")
 @dataclass(frozen=True)
 class Polygons:
-    """Read nuclei from a file in place of segmenting.
+    """Read nuclei from a file instead of segmenting.
 
     Parameters
     ----------
     path
-        A file of any format that `prts.io.nuclei.read_nuclei` reads, in full-resolution pixels of the image as it lies in its file.
+        A file in any format that `prts.io.nuclei.read_nuclei` reads, in full-resolution pixels of the image file.
     """
 
     path: Path | str | None = None
-    advice: ClassVar[str] = "name another file"
+    name: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    hint: ClassVar[str] = "give another file"
 
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
         """Nuclei of the file, checked against the slide."""
         width, height = slide.file_size
-        nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height)
+        nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height, max_pixels=slide.max_pixels)
         return slide.orientation.nuclei(nuclei, slide.file_size)
 
     def settings(self) -> dict[str, Any]:
         """The identity of the file."""
-        return {"name": "polygons", "file": file_identity(self._path())}
+        return {"name": self.name, "file": file_identity(self._path())}
 
     def _path(self) -> Path:
         if self.path is None:
-            raise InputError("segmentation.path: is not set; name the file with the nuclei, or the section's `nuclei:`")
+            raise ParameterError(
+                "segmenter", "path", "is not set; give the file with the nuclei, or the section's `nuclei`"
+            )
         return Path(self.path)

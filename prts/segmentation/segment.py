@@ -1,9 +1,10 @@
-"""Segmentation: what a segmenter is, and what those that work block by block share."""
+"""The interface of a segmenter, and tools for those that work block by block."""
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -12,6 +13,7 @@ import numpy as np
 import shapely
 
 from prts.errors import InputError
+from prts.segmentation import segmenters
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -26,39 +28,92 @@ _SAMPLE_WINDOWS_A_SIDE = 8
 
 
 class Segmenter(Protocol):
-    """Anything that turns a slide into nuclei."""
+    """Turns a slide into nuclei.
 
-    advice: ClassVar[str]
-    """What a user may change where no nucleus is found."""
+    To add one, write a module with a class that follows this protocol and register it with `@segmenters.register("my_segmenter")`.
+    """
+
+    name: ClassVar[str]
+    """Name of the segmenter; set by `segmenters.register`."""
+
+    extra: ClassVar[str | None]
+    """The optional dependencies (`pip install "prts[<extra>]"`) that it needs; None if it needs none."""
+
+    hint: ClassVar[str]
+    """What a user may change if no nucleus is found."""
 
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
         """Nuclei of the slide, as `prts.io.nuclei.make_nuclei` returns them."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the result beside the slide, JSON-like: the fingerprint of the nuclei."""
+        """Everything but the slide that decides the result, JSON-like, with the `name`: the fingerprint of the nuclei."""
         ...
 
 
 def segment(slide: Slide, segmenter: Segmenter) -> gpd.GeoDataFrame:
-    """Nuclei of a slide, at least one.
+    """Find the nuclei of a slide, at least one.
+
+    Parameters
+    ----------
+    slide
+        The image.
+    segmenter
+        Finds them.
+
+    Returns
+    -------
+    Nuclei as `prts.io.nuclei.make_nuclei` returns them, in full-resolution pixels.
 
     Raises
     ------
     InputError
-        If none is found.
+        If there are none.
+
+    Examples
+    --------
+    >>> from prts.segmentation.watershed import Watershed
+    >>> nuclei = segment(slide, Watershed())  # doctest: +SKIP
     """
     nuclei = segmenter(slide)
-    name = segmenter.settings()["name"]
     if not len(nuclei):
         raise InputError(
-            f"{slide.path}: {name} found no nuclei at {slide.mpp:g} um/px (from {slide.mpp_source}); check that this is "
-            f"an H&E image and its um/px is right, or {segmenter.advice}"
+            f"{slide.path}: {segmenter.name} found no nuclei at {slide.mpp:g} um/px (from {slide.mpp_source}); check that this is "
+            f"an H&E image and its um/px is right, or {segmenter.hint}"
         )
-    logger.info(
-        "%s: %s nuclei by %s, median %.0f um2", slide.path, f"{len(nuclei):,}", name, nuclei["area_um2"].median()
-    )
+    n, area = f"{len(nuclei):,}", nuclei["area_um2"].median()
+    logger.info("%s: %s nuclei by %s, median %.0f um2", slide.path, n, segmenter.name, area)
     return nuclei
+
+
+def recorded_segmenter(recorded: Mapping[str, Any]) -> Segmenter | None:
+    """The segmenter that training used, as a bundle records it; None if it used given nuclei.
+
+    Parameters
+    ----------
+    recorded
+        `segmentation` of the bundle's metadata: `name` and `arguments`.
+
+    Raises
+    ------
+    ParameterError
+        If this version of prts has no such segmenter, or it takes other arguments.
+    """
+    if recorded["name"] in ("given", "polygons"):
+        return None
+    return segmenters.build({"name": recorded["name"], **recorded["arguments"]})
+
+
+def describe_segmenter(segmenter: Segmenter) -> dict[str, Any]:
+    """How a bundle records the segmenter of training: its name and the arguments to build it again.
+
+    Parameters
+    ----------
+    segmenter
+        Keeps each constructor argument as an attribute of the same name.
+    """
+    names = inspect.signature(type(segmenter)).parameters
+    return {"name": segmenter.name, "arguments": {name: getattr(segmenter, name) for name in names}}
 
 
 @dataclass(frozen=True)
@@ -72,30 +127,30 @@ class Block:
 
 
 def blocks(width: int, height: int, size: int) -> list[Block]:
-    """Blocks of at most `size` px a side that cover a grid, all of about the same size."""
+    """Blocks of at most `size` px per side that cover a grid, all of about the same size."""
     columns = np.linspace(0, width, -(-width // size) + 1).astype(int)
     rows = np.linspace(0, height, -(-height // size) + 1).astype(int)
     return [Block(int(x0), int(y0), int(x1), int(y1)) for y0, y1 in pairwise(rows) for x0, x1 in pairwise(columns)]
 
 
 def owned(polygons: NDArray[Any], block: Block) -> NDArray[np.bool_]:
-    """Which polygons (grid px) belong to a block: those whose centroid it holds, so that each belongs to one block."""
+    """Which polygons (grid px) belong to a block: those with their centroid in it, so that each belongs to one block."""
     xy = shapely.get_coordinates(shapely.centroid(polygons))
     return np.asarray(((xy >= [block.x0, block.y0]) & (xy < [block.x1, block.y1])).all(axis=1))
 
 
 def without_doubles(polygons: NDArray[Any], block_of: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Which polygons to keep so that no nucleus on a seam counts twice.
+    """Which polygons to keep so that no nucleus at the border of two blocks counts twice.
 
-    A nucleus that two blocks outlined differently may have a centroid in each. Of two polygons of different blocks that
-    share more than half of the smaller one, the larger is kept.
+    A nucleus that two blocks outline differently may have a centroid in each. If polygons of two blocks overlap by more
+    than half of the smaller one, the larger is kept.
 
     Parameters
     ----------
     polygons
         (n,) polygons.
     block_of
-        (n,) the block that each comes from.
+        (n,) block of each polygon.
     """
     keep = np.ones(len(polygons), bool)
     if not len(block_of) or (block_of == block_of[0]).all():
@@ -111,9 +166,9 @@ def without_doubles(polygons: NDArray[Any], block_of: NDArray[np.intp]) -> NDArr
 
 
 def sample(slide: Slide, mpp: float) -> Iterator[NDArray[np.uint8]]:
-    """Windows that stand for the slide's colours: all of a small slide, else 8 x 8 windows of 512 px spread evenly.
+    """Windows that represent the slide's colors: all of a small slide, else 8 x 8 windows of 512 px spread evenly.
 
-    Full-size pixels, not a thumbnail: reducing an image blends nuclei with what is around them and narrows its range.
+    Full-size pixels, not a thumbnail: downsampling blends nuclei with their surroundings and narrows the range of colors.
     """
     width, height = slide.size_at(mpp)
     side = _SAMPLE_WINDOW * _SAMPLE_WINDOWS_A_SIDE

@@ -12,14 +12,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import shapely
+from pydantic import Field
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.io.cache import file_identity
 from prts.io.nuclei import make_nuclei
+from prts.segmentation import segmenters
 from prts.segmentation.segment import sample
 
 if TYPE_CHECKING:
@@ -30,20 +32,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# um/px at which a pretrained model does best. QuPath's documentation of StarDist says 0.5 of the H&E model; StarDist's own
-# names its training images (MoNuSeg 2018, TNBC) but no um/px.
+# um/px at which a pretrained model works best. QuPath's documentation states 0.5 for the H&E model; StarDist's own
+# names its training images (MoNuSeg 2018, TNBC) but not their um/px.
 PRETRAINED_MPP = {"2D_versatile_he": 0.5}
-# The network sees a block in tiles of about this side, which bounds the memory of its full-resolution layers.
+# The network processes a block in tiles of about this side, which bounds the memory of its full-resolution layers.
 _TILE_PX = 1024
 
 
+@segmenters.register("stardist")
 @dataclass(frozen=True, kw_only=True)
 class StarDist:
     """StarDist 2D (Schmidt et al. 2018), by default as the paper's released code and 10x's guide to custom binning run it.
 
-    The image is normalised between two percentiles over all channels, taken once for the slide, and read lazily by
-    `predict_instances_big`, block by block: memory depends on the block, not on the slide. Where the um/px that the
-    model was trained at is known the slide is rescaled to it (the released code is not: it takes the slide as it is).
+    The image is normalized between two percentiles over all channels, computed once per slide, and read lazily by
+    `predict_instances_big`, block by block: memory depends on the block, not on the slide. If the um/px that the
+    model was trained at is known, the slide is rescaled to it (the released code uses the slide's own).
 
     Parameters
     ----------
@@ -51,51 +54,43 @@ class StarDist:
         Name of a pretrained model, downloaded by StarDist on first use, or a model folder (config.json, weights_best.h5,
         thresholds.json).
     prob_thresh, nms_thresh
-        Least object probability, and the overlap above which two outlines are one nucleus; None takes the model's own.
+        Minimum object probability, and the overlap above which two outlines are one nucleus; None uses the model's own.
     percentiles
-        Grey levels at these percentiles become 0 and 1.
+        Gray levels at these percentiles become 0 and 1.
     block_size
         Side of a block, px at the model's um/px.
     min_overlap
-        Overlap of blocks, px; an outline as large as this is no nucleus and is dropped.
+        Overlap of blocks, px; outlines as large as this are not nuclei and are dropped.
     context
-        Margin of a block that is seen but not used, px.
+        Margin of a block that is read but not used, px.
     model_mpp
-        um/px that the model was trained at; None takes what is known of a pretrained model, and of a folder the slide's.
+        um/px that the model was trained at; None uses the known value of a pretrained model, and the slide's for a folder.
     """
 
     model: str = "2D_versatile_he"
-    prob_thresh: float | None = 0.01
-    nms_thresh: float | None = 0.001
-    percentiles: tuple[float, float] = (5.0, 95.0)
-    block_size: int = 4096
-    min_overlap: int = 128
-    context: int = 128
-    model_mpp: float | None = None
-    advice: ClassVar[str] = "lower segmentation.prob_thresh or set segmentation.model_mpp"
+    prob_thresh: Annotated[float, Field(ge=0, le=1)] | None = 0.01
+    nms_thresh: Annotated[float, Field(ge=0, le=1)] | None = 0.001
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (5.0, 95.0)
+    block_size: Annotated[int, Field(ge=1)] = 4096
+    min_overlap: Annotated[int, Field(ge=0)] = 128
+    context: Annotated[int, Field(ge=0)] = 128
+    model_mpp: Annotated[float, Field(gt=0)] | None = None
+    name: ClassVar[str]
+    extra: ClassVar[str | None] = "stardist"
+    hint: ClassVar[str] = "lower `prob_thresh` or set `model_mpp` of the segmenter"
 
     def __post_init__(self) -> None:
-        for key in ("prob_thresh", "nms_thresh"):
-            value = getattr(self, key)
-            if value is not None and not 0 <= value <= 1:
-                raise InputError(
-                    f"segmentation.{key}={value}: must lie between 0 and 1, or be null for the model's own"
-                )
-        if len(self.percentiles) != 2 or not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
-            raise InputError(
-                f"segmentation.percentiles={list(self.percentiles)}: must be two ascending numbers in 0-100"
-            )
-        if self.model_mpp is not None and not self.model_mpp > 0:
-            raise InputError(f"segmentation.model_mpp={self.model_mpp}: must be greater than 0, or null")
+        if not self.percentiles[0] < self.percentiles[1]:
+            raise ParameterError("segmenter", "percentiles", f"{list(self.percentiles)} must ascend; swap them")
         if not self.min_overlap + 2 * self.context < self.block_size:
-            raise InputError(
-                f"segmentation.block_size={self.block_size}: must exceed min_overlap + 2 context = "
-                f"{self.min_overlap + 2 * self.context}"
+            least = self.min_overlap + 2 * self.context
+            raise ParameterError(
+                "segmenter", "block_size", f"{self.block_size} must exceed min_overlap + 2 context = {least}"
             )
 
     def settings(self) -> dict[str, Any]:
         """All parameters, and of a model folder the identity of its files."""
-        settings = {"name": "stardist", **asdict(self), "percentiles": [float(p) for p in self.percentiles]}
+        settings = {"name": self.name, **asdict(self), "percentiles": [float(p) for p in self.percentiles]}
         if Path(self.model).is_dir():
             settings["model"] = file_identity(Path(self.model))
         return settings
@@ -111,18 +106,18 @@ class StarDist:
         mpp = self.model_mpp or PRETRAINED_MPP.get(self.model) or slide.mpp
         low, high = _percentiles(slide, mpp, self.percentiles)
         if high - low < 1:
-            logger.info("%s: all of one grey level, nothing to segment", slide.path)
+            logger.info("%s: has a single gray level, so there is nothing to segment", slide.path)
             return make_nuclei([], slide.mpp, source=str(slide.path))
         model = _load(self.model)
         image = _LazyImage(slide, mpp, low, high, multiple=model._axes_div_by("YXC")[0])
-        # A block as large as the image needs neither overlap nor context.
+        # a block as large as the image needs neither overlap nor context
         block = [min(self.block_size, side) for side in image.shape[:2]]
         whole = [size == side for size, side in zip(block, image.shape, strict=False)]
         predict, limit = partial(type(model).predict_instances, model), self.min_overlap
         n_giants = 0
 
         def without_giants(*args: Any, **kwargs: Any) -> tuple[NDArray[Any], dict[str, NDArray[Any]]]:
-            """Without outlines that no overlap of blocks can hold, for which `predict_instances_big` raises an error."""
+            """Drop outlines larger than the overlap of blocks, for which `predict_instances_big` raises an error."""
             nonlocal n_giants
             labels, found = predict(*args, **kwargs)
             fits = np.ptp(found["coord"], axis=2).max(axis=1, initial=0) < limit - 2
@@ -147,8 +142,7 @@ class StarDist:
             )
         if n_giants:
             logger.warning(
-                "%s: %d outlines of %d px or more dropped; if they are nuclei raise segmentation.min_overlap or set "
-                "segmentation.model_mpp",
+                "%s: %d outlines of %d px or more dropped; if they are nuclei, raise `min_overlap` or set `model_mpp` of the segmenter",
                 slide.path, n_giants, limit,
             )  # fmt: skip
         return _nuclei(found, slide, mpp)
@@ -156,17 +150,18 @@ class StarDist:
 
 @lru_cache(maxsize=1)
 def _load(name: str) -> Any:
-    """The model; kept, because the next section asks for the same."""
+    """The model, cached because the next section uses the same."""
     folder = Path(name)
     if folder.is_dir():
         _check_folder(folder)
         folder = folder.resolve()
     elif name not in PRETRAINED_MPP:
-        raise InputError(
-            f"segmentation.model={name}: neither a model folder nor a pretrained model for H&E; "
-            f"expected a folder or {', '.join(PRETRAINED_MPP)}"
+        raise ParameterError(
+            "segmenter",
+            "model",
+            f"{name} is neither a model folder nor a pretrained model for H&E; give a folder or {', '.join(PRETRAINED_MPP)}",
         )
-    # StarDist leaves nothing in TensorFlow's log that a user could act on, and torch wants memory of the same GPU.
+    # TensorFlow's log has nothing that users could act on, and torch needs memory of the same GPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
@@ -174,9 +169,10 @@ def _load(name: str) -> Any:
         with _silence(), _silent_libraries():
             from stardist.models import StarDist2D
     except ImportError as error:
-        raise InputError(
-            f'segmentation=stardist: needs StarDist and TensorFlow ({error}); run pip install "prts[stardist]", '
-            "or choose segmentation=watershed"
+        raise ParameterError(
+            "segmenter",
+            "",
+            f'stardist needs StarDist and TensorFlow ({error}); run pip install "prts[stardist]", or choose watershed',
         ) from error
     try:
         with _silence():
@@ -186,16 +182,19 @@ def _load(name: str) -> Any:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         if folder.is_dir():
-            raise InputError(f"{name}: not a StarDist model folder that can be loaded ({reason})") from error
-        raise InputError(
-            f"segmentation.model={name}: cannot be downloaded ({reason}); on a machine without a network set "
-            "segmentation.model to a model folder, or choose segmentation=watershed"
+            raise InputError(
+                f"{name}: not a StarDist model folder that can be loaded ({reason}); get a complete copy"
+            ) from error
+        raise ParameterError(
+            "segmenter",
+            "model",
+            f"{name} cannot be downloaded ({reason}); without a network give a model folder, or choose the segmenter watershed",
         ) from error
 
 
 @dataclass(frozen=True)
 class _LazyImage:
-    """The normalised slide as StarDist slices it, (height, width, 3) float32, white below and right to a whole multiple."""
+    """The normalized slide as StarDist slices it, (height, width, 3) float32, padded with white to a whole multiple."""
 
     slide: Slide
     mpp: float
@@ -217,7 +216,7 @@ class _LazyImage:
 
 
 def _percentiles(slide: Slide, mpp: float, percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Grey levels at the percentiles over all channels of the slide's sample."""
+    """Gray levels at the percentiles over all channels of the slide's sample."""
     count = np.zeros(256, np.int64)
     for window in sample(slide, mpp):
         count += np.bincount(window.ravel(), minlength=256)
@@ -226,7 +225,7 @@ def _percentiles(slide: Slide, mpp: float, percentiles: tuple[float, float]) -> 
 
 
 def _nuclei(found: Mapping[str, NDArray[Any]], slide: Slide, mpp: float) -> gpd.GeoDataFrame:
-    """Outlines from StarDist's (n, 2, rays) y and x at the centres of pixels to full-resolution px."""
+    """Outlines from StarDist's (n, 2, rays) y and x at the centers of pixels to full-resolution px."""
     ring = (np.moveaxis(found["coord"], 1, 2)[..., ::-1] + 0.5) * (mpp / slide.mpp)
     polygons = shapely.polygons(ring) if len(ring) else np.empty(0, object)
     xy = shapely.get_coordinates(shapely.centroid(polygons))
@@ -235,28 +234,30 @@ def _nuclei(found: Mapping[str, NDArray[Any]], slide: Slide, mpp: float) -> gpd.
 
 
 def _check_folder(folder: Path) -> None:
-    """StarDist goes on with random weights where it finds none, so look first."""
+    """Refuse folders without weights, which StarDist would replace by random ones."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         axes, channels = config["axes"], config["n_channel_in"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: not a StarDist model folder (config.json: {error})") from error
+        raise InputError(
+            f"{folder}: not a StarDist model folder (config.json: {error}); give a folder with config.json and weights_best.h5"
+        ) from error
     if (axes, channels) != ("YXC", 3):
-        raise InputError(f"{folder}: a model for {channels} channel(s), axes {axes}; expected one for RGB images (YXC)")
+        raise InputError(f"{folder}: a model for {channels} channel(s), axes {axes}; give one for RGB images (YXC)")
     if not list(folder.glob("*.h5")):
-        raise InputError(f"{folder}: has no weights; expected weights_best.h5 beside config.json")
+        raise InputError(f"{folder}: has no weights; put weights_best.h5 next to config.json")
 
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Without what StarDist, csbdeep and Keras print: their remarks on block sizes and thresholds are for notebooks."""
+    """Suppress what StarDist, csbdeep and Keras print about block sizes and thresholds."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 @contextlib.contextmanager
 def _silent_libraries() -> Iterator[None]:
-    """Without what TensorFlow's libraries write to stderr while they load, before their log level counts."""
+    """Suppress what TensorFlow's libraries write to stderr while they load, regardless of TF_CPP_MIN_LOG_LEVEL."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:

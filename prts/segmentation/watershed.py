@@ -1,23 +1,25 @@
-"""Classical segmentation of nuclei: needs no weights, no download and no further package."""
+"""Classical segmentation of nuclei, without weights, downloads or extra packages."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import shapely
+from pydantic import Field
 from scipy import ndimage
 from skimage.color import hed_from_rgb
 from skimage.filters import threshold_otsu
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.io.nuclei import make_nuclei
 from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
 from prts.io.outlines import labels_to_polygons
 from prts.progress import track
+from prts.segmentation import segmenters
 from prts.segmentation.segment import blocks, owned, sample, without_doubles
 
 if TYPE_CHECKING:
@@ -26,34 +28,34 @@ if TYPE_CHECKING:
 
     from prts.io.slide import Slide
 
-# Rows of an image whose colours are looked up at once: few enough for a processor's cache.
+# Rows of an image whose colors are looked up at once: few enough for the processor's cache.
 _ROWS = 32
 # Gaussians are cut off at this many sigmas, which bounds how far a block sees.
 _TRUNCATE = 3.0
 
 
+@segmenters.register("watershed")
 @dataclass(frozen=True, kw_only=True)
 class Watershed:
-    """Haematoxylin by colour deconvolution, a local and a global threshold, seeded watershed.
+    """Hematoxylin by color deconvolution, a local and a global threshold, seeded watershed.
 
-    A pixel is nucleus where its smoothed haematoxylin (Ruifrok and Johnston's stain matrix, as in scikit-image) exceeds
-    both `floor` x Otsu's threshold over the slide's tissue, so that glass and pale tissue give nothing, and the mean
-    around it, which parts crowded nuclei. Seeds are the maxima of (distance to the mask's border) x (haematoxylin) that
-    stand out by a factor 1 / `split` from any saddle to a higher one, which is scale-free: large nuclei are not cut up.
-    The slide is worked in blocks whose surroundings reach as far as any filter; a nucleus belongs to the block that
-    holds its centroid, and the slide's one threshold holds in all blocks: no seams.
+    A pixel is nucleus if its smoothed hematoxylin (Ruifrok and Johnston's stain matrix, as in scikit-image) exceeds
+    both `floor` x Otsu's threshold over the slide's tissue, which excludes glass and pale tissue, and the mean
+    around it, which separates crowded nuclei. Seeds are the maxima of (distance to the mask's border) x (hematoxylin) that
+    exceed any saddle to a higher one by a factor 1 / `split`. This is scale-free: large nuclei are not split.
+    The slide is processed in blocks with margins as wide as the filters; a nucleus belongs to the block that
+    contains its centroid, and one threshold is used for the whole slide, so that blocks leave no seams.
 
-    The defaults were chosen while looking at the 78 images of `nuclei_dsb2018`: the score there is not one on unseen
-    images.
+    The defaults were chosen on the 78 images of `nuclei_dsb2018`, so the score on them is not one on unseen images.
 
     Parameters
     ----------
     mpp
         um/px to work at.
     smooth_um
-        Sigma of the Gaussian on haematoxylin.
+        Sigma of the Gaussian on hematoxylin.
     local_um
-        Sigma of the Gaussian that gives the mean around a pixel.
+        Sigma of the Gaussian for the mean around a pixel.
     floor
         Share of Otsu's threshold that a pixel must exceed.
     split
@@ -64,30 +66,27 @@ class Watershed:
         Largest side of a block, px at `mpp`.
     """
 
-    mpp: float = 0.5
-    smooth_um: float = 0.5
-    local_um: float = 10.0
-    floor: float = 0.85
-    split: float = 0.88
-    min_area_um2: float = 10.0
-    max_area_um2: float = 400.0
-    block_px: int = 2048
-    advice: ClassVar[str] = "lower segmentation.floor or segmentation.min_area_um2"
+    mpp: Annotated[float, Field(gt=0)] = 0.5
+    smooth_um: Annotated[float, Field(gt=0)] = 0.5
+    local_um: Annotated[float, Field(gt=0)] = 10.0
+    floor: Annotated[float, Field(gt=0)] = 0.85
+    split: Annotated[float, Field(gt=0, lt=1)] = 0.88
+    min_area_um2: Annotated[float, Field(gt=0)] = 10.0
+    max_area_um2: Annotated[float, Field(gt=0)] = 400.0
+    block_px: Annotated[int, Field(ge=64)] = 2048
+    name: ClassVar[str]
+    extra: ClassVar[str | None] = None
+    hint: ClassVar[str] = "lower `floor` or `min_area_um2` of the segmenter"
 
     def __post_init__(self) -> None:
-        for key in ("mpp", "smooth_um", "local_um", "floor", "min_area_um2"):
-            if not getattr(self, key) > 0:
-                raise InputError(f"segmentation.{key}={getattr(self, key)}: must be greater than 0")
-        if not 0 < self.split < 1:
-            raise InputError(f"segmentation.split={self.split}: must lie between 0 and 1")
         if not self.max_area_um2 > self.min_area_um2:
-            raise InputError(f"segmentation.max_area_um2={self.max_area_um2}: must exceed min_area_um2")
-        if self.block_px < 64:
-            raise InputError(f"segmentation.block_px={self.block_px}: must be at least 64")
+            raise ParameterError(
+                "segmenter", "max_area_um2", f"{self.max_area_um2:g} must exceed `min_area_um2`; raise it"
+            )
 
     def settings(self) -> dict[str, Any]:
         """All parameters."""
-        return {"name": "watershed", **asdict(self)}
+        return {"name": self.name, **asdict(self)}
 
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
         """Nuclei of the slide; `score` is unknown."""
@@ -95,7 +94,7 @@ class Watershed:
         if threshold is None:
             return make_nuclei([], slide.mpp, source=str(slide.path))
         width, height = slide.size_at(self.mpp)
-        # As far as the local mean reaches, and then the largest nucleus.
+        # the reach of the local mean plus the largest nucleus
         margin = round((_TRUNCATE * self.local_um + 2 * np.sqrt(self.max_area_um2 / np.pi)) / self.mpp)
         found, block_of = [np.empty(0, object)], [np.empty(0, np.intp)]
         grid = blocks(width, height, self.block_px)
@@ -114,7 +113,7 @@ class Watershed:
         return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=str(slide.path))
 
     def _threshold(self, slide: Slide) -> float | None:
-        """The least haematoxylin of a nucleus, from the slide's tissue; None where it has none."""
+        """The hematoxylin threshold of the slide, from its tissue; None if it has no tissue."""
         tissue = []
         for window in sample(slide, self.mpp):
             tissue.append(self._haematoxylin(window)[_optical_density(window) > GLASS_OD])
@@ -127,7 +126,7 @@ class Watershed:
         return _gaussian(haematoxylin(rgb), self.smooth_um / self.mpp)
 
     def _labels(self, rgb: NDArray[np.uint8], threshold: float) -> NDArray[np.int32]:
-        """Labels of one block with its surroundings."""
+        """Labels of one block with its margin."""
         stain = self._haematoxylin(rgb)
         mask = (stain > threshold) & (_optical_density(rgb) > GLASS_OD)
         if mask.any():
@@ -135,7 +134,7 @@ class Watershed:
             mask = ndimage.binary_opening(mask)
         if not mask.any():
             return np.zeros(mask.shape, np.int32)
-        # Pale centres of vesicular nuclei are filled; the lumen of a ring of nuclei is not.
+        # pale centers of vesicular nuclei are filled, the lumen of a ring of nuclei is not
         hole, _ = ndimage.label(~mask)
         pale_centre = np.bincount(hole.ravel()) * self.mpp**2 <= 0.1 * self.max_area_um2
         pale_centre[0] = False
@@ -143,7 +142,7 @@ class Watershed:
         smooth = 0.75 / self.mpp
         depth = _gaussian(ndimage.distance_transform_edt(mask), smooth)[mask]
         stain = _gaussian(stain, smooth)[mask]
-        # In logarithms a ratio between peak and saddle is a height.
+        # in logarithms a ratio between peak and saddle is a height
         relief = np.full(mask.shape, -10.0)
         relief[mask] = np.log(np.maximum(depth, 0.5)) + np.log(np.maximum(stain / threshold, 0.1))
         height = -np.log(self.split)
@@ -173,7 +172,7 @@ def _optical_density(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _sum_over_channels(rgb: NDArray[np.uint8], tables: NDArray[Any]) -> NDArray[np.float32]:
-    """The sum of what three tables, (3, 256), say of a pixel's grey levels, a few rows at a time."""
+    """Look up each channel's gray levels in its table, (3, 256), and sum them, a few rows at a time."""
     out = np.empty(rgb.shape[:2], np.float32)
     for start in range(0, len(rgb), _ROWS):
         window = rgb[start : start + _ROWS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -236,21 +236,27 @@ def _add_structures(
                 continue
             at = apart.index(True)
             placed.append((float(rows[at]), float(cols[at]), radius))
-            _add_structure(domain, lumen, outline, int(rows[at]), int(cols[at]), radius, kind, wall * scale, rng)
+            disc = _Disc(int(rows[at]), int(cols[at]), radius, kind, wall * scale)
+            _add_structure(domain, lumen, outline, disc, rng)
+
+
+class _Disc(NamedTuple):
+    row: int
+    col: int
+    radius: float  # um
+    kind: int
+    wall: float  # um; 0: solid
 
 
 def _add_structure(
     domain: NDArray[np.int8],
     lumen: NDArray[np.int8],
     outline: NDArray[np.bool_],
-    row: int,
-    col: int,
-    radius: float,
-    kind: int,
-    wall: float,
+    disc: _Disc,
     rng: np.random.Generator,
 ) -> None:
     """Draw a lobed disc of a domain, hollow if it has a wall."""
+    row, col, radius, kind, wall = disc
     reach = int(radius * 1.6 / GRID_UM) + 2
     window = (slice(max(row - reach, 0), row + reach + 1), slice(max(col - reach, 0), col + reach + 1))
     rows, cols = np.ogrid[window[0].start : window[0].stop, window[1].start : window[1].stop]

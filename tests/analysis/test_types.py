@@ -15,7 +15,7 @@ def test_the_classifier_gives_the_type_with_the_largest_likelihood() -> None:
     rng = np.random.default_rng(0)
     kind = rng.integers(0, 3, 600)
     names = pd.Series(np.array(["a", "b", "c"], dtype=object)[kind])
-    names[:50] = None  # without a type: not learnt from
+    names[:50] = None  # without a type: not used for training
     counts = rng.poisson(PROFILE[kind])
     counts[:50] = [0, 0, 0, 90]
     classifier = TypeClassifier(counts, names)

@@ -1,4 +1,4 @@
-"""One small section, a bundle and a prediction of it, and a way to ask a command and see what it says and leaves behind."""
+"""A small section, a bundle and a prediction, and fixtures that run commands and check their message and output."""
 
 from __future__ import annotations
 
@@ -31,9 +31,16 @@ from prts.simulate.section import BINS, simulate_section
 Ask = Callable[..., tuple[int, str]]
 
 
+def pytest_itemcollected(item: pytest.Function) -> None:
+    """Of tests marked as sampled, run only the first value of the named parameters by default."""
+    for mark in item.iter_markers("sampled"):
+        if any(item.callspec.indices[name] for name in mark.args):
+            item.add_marker(pytest.mark.nightly)
+
+
 @dataclass(frozen=True)
 class World:
-    """Sound files; a case spoils a copy of one of them."""
+    """Valid files; tests damage copies of them."""
 
     section: Path
     image: Path
@@ -44,7 +51,7 @@ class World:
     mpp: float = 0.5
 
     def copy(self, source: Path, folder: Path) -> Path:
-        """A copy that a case may spoil."""
+        """A copy that a test may damage."""
         target = folder / source.name
         if source.is_dir():
             shutil.copytree(source, target)
@@ -143,7 +150,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, ask: Ask) -> World:
 
 @pytest.fixture
 def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`classical` in a hundredth of the time: a few numbers from each tile, the rest 0."""
+    """`classical` in a hundredth of the time: a few numbers per tile, the rest 0."""
     from prts.features.encoders import Classical
 
     def encode(self: Classical, tiles: np.ndarray, polygons: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +164,7 @@ def quick_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tissue(world: World, tmp_path: Path) -> list[str]:
-    """Arguments of `prepare` and `train` for a tissue of one small section, to be predicted from itself."""
+    """Arguments of `prepare` and `train` for a tissue in which one small section has all roles."""
     bins = world.section / BINS
     section = f"{{image: '{world.image}', bins: '{bins}', nuclei: '{world.nuclei}'}}"
     (tmp_path / "configs" / "tissue").mkdir(parents=True)
@@ -170,13 +177,13 @@ def tissue(world: World, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def training(tissue: list[str]) -> list[str]:
-    """Arguments of `train` alone."""
+    """Arguments of `train`."""
     return [*tissue, "trainer.max_epochs=3", "trainer.accelerator=cpu", "evaluation.bootstrap=3", "report=false"]
 
 
 @pytest.fixture
 def predict(ask: Ask, world: World, tmp_path: Path) -> Ask:
-    """`predict` on the sound section, some of its arguments replaced; asserts that a refusal leaves nothing at `out`."""
+    """Run `predict` on the valid section with some arguments replaced; a refusal must not leave anything at `out`."""
 
     def run(*choices: str, **values: Any) -> tuple[int, str]:
         given: dict[str, Any] = {
@@ -200,7 +207,7 @@ def predict(ask: Ask, world: World, tmp_path: Path) -> Ask:
 
 @pytest.fixture
 def evaluate(ask: Ask, world: World, tmp_path: Path) -> Ask:
-    """`evaluate` of the sound prediction on the sound section, some of its arguments replaced; a refusal leaves no `out`."""
+    """Run `evaluate` on the valid files with some arguments replaced; a refusal must not leave `out`."""
 
     def run(*choices: str, **values: Any) -> tuple[int, str]:
         given: dict[str, Any] = {
@@ -222,13 +229,13 @@ def evaluate(ask: Ask, world: World, tmp_path: Path) -> Ask:
 
 @pytest.fixture
 def section(world: World, tmp_path: Path) -> Path:
-    """A copy of the section to spoil."""
+    """A copy of the section."""
     return world.copy(world.section, tmp_path)
 
 
 @pytest.fixture
 def matrix(section: Path) -> Path:
-    """Its matrix of bins."""
+    """The matrix of its bins."""
     return section / BINS / "filtered_feature_bc_matrix.h5"
 
 
@@ -239,33 +246,30 @@ def pixels(world: World) -> np.ndarray:
 
 
 def cut(path: Path, share: float) -> None:
-    """Keep this share of a file."""
+    """Truncate a file to a share of its size."""
     data = path.read_bytes()
     path.write_bytes(data[: int(share * len(data))])
 
 
 SPOILT: dict[str, Callable[[Path], object]] = {
+    "nine tenths": lambda path: cut(path, 0.9),  # an interrupted download
     "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "a tenth": lambda path: cut(path, 0.1),
-    "nine tenths": lambda path: cut(path, 0.9),
     "text": lambda path: path.write_text("this is something else altogether\n" * 50),
     "noise": lambda path: path.write_bytes(np.random.default_rng(0).bytes(5000)),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
 }
 
 
-_TYPICAL = "nine tenths"  # an interrupted download
-
-
-@pytest.fixture(params=[name if name == _TYPICAL else pytest.param(name, marks=pytest.mark.nightly) for name in SPOILT])
+@pytest.fixture(params=SPOILT)
 def spoil(request: pytest.FixtureRequest) -> Callable[[Path], object]:
-    """Each way to spoil a file of any kind; the default run uses one of them."""
+    """Each way to damage a file of any kind; mark tests as sampled("spoil")."""
     return SPOILT[request.param]
 
 
 def refused(answer: tuple[int, str], *words: str) -> None:
-    """Exit 2 and one line with these words."""
+    """Assert exit status 2 and one line that contains these words."""
     status, line = answer
     assert status == 2, answer
     assert "\n" not in line
@@ -275,5 +279,5 @@ def refused(answer: tuple[int, str], *words: str) -> None:
 
 @pytest.fixture(name="refused")
 def refused_fixture() -> Callable[..., None]:
-    """Asserts exit 2 and one line with these words."""
+    """Function that asserts exit status 2 and one line that contains some words."""
     return refused

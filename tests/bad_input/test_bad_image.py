@@ -1,4 +1,4 @@
-"""Wrong and unusual images and nuclei, and what a second person may hand over."""
+"""Wrong and unusual images and nuclei."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def save(path: Path, pixels: np.ndarray, **how: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["slide.tif", "slide.png", pytest.param("slide.jpg", marks=pytest.mark.nightly)])
-def test_a_spoilt_image_is_named(
+@pytest.mark.sampled("spoil")
+@pytest.mark.parametrize("name", ["slide.tif", "slide.png", "slide.jpg"])
+def test_a_damaged_image_is_named(
     predict: Ask, pixels: np.ndarray, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], name: str
 ) -> None:
     path = save(tmp_path / name, pixels)
@@ -49,7 +50,7 @@ WRONG_PIXELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, Any]
     "one row": (lambda p: p[:1], {}, "shows no tissue"),
     "dark": (lambda p: p // 12, {}, "is dark"),
     "white": (lambda p: np.full_like(p, 255), {}, "shows no tissue"),
-    "green and blue exchanged": (lambda p: p[..., [1, 0, 2]], {}, "is not coloured like H&E"),
+    "green and blue exchanged": (lambda p: p[..., [1, 0, 2]], {}, "does not have the colors of H&E"),
 }
 
 
@@ -93,6 +94,7 @@ UNUSUAL_PIXELS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], dict[str, An
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", UNUSUAL_PIXELS)
 def test_unusual_pixels_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, case: str) -> None:
     change, how = UNUSUAL_PIXELS[case]
@@ -104,21 +106,17 @@ def test_unusual_pixels_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, c
     assert np.abs(read - wanted).max() <= 1
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "größe, it's {x}=[y]",
-        *(pytest.param(n, marks=pytest.mark.nightly) for n in ("with space", "a,b", "x=y", "北", "[brackets]", "{x}")),
-    ],
-)
-def test_odd_paths_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, name: str) -> None:
+@pytest.mark.sampled("name")
+@pytest.mark.parametrize("name", ["größe, it's {x}=[y]", "with space", "a,b", "x=y", "北", "[brackets]", "{x}"])
+def test_unusual_paths_work(predict: Ask, pixels: np.ndarray, tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     path = save(tmp_path / name / f"{name}.tif", pixels)
     assert predict(image=path, out=tmp_path / name / f"{name} slide.h5ad") == (0, "")
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("suffix", [".geojson", ".geojson.gz", ".parquet", ".shp", ".csv", ".tif"])
-def test_spoilt_nuclei_are_named(
+def test_damaged_nuclei_are_named(
     predict: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], suffix: str
 ) -> None:
     nuclei = load_nuclei(world.nuclei)
@@ -156,6 +154,7 @@ WRONG_NUCLEI: dict[str, tuple[Callable[[gpd.GeoDataFrame], gpd.GeoDataFrame], st
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_NUCLEI)
 def test_wrong_nuclei_are_refused(predict: Ask, world: Any, tmp_path: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_NUCLEI[case]
@@ -187,7 +186,7 @@ def test_a_label_image_of_another_kind_is_refused(
         refused(predict(nuclei=tmp_path / "labels.tif"), "labels.tif", words)
 
 
-def test_a_polygon_that_crosses_itself_is_mended(predict: Ask, world: Any, tmp_path: Path) -> None:
+def test_a_polygon_that_crosses_itself_is_repaired(predict: Ask, world: Any, tmp_path: Path) -> None:
     nuclei = load_nuclei(world.nuclei)
     x, y = nuclei.geometry.iloc[0].centroid.coords[0]
     bow = shapely.Polygon([(x, y), (x + 20, y + 20), (x + 20, y), (x, y + 20)])
@@ -197,31 +196,30 @@ def test_a_polygon_that_crosses_itself_is_mended(predict: Ask, world: Any, tmp_p
     assert predict(nuclei=tmp_path / "nuclei.parquet") == (0, "")
 
 
-@pytest.mark.parametrize(
-    "picture",
-    [
-        "immunohistochemistry",
-        *(pytest.param(p, marks=pytest.mark.nightly) for p in ("astronaut", "coffee", "chelsea", "retina")),
-    ],
-)
+@pytest.mark.sampled("picture")
+@pytest.mark.parametrize("picture", ["immunohistochemistry", "astronaut", "coffee", "chelsea", "retina"])
 def test_a_photograph_or_another_stain_is_refused(predict: Ask, tmp_path: Path, refused: Refused, picture: str) -> None:
     import skimage.data
 
     path = save(tmp_path / "holiday.jpg", getattr(skimage.data, picture)())
-    refused(predict("segmentation=watershed", image=path), "holiday.jpg: is not coloured like H&E", "check_image=false")
+    refused(
+        predict("segmentation=watershed", image=path),
+        "holiday.jpg: does not have the colors of H&E",
+        "`check_image` option",
+    )
 
 
-def test_a_grey_image_is_predicted_with_a_warning(
+def test_a_gray_image_is_predicted_with_a_warning(
     predict: Ask, pixels: np.ndarray, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert predict("segmentation=watershed", image=save(tmp_path / "colour.png", pixels)) == (0, "")
-    assert "is grey" not in caplog.text
+    assert "is gray" not in caplog.text
     grey = save(tmp_path / "grey.png", pixels.mean(axis=2).astype(np.uint8))
     assert predict("segmentation=watershed", image=grey) == (0, "")
-    assert "grey.png: is grey" in caplog.text
+    assert "grey.png: is gray" in caplog.text
 
 
-def test_a_text_that_calls_itself_a_slide_is_refused(predict: Ask, tmp_path: Path, refused: Refused) -> None:
+def test_a_text_named_svs_is_refused(predict: Ask, tmp_path: Path, refused: Refused) -> None:
     (tmp_path / "slide.svs").write_text("to be sent with the next post\n" * 9)
     refused(predict(image=tmp_path / "slide.svs"), "slide.svs: not an image, or damaged", "SVS, NDPI")
 
@@ -236,7 +234,7 @@ def test_fluorescence_is_refused(predict: Ask, pixels: np.ndarray, tmp_path: Pat
 
 @pytest.mark.nightly
 def test_a_huge_white_image_is_refused_in_bounded_memory(predict: Ask, tmp_path: Path, refused: Refused) -> None:
-    """40,000 x 40,000 px, 11.2 GB while it is decoded, in a file of a few MB."""
+    """40,000 x 40,000 px, 11.2 GB decoded, in a file of a few MB."""
     import resource
 
     path = tmp_path / "blank.tif"

@@ -1,4 +1,4 @@
-"""Wrong bundles, predictions, weights, gene lists, tissue configs and arguments; files that may not be read."""
+"""Wrong bundles, predictions, weights, gene lists, tissue configs and arguments; files without permissions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ Ask = Callable[..., tuple[int, str]]
 Refused = Callable[..., None]
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
-def test_a_spoilt_bundle_is_named(
+def test_a_damaged_bundle_is_named(
     predict: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object], name: str
 ) -> None:
     model = world.copy(world.bundle, tmp_path)
@@ -53,6 +54,7 @@ WRONG_BUNDLE: dict[str, tuple[Any, str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_BUNDLE)
 def test_a_wrong_bundle_is_refused(predict: Ask, world: Any, tmp_path: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_BUNDLE[case]
@@ -62,9 +64,7 @@ def test_a_wrong_bundle_is_refused(predict: Ask, world: Any, tmp_path: Path, ref
     refused(predict(bundle=model), words)
 
 
-def test_doctor_says_what_is_wrong_with_a_bundle(
-    world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_reports_a_damaged_bundle(world: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = world.copy(world.bundle, tmp_path)
     (model / "model.safetensors").unlink()
     assert main(["doctor", f"bundle={model}"]) == 2
@@ -73,7 +73,8 @@ def test_doctor_says_what_is_wrong_with_a_bundle(
     assert "no such file; a bundle holds model.json" in " ".join(said.out.split())  # the table wraps its lines
 
 
-def test_a_spoilt_prediction_is_named(
+@pytest.mark.sampled("spoil")
+def test_a_damaged_prediction_is_named(
     evaluate: Ask, world: Any, tmp_path: Path, refused: Refused, spoil: Callable[[Path], object]
 ) -> None:
     prediction = world.copy(world.prediction, tmp_path)
@@ -92,6 +93,7 @@ WRONG_PREDICTION: dict[str, tuple[Callable[[ad.AnnData], object], str]] = {
 }
 
 
+@pytest.mark.sampled("case")
 @pytest.mark.parametrize("case", WRONG_PREDICTION)
 def test_a_wrong_prediction_is_refused(evaluate: Ask, world: Any, tmp_path: Path, refused: Refused, case: str) -> None:
     change, words = WRONG_PREDICTION[case]
@@ -121,7 +123,7 @@ def test_a_prediction_without_its_polygons_is_refused(
     refused(evaluate(prediction=path), "slide.nuclei.parquet" if "slide" in path.name else "nuclei.parquet")
 
 
-def test_out_must_be_a_place_for_the_result(predict: Ask, evaluate: Ask, tmp_path: Path, refused: Refused) -> None:
+def test_out_must_be_writable_for_the_result(predict: Ask, evaluate: Ask, tmp_path: Path, refused: Refused) -> None:
     refused(predict(out=tmp_path / "slide.h5"), "does not end in .h5ad")
     (tmp_path / "x" / "folder.h5ad").mkdir(parents=True)
     refused(predict(out=tmp_path / "x" / "folder.h5ad"), "is a folder")
@@ -131,14 +133,15 @@ def test_out_must_be_a_place_for_the_result(predict: Ask, evaluate: Ask, tmp_pat
 
 
 class Payload:
-    """What a malicious checkpoint would run."""
+    """Code in a malicious checkpoint."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("pickled-code-ran",)
 
 
+@pytest.mark.sampled("spoil")
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_spoilt_weights_are_named(tmp_path: Path, spoil: Callable[[Path], object], name: str) -> None:
+def test_damaged_weights_are_named(tmp_path: Path, spoil: Callable[[Path], object], name: str) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / name
@@ -167,7 +170,7 @@ def test_a_wrong_gene_list_is_refused(tmp_path: Path, text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_gene_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_gene_list_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "genes.txt").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "genes.txt", tmp_path, tmp_path / "nowhere.txt"):
         with pytest.raises(InputError, match=r"cannot be read|not UTF-8"):
@@ -176,13 +179,13 @@ def test_a_gene_list_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 TISSUE = "name: mine\nspecies: human\nsections: {s1: {image: a.tif, bins: b}}\ntrain: [s1]\nval: []\ntest: []\n"
 WRONG_TISSUE = {
-    "unknown species": (TISSUE.replace("human", "dog"), "species: 'dog'"),
+    "unknown species": (TISSUE.replace("human", "dog"), "tissue.species"),
     "no such section": (TISSUE.replace("train: [s1]", "train: [s2]"), "'s2' is not a section"),
     "two roles": (TISSUE.replace("val: []", "val: [s1]"), "give each section one role"),
     "unknown key": (TISSUE.replace("bins: b", "bins: b, imag: c"), "imag: no such key, did you mean 'image'"),
     "text um/px": (TISSUE.replace("bins: b", "bins: b, mpp: half"), "mpp"),
     "no bins": (TISSUE.replace(", bins: b", ""), "bins: is required"),
-    "a name for a list": (TISSUE.replace("train: [s1]", "train: s1"), "must be a list"),
+    "a name for a list": (TISSUE.replace("train: [s1]", "train: s1"), "give a list"),
     "not YAML": (TISSUE.replace("train: [s1]", "train: [s1"), "mine"),
     "code": (TISSUE.replace("name: mine", "name: !!python/object/apply:os.mkdir [yaml-code-ran]"), "mine"),
 }
@@ -223,7 +226,7 @@ def test_wrong_arguments_of_simulate_are_refused(
 
 @contextmanager
 def as_nobody() -> Iterator[None]:
-    """Be a user who may do little: root is denied nothing. In this process: a fork of one that has used OpenMP may never end."""
+    """Become a user without permissions, within this process: a fork after OpenMP may never end."""
     user, groups = pwd.getpwnam("nobody"), os.getgroups()
     os.setgroups([])
     os.setegid(user.pw_gid)
@@ -240,7 +243,7 @@ def as_nobody() -> Iterator[None]:
 @pytest.mark.parametrize(
     "what", ["image", "nuclei", "bundle/model.json", "bundle/model.safetensors", "bundle", "out", "cache"]
 )
-def test_what_may_not_be_read_or_written_is_named(ask: Ask, world: Any, what: str) -> None:
+def test_missing_permissions_are_named(ask: Ask, world: Any, what: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         root.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Commands on a disk that fills up, wherever that happens: one line, nothing damaged, and the same command works once there is room."""
+"""Commands on a disk that fills up: one line, nothing damaged, and the same command works once there is space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass
 class Disk:
-    """A small disk of its own. `leave` fills it up to some room, `clear` makes room again."""
+    """A small disk. `leave` fills it except for some space, `clear` frees it again."""
 
     root: Path
 
@@ -37,11 +37,11 @@ class Disk:
         (self.root / "ballast").unlink()
 
     def taken(self) -> int:
-        """Bytes of all files, as pages."""
+        """Size of all files in whole pages."""
         return sum(-(-len(content) // 4096) * 4096 for content in self.files().values())
 
     def files(self) -> dict[str, bytes]:
-        """What lies there, but for locks."""
+        """Contents of all files except locks."""
         found = (path for path in self.root.rglob("*") if path.is_file())
         return {
             str(path.relative_to(self.root)): path.read_bytes()
@@ -73,9 +73,9 @@ def fills_up(
     *,
     anew: bool = True,
 ) -> None:
-    """Run undisturbed; then with room for some shares of what that took; then with room enough again.
+    """Run undisturbed, then with space for a share of the output, then with enough space again.
 
-    `may_stay` is in the names of finished parts that a run goes on from; without `anew`, each run goes on from the one before.
+    `may_stay` is part of the names of finished files from which a run resumes; without `anew`, each run resumes from the previous one.
     """
     assert command() == (0, "")
     whole = disk.files()
@@ -125,7 +125,7 @@ def test_report(disk: Disk, ask: Ask, world: Any) -> None:
 
 @pytest.fixture
 def say(capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, str]]:
-    """Run a command as the command line does; gives the exit status and all of stderr."""
+    """Run a command like the command line; returns the exit status and stderr."""
 
     def run(arguments: list[str]) -> tuple[int, str]:
         capfd.readouterr()
@@ -150,9 +150,9 @@ def test_train(disk: Disk, say: Any, training: list[str], tmp_path: Path, quick_
     def train() -> tuple[int, str]:
         answer = say([*command, *(["resume=true"] if run.exists() else [])])
         if answer[0] == 0:
-            for path in (run / ".hydra", run / "csv"):  # the command, and curves that begin where it went on
+            for path in (run / ".hydra", run / "csv"):  # the command, and curves that start where it resumed
                 shutil.rmtree(path)
-            # the time, seconds, and whether it went on
+            # contain times, or whether it resumed
             for path in (
                 *run.glob("figures/training.*"),
                 *(run / n for n in ("train.log", "metrics.json", "config.yaml")),

@@ -1,4 +1,4 @@
-"""A few of the broken files for every reader of which `benchmarks/fuzz.py` tries ten thousands."""
+"""A few broken files for every reader; `benchmarks/fuzz.py` tries ten thousands."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_any_file_is_read_or_refused_in_one_line(readers: dict, name: str, tmp_p
     for seed in reader.seeds:
         assert trial(seed) == ("accepted", "")
 
-    # the same inputs in every run: what new ones find belongs into the benchmark, not into somebody's pull request
+    # the same inputs in every run: new findings belong to the benchmark, not to an unrelated pull request
     @settings(
         max_examples=EXAMPLES,
         derandomize=True,
@@ -56,7 +56,7 @@ def test_any_file_is_read_or_refused_in_one_line(readers: dict, name: str, tmp_p
     check()
 
 
-def test_a_finding_is_seen(readers: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finding_is_reported(readers: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Trial(readers["panel"], tmp_path)
     monkeypatch.setattr("prts.io.gene_list.json.loads", lambda text: text.no_such_thing)
     assert trial(b"[]")[0].startswith("AttributeError gene_list.py:")

@@ -1,4 +1,4 @@
-"""A cache that others read-protect, delete, or use at the same time."""
+"""A cache that is read-only, deleted, or used by several processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 class Deletes(logging.Handler):
-    """Deletes a folder when the k-th line is logged."""
+    """Delete a folder when the k-th line is logged."""
 
     def __init__(self, folder: Path, k: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("command", ["prepare", pytest.param("train", marks=pytest.mark.nightly)])
-def test_a_cache_that_is_deleted_midway(
+def test_a_cache_deleted_midway(
     command: str,
     tissue: list[str],
     training: list[str],
@@ -52,7 +52,7 @@ def test_a_cache_that_is_deleted_midway(
     capfd: pytest.CaptureFixture[str],
     quick_encoder: None,
 ) -> None:
-    """Whenever it happens: one line and exit 2, or the run ends well; and the next run ends with what there would have been."""
+    """Either one line and exit status 2, or the run succeeds; the next run ends like an undisturbed one."""
     cache, run = tmp_path / "cache", tmp_path / "run"
     given = [command, *(tissue if command == "prepare" else training), f"paths.cache_dir={cache}"]
     given += [f"hydra.run.dir={run}"] if command == "train" else []
@@ -84,14 +84,14 @@ def test_a_cache_that_is_deleted_midway(
         assert main(given) == 0
         assert contents(cache) == whole
         assert not weights or (run / "model" / "model.safetensors").read_bytes() == weights
-    assert command == "train" or 2 in ended  # or nothing was missed anywhere
+    assert command == "train" or 2 in ended  # else no deletion had any effect
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, or mount")
 def test_a_read_only_cache(
     tissue: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], quick_encoder: None
 ) -> None:
-    """What is up to date is used; what has to be made is refused in one line."""
+    """Files that are up to date are used; missing ones are refused in one line."""
     cache = tmp_path / "cache"
     cache.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(cache)], capture_output=True).returncode:
@@ -113,7 +113,7 @@ def test_a_read_only_cache(
 
 
 def test_a_stage_leaves_torch_its_threads(tmp_path: Path) -> None:
-    """Weights depend on their number, and must not depend on whether a stage was run or found done."""
+    """Weights depend on the number of threads, which must not depend on whether a stage was run or skipped."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -123,7 +123,7 @@ def test_a_stage_leaves_torch_its_threads(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
-# Everything is imported once; then four processes that are forked from here prepare at once, the first of which may be killed.
+# Imports everything once, then forks processes that prepare at the same time; the first one may be killed.
 CROWD = """
     import os, signal, sys, time
     from pathlib import Path
@@ -171,5 +171,5 @@ def test_four_processes_on_one_cache(kill: str, tissue: list[str], tmp_path: Pat
     ended, log = crowd(4, kill, tmp_path / "crowd")
     assert ended == ("[0, 0, 0, 0]" if kill == "spare" else "[-9, 0, 0, 0]")
     assert contents(tmp_path / "crowd") == contents(tmp_path / "alone")
-    if kill == "spare":  # each stage was done by one
+    if kill == "spare":  # each stage was built by one process
         assert log.count("a: bins to nuclei") == 1 and log.count("gene panel from the training nuclei") == 1

@@ -135,7 +135,7 @@ def test_a_prediction_alone_is_clustered_and_its_markers_tested(folder: Path, tm
         (["section={tmp}/nowhere"], "no such folder"),
         (["section={tmp}/damaged"], "truth.h5ad: not HDF5, or damaged"),
         (["visium={tmp}"], "expected the `outs` folder of a Visium run"),
-        (["figures=[gif]"], "choose from png, pdf and svg"),
+        (["figures=[gif]"], "figures: ['gif'] is not accepted; give a list, each png"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_nothing(

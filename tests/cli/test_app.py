@@ -196,8 +196,8 @@ def test_every_tissue_and_ablation_composes(tissue, ablation):
 
 def test_a_choice_on_the_command_line_wins_over_the_tissue():
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        assert compose("train", ["tissue=demo"]).segmentation._target_.endswith("Watershed")
-        assert compose("train", ["tissue=demo", "segmentation=stardist"]).segmentation._target_.endswith("StarDist")
+        assert compose("train", ["tissue=demo"]).segmentation.name == "watershed"
+        assert compose("train", ["tissue=demo", "segmentation=stardist"]).segmentation.name == "stardist"
 
 
 def test_missing_data_names_the_download(tmp_path, capsys):

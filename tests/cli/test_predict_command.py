@@ -29,7 +29,7 @@ from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 from prts.preprocess.artefacts import KINDS
-from prts.preprocess.stain import sample_slides, statistics
+from prts.preprocess.stains.base import sample_slides, statistics
 from prts.section import open_section
 from prts.segmentation.watershed import Watershed
 from prts.simulate.section import simulate_section
@@ -99,7 +99,9 @@ def test_the_segmenter_of_training_is_made_again_or_refused_in_one_line() -> Non
 
     segmenter, prefer_given = _segmenter(config(), trained(mpp=0.25))
     assert segmenter == Watershed(mpp=0.25) and not prefer_given
-    with pytest.raises(InputError, match=r"model: segmentation\.arguments .*'depth'.*segmentation=stardist") as caught:
+    with pytest.raises(
+        InputError, match=r"model: its segmenter cannot be built .*depth.*segmentation=stardist"
+    ) as caught:
         _segmenter(config(), trained(depth=3))
     assert "\n" not in str(caught.value)
 
@@ -107,7 +109,7 @@ def test_the_segmenter_of_training_is_made_again_or_refused_in_one_line() -> Non
 def test_auto_is_stardist_but_for_given_nuclei() -> None:
     auto, stardist = (dict(config(f"segmentation={name}").segmentation) for name in ("auto", "stardist"))
     assert (auto.pop("prefer_given"), stardist.pop("prefer_given")) == (True, False)
-    assert auto == stardist and auto["_target_"].endswith("StarDist")
+    assert auto == stardist and auto["name"] == "stardist"
 
 
 def test_a_device_that_is_not_there_is_refused_before_any_work(

@@ -11,5 +11,5 @@ def test_a_region_is_four_numbers(region, tmp_path, capsys):
     assert run("report", arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "must be four numbers" in error
+    assert "give [x0,y0,x1,y1] in full-resolution px" in error
     assert not (tmp_path / "report").exists()

@@ -52,12 +52,22 @@ def test_a_file_becomes_rows_of_key_default_and_comment(tmp_path: Path) -> None:
 def test_every_group_and_option_is_in_the_reference() -> None:
     reference = config_reference()
 
-    for path in (ROOT / "configs").glob("*/*.yaml"):
+    for path in (ROOT / "configs").glob("*/[!_]*.yaml"):
         assert f"### `{path.parent.name}={path.stem}`" in reference, path
     for path in (ROOT / "configs").glob("*.yaml"):
         assert f"### `prts {path.stem}`" in reference, path
     groups = {path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")}
     assert groups == set(GROUPS), "describe each group in docs/_ext/generated_reference.py"
+
+
+def test_an_option_shows_what_it_shares_with_others() -> None:
+    _, _, rest = config_reference().partition("### `encoder=vit256`")
+    option, _, _ = rest.partition("###")
+
+    assert "Builds the encoder registered as `vit256`." in option
+    assert "| `checkpoint_key` | `teacher` |" in option and option.count("`checkpoint_key`") == 1
+    assert "| `stride` | `128` |" in option
+    assert "_token" not in option
 
 
 def test_a_bar_in_a_comment_does_not_split_its_cell() -> None:

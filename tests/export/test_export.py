@@ -15,6 +15,7 @@ import tifffile
 
 from prts.cli.app import run
 from prts.errors import InputError
+from prts.export.pipeline import export_prediction
 from prts.export.source import open_prediction
 from prts.export.tables import write_csv
 from prts.io.nuclei import read_nuclei
@@ -189,10 +190,17 @@ def test_a_large_prediction_is_never_dense_at_once(tmp_path):
     assert sum(1 for _ in (tmp_path / "t.csv").open()) == n + 1
 
 
+def test_export_is_a_function_of_plain_arguments(prediction, tmp_path):
+    out = export_prediction(prediction.path, tmp_path / "t.csv", format="csv", genes=["Mbp"])
+    assert pd.read_csv(out).columns.tolist()[6:] == ["Mbp"]
+    with pytest.raises(InputError, match="format: geojsn is unknown, did you mean 'geojson'"):
+        export_prediction(prediction.path, tmp_path / "q", format="geojsn")
+
+
 @pytest.mark.parametrize(
     ("form", "more", "words"),
     [
-        ("geojsn", [], ["format: geojsn", "did you mean 'geojson'"]),
+        ("geojsn", [], ["format: 'geojsn' is not accepted", "geojson"]),
         ("csv", ["genes=[Plp2]"], ["Plp2", "did you mean 'Plp1'"]),
         ("geojson", ["classification=leiden"], ["classification: leiden", "area_um2"]),
         ("csv", ["prediction=nowhere.h5ad"], ["nowhere.h5ad: no such file"]),
@@ -275,5 +283,5 @@ def test_polygons_of_one_id_twice_are_refused(tmp_path):
     write_prediction(tmp_path / "p.h5ad")
     polygons = gpd.read_parquet(nuclei_path(tmp_path / "p.h5ad"))
     polygons.assign(cell_id="a").to_parquet(nuclei_path(tmp_path / "p.h5ad"))
-    with pytest.raises(InputError, match="does not hold unique ids"):
+    with pytest.raises(InputError, match="does not contain unique ids"):
         open_prediction(tmp_path / "p.h5ad").nuclei()

@@ -17,8 +17,8 @@ from prts.cli.app import config_dir
 from prts.errors import InputError
 from prts.features.encoders import Classical, DinoViTS16, Timm, ViT256, encoder_from_settings, encoders, weights_status
 from prts.features.encoders import tokens as tokens_module
-from prts.features.encoders.tokens import _Tokens
 from prts.features.pooling import patch_overlap
+from prts.features.token_network import TokenNetwork
 from prts.features.weights import dino_position_embedding, read_weights
 
 # Where a tile is in a batch decides the order in which some kernels add, on Intel's AMX for one: fp32 differs in the last bits, and in bf16
@@ -124,7 +124,7 @@ def test_same_vector_wherever_in_a_batch(kind, request, nuclei, tmp_path):
 def test_plain_attention_is_fused_attention(checkpoint, nuclei, precision, monkeypatch):
     results = []
     for plain in (True, False):
-        monkeypatch.setattr(tokens_module, "_plain_attention_is_faster", lambda *_, plain=plain: plain)
+        monkeypatch.setattr(tokens_module, "plain_attention_is_faster", lambda *_, plain=plain: plain)
         encoder = ViT256(checkpoint, precision=precision, batch_size=5)
         encoder.load()
         assert [block.attn.fused_attn for block in encoder._network.network.blocks] == [not plain] * 12
@@ -198,7 +198,7 @@ def test_patch_tokens_are_row_by_row():
     tiles = torch.zeros((1, 256, 256, 3), dtype=torch.uint8)
     tiles[0, 3 * 16 : 4 * 16, 11 * 16 : 12 * 16] = 255
     with torch.inference_mode():
-        _, patches = _Tokens(network, (0.5,) * 3, (0.5,) * 3, 256)(tiles)
+        _, patches = TokenNetwork(network, (0.5,) * 3, (0.5,) * 3, 256)(tiles)
     assert patches.shape == (1, 16, 16, 384)
     torch.testing.assert_close(patches[0, 3, 11], torch.ones(384))
     assert (patches > 0).sum() == 384
@@ -306,7 +306,7 @@ def test_no_weights_says_where_they_are(tmp_path):
         ({"tile_px": 16}, "encoder.tile_px: 16"),
         ({"tile_px": 250}, "encoder.tile_px: 250 is not a multiple of the patch, 16 px"),
         ({"sampling": "grid", "tile_px": 64}, "encoder.stride: 128 leaves gaps between tiles of 64 px"),
-        ({"poling": "nucleus"}, "encoder.poling: no such setting, did you mean 'pooling'"),
+        ({"poling": "nucleus"}, "encoder.poling: vit256 has no such setting, did you mean 'pooling'"),
     ],
 )
 def test_wrong_options_are_refused(checkpoint, options, why):

@@ -15,24 +15,22 @@ import shapely
 
 from prts.errors import InputError
 from prts.features import extract as extract_module
+from prts.features.encoders import Encoder
 from prts.features.extract import extract
 from prts.features.store import Rows, read_features, read_store_attrs, write_store
 
 
-class MeanEncoder:
-    """Global: mean colour and centre pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
+class MeanEncoder(Encoder):
+    """Global: mean color and center pixel of the tile; local: area and centroid of the polygon. Fails when told to."""
 
-    name, tile_px, mpp, pooling, batch_size, weights_sha256 = "mean", 256, 0.5, "nucleus", 16, None
+    name, batch_size = "mean", 16
     global_width, local_width = 6, 3
 
     def __init__(self, fail_at: int | None = None, version: int = 1) -> None:
         self.fail_at, self.version, self.encoded = fail_at, version, 0
 
     def settings(self):
-        return {"name": self.name, "precision": "fp32", "version": self.version}
-
-    def load(self):
-        pass
+        return {**super().settings(), "version": self.version}
 
     def encode(self, tiles, polygons):
         if self.fail_at is not None and self.encoded + len(tiles) > self.fail_at:
@@ -166,7 +164,7 @@ def test_kill_9_loses_at_most_a_chunk(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [16, 64])
 def test_work_pixels_are_read_once_and_tiles_encoded_in_full_batches(fake_slide, nuclei_at, tmp_path, batch_size):
-    """A tile of its own for each of 600 nuclei is 65,536 px a nucleus; read once, it is the area of the slide and a margin."""
+    """A separate tile for each of 600 nuclei would be 65,536 px per nucleus; read once, it is the area of the slide and a margin."""
     slide = fake_slide(height=1000, width=1000)
     nuclei = nuclei_at(np.random.default_rng(5).uniform(0, 2000, (600, 2)))
     calls = []

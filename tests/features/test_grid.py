@@ -200,7 +200,7 @@ def test_a_slide_smaller_than_a_tile(fake_slide, nuclei_at, vit, tmp_path):
 def test_a_crescent_takes_its_tokens_from_a_tile_that_it_reaches():
     from geopandas import GeoDataFrame
 
-    # its centroid (400, 400 px at 0.25 um) lies in the hollow, 200 px at 0.5 um from any of it
+    # its centroid (400, 400 px at 0.25 um) is in the hollow, 200 px at 0.5 um from the ring
     ring = shapely.Point(400, 400).buffer(700).difference(shapely.Point(400, 400).buffer(650))
     plan = plan_grid(GeoDataFrame({"cell_id": ["ring"], "geometry": [ring]}), 0.25, 0.5, 256, 64)
     assert plan.polygons[0].intersection(shapely.box(0, 0, 256, 256)).area > 0

@@ -16,7 +16,7 @@ def nuclei():
     return make_nuclei([shapely.box(*(c - s / 2), *(c + s / 2)) for c, s in zip(centres, size, strict=True)], MPP)
 
 
-def test_shape_is_in_um_whatever_the_pixels(nuclei):
+def test_shape_is_in_um_at_any_pixel_size(nuclei):
     columns = morphology(nuclei, MPP)
     assert columns.shape == (200, 21)
     x0, y0, x1, y1 = nuclei.geometry.bounds.to_numpy().T * MPP

@@ -148,6 +148,20 @@ def test_registered_names_are_attributes_and_no_file_hides_one():
         _ = module.vit257
 
 
+def test_an_encoder_that_derives_from_another_has_its_settings(monkeypatch):
+    encoders.names()
+    monkeypatch.setattr(encoders, "_members", {**encoders._members})
+
+    @encoders.register("vit512")
+    class Larger(module.ViT256):
+        """The same network on larger tiles."""
+
+    encoder = encoders.build({"name": "vit512", "tile_px": 512, "local_width": None, "device": "cpu"})
+    assert (encoder.name, encoder.tile_px, encoder.local_width) == ("vit512", 512, 384)
+    with pytest.raises(ParameterError, match="encoder tile_px: '512' is not accepted"):
+        encoders.build({"name": "vit512", "tile_px": "512"})
+
+
 @pytest.mark.parametrize("name", ["vit256", "dino_vits16", "timm", "classical"])
 def test_signatures_show_every_setting(name):
     parameters = inspect.signature(encoders[name]).parameters

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks between processes that may be killed."""
+"""Atomic writes, and locks between processes that may be killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prts.io.cache import atomic, lock, reading
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
-# A process that builds a file under its lock, in steps that others can watch: says what it does, and waits for a line on stdin at each.
+# A process that builds a file under its lock, step by step: it reports each step and waits for a line on stdin.
 BUILDER = """
     import logging, sys, time
     from pathlib import Path
@@ -51,7 +51,7 @@ BUILDER = """
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Start a builder; those that still run at the end are killed."""
+    """Start builders; those still running at the end are killed."""
     running = []
 
     def go(path: Path, how: str = "quick", patience_s: float = 5.0) -> subprocess.Popen[str]:
@@ -72,7 +72,7 @@ def said(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def go_on(process: subprocess.Popen[str]) -> None:
+def step(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
@@ -83,16 +83,16 @@ def test_one_builds_and_the_others_wait_and_use_it(start: Start, tmp_path: Path)
     first = start(path, "slow")
     assert said(first) == "builds"
     others = [start(path, patience_s=0.2) for _ in range(3)]
-    for other in others:  # all three are there, and wait
+    for other in others:  # all three are waiting
         assert other.stderr is not None
         line = other.stderr.readline()
         assert f"{path}: waiting for process {first.pid} on {platform.node()}, which is writing it" in line
         assert str(path.with_name(".f.txt.lock")) in line
     assert not path.exists()
-    go_on(first)
+    step(first)
     assert said(first) == "half"
     assert not path.exists()
-    go_on(first)
+    step(first)
     assert said(first) == "has whole"
     assert [said(other) for other in others] == ["has whole"] * 3
 
@@ -104,13 +104,13 @@ def test_another_builds_when_the_builder_is_killed(start: Start, tmp_path: Path)
     others = [start(path, patience_s=0.2) for _ in range(2)]
     for other in others:
         assert other.stderr is not None and "waiting for" in other.stderr.readline()
-    go_on(first)
+    step(first)
     assert said(first) == "half"
     first.kill()
     assert first.wait() == -signal.SIGKILL
     lines = sorted(other.communicate()[0] for other in others)
     assert lines == ["builds\nhas whole\n", "has whole\n"]
-    # nor does anything of the killed one stay
+    # nothing of the killed one is left
     assert sorted(file.name for file in tmp_path.iterdir()) == [".f.txt.lock", "f.txt"]
 
 
@@ -125,7 +125,7 @@ def test_a_lock_file_of_a_dead_process_locks_nothing(tmp_path: Path, caplog: pyt
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_what_fails_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.x"
     make = Path.mkdir if kind == "folder" else Path.touch
     make(path)
@@ -140,7 +140,7 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_folder_is_never_seen_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed at any step of the swap, there is the old folder, none, or the new one."""
+    """At any step of the swap there is the old folder, none, or the new one."""
     path = tmp_path / "model"
     path.mkdir()
     for name in ("a", "b"):
@@ -167,7 +167,7 @@ def test_a_folder_is_never_seen_in_part(tmp_path: Path, monkeypatch: pytest.Monk
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+def test_leftovers_of_dead_processes_only_are_removed(tmp_path: Path) -> None:
     host = re.sub(r"\W", "-", platform.node())
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -179,14 +179,12 @@ def test_what_a_dead_process_left_is_removed_and_what_a_living_one_writes_is_not
         (tmp_path / name).mkdir()
         (tmp_path / name / "part").touch()
     with atomic(path) as temporary:
-        assert not temporary.exists()  # of an earlier process with this one's id
+        assert not temporary.exists()  # from an earlier process with the same id
         temporary.write_text("x")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*others, "a.b.h5"])
 
 
-def test_a_folder_whose_place_could_not_be_taken_has_its_name_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_restored_if_the_swap_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model"
     path.mkdir()
     (path / "weights").write_text("old")
@@ -203,7 +201,7 @@ def test_a_folder_whose_place_could_not_be_taken_has_its_name_again(
     assert [file.name for file in tmp_path.iterdir()] == ["model"] and (path / "weights").read_text() == "old"
 
 
-def test_a_full_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
+def test_a_full_disk_names_the_outermost_file(tmp_path: Path) -> None:
     with (
         pytest.raises(InputError, match=r"/folder: the disk is full; free some space") as caught,
         atomic(tmp_path / "folder") as outer,
@@ -216,7 +214,7 @@ def test_a_full_disk_names_the_file_that_was_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_folder_that_is_deleted_while_it_is_written_to_is_named(tmp_path: Path, when: str) -> None:
+def test_a_folder_deleted_during_a_write_is_named(tmp_path: Path, when: str) -> None:
     folder = tmp_path / "cache"
     with (
         pytest.raises(
@@ -232,7 +230,7 @@ def test_a_folder_that_is_deleted_while_it_is_written_to_is_named(tmp_path: Path
     assert not folder.exists()
 
 
-def test_what_is_missing_elsewhere_is_not_blamed_on_the_cache(tmp_path: Path) -> None:
+def test_files_missing_outside_the_cache_are_not_explained(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="c: files were deleted while they were read"), reading(tmp_path / "c"):
         (tmp_path / "c" / "x").read_text()
     with pytest.raises(InputError, match="were deleted"), reading(tmp_path / "c"):
@@ -240,11 +238,11 @@ def test_what_is_missing_elsewhere_is_not_blamed_on_the_cache(tmp_path: Path) ->
     for elsewhere in (tmp_path / "d" / "x", tmp_path / "cc", tmp_path / "c.txt"):
         with pytest.raises(FileNotFoundError), reading(tmp_path / "c"):
             elsewhere.read_text()
-    with pytest.raises(FileNotFoundError), reading(Path("cache")):  # a bare word, which is part of many paths
+    with pytest.raises(FileNotFoundError), reading(Path("cache")):  # a plain word that is part of many paths
         (tmp_path / ".cache" / "cache.txt").read_text()
 
 
-def test_a_cache_that_is_no_folder_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
         pytest.raises(InputError, match=r"file/x/f: does not exist and cannot be written"),

@@ -1,4 +1,4 @@
-"""HDF5 files written on a disk that is full: an error that can be told, where HDF5 itself would end the process."""
+"""Writing HDF5 files on a full disk raises an error, while HDF5 alone would end the process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALUES = np.random.default_rng(0).random((300, 200))
 
 
 class SmallDisk:
-    """Stands for `os.pwrite` on a disk that holds so many bytes, and writes what still fits, as a disk does."""
+    """Replaces `os.pwrite` by that of a small disk, which writes what still fits."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
         self.room, self._write = room, os.pwrite
@@ -43,7 +43,7 @@ def chunked(path: Path) -> None:
             grows.resize((start + 10,))
             grows[start:] = VALUES[start : start + 10, 0]
         file.create_group("more").attrs["text"] = "é" * 1000
-        np.testing.assert_array_equal(rows[:], VALUES)  # HDF5 reads what it wrote, wherever that is
+        np.testing.assert_array_equal(rows[:], VALUES)  # also what is kept in memory
 
 
 def table() -> ad.AnnData:
@@ -51,7 +51,7 @@ def table() -> ad.AnnData:
     return ad.AnnData(sp.csr_matrix(VALUES), obs=kind, uns={"prts": {"x": "1"}}, layers={"dense": VALUES})
 
 
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     chunked(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5") as file:
         np.testing.assert_array_equal(file["rows"][:], VALUES)
@@ -84,7 +84,7 @@ def test_a_full_disk_is_an_error_when_the_file_is_closed(
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
-def test_a_long_writing_can_stop_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_write_can_stop_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     SmallDisk(monkeypatch, 5_000)
     file = NewFile(tmp_path / "a.h5")
     file.check()
@@ -93,4 +93,4 @@ def test_a_long_writing_can_stop_early(tmp_path: Path, monkeypatch: pytest.Monke
         file.check()
     with pytest.raises(OSError, match="No space"):
         file.close()
-    file.close()  # once is enough
+    file.close()  # closing twice is harmless

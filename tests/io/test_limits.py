@@ -24,7 +24,7 @@ def memory_kib(name: str) -> int:
 
 
 def png_header(path: Path, width: int, height: int) -> Path:
-    """A PNG that claims to be large, of a hundred bytes."""
+    """A PNG of a hundred bytes that claims to be large."""
     parts = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(b"")),
@@ -36,7 +36,7 @@ def png_header(path: Path, width: int, height: int) -> Path:
 
 
 def write_whole(folder: Path) -> dict[str, Path]:
-    """60 x 50 px in every format that is decoded in one go."""
+    """60 x 50 px in every format that is decoded whole."""
     for name in ("a.png", "a.jpg"):
         Image.fromarray(IMAGE).save(folder / name)
     strip = {"photometric": "rgb", "compression": "zlib", "rowsperstrip": 60}
@@ -45,7 +45,7 @@ def write_whole(folder: Path) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def test_what_is_decoded_whole_is_limited_and_the_message_names_the_key(tmp_path: Path) -> None:
+def test_images_decoded_whole_are_limited(tmp_path: Path) -> None:
     files = write_whole(tmp_path)
     before = Image.MAX_IMAGE_PIXELS
     for name, path in files.items():
@@ -57,7 +57,7 @@ def test_what_is_decoded_whole_is_limited_and_the_message_names_the_key(tmp_path
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-def test_what_is_read_in_parts_is_not_limited(tmp_path: Path) -> None:
+def test_images_read_in_parts_are_not_limited(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "tiled.tif", IMAGE, photometric="rgb", tile=(16, 16), compression="zlib")
     tifffile.imwrite(tmp_path / "plain.tif", IMAGE, photometric="rgb", rowsperstrip=60)
     for name in ("tiled.tif", "plain.tif"):
@@ -80,7 +80,7 @@ def test_a_refused_tiff_is_closed(tmp_path: Path) -> None:
 
 
 def test_a_slide_of_ten_gigapixels_needs_no_override(tmp_path: Path) -> None:
-    """100,000 x 100,000 px in a pyramid of tiles, all of them empty glass but one."""
+    """100,000 x 100,000 px in a pyramid of tiles; all but one are empty glass."""
     path, side = tmp_path / "large.tif", 100_000
     assert side**2 > 10 * MAX_PIXELS
 
@@ -104,12 +104,12 @@ def test_a_slide_of_ten_gigapixels_needs_no_override(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_pixels", [0, -1, 2.5, "many", True])
-def test_what_is_no_number_of_pixels_is_refused(max_pixels: object) -> None:
+def test_invalid_limits_are_refused(max_pixels: object) -> None:
     with pytest.raises(InputError, match=r"^max_pixels: .* is not a number of pixels; give a whole number"):
         pixel_limit(max_pixels)  # type: ignore[arg-type]
 
 
-def test_a_label_image_is_asked_for_its_size_first(tmp_path: Path) -> None:
+def test_the_size_of_a_label_image_is_checked_before_decoding(tmp_path: Path) -> None:
     bomb = png_header(tmp_path / "bomb.png", 40_000, 40_000)
     with pytest.raises(InputError, match=r"bomb\.png: .*40000 x 40000 px for an image of 50 x 60 px"):
         read_nuclei(bomb, mpp=0.5, width=50, height=60)

@@ -51,7 +51,7 @@ def test_repairs_and_drops_with_counts(caplog):
     )
 
 
-def test_a_duplicate_with_its_own_id_goes_and_an_id_for_two_polygons_is_an_error():
+def test_duplicates_are_dropped_and_ambiguous_ids_refused():
     nuclei = make_nuclei([SHAPES[0], SHAPES[0], SHAPES[1]], 1.0, cell_id=["a", "b", "c"])
     assert list(nuclei["cell_id"]) == ["a", "c"]
     assert list(make_nuclei([SHAPES[0], SHAPES[0]], 1.0, cell_id=[7, 7])["cell_id"]) == ["7"]
@@ -59,7 +59,7 @@ def test_a_duplicate_with_its_own_id_goes_and_an_id_for_two_polygons_is_an_error
         make_nuclei([SHAPES[0], SHAPES[0], SHAPES[1]], 1.0, cell_id=["a", "b", "b"])
 
 
-def test_none_at_all_makes_an_empty_frame_with_the_columns():
+def test_no_shapes_give_an_empty_frame():
     nuclei = make_nuclei([], 0.5)
     assert len(nuclei) == 0 and list(nuclei.columns) == ["cell_id", "geometry", "area_um2", "score"]
 
@@ -76,14 +76,14 @@ def assert_read(path, ids, **size):
     return nuclei
 
 
-def test_space_ranger_geojson_also_gzipped_whatever_its_name(tmp_path):
+def test_space_ranger_geojson_by_content_also_gzipped(tmp_path):
     document = {"type": "FeatureCollection", "features": [feature(s, {"cell_id": i + 1}) for i, s in enumerate(SHAPES)]}
     assert_read(write_json(tmp_path / "nuclei.tif", document), ["1", "2", "3"])
     (tmp_path / "nuclei.csv").write_bytes(gzip.compress(json.dumps(document).encode()))
     assert_read(tmp_path / "nuclei.csv", ["1", "2", "3"])
 
 
-def test_qupath_takes_the_nucleus_of_a_cell_the_feature_id_and_no_annotation(tmp_path):
+def test_qupath_nuclei_ids_and_annotations(tmp_path):
     document = [
         feature(box(0, 0, 199, 99), {"objectType": "annotation"}, id="tissue"),
         feature(box(0, 0, 50, 50), {"objectType": "cell", "classification": {"name": "Tumor"}}, id="3f-1"),
@@ -96,7 +96,7 @@ def test_qupath_takes_the_nucleus_of_a_cell_the_feature_id_and_no_annotation(tmp
     assert_read(write_json(tmp_path / "a.geojson", only_annotations), ["0", "1", "2"])
 
 
-def test_cell_id_wins_over_id_and_row_numbers_stand_in(tmp_path):
+def test_precedence_of_ids(tmp_path):
     both = [feature(s, {"cell_id": f"c{i}", "id": "x"}, id="y") for i, s in enumerate(SHAPES)]
     assert_read(write_json(tmp_path / "b.geojson", both), ["c0", "c1", "c2"])
     assert_read(write_json(tmp_path / "n.geojson", [feature(s) for s in SHAPES]), ["0", "1", "2"])
@@ -142,7 +142,7 @@ def test_label_image_keeps_labels_as_ids(tmp_path, suffix):
         read_nuclei(path, mpp=0.5, width=100, height=100)
 
 
-def test_a_label_image_reads_no_file_that_it_names(tmp_path):
+def test_a_label_image_does_not_open_files_it_names(tmp_path):
     secret = np.zeros((100, 200), np.uint16)
     secret[10:30, 10:30] = 9
     (tmp_path / "other").mkdir()
@@ -161,7 +161,7 @@ def test_a_label_image_reads_no_file_that_it_names(tmp_path):
     assert list(read_nuclei(path, **SIZE).cell_id) == ["3"]
 
 
-def test_label_images_that_are_none(tmp_path):
+def test_other_images_are_not_label_images(tmp_path):
     tifffile.imwrite(tmp_path / "rgb.tif", np.zeros((100, 200, 3), np.uint8))
     with pytest.raises(InputError, match="not a label image"):
         read_nuclei(tmp_path / "rgb.tif", **SIZE)
@@ -175,7 +175,7 @@ def test_label_images_that_are_none(tmp_path):
         read_nuclei(tmp_path / "none.tif", **SIZE)
 
 
-def test_huge_labels_need_no_huge_table(tmp_path):
+def test_large_labels_need_no_large_table(tmp_path):
     labels = np.zeros((100, 200), np.uint32)
     labels[20:40, 10:20] = 4_000_000_000
     tifffile.imwrite(tmp_path / "l.tif", labels)
@@ -208,7 +208,7 @@ def test_broken_files_are_input_errors_of_one_line(tmp_path, content, message):
     assert str(tmp_path / "nuclei") in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_coordinate_too_long_for_a_float_is_none(tmp_path):
+def test_a_coordinate_that_overflows_is_dropped(tmp_path):
     ring = [[10, 10], [30, 10], [30, 30], [10, 10]]
     odd = [[10**400, 10], *ring[1:3], [10**400, 10]]
     path = tmp_path / "n.geojson"
@@ -217,7 +217,7 @@ def test_a_coordinate_too_long_for_a_float_is_none(tmp_path):
     assert read_nuclei(path, **SIZE)["cell_id"].tolist() == ["0"]
 
 
-def test_ids_that_are_no_text_or_number_are_refused(tmp_path):
+def test_ids_other_than_text_and_numbers_are_refused(tmp_path):
     frame = gpd.GeoDataFrame({"cell_id": [b"\xff", b"a"], "geometry": [box(5, 5, 20, 20), box(40, 40, 60, 60)]})
     frame.to_parquet(tmp_path / "n.parquet")
     with pytest.raises(InputError, match="cell_id contains values other than text"):
@@ -234,7 +234,7 @@ def test_a_label_image_of_another_size_is_refused_before_it_is_decoded(tmp_path)
         read_nuclei(path, **SIZE)
 
 
-def test_a_label_image_with_endless_tiles_is_refused(tmp_path):
+def test_a_label_image_with_huge_tiles_is_refused(tmp_path):
     path = tmp_path / "labels.tif"
     labels = np.zeros((SIZE["height"], SIZE["width"]), np.uint16)
     tifffile.imwrite(path, labels, tile=(16, 16), compression="zlib")
@@ -245,7 +245,7 @@ def test_a_label_image_with_endless_tiles_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["cell_id", "geometry", "score"])
-def test_what_looks_like_nuclei_of_prts_and_is_none(tmp_path, column):
+def test_invalid_nuclei_files_are_refused(tmp_path, column):
     nuclei = make_nuclei([box(5, 5, 20, 20), box(40, 40, 60, 60)], 0.5)
     nuclei[column] = {"cell_id": "a", "geometry": gpd.points_from_xy([1, 2], [1, 2]), "score": "high"}[column]
     nuclei.to_parquet(tmp_path / "n.parquet")
@@ -275,7 +275,7 @@ def test_few_outside_are_dropped_and_most_outside_is_an_error(tmp_path, caplog):
         read_nuclei(tmp_path / "n.parquet", mpp=0.5, width=20, height=100)
 
 
-def test_um_in_place_of_px_is_named(tmp_path, caplog):
+def test_um_instead_of_px_is_detected(tmp_path, caplog):
     def write(shapes):
         gpd.GeoDataFrame(geometry=shapes).to_parquet(tmp_path / "n.parquet")
         return tmp_path / "n.parquet"

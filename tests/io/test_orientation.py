@@ -35,7 +35,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("orientation", ALL, ids=str)
-def test_a_turned_slide_is_the_slide_of_the_turned_image(file: Path, tmp_path: Path, orientation: Orientation) -> None:
+def test_a_reoriented_slide_equals_the_slide_of_the_reoriented_image(
+    file: Path, tmp_path: Path, orientation: Orientation
+) -> None:
     tifffile.imwrite(tmp_path / "b.tif", by_numpy(IMAGE, orientation), tile=(64, 64), photometric="rgb")
     with (
         open_slide(file, mpp=0.4, orientation=orientation) as turned,
@@ -50,8 +52,8 @@ def test_a_turned_slide_is_the_slide_of_the_turned_image(file: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("orientation", ALL, ids=str)
-def test_a_place_follows_its_pixel_and_comes_back(orientation: Orientation) -> None:
-    """The centre of pixel (column, row) is (column + 0.5, row + 0.5) before and after."""
+def test_positions_follow_their_pixels_and_back(orientation: Orientation) -> None:
+    """The center of pixel (column, row) is (column + 0.5, row + 0.5) before and after."""
     index = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE[1], SIZE[0])
     turned = by_numpy(index, orientation)
     row, column = np.array([0, 7, 300]), np.array([469, 0, 12])
@@ -63,7 +65,7 @@ def test_a_place_follows_its_pixel_and_comes_back(orientation: Orientation) -> N
 
 @pytest.mark.parametrize("orientation", ALL, ids=str)
 def test_a_pyramid_whose_levels_are_rounded_stays_in_place(tmp_path: Path, orientation: Orientation) -> None:
-    """16 full pixels to one of the level, and no pixel for the last three rows and columns: mirrored, the level begins off the edge."""
+    """A level of 16 full pixels per pixel lacks the last three rows and columns: mirrored, it does not start at the edge."""
     smooth = np.kron(RNG.integers(60, 255, (11, 17, 3)), np.ones((60, 60, 1))).astype(np.uint8)[:643, :967]
     level = smooth[:640, :964].reshape(160, 4, 241, 4, 3).mean(axis=(1, 3)).round().astype(np.uint8)
     with tifffile.TiffWriter(tmp_path / "pyramid.tif") as tif:
@@ -74,10 +76,10 @@ def test_a_pyramid_whose_levels_are_rounded_stays_in_place(tmp_path: Path, orien
     for name in ("pyramid.tif", "flat.tif"):
         with open_slide(tmp_path / name, mpp=0.25, orientation=orientation) as slide:
             seen.append(slide.read_region(4, 4, 140, 140, 1.0).astype(float))
-    assert np.abs(seen[0] - seen[1]).mean() < 2  # 1.4 upright; a level that begins at the edge gives 4 to 6
+    assert np.abs(seen[0] - seen[1]).mean() < 2  # 1.4 upright; 4 to 6 if the level started at the edge
 
 
-def test_given_nuclei_are_turned_with_the_slide(file: Path, tmp_path: Path) -> None:
+def test_given_nuclei_are_reoriented_with_the_slide(file: Path, tmp_path: Path) -> None:
     corner = make_nuclei([shapely.box(440, 0, 470, 10), shapely.box(10, 100, 30, 140)], 0.4, cell_id=["corner", "b"])
     write_nuclei(corner, tmp_path / "n.parquet")
     orientation = Orientation(90)
@@ -85,27 +87,27 @@ def test_given_nuclei_are_turned_with_the_slide(file: Path, tmp_path: Path) -> N
     assert (section.width, section.height, section.file_size) == (301, 470, SIZE)
     with section.open_slide() as slide:
         turned = Polygons(tmp_path / "n.parquet")(slide)
-    # counter-clockwise: top right becomes top left
+    # counterclockwise: top right becomes top left
     np.testing.assert_allclose(turned.geometry.iloc[0].bounds, (0, 0, 10, 30))
     assert list(turned["area_um2"]) == list(corner["area_um2"])
     back: gpd.GeoDataFrame = orientation.nuclei_in_file(turned, SIZE)
     assert shapely.equals(back.geometry.to_numpy(), corner.geometry.to_numpy()).all()
 
 
-def test_what_is_made_of_a_turned_slide_has_another_fingerprint(file: Path) -> None:
+def test_orientation_changes_the_fingerprint(file: Path) -> None:
     section = open_section("s", file, mpp=0.4)
-    assert section.reading() == section.reoriented(UPRIGHT).reading() == {}  # caches of before keep their names
+    assert section.reading() == section.reoriented(UPRIGHT).reading() == {}  # existing caches keep their names
     assert len({str(section.reoriented(orientation).reading()) for orientation in ALL}) == len(ALL)
 
 
 @pytest.mark.parametrize("rotate", [45, -90, 360, "quarter", None, True, 90.5])
-def test_what_is_no_rotation_is_refused(rotate: object) -> None:
+def test_invalid_rotations_are_refused(rotate: object) -> None:
     with pytest.raises(InputError, match=r"rotate: .*0, 90, 180, 270 degrees counterclockwise") as caught:
         Orientation(rotate)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("flip", ["both", "", None, True])
-def test_what_is_no_reflection_is_refused(flip: object) -> None:
+def test_invalid_flips_are_refused(flip: object) -> None:
     with pytest.raises(InputError, match=r"flip: .*none, horizontal, vertical"):
         Orientation(flip=flip)  # type: ignore[arg-type]

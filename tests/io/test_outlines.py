@@ -44,7 +44,7 @@ def test_nothing_to_outline():
 
 @settings(max_examples=150, deadline=None)
 @given(arrays(np.int8, array_shapes(min_dims=2, max_dims=2, max_side=9), elements=st.integers(0, 3)), st.integers(1, 9))
-def test_rasterising_the_outlines_gives_the_labels_back(blobs, band):
+def test_rasterized_outlines_equal_the_labels(blobs, band):
     labels = parts(blobs, background=0, connectivity=1)
     names, polygons, dropped = labels_to_polygons(labels, band=band)
     assert dropped == 0 and sorted(names) == list(range(1, labels.max() + 1))

@@ -86,7 +86,7 @@ def test_intervals_are_sparse_layers_of_whole_counts(tmp_path, values):
 
 
 @pytest.mark.parametrize("chunk", [1, 17, 50])
-def test_what_anndata_reads_is_what_was_written_for_any_chunks(tmp_path, values, chunk):
+def test_round_trip_for_any_chunks(tmp_path, values, chunk):
     umi, prob = values
     path = tmp_path / "new folder, =é" / "p.h5ad"
     write(path, umi, prob, chunk)
@@ -105,14 +105,14 @@ def test_what_anndata_reads_is_what_was_written_for_any_chunks(tmp_path, values,
     np.testing.assert_allclose(read.obsm["spatial"][8], [8 * 30 + 20, 50])
     polygons = gpd.read_parquet(nuclei_path(path))
     assert polygons["cell_id"].tolist() == read.obs_names.tolist()
-    # anndata can write again what it read.
+    # anndata can write what it read.
     read.write_h5ad(tmp_path / "again.h5ad")
     np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "again.h5ad").X.toarray(), umi)
     assert sorted(p.name for p in path.parent.iterdir()) == ["p.h5ad", "p.nuclei.parquet"]
 
 
 @pytest.mark.parametrize("chunk", [7, 50])
-def test_work_each_row_is_written_once(tmp_path, values, monkeypatch, chunk):
+def test_each_row_is_written_once(tmp_path, values, monkeypatch, chunk):
     umi, prob = values
     rows, appended, write_to = np.zeros(50, dtype=int), {"data": [], "indices": []}, h5py.Dataset.__setitem__
 
@@ -121,7 +121,7 @@ def test_work_each_row_is_written_once(tmp_path, values, monkeypatch, chunk):
         if self.name == "/layers/prob":
             rows[part] += 1
         elif self.name in ("/X/data", "/X/indices"):
-            assert part.start == sum(appended[name])  # behind what is there, never over it
+            assert part.start == sum(appended[name])  # appended, never overwritten
             appended[name].append(len(content))
         write_to(self, part, content)
 
@@ -165,7 +165,7 @@ def test_scanpy_draws_it(tmp_path, values):
     assert axes[0].images[0].get_array().shape[:2] == (538, 2000)
 
 
-def test_more_columns_of_nuclei_go_into_obs(tmp_path, values):
+def test_additional_columns_of_nuclei_become_obs(tmp_path, values):
     nuclei = make_nuclei(50)
     nuclei["ood"] = np.linspace(0, 1, 50)
     write(tmp_path / "p.h5ad", *values, nuclei=nuclei)
@@ -206,7 +206,7 @@ def test_chunks_must_follow_each_other_to_the_end(tmp_path, values):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_out_must_be_the_name_of_an_h5ad_file(tmp_path):
+def test_out_must_be_an_h5ad_file(tmp_path):
     (tmp_path / "folder.h5ad").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"end in \.h5ad"):
@@ -224,7 +224,7 @@ def test_a_folder_without_permission_is_an_input_error(tmp_path):
         write(tmp_path / "p.h5ad", np.ones((2, 2)), np.ones((2, 2)))
 
 
-def test_reading_what_is_no_prediction(tmp_path, values):
+def test_invalid_predictions_are_refused(tmp_path, values):
     with pytest.raises(InputError, match="no such file"):
         read_prediction(tmp_path / "none.h5ad")
     (tmp_path / "text.h5ad").write_text("hello")

@@ -21,13 +21,13 @@ def feature(geometry: shapely.Geometry) -> dict:
     return {"type": "Feature", "properties": {}, "geometry": json.loads(shapely.to_geojson(geometry))}
 
 
-def test_a_box_takes_the_nuclei_whose_centre_it_holds() -> None:
+def test_a_box_selects_nuclei_by_their_center() -> None:
     taken = inside(read_region("[0, 20, 30.5, 49]", 100, 100), nuclei())
     x, y = np.arange(100) % 10 * 10 + 5, np.arange(100) // 10 * 10 + 5
     np.testing.assert_array_equal(taken, (x < 30.5) & (y > 20) & (y < 49))
 
 
-def test_a_polygon_takes_the_nuclei_whose_centre_it_holds() -> None:
+def test_a_polygon_selects_nuclei_by_their_center() -> None:
     x, y = np.arange(100) % 10 * 10 + 5, np.arange(100) // 10 * 10 + 5
     taken = inside(read_region("[[0,0],[60, 0],[0,60]]", 100, 100), nuclei())
     np.testing.assert_array_equal(taken, x + y < 60)
@@ -36,7 +36,7 @@ def test_a_polygon_takes_the_nuclei_whose_centre_it_holds() -> None:
     np.testing.assert_array_equal(hourglass[off_diagonal], (abs(y - 50.5) < abs(x - 50.5))[off_diagonal])
 
 
-def test_a_polygon_may_have_more_corners_than_a_file_name_characters() -> None:
+def test_a_polygon_may_be_longer_than_a_file_name() -> None:
     circle = shapely.Point(50, 50).buffer(30, quad_segs=25)
     text = json.dumps(shapely.get_coordinates(circle)[:-1].round(3).tolist())
     assert len(text) > 255
@@ -46,13 +46,13 @@ def test_a_polygon_may_have_more_corners_than_a_file_name_characters() -> None:
         read_region("x" * 5000, 100, 100)
 
 
-def test_a_file_whose_name_begins_with_a_bracket_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_name_may_start_with_a_bracket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("[roi].geojson").write_text(json.dumps(feature(shapely.box(0, 0, 20, 20))))
     assert inside(read_region("[roi].geojson", 100, 100), nuclei()).sum() == 4
 
 
-def test_polygons_of_a_file_are_taken_together(tmp_path: Path) -> None:
+def test_polygons_of_a_file_are_united(tmp_path: Path) -> None:
     triangle, square = shapely.Polygon([(0, 0), (60, 0), (0, 60)]), shapely.box(80, 80, 100, 100)
     path = tmp_path / "two regions, = é.geojson"
     path.write_text(json.dumps({"type": "FeatureCollection", "features": [feature(triangle), feature(square)]}))
@@ -76,7 +76,7 @@ def test_polygons_of_a_file_are_taken_together(tmp_path: Path) -> None:
         ("missing.geojson", "does not exist"),
     ],
 )
-def test_what_is_no_region_is_refused_in_one_line(text: str, message: str) -> None:
+def test_invalid_regions_are_refused_in_one_line(text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         read_region(text, 100, 100)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Slides: any layout of a file gives the same pixels, any tiling the same as the whole, and um/px is never guessed."""
+"""Slides: pixels do not depend on the layout of a file or on tiling, and um/px is never guessed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resampled(image: np.ndarray, scale: float, x: int, y: int, width: int, heigh
 
 
 def kernel(start: int, n: int, scale: float, n_in: int) -> tuple[np.ndarray, int, int]:
-    """Weights (n, padded length) of output pixels start.., and the padding that they need on either side."""
+    """Weights (n, padded length) of output pixels from `start`, and the padding needed on either side."""
     reach = 2 * max(1.0, scale)
     centres = (start + np.arange(n) + 0.5) * scale
     before = max(0, int(np.ceil(reach - centres.min(initial=0)))) + 1
@@ -87,7 +87,7 @@ def test_every_layout_gives_the_pixels_of_the_image(layout: str, tmp_path: Path)
 
 @pytest.mark.parametrize("compression", [None, "zlib"])
 @pytest.mark.parametrize("ome", [False, True])
-def test_colours_kept_apart_are_put_together(compression: str | None, ome: bool, tmp_path: Path) -> None:
+def test_separate_planes_are_combined(compression: str | None, ome: bool, tmp_path: Path) -> None:
     path = tmp_path / "planar.tif"
     planar = np.ascontiguousarray(IMAGE.transpose(2, 0, 1))
     tifffile.imwrite(path, planar, photometric="rgb", planarconfig="separate", compression=compression, ome=ome)
@@ -96,7 +96,7 @@ def test_colours_kept_apart_are_put_together(compression: str | None, ome: bool,
 
 
 @pytest.mark.parametrize("options", [{}, {"compression": "zlib", "tile": (64, 64)}])
-def test_ome_with_a_page_for_each_colour(options: dict, tmp_path: Path) -> None:
+def test_ome_with_one_page_per_color(options: dict, tmp_path: Path) -> None:
     path = tmp_path / "channels.ome.tif"
     planar = np.ascontiguousarray(IMAGE.transpose(2, 0, 1))
     metadata = {"axes": "CYX", "PhysicalSizeX": 0.25, "PhysicalSizeY": 0.25}
@@ -123,8 +123,8 @@ def test_a_stack_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["size", "offset", "length"])
-def test_tables_of_tiles_that_lie_do_not_reach_openslide(damage: str, tmp_path: Path) -> None:
-    """It follows them, and ends the process."""
+def test_invalid_tile_tables_do_not_reach_openslide(damage: str, tmp_path: Path) -> None:
+    """OpenSlide would follow them and end the process."""
     path = tmp_path / "slide.svs"
     about = "Aperio Image Library v12\n96x96 [0,0 96x96] (48x48) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
     tifffile.imwrite(
@@ -144,7 +144,7 @@ def test_tables_of_tiles_that_lie_do_not_reach_openslide(damage: str, tmp_path: 
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
-def test_any_rows_at_a_time_are_the_image(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_bands_equals_the_image(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = Image.fromarray(IMAGE[:41, :30])
     image.putalpha(Image.fromarray(IMAGE[:41, :30, 1])) if mode in ("LA", "RGBA") else None
     path = tmp_path / ("image.jpg" if mode in ("CMYK", "YCbCr") else "image.png")
@@ -160,7 +160,7 @@ def test_any_rows_at_a_time_are_the_image(mode: str, tmp_path: Path, monkeypatch
         np.testing.assert_array_equal(slide.read_region(0, 0, 30, 41), whole)
 
 
-def test_depth_alpha_palette_and_grey(tmp_path: Path) -> None:
+def test_depth_alpha_palette_and_gray(tmp_path: Path) -> None:
     grey = IMAGE[..., 0]
     alpha = np.full((301, 403, 1), 102, np.uint8)
     on_white = np.round(IMAGE * 0.4 + 255 * 0.6)
@@ -205,7 +205,7 @@ def test_float_pixels_are_refused(tmp_path: Path) -> None:
         slide.read_region(0, 0, 10, 10)
 
 
-def test_premultiplied_colours_are_not_darkened_twice() -> None:
+def test_premultiplied_colors_are_not_darkened_twice() -> None:
     rgb, alpha = np.full((1, 1, 3), 100, np.uint8), np.full((1, 1), 128, np.uint8)
     assert composite(rgb, alpha, premultiplied=True)[0, 0].tolist() == [227] * 3
     assert composite(rgb, alpha)[0, 0].tolist() == [177] * 3
@@ -213,7 +213,7 @@ def test_premultiplied_colours_are_not_darkened_twice() -> None:
 
 @pytest.mark.parametrize(("mpp", "wanted"), [(0.69, 0.5), (0.27, 0.5), (0.1, 0.5), (0.5, 0.5), (0.25, 0.5)])
 @pytest.mark.parametrize("outside", [255, 0])
-def test_tile_by_tile_is_the_whole_rescaled(mpp: float, wanted: float, outside: int, tmp_path: Path) -> None:
+def test_tiles_equal_the_rescaled_whole(mpp: float, wanted: float, outside: int, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(48, 64))
     expected = rescaled(IMAGE, mpp, wanted, outside)
@@ -230,7 +230,7 @@ def test_tile_by_tile_is_the_whole_rescaled(mpp: float, wanted: float, outside: 
         assert np.array_equal(tiled, whole)
 
 
-def test_a_strong_reduction_is_made_in_smaller_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strong_reductions_use_smaller_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64))
     monkeypatch.setattr("prts.io.slide._MAX_SOURCE", 30)
@@ -246,7 +246,7 @@ def test_a_strong_reduction_is_made_in_smaller_blocks(tmp_path: Path, monkeypatc
     height=st.integers(0, 130),
     wanted=st.sampled_from([None, 0.2, 0.5, 0.81]),
 )
-def test_any_region_is_cut_from_the_padded_whole(
+def test_any_region_is_part_of_the_padded_whole(
     x: int, y: int, width: int, height: int, wanted: float | None, jpeg_slide: tuple[Path, np.ndarray]
 ) -> None:
     path, image = jpeg_slide
@@ -265,12 +265,12 @@ def jpeg_slide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarr
     return path, tifffile.imread(path)
 
 
-def test_edge_blends_with_what_is_outside(tmp_path: Path) -> None:
+def test_the_edge_blends_with_the_outside(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), (100, 100, 100)).save(tmp_path / "a.png")
     with open_slide(tmp_path / "a.png", mpp=0.25) as slide:
         white, black = (slide.read_region(-2, 0, 24, 20, 0.5, outside=grey)[10, :, 0].astype(int) for grey in (255, 0))
     assert white[0] > 250
-    assert white[2] > 105  # the kernel reaches over the edge
+    assert white[2] > 105  # the kernel extends beyond the edge
     assert black[0] < 5
     assert black[2] < 95
     assert set(white[5:18]) == set(black[5:18]) == {100}
@@ -292,7 +292,7 @@ def test_the_coarsest_level_that_is_fine_enough_is_used(how: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("wanted", [0.5, 0.7, 1.3])
-def test_tile_by_tile_from_a_pyramid(wanted: float, tmp_path: Path) -> None:
+def test_tiles_from_a_pyramid_equal_the_whole(wanted: float, tmp_path: Path) -> None:
     path = tmp_path / "pyramid.tif"
     image = smooth_image(803, 1001)
     half = np.asarray(Image.fromarray(image[:802, :1000]).reduce(2))
@@ -304,7 +304,7 @@ def test_tile_by_tile_from_a_pyramid(wanted: float, tmp_path: Path) -> None:
         whole = slide.read_region(0, 0, width, height, wanted)
         bands = [slide.read_region(0, y, width, min(100, height - y), wanted) for y in range(0, height, 100)]
     assert np.array_equal(np.concatenate(bands), whole)
-    inner = (slice(5, -5), slice(5, -5))  # the level's last pixels end before the image's
+    inner = (slice(5, -5), slice(5, -5))  # the level ends before the image
     expected = rescaled(half, 0.5, wanted)[: height - 1, : width - 1]
     assert difference(whole[: height - 1, : width - 1][inner], expected[inner]) <= 1
 
@@ -365,7 +365,7 @@ def aperio(path: Path, mpp: str) -> None:
         (aperio, ("0.2524",), 0.2524, "Aperio"),
     ],
 )
-def test_metadata_says_um_per_pixel(write, arguments, mpp: float, source: str, tmp_path: Path) -> None:
+def test_um_per_pixel_in_metadata(write, arguments, mpp: float, source: str, tmp_path: Path) -> None:
     write(tmp_path / "a.tif", *arguments)
     with open_slide(tmp_path / "a.tif") as slide:
         assert slide.mpp == pytest.approx(mpp, rel=1e-4)
@@ -386,7 +386,7 @@ def test_metadata_says_um_per_pixel(write, arguments, mpp: float, source: str, t
         (aperio, ("none",)),
     ],
 )
-def test_what_is_no_source_is_not_used(write, arguments, tmp_path: Path) -> None:
+def test_implausible_sources_are_ignored(write, arguments, tmp_path: Path) -> None:
     write(tmp_path / "a.tif", *arguments)
     with pytest.raises(InputError, match=r"a\.tif.*set mpp to"):
         open_slide(tmp_path / "a.tif")
@@ -411,7 +411,7 @@ def test_precedence_and_contradiction(tmp_path: Path) -> None:
         assert (slide.mpp, slide.mpp_source) == (0.505, "mpp=")
     with open_slide(path, sources=[("scalefactors_json.json", 0.502)]) as slide:
         assert (slide.mpp, slide.mpp_source) == (0.502, "scalefactors_json.json")
-    with open_slide(path, sources=[("scalefactors_json.json", 12.0)]) as slide:  # no microscope's: no source
+    with open_slide(path, sources=[("scalefactors_json.json", 12.0)]) as slide:  # implausible, so ignored
         assert slide.mpp == 0.5
     with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in the OME metadata"):
         open_slide(path, mpp=0.25)
@@ -428,14 +428,14 @@ def test_precedence_and_contradiction(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"not an image", b"II*\0", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"II*\0" * 99]
 )
-def test_what_is_no_image_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "tissue_image.tif"
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"tissue_image\.tif"):
         open_slide(path, mpp=0.5)
 
 
-def test_tags_of_other_kinds_are_refused(tmp_path: Path) -> None:
+def test_tags_of_unexpected_types_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     resolution(path, 20_000, "CENTIMETER")
     data = bytearray(path.read_bytes())
@@ -446,7 +446,7 @@ def test_tags_of_other_kinds_are_refused(tmp_path: Path) -> None:
         open_slide(path)
 
 
-def test_tiles_too_big_to_be_decoded_are_refused(tmp_path: Path) -> None:
+def test_tiles_too_large_to_decode_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="zlib")
     with tifffile.TiffFile(path, mode="r+b") as tif:
@@ -455,11 +455,11 @@ def test_tiles_too_big_to_be_decoded_are_refused(tmp_path: Path) -> None:
         open_slide(path, mpp=0.5)
 
 
-def test_a_tile_with_other_samples_than_its_page_says_is_refused(tmp_path: Path) -> None:
+def test_a_tile_with_other_samples_than_its_page_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, IMAGE, photometric="rgb", tile=(64, 64), compression="jpeg")
     data = bytearray(path.read_bytes())
-    data[data.index(b"\x02\x01\x03\x00") + 2] = 0  # BitsPerSample is of no type, so that it is not read
+    data[data.index(b"\x02\x01\x03\x00") + 2] = 0  # BitsPerSample has an invalid type and is not read
     data[data.index(b"\x15\x01\x03\x00") + 8] = 0  # no SamplesPerPixel
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"a\.tif"), open_slide(path, mpp=0.5) as slide:
@@ -488,7 +488,7 @@ def test_truncated_files_are_refused(name: str, share: float, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("options", [{"tile": (64, 64), "compression": "zlib"}, {"rowsperstrip": 20}])
-def test_a_file_that_is_cut_while_open(options: dict, tmp_path: Path) -> None:
+def test_a_file_truncated_while_open(options: dict, tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, IMAGE, photometric="rgb", **options)
     with open_slide(path, mpp=0.5) as slide:
@@ -514,7 +514,7 @@ def test_corrupt_tiles_are_found_when_read(tmp_path: Path, caplog: pytest.LogCap
 
 @settings(max_examples=40, deadline=None)
 @given(place=st.floats(0, 1), value=st.binary(min_size=1, max_size=8))
-def test_damage_anywhere_raises_input_errors_only(
+def test_damage_anywhere_raises_only_input_errors(
     place: float, value: bytes, jpeg_slide: tuple[Path, np.ndarray]
 ) -> None:
     path = jpeg_slide[0].with_name("damaged.tif")

@@ -1,4 +1,4 @@
-"""Measured spots: counts as they are, positions in pixels, and nothing else passes."""
+"""Measured spots: counts, positions in pixels, and refusal of anything else."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def edit(path: Path, name: str, values: object, **options: object) -> None:
         file.create_dataset(name, data=values, **options).attrs.update(attributes)
 
 
-def test_a_sparse_matrix_that_points_out_of_itself_is_refused(tmp_path: Path) -> None:
+def test_indices_out_of_bounds_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "spots.h5ad"
     spots().write_h5ad(path)
     edit(path, "X/indices", np.full(np.count_nonzero(COUNTS), 3_000_000, np.int32))
@@ -101,7 +101,7 @@ def test_a_sparse_matrix_that_points_out_of_itself_is_refused(tmp_path: Path) ->
         read_spots(path)
 
 
-def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
+def test_sizes_beyond_the_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "spots.h5ad"
     spots().write_h5ad(path)
     edit(path, "obsm/spatial", None, shape=(2, 1 << 40), dtype="f8", chunks=(1, 1024))
@@ -109,7 +109,7 @@ def test_sizes_beyond_what_the_file_holds_are_refused(tmp_path: Path) -> None:
         read_spots(path)
 
 
-def test_what_is_no_h5ad(tmp_path: Path) -> None:
+def test_other_files_and_missing_files(tmp_path: Path) -> None:
     (tmp_path / "spots.h5ad").write_text("barcode,x,y")
     with pytest.raises(InputError, match=r"spots\.h5ad: not HDF5, or damaged"):
         read_spots(tmp_path / "spots.h5ad")

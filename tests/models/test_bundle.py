@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from prts.errors import InputError
 from prts.io.cache import sha256_file
 from prts.models.bundle import load_bundle, save_bundle
+from prts.models.likelihoods import Likelihood
+from prts.models.likelihoods.hurdle import Hurdle
 from prts.models.likelihoods.paper import Paper
+from prts.models.likelihoods.poisson import Poisson
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 
@@ -153,7 +156,10 @@ DAMAGE = {
         edit_json(lambda j: j["likelihood"].update(name="zinb")),
         "likelihood 'zinb' is not one of .*; install the package that offers it",
     ),
-    "odd likelihood": (edit_json(lambda j: j["likelihood"].update(rank=1)), "not laid out.*rank: no such setting"),
+    "odd likelihood": (
+        edit_json(lambda j: j["likelihood"].update(rank=1)),
+        "not laid out.*rank: paper has no such setting",
+    ),
     "no likelihood": (edit_json(lambda j: j.pop("likelihood")), "lacks likelihood"),
     "odd argument": (edit_json(lambda j: j["architecture"].update(depth=3)), "not laid out as prts writes it"),
     "genes a number": (edit_json(lambda j: j.update(genes=3)), "not laid out as prts writes it"),
@@ -171,7 +177,7 @@ DAMAGE = {
         edit_json(
             lambda j: j.update(intervals={"level": 0.9, **dict.fromkeys(("scale", "dispersion", "mass"), [[1.0]] * 3)})
         ),
-        "one number per gene is needed",
+        r"not laid out as prts writes it \(intervals\.scale",
     ),
     "an interval's scale": (
         edit_json(
@@ -179,7 +185,7 @@ DAMAGE = {
                 intervals={"level": 0.9, "scale": [1.0, 1e308, 1.0], "dispersion": [0.1] * 3, "mass": [0.9] * 3}
             )
         ),
-        "scale of intervals must lie between 0.0001 and 10000",
+        "scale of intervals must be between 0.0001 and 10000",
     ),
     "encoder a list": (edit_json(lambda j: j.update(encoder=["a"])), r"not laid out as prts writes it \(encoder"),
     "a gene twice": (edit_json(lambda j: j["genes"][0].update(name="Ttr")), "lists a gene twice"),
@@ -240,3 +246,53 @@ def test_incomplete_metadata_is_a_bug_and_writes_nothing(tmp_path: Path) -> None
             metadata=incomplete,
         )
     assert not list(tmp_path.iterdir())
+
+
+def to_format_2(folder: Path, target: str) -> None:
+    """Rewrite a bundle as prts wrote it before likelihoods were objects."""
+    tensors = load_file(folder / "model.safetensors")
+    prefix = "likelihood.scaler." if target in ("minmax", "log1p", "counts") else "likelihood."
+    save_file(
+        {name.replace(prefix, "scaler."): tensor for name, tensor in tensors.items()}, folder / "model.safetensors"
+    )
+    content = json.loads((folder / "model.json").read_text())
+    del content["likelihood"], content["architecture"]["outputs"]
+    content |= {"format_version": 2, "target": {"name": target}, "loss": {"_target_": "prts.models.losses.AnyLoss"}}
+    content["weights_sha256"] = sha256_file(folder / "model.safetensors")
+    (folder / "model.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("target", "likelihood"),
+    [
+        ("minmax", Paper()),
+        ("log1p", Paper(target="log1p")),
+        ("counts", Paper(target="counts")),
+        ("log_rate", Poisson()),
+        ("log_share", Poisson(offset="library")),
+        ("log_truncated", Hurdle()),
+        ("log_positive", Hurdle(level="lognormal")),
+    ],
+)
+def test_a_bundle_of_format_2_predicts_what_it_did(tmp_path: Path, target: str, likelihood: Likelihood) -> None:
+    torch.manual_seed(0)
+    fitted = likelihood.fit([sp.csr_matrix([[1, 0, 7], [4, 2, 0]])])
+    net, rule = PRTSNet(5, 3, hidden=(7,)), OutputRule("none", 0.3)
+    save_bundle(tmp_path / "model", net=net, likelihood=fitted, rule=rule, genes=GENES, metadata=metadata())
+    features = torch.randn(10, 5)
+    expected = load_bundle(tmp_path / "model").predict(features)
+    to_format_2(tmp_path / "model", target)
+    assert any("scaler." in name for name in load_file(tmp_path / "model" / "model.safetensors")) == (
+        target in ("minmax", "log_share", "log_positive")
+    )
+    bundle = load_bundle(tmp_path / "model")
+    assert bundle.likelihood.target == target
+    for found, before in zip(bundle.predict(features), expected, strict=True):
+        torch.testing.assert_close(found, before)
+
+
+def test_a_target_of_format_2_that_never_was_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "model")
+    to_format_2(tmp_path / "model", "rank")
+    with pytest.raises(InputError, match="target 'rank' is not one of minmax, log1p"):
+        load_bundle(tmp_path / "model")

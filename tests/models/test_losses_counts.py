@@ -210,10 +210,10 @@ def test_only_combinations_that_make_sense_pass(name: str, heads: str, gate: str
 
 
 def test_a_part_that_nothing_trains_is_refused() -> None:
-    with pytest.raises(ParameterError, match="likelihood lambda_1: 0: input should be greater than 0"):
+    with pytest.raises(ParameterError, match="likelihood lambda_1: 0 is not accepted; give a number above 0"):
         Paper(lambda_1=0)
     with pytest.raises(ParameterError, match="likelihood lambda_2: 0 leaves the second head untrained"):
         Paper(lambda_2=0).require(heads="dual")
     Paper(lambda_2=0).require(heads="single")
-    with pytest.raises(ParameterError, match="likelihood offset: 'depth': input should be 'none' or 'library'"):
+    with pytest.raises(ParameterError, match="likelihood offset: 'depth' is not accepted; give none or library"):
         Poisson(offset="depth")

@@ -47,7 +47,7 @@ class NegativeBinomial(Likelihood):
         total = torch.log(size + level.exp())
         terms = torch.lgamma(counts + size) - torch.lgamma(size) - torch.lgamma(counts + 1)
         terms = terms + size * (size.log() - total) + counts * (level - total)
-        return self._sum(-terms.mean(), cross_entropy(logit, counts))
+        return self.weighted_sum(-terms.mean(), cross_entropy(logit, counts))
 
     def mean(self, outputs):
         return outputs[0].clamp(max=15).exp()
@@ -146,7 +146,7 @@ def test_a_bundle_whose_likelihood_is_not_installed_names_it(
 
 def test_a_likelihood_of_a_notebook_is_registered_by_the_decorator() -> None:
     namespace: dict[str, object] = {"__name__": "notebook"}
-    exec(SOURCE, namespace)
+    exec(compile(SOURCE, "a cell", "exec", dont_inherit=True), namespace)
     try:
         assert likelihoods["negative_binomial"] is namespace["NegativeBinomial"]
         with pytest.raises(ParameterError, match="likelihood lambda_1: -1"):

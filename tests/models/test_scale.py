@@ -41,7 +41,7 @@ def test_a_slide_at_half_its_um_per_px_is_refused_in_one_line_that_names_the_rig
     with pytest.raises(InputError, match=r"slide.tif: is 0.25 um/px \(mpp=\) right\?") as caught:
         check_scale(lattice(3.6, 10), section(0.25), 0.5, TRAINING, refuse=True)
     message = str(caught.value)
-    assert "13 um2 here, 53 in training" in message and "0.5 um/px they" in message and "check_scale=false" in message
+    assert "13 um2 here and 53 in training" in message and "at 0.5 um/px" in message and "`check_scale` off" in message
     assert "\n" not in message
     with pytest.raises(InputError, match="210 um2 here"):
         check_scale(lattice(14.5, 40), section(1.0), 0.5, TRAINING, refuse=True)
@@ -52,7 +52,7 @@ def test_a_difference_beyond_that_of_the_training_sections_is_a_warning(caplog: 
         check_scale(lattice(8), section(), 0.5, TRAINING, refuse=True)
         assert not caplog.records
         found = check_scale(lattice(9), section(), 0.5, TRAINING, refuse=True)
-        assert "81 um2 here, 53 in training" in caplog.text
+        assert "81 um2 here and 53 in training" in caplog.text
         caplog.clear()
         check_scale(lattice(3.6), section(), 0.5, TRAINING, refuse=False)
         assert "right?" in caplog.text

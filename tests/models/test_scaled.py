@@ -80,6 +80,6 @@ def test_an_unknown_target_names_the_known_ones() -> None:
     ):
         Paper().with_target("zscore")
     with pytest.raises(
-        ParameterError, match="likelihood target: 'zscore': input should be 'minmax', 'log1p' or 'counts'"
+        ParameterError, match="likelihood target: 'zscore' is not accepted; give minmax, log1p or counts"
     ):
         Paper(target="zscore")

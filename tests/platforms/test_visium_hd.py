@@ -215,12 +215,12 @@ def set_first(value: object) -> Callable[[np.ndarray], np.ndarray]:
         (replace("shape", lambda s: np.full(len(s), np.inf)), "contradict"),
         (replace("shape", lambda s: np.tile(s, (2, 1))), "contradict"),
         (replace("barcodes", lambda b: b[:-1]), "contradict"),
-        (replace("barcodes", set_first(b"AAACAACGAATAGTTC-1")), "AAACAACGAATAGTTC-1.*no 2 um bin"),
-        (replace("barcodes", set_first(b"s_002um_00001_0000x-1")), "no 2 um bin"),
-        (replace("barcodes", set_first(b"s_002um_00001_00001-")), "no 2 um bin"),
+        (replace("barcodes", set_first(b"AAACAACGAATAGTTC-1")), "AAACAACGAATAGTTC-1.*not a 2 um bin"),
+        (replace("barcodes", set_first(b"s_002um_00001_0000x-1")), "not a 2 um bin"),
+        (replace("barcodes", set_first(b"s_002um_00001_00001-")), "not a 2 um bin"),
         (replace("barcodes", lambda b: np.char.replace(b, b"002um", b"008um")), "bins of 8 um.*square_002um"),
-        (replace("barcodes", lambda b: b[[0, *range(len(b) - 1)]]), r"s_002um_\d{5}_\d{5}-1 is there twice"),
-        (replace("features/id", set_first(b"E2")), "'E2' is there twice"),
+        (replace("barcodes", lambda b: b[[0, *range(len(b) - 1)]]), r"s_002um_\d{5}_\d{5}-1 occurs twice"),
+        (replace("features/id", set_first(b"E2")), "'E2' occurs twice"),
         (replace("features/id", lambda i: i[:-1]), "different lengths"),
         (replace("features/id", lambda i: np.stack([i, i], axis=1)), "different lengths"),
         (replace("features/name", set_first(b"\xff")), "damaged"),
@@ -243,7 +243,7 @@ def test_sizes_beyond_what_the_file_holds_are_refused(matrix_file: Path) -> None
     with h5py.File(matrix_file, "r+") as h5:
         del h5["matrix/barcodes"]
         h5["matrix"].create_dataset("barcodes", (1 << 40,), "S21", chunks=(1024,))
-    with pytest.raises(InputError, match="matrix/barcodes has more values than the file can hold"):
+    with pytest.raises(InputError, match="matrix/barcodes has more values than the file can contain"):
         BinMatrix(matrix_file)
 
 
@@ -263,7 +263,7 @@ def test_data_kept_in_other_files_is_refused(matrix_file: Path, tmp_path: Path) 
         n = len(h5["matrix/data"])
         del h5["matrix/data"]
         h5["matrix"].create_dataset("data", (n,), np.int32, external=[(str(secret), 0, 4 * n)])
-    with pytest.raises(InputError, match="matrix/data lies in other files"):
+    with pytest.raises(InputError, match="matrix/data is stored in other files"):
         BinMatrix(matrix_file)
 
 
@@ -351,13 +351,13 @@ def test_share_of_bins_outside_the_image(tmp_path: Path) -> None:
     ("columns", "message"),
     [
         ({"array_row": 3}, "twice"),
-        ({"array_row": -1}, "no array of bins"),
-        ({"array_row": 2**31 - 1}, "no array of bins"),
+        ({"array_row": -1}, "do not span an array of bins"),
+        ({"array_row": 2**31 - 1}, "do not span an array of bins"),
         ({"array_row": 1.5}, "whole numbers"),
         ({"pxl_row_in_fullres": np.nan}, "position|numbers"),
         ({"pxl_row_in_fullres": np.inf}, "finite"),
         ({"pxl_row_in_fullres": "a"}, "numbers"),
-        ({"array_row": np.uint64(2**64 - 1)}, "no array of bins"),
+        ({"array_row": np.uint64(2**64 - 1)}, "do not span an array of bins"),
     ],
 )
 def test_wrong_positions_are_refused(tmp_path: Path, columns: dict, message: str) -> None:
@@ -384,7 +384,7 @@ def test_a_column_there_twice_and_a_name_that_is_no_text(tmp_path: Path) -> None
         read_positions(tmp_path)
     pq.write_table(table, path)
     path.write_bytes(path.read_bytes().replace(b"barcode", b"barc\xffde"))
-    with pytest.raises(InputError, match="no parquet file that can be read"):
+    with pytest.raises(InputError, match="not a readable Parquet file"):
         read_positions(tmp_path)
 
 
@@ -410,7 +410,7 @@ def test_positions_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no column array_col"):
         read_positions(tmp_path)
     (tmp_path / "spatial/tissue_positions.parquet").write_text("barcode,in_tissue\n")
-    with pytest.raises(InputError, match="no parquet"):
+    with pytest.raises(InputError, match="not a readable Parquet"):
         read_positions(tmp_path)
 
 
@@ -425,7 +425,7 @@ def test_scalefactors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ([1], "JSON object"),
         ({"microns_per_pixel": 0.3}, "bin_size_um is missing"),
         ({"bin_size_um": 8.0}, "bins of 8 um.*square_002um"),
@@ -434,8 +434,8 @@ def test_scalefactors(tmp_path: Path) -> None:
         ('{"bin_size_um": 2, "microns_per_pixel": NaN}', "positive"),
         ({"bin_size_um": True}, "positive"),
         ({"bin_size_um": 2, "microns_per_pixel": 10**400}, "positive"),
-        ("[" * 100_000, "no JSON"),
-        ("9" * 5000, "no JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("9" * 5000, "not valid JSON"),
     ],
 )
 def test_wrong_scalefactors_are_refused(tmp_path: Path, content: object, message: str) -> None:
@@ -473,7 +473,7 @@ def test_genuine_10x_files(prts_data: Path) -> None:
 
 @pytest.mark.real
 def test_a_visium_v1_matrix_is_refused(prts_data: Path) -> None:
-    with pytest.raises(InputError, match="no 2 um bin of Visium HD"):
+    with pytest.raises(InputError, match="not a 2 um bin of Visium HD"):
         BinMatrix(prts_data / "visium_hd_schema/visium_v1/section1/outs/raw_feature_bc_matrix.h5")
 
 

@@ -300,6 +300,27 @@ def test_area_limit_in_pixels(five):
     assert "max_area_um2" not in kept.uns["prts"]["qc"]
 
 
+def test_a_limit_of_none_limits_nothing_and_is_not_reported(five):
+    kept = quality_control(five, QCSettings(min_umi=None, max_area_um2=None, max_pct_mt=None), mpp=0.5)
+    assert kept.n_obs == 5
+    assert not {"min_umi", "max_area_um2", "max_pct_mt"} & set(kept.uns["prts"]["qc"])
+    assert list(quality_control(five, QCSettings(max_area_um2=None), mpp=0.5).obs_names) == ["a", "b", "e"]
+
+
+def test_stored_limits_come_back_as_they_were():
+    """A file omits what is not limited; the defaults of this version do not take its place."""
+    stored = {"min_umi": np.int64(60), "max_area_um2": np.float64(99.5)}
+    assert QCSettings.from_stored(stored) == QCSettings(60, 99.5, None, None)
+    assert QCSettings.from_stored(QCSettings().settings()) == QCSettings()
+
+
+def test_whole_numbers_have_one_fingerprint():
+    from prts.io.cache import fingerprint
+
+    config = {"min_umi": 20, "max_area_um2": 150, "max_area_px": None, "max_pct_mt": 15}
+    assert fingerprint(QCSettings(20, 150.0, None, 15.0).settings()) == fingerprint(config)
+
+
 def test_nothing_left(five):
     with pytest.raises(
         InputError, match="none of 5 nuclei: 1 for max_area_um2=150, 5 for min_umi=1000, 1 for max_pct_mt"

@@ -41,7 +41,7 @@ def test_pcc_vs_ceiling(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(figures, "RELIABLE", 0.5)
     pcc_vs_ceiling(per_gene, tmp_path / "c.png")  # as metrics.json has it, under its one threshold
     assert drawn[1].axes[0].texts[-1].get_text().startswith("50% of the noise ceiling\n(1 genes with ceiling ≥ 0.5)")
-    pcc_vs_ceiling(per_gene[per_gene["gene"] == "d"], tmp_path / "none.png")  # nothing to show is no error
+    pcc_vs_ceiling(per_gene[per_gene["gene"] == "d"], tmp_path / "none.png")  # an empty figure is allowed
 
 
 def test_training_curves_from_lightnings_csv(tmp_path, drawn):

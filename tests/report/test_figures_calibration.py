@@ -26,7 +26,7 @@ def test_blocks_of_nuclei_and_genes_do_not_show(monkeypatch):
     np.testing.assert_allclose(level_groups(counts, umi), groups)
 
 
-def test_a_true_rate_lies_on_the_diagonal_and_a_shrunken_one_does_not():
+def test_a_true_rate_is_on_the_diagonal_and_a_shrunken_one_does_not():
     rng = np.random.default_rng(0)
     rate = rng.gamma(1.0, 2.0, (20_000, 3)).astype(np.float32)
     counts = sp.csr_matrix(rng.poisson(rate))

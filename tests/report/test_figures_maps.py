@@ -126,7 +126,7 @@ def slide(tmp_path):
 
 
 @pytest.mark.parametrize("side", [2000, 100])
-def test_a_picture_of_a_window_lies_where_it_says(slide, side):
+def test_a_picture_covers_the_box_it_states(slide, side):
     picture = read_picture(slide, Window(1000, 500, 1801, 1301), side)
     x0, y0, x1, y1 = picture.box_px
     assert x0 <= 1000 and y0 <= 500 and x1 >= 1801 and y1 >= 1301

@@ -122,8 +122,8 @@ def test_columns_of_nuclei_keep_codes_labels_and_missing():
     np.testing.assert_array_equal(unpack(kind["block"]), [1, 255, 0])
     assert ood["labels"] == ["False", "True"]
     np.testing.assert_array_equal(unpack(area["block"], np.float32), np.array([1, np.nan, 3], np.float32))
-    beside = pd.DataFrame({"kind": pd.Categorical(["a", "c", "b"])})
-    paired, *_ = nucleus_columns(obs, beside)
+    measured = pd.DataFrame({"kind": pd.Categorical(["a", "c", "b"])})
+    paired, *_ = nucleus_columns(obs, measured)
     assert paired["labels"] == ["a", "b", "c"]  # one colour a name on both sides
     np.testing.assert_array_equal(unpack(paired["block"]), [1, 255, 0])
     np.testing.assert_array_equal(unpack(paired["measured_block"]), [0, 2, 1])
@@ -238,7 +238,7 @@ def test_the_page_is_written_whole_or_not_at_all(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_scores_stand_beside_baselines_and_ceiling():
+def test_scores_include_baselines_and_ceiling():
     figures = page_text.section_metrics(
         {
             "test/pcc_mean": 0.3, "test/pcc_mean_low": 0.25, "test/pcc_mean_high": 0.34, "test/ceiling_mean": 0.6,

@@ -62,7 +62,9 @@ def test_the_sample_of_a_large_slide_is_spread_over_it():
 
 
 class Fixed:
-    advice = "try another way"
+    name = "fixed"
+    extra = None
+    hint = "try another way"
 
     def __init__(self, shapes):
         self.shapes = shapes
@@ -90,5 +92,5 @@ def test_polygons_reads_a_file_against_the_slide(slide, tmp_path):
     before = segmenter.settings()
     gpd.GeoDataFrame({"cell_id": ["b"]}, geometry=[shapely.box(2, 2, 13, 12)]).to_parquet(tmp_path / "n.parquet")
     assert segmenter.settings() != before
-    with pytest.raises(InputError, match=r"segmentation\.path: is not set"):
+    with pytest.raises(InputError, match=r"segmenter path: is not set"):
         Polygons()(slide)

@@ -6,9 +6,9 @@ import pytest
 import shapely
 from PIL import Image
 
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.io.slide import open_slide
-from prts.segmentation import stardist
+from prts.segmentation import segmenters, stardist
 from prts.segmentation.stardist import StarDist
 
 
@@ -97,8 +97,8 @@ def test_models_that_are_none(slide, tmp_path):
     ],
 )
 def test_settings_that_make_no_sense(settings, key):
-    with pytest.raises(InputError, match=rf"segmentation\.{key}="):
-        StarDist(**settings)
+    with pytest.raises(ParameterError, match=rf"segmenter {key}: "):
+        segmenters.build({"name": "stardist", **settings})
 
 
 def test_settings_are_json_and_follow_the_files_of_a_folder(tmp_path):

@@ -5,9 +5,10 @@ from PIL import Image
 from shapely import STRtree
 from skimage.color import rgb2hed
 
-from prts.errors import InputError
+from prts.errors import ParameterError
 from prts.evaluation.segmentation import match_nuclei
 from prts.io.slide import open_slide
+from prts.segmentation import segmenters
 from prts.segmentation.watershed import Watershed, haematoxylin
 
 PINK, BLUE, GLASS = (225, 160, 195), (90, 60, 140), (243, 242, 244)
@@ -140,8 +141,8 @@ def test_f1_on_the_data_science_bowl(prts_data):
     ],
 )
 def test_settings_that_make_no_sense(settings, key):
-    with pytest.raises(InputError, match=rf"segmentation\.{key}="):
-        Watershed(**settings)
+    with pytest.raises(ParameterError, match=rf"segmenter {key}: "):
+        segmenters.build({"name": "watershed", **settings})
 
 
 def test_settings_tell_all_parameters():

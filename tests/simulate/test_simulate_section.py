@@ -1,4 +1,4 @@
-"""The written section: 10x's layout, reproducible, nothing overwritten, and in agreement with its own truth."""
+"""The simulated section: layout of Space Ranger, reproducible, nothing overwritten, consistent with its truth."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_positions(folder: Path):
 
 
 def count_in(folder: Path, polygons: np.ndarray) -> np.ndarray:
-    """UMIs of bins whose centre is within exactly one polygon, with shapely alone."""
+    """UMIs of bins whose center is within exactly one polygon, computed with shapely."""
     matrix, barcodes, _ = read_matrix(folder)
     at = read_positions(folder).set_index("barcode").loc[barcodes]
     tree = shapely.STRtree(shapely.points(at["pxl_col_in_fullres"], at["pxl_row_in_fullres"]))
@@ -66,7 +66,7 @@ def test_same_arguments_same_bytes(tmp_path: Path) -> None:
         assert first[name] != other[name]
 
 
-def test_hdf5_files_hold_no_time(folder: Path) -> None:
+def test_hdf5_files_contain_no_timestamps(folder: Path) -> None:
     for name in ("truth.h5ad", f"{BINS}/filtered_feature_bc_matrix.h5"):
         with h5py.File(folder / name) as h:
             times: list[int] = []
@@ -108,10 +108,10 @@ def test_without_diffusion_nuclei_hold_what_truth_expects(tmp_path: Path) -> Non
     truth = ad.read_h5ad(folder / "truth.h5ad")
     counted = count_in(folder, nuclei.geometry.to_numpy())
     expected = truth.X.sum(axis=1)
-    # Off the capture area there are no bins.
+    # There are no bins outside the capture area.
     positions = read_positions(folder)
     inner = truth.obsm["spatial"][:, 0] < positions["pxl_col_in_fullres"].max() - 60
-    # Ambient UMIs come on top, bins shared by two nuclei go: both under 5 %.
+    # Ambient UMIs are added and bins shared by two nuclei are dropped, each below 5 %.
     assert counted[inner].sum() == pytest.approx(expected[inner].sum(), rel=0.05)
     assert np.corrcoef(np.log(counted[inner] + 1), np.log(expected[inner]))[0, 1] > 0.9
 
@@ -124,7 +124,7 @@ def test_tilt_and_pitch_are_in_the_positions(tmp_path: Path, tilt_deg: float) ->
     fit, *_ = np.linalg.lstsq(design, p[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(), rcond=None)
     assert np.rad2deg(np.arctan2(fit[0, 1], fit[0, 0])) == pytest.approx(tilt_deg, abs=1e-6)
     assert np.hypot(*fit[0]) == pytest.approx(2 / 0.4) == np.hypot(*fit[1])
-    # A rotation, no mirror image.
+    # A rotation, not a reflection.
     assert np.linalg.det(fit[:2]) > 0
 
 
@@ -153,7 +153,7 @@ def test_image_states_its_resolution(folder: Path) -> None:
     small = np.asarray(Image.open(folder / BINS / "spatial/tissue_lowres_image.png"))
     assert small.shape[1] == pytest.approx(image.shape[1] * scalefactors["tissue_lowres_scalef"], abs=1)
     np.testing.assert_allclose(small.mean(axis=(0, 1)), image.mean(axis=(0, 1)), atol=1.5)
-    # Glass is white, in all three channels: the colour space of the tiles is right.
+    # Glass is white, in all three channels: the color space of the tiles is right.
     assert image[:20, :20].mean(axis=(0, 1)).min() > 225
 
 
@@ -191,7 +191,7 @@ def test_big_sections_keep_factors_instead_of_rates(tmp_path: Path, monkeypatch:
         ({"species": "rat"}, "species"),
     ],
 )
-def test_arguments_without_sense_are_named(tmp_path: Path, wrong: dict, named: str) -> None:
+def test_invalid_settings_are_named(tmp_path: Path, wrong: dict, named: str) -> None:
     with pytest.raises(InputError, match=f"^{named}: "):
         simulate_section(tmp_path / "s", **wrong)
     assert not list(tmp_path.iterdir())
@@ -230,17 +230,17 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not list(tmp_path.iterdir())
 
 
-def test_the_section_opens_as_any_other(folder: Path) -> None:
+def test_the_section_opens_like_any_other(folder: Path) -> None:
     from prts.section import open_section_folder
 
     opened = open_section_folder(folder)
     assert opened.mpp == 0.5 and opened.measurement is not None
-    # Its true nuclei are not found by accident.
+    # Its true nuclei are not used.
     assert opened.nuclei is None
 
 
 @pytest.mark.real
-def test_files_are_those_of_the_genuine_ones(folder: Path, prts_data: Path) -> None:
+def test_files_match_the_genuine_ones(folder: Path, prts_data: Path) -> None:
     genuine = prts_data / "visium_hd_schema" / BINS
     assert set(json.loads((folder / BINS / "spatial/scalefactors_json.json").read_text())) == set(
         json.loads((genuine / "spatial/scalefactors_json.json").read_text())
@@ -253,11 +253,11 @@ def test_files_are_those_of_the_genuine_ones(folder: Path, prts_data: Path) -> N
         found: dict[str, str] = {}
         with h5py.File(path) as h:
             h.visititems(lambda name, node: found.__setitem__(name, str(getattr(node, "dtype", "group"))))
-        # The length of strings, and the name of the probe set, belong to the data.
+        # String lengths and the name of the probe set depend on the data.
         strings = {n: "S" if d.startswith("|S") else d for n, d in found.items()}
         return {n if "target_sets/" not in n else "matrix/features/target_sets/*": d for n, d in strings.items()}
 
     wanted = tree(genuine / "filtered_feature_bc_matrix.h5")
-    # `matrix/genes` came with the tool that cut the file down: 10x's guide has no such dataset.
+    # `matrix/genes` was added by the tool that reduced the file; the format of 10x has no such dataset.
     wanted.pop("matrix/genes")
     assert tree(folder / BINS / "filtered_feature_bc_matrix.h5") == wanted

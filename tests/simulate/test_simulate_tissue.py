@@ -1,4 +1,4 @@
-"""SimulatedNuclei, image and rates: each against an independent, slower way to the same thing."""
+"""Nuclei, image and rates, each compared with an independent, slower implementation."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def scene() -> Scene:
 
 
 def pixels(polygon: shapely.Polygon, dx: float = 0, dy: float = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels whose centre (at + 0.5) is in the polygon, moved by dx, dy."""
+    """Pixels whose center (at + 0.5) is in the polygon, moved by dx, dy."""
     x, y = polygon.exterior.coords.xy
     return polygon_pixels(np.array(y) - 0.5 + dy, np.array(x) - 0.5 + dx)
 
 
-def test_as_many_nuclei_as_asked_in_their_domains(scene: Scene) -> None:
+def test_number_and_domains_of_nuclei(scene: Scene) -> None:
     assert len(scene.nuclei) == 700
     col, row = (scene.nuclei.xy_um / GRID_UM).astype(int).T
     np.testing.assert_array_equal(scene.layout.domain[row, col], scene.nuclei.domain)
@@ -82,13 +82,13 @@ def test_polygons_are_where_depth_is_one(scene: Scene) -> None:
     assert (np.hypot(dx, dy) <= scene.nuclei.reach_um()[index]).all()
 
 
-def test_depth_tells_inside_as_shapely_does(scene: Scene) -> None:
+def test_depth_agrees_with_shapely(scene: Scene) -> None:
     rng = np.random.default_rng(0)
     index = rng.integers(0, 700, 20_000)
     d = rng.uniform(-9, 9, (2, len(index)))
     points = shapely.points((scene.nuclei.xy_um[index] + d.T) / MPP)
     inside = shapely.contains(scene.polygons[index], points)
-    # Chords cut a sliver off the curve.
+    # Chords cut off a sliver of the curve.
     assert ((scene.nuclei.depth(index, *d) < 1) == inside).mean() > 0.995
 
 
@@ -108,13 +108,13 @@ def test_lattice_around_lists_each_point_once(squares: list[tuple[float, float, 
         for c in range(cols)
         if abs(c - x) <= w and abs(r - y) <= w
     }
-    # A float sum may round where the difference does not: only points on the very edge may differ.
+    # A sum may round where the difference does not: only points on the edge may differ.
     for r, c, i in set(found) ^ wanted:
         assert np.isclose(np.abs([c, r] - centre[i]), reach[i], atol=1e-9).any()
     assert len(found) == len(set(found))
 
 
-def test_image_is_dark_in_nuclei_and_nowhere_shifted(scene: Scene) -> None:
+def test_image_is_dark_in_nuclei_and_not_shifted(scene: Scene) -> None:
     red = scene.density[..., 0]
 
     def inside(dx: float, dy: float) -> float:
@@ -127,7 +127,7 @@ def test_image_is_dark_in_nuclei_and_nowhere_shifted(scene: Scene) -> None:
     tissue = ndimage.zoom(scene.layout.outline, np.array(scene.shape) / scene.layout.outline.shape, order=0)
     here = inside(0, 0)
     assert here > 2.5 * red[tissue & ~ndimage.binary_dilation(covered, iterations=2)].mean()
-    # Half a pixel off in any direction is worse: image and polygons share one coordinate system.
+    # A shift of half a pixel in any direction is worse: image and polygons share one coordinate system.
     assert all(here > inside(*d) for d in [(0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5)])
 
 
@@ -144,7 +144,7 @@ def test_bands_have_no_seams(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(np.concatenate(list(bands)).astype(int) - scene.image).max() <= 1
 
 
-def test_stain_shift_moves_colours_mildly() -> None:
+def test_stain_shift_moves_colors_mildly() -> None:
     plain, moved = Scene(2, 60), Scene(2, 60, shifted_stain(1.0))
     tissue = plain.image.min(axis=2) < 215
     change = moved.image[tissue].mean(axis=0) - plain.image[tissue].mean(axis=0)
@@ -153,7 +153,7 @@ def test_stain_shift_moves_colours_mildly() -> None:
 
 
 def looks(scene: Scene) -> np.ndarray:
-    """Simple statistics of each nucleus and its surroundings, from image and outline only."""
+    """Simple statistics of each nucleus and its surroundings from image and outline."""
     rows = []
     blurred = ndimage.gaussian_filter(scene.density, (8, 8, 0))
     for p in scene.polygons:
@@ -201,7 +201,7 @@ def test_rates_follow_their_formula(truth) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Observation names")
-def test_image_rate_is_the_mean_over_what_no_image_shows(truth) -> None:
+def test_image_rate_is_the_mean_over_invisible_factors(truth) -> None:
     rng = np.random.default_rng(1)
     one = truth[:1].copy()
     many = truth[np.zeros(4000, int)].copy()
@@ -210,11 +210,11 @@ def test_image_rate_is_the_mean_over_what_no_image_shows(truth) -> None:
     noise = np.exp(0.4 * rng.standard_normal(4000) - 0.08)
     many.obs["depth"] = one.obs["image_depth"].iloc[0] * noise
     expected = true_rates(many).mean(axis=0)
-    # The sum over genes, which both are divided by, varies with the factors too: hence a tolerance beyond the sampling.
+    # The sum over genes, by which both are divided, varies with the factors too: hence the larger tolerance.
     np.testing.assert_allclose(true_rates(one, image=True)[0], expected, rtol=0.12)
 
 
-def test_gene_programs_have_the_genes_it_should() -> None:
+def test_gene_programs_have_the_expected_genes() -> None:
     programs = draw_gene_programs(1000)
     assert len(set(programs.names)) == len(set(programs.ids)) == 1000
     assert sum(n.startswith("MT-") for n in programs.names) == programs.mitochondrial.sum() == 13
@@ -247,13 +247,13 @@ def test_counts_are_negative_binomial() -> None:
 
 
 @given(st.floats(-0.3, 0.3), st.integers(0, 3000), st.integers(0, 3000))
-def test_lattice_goes_there_and_back(tilt: float, row: int, col: int) -> None:
+def test_lattice_round_trip(tilt: float, row: int, col: int) -> None:
     lattice = BinLattice(4000, 4000, (12.5, -3.0), tilt, (0.0, 0.0))
     there = lattice.to_um(np.array([row]), np.array([col]))
     np.testing.assert_allclose(lattice.from_um(there), [[col, row]], atol=1e-8)
 
 
-def test_bilinear_is_scipys() -> None:
+def test_bilinear_equals_scipy() -> None:
     field = np.random.default_rng(0).standard_normal((12, 9)).astype(np.float32)
     rows, cols = np.linspace(3, 20, 7), np.linspace(2, 15, 5)
     expected = ndimage.map_coordinates(field, np.meshgrid(rows / 2 - 0.5, cols / 2 - 0.5, indexing="ij"), order=1)
@@ -272,7 +272,7 @@ def test_noise_repeats_without_a_seam_and_fields_are_smooth() -> None:
     assert 0.6 < field.std() < 1.4 and np.abs(np.diff(field, 2, axis=0)).max() < 0.2
 
 
-def test_noise_grain_is_a_gaussian_filters() -> None:
+def test_noise_grain_equals_a_gaussian_filter() -> None:
     size, sigma = 60, (2.0, 4.0)
     white = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
     slow = ndimage.gaussian_filter(white.astype(float), sigma, mode="wrap", truncate=7)

@@ -9,16 +9,17 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
-from prts.errors import ParameterError, did_you_mean
+from prts.arguments import check_settings
+from prts.errors import ParameterError
 from prts.io.cache import sha256_file
 
 if TYPE_CHECKING:
@@ -262,26 +263,15 @@ class Encoder(ABC):
         return "is not here; give it at prediction as the encoder's weights"
 
 
-def checked(kind: type[D], **given: Any) -> D:
-    """Make a dataclass of settings from untyped values.
+def checked(encoder: type[Encoder], kind: type[D], **given: Any) -> D:
+    """Make the settings of an encoder, a dataclass, from untyped values.
 
     Raises
     ------
     ParameterError
-        If a name is unknown or a value has the wrong type or is out of range.
+        If a name is unknown, or a value has the wrong type or is out of range.
     """
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for key in given:
-        if key not in known:
-            raise ParameterError(
-                "encoder", key, f"no such setting{did_you_mean(key, known)}; choose from {', '.join(known)}"
-            )
-    try:
-        return TypeAdapter(kind).validate_python(given)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = str(fault["loc"][0])
-        raise ParameterError("encoder", key, f"{given.get(key)!r} is not accepted; {fault['msg'].lower()}") from error
+    return kind(**check_settings(encoder, given, "encoder"))
 
 
 def signature_of(kind: type) -> Callable[[E], E]:

@@ -46,7 +46,7 @@ class DinoViTS16(Timm):
     """
 
     def __init__(self, weights: str | Path | None = None, **settings: Any) -> None:
-        given = checked(DinoViTS16Settings, weights=weights, **settings)
+        given = checked(DinoViTS16, DinoViTS16Settings, weights=weights, **settings)
         shared = {name: getattr(given, name) for name in TokenSettings.__dataclass_fields__}
         super().__init__(_MODEL, pair_channels=given.local_width is not None, **shared)
 

@@ -93,7 +93,7 @@ class Classical(Encoder):
     version = 1
 
     def __init__(self, **settings: Any) -> None:
-        given = checked(ClassicalSettings, **settings)
+        given = checked(Classical, ClassicalSettings, **settings)
         # five levels of half the size each, and a central crop
         if given.tile_px % 32 or given.tile_px < CROP:
             raise ParameterError(

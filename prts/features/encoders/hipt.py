@@ -59,7 +59,7 @@ class ViT256(TokenEncoder):
     """
 
     def __init__(self, weights: str | Path | None = None, **settings: Any) -> None:
-        given = checked(ViT256Settings, weights=weights, **settings)
+        given = checked(ViT256, ViT256Settings, weights=weights, **settings)
         if given.tile_px % _PATCH:
             raise ParameterError("encoder", "tile_px", f"{given.tile_px} is not a multiple of the patch, {_PATCH} px")
         super().__init__(given, pair_channels=given.local_width is not None)

@@ -57,7 +57,7 @@ class Timm(TokenEncoder):
     """
 
     def __init__(self, model_name: str, weights: str | Path | None = None, **settings: Any) -> None:
-        given = checked(TimmSettings, model_name=model_name, weights=weights, **settings)
+        given = checked(Timm, TimmSettings, model_name=model_name, weights=weights, **settings)
         super().__init__(given, pair_channels=given.pair_channels)
         self.model_name = given.model_name
 

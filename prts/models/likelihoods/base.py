@@ -171,11 +171,11 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def prob(self, outputs: Outputs) -> Tensor:
-        """P(at least one UMI), (b, g)."""
-        return outputs[1].sigmoid()
+        """P(at least one UMI), (b, g), from the output `logit`. Override it for a likelihood without one."""
+        return outputs[self.outputs.index("logit")].sigmoid()
 
-    def _sum(self, reg: Tensor, binary: Tensor) -> dict[str, Tensor]:
-        """The weighted sum of both terms, and the terms."""
+    def weighted_sum(self, reg: Tensor, binary: Tensor) -> dict[str, Tensor]:
+        """Loss of a likelihood with two terms: their weighted sum, and the terms for the log."""
         return {"loss": self.lambda_1 * reg + self.lambda_2 * binary, "reg": reg, "bin": binary}
 
 

@@ -92,7 +92,7 @@ class Hurdle(Likelihood):
             rate = level.exp()
             # log(exp(rate) - 1) - k log(rate), with the former as rate + log(1 - exp(-rate)), which does not overflow
             reg = (expressed * (rate + torch.log(-torch.expm1(-rate)) - counts * level)).mean()
-        return self._sum(reg, cross_entropy(logit, counts))
+        return self.weighted_sum(reg, cross_entropy(logit, counts))
 
     def mean(self, outputs: Outputs) -> Tensor:
         """Mean of a count that is not 0. The soft gate multiplies it by P(expressed)."""

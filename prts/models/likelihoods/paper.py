@@ -62,4 +62,4 @@ class Paper(ScaledLikelihood):
         expressed = (counts > 0).to(level.dtype)
         weight = self.w_0 + (self.alpha_w - self.w_0) * expressed
         reg = (weight * (level - self.scaler.transform(counts)).square()).mean()
-        return self._sum(reg, cross_entropy(logit, counts))
+        return self.weighted_sum(reg, cross_entropy(logit, counts))

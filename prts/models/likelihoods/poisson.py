@@ -73,7 +73,7 @@ class Poisson(Likelihood):
         depth = counts.sum(dim=1, keepdim=True) if self.offset == "library" else 1.0
         # k log mu without k log(depth), which depends on the counts alone: a nucleus of depth 0 then needs no special case
         reg = (depth * level.exp() - counts * level).mean()
-        return self._sum(reg, cross_entropy(logit, counts))
+        return self.weighted_sum(reg, cross_entropy(logit, counts))
 
     def mean(self, outputs: Outputs) -> Tensor:
         """exp(level), times the mean depth if the level is a share."""

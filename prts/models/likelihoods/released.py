@@ -64,4 +64,4 @@ class Released(ScaledLikelihood):
         p_other = (logit * (1.0 - 2.0 * expressed)).sigmoid()  # 1 - p_t without cancellation
         share = (1.0 - self.alpha) + (2.0 * self.alpha - 1.0) * expressed
         focal = (share * p_other**self.gamma * entropy).mean()
-        return self._sum(reg, focal)
+        return self.weighted_sum(reg, focal)

@@ -90,7 +90,7 @@ prts.region = (() => {
       element("div", { class: "scroll" }, element("table", {},
         element("caption", { class: "hidden" }, "Genes that differ most between the selection and the rest"),
         element("thead", {}, ...top), element("tbody", {}, ...lines))),
-      element("p", { class: "quiet" }, `Inside, outside: mean UMI per nucleus. Difference: in mean log1p(UMI), in standard deviations over all nuclei. Includes the ${meta.genes.length} genes on the map.`));
+      element("p", { class: "quiet" }, `Inside, outside: mean UMI per nucleus. Difference: in mean log1p(UMI), in standard deviations over all nuclei. Covers the ${meta.genes.length} genes on the map.`));
     box.hidden = false;
   }
 

@@ -30,7 +30,8 @@ class DarkSpots:
     mpp: float = 0.5
     max_level: float = 120.0
     min_area_um2: float = 10.0
-    advice: ClassVar[str] = "raise `max_level`"  # shown if no nucleus is found
+    extra: ClassVar[None] = None  # optional dependencies, if it needs any
+    hint: ClassVar[str] = "raise `max_level`"  # shown if no nucleus is found
 
     def settings(self):
         """Everything that decides the result, for caches and bundles."""

@@ -1,13 +1,14 @@
-"""What model.json says of a model beside what its network, scaler and output rule say of themselves."""
+"""What `model.json` records of a trained model, apart from what its network, likelihood and output rule record of themselves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hydra.utils import instantiate
 
 from prts import provenance
 from prts.evaluation.predictable import predictable
@@ -15,21 +16,24 @@ from prts.evaluation.summaries import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
-from prts.preprocess.stain import sample_slides, statistics
+from prts.preprocess.stains.base import sample_slides, statistics
+from prts.segmentation.segment import describe_segmenter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from numpy.typing import NDArray
 
+    from prts.api.train import TrainingPlan
     from prts.data.datamodule import PRTSDataModule
     from prts.data.prepare import PreparedTissue
     from prts.evaluation.scored_section import ScoredSection
     from prts.models.uncertainty import CountIntervals
 
+# Where things are on this machine, and who is told: nothing that made the model.
+_LOCAL = ("paths", "logger", "resume")
+
 
 def bundle_metadata(
-    config: Mapping[str, Any],
+    plan: TrainingPlan,
     datamodule: PRTSDataModule,
     validation: Sequence[ScoredSection],
     beyond: Mapping[str, NDArray[np.bool_]],
@@ -39,20 +43,20 @@ def bundle_metadata(
 
     Parameters
     ----------
-    config
-        The run's whole config as plain containers.
+    plan
+        What was trained.
     datamodule
-        What the model was fitted on.
+        What it was fitted on.
     validation
         Its predictions of the validation nuclei.
     beyond
-        Genes, (g,), in which it was better there than nothing and than each baseline (`prts.evaluation.predictable.validated_genes`).
+        Genes, (g,), in which it was better there than each baseline and than chance (`prts.evaluation.predictable.validated_genes`).
     intervals
         Of the counts, calibrated there.
     """
-    encoder = instantiate(config["encoder"]).settings()
-    weights = config["encoder"].get("weights")
-    is_network = not config["model"]["baseline"]
+    preparation, recipe = plan.preparation, plan.recipe
+    encoder = preparation.encoder.settings()
+    weights = getattr(preparation.encoder, "weights", None)
     per_gene = mean_per_gene([scored.result.per_gene for scored in validation])
     return {
         "encoder": encoder,
@@ -61,16 +65,17 @@ def bundle_metadata(
         "tile": encoder["tile"],
         "pooling": encoder["pooling"],
         "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
-        "baseline": config["model"]["baseline"],
-        "optimizer": config["model"]["optimizer"] if is_network else None,
-        "segmentation": _segmentation(dict(config["segmentation"]), datamodule),
-        "qc": config["qc"],
-        "tissue": config["tissue"]["name"],
-        "species": config["tissue"]["species"],
+        "baseline": recipe.baseline,
+        "optimizer": None if recipe.baseline else _described(recipe.optimizer),
+        "segmentation": _segmentation(plan, datamodule),
+        "qc": preparation.qc.settings(),
+        "register": preparation.register,
+        "tissue": datamodule.tissue.name,
+        "species": datamodule.tissue.species,
         "train_sections": _train_sections(datamodule),
         "split": datamodule.split_report,
-        "seed": config["seed"],
-        "stain": _colours(datamodule),
+        "seed": recipe.seed,
+        "stain": _colors(datamodule),
         "panel": {"method": datamodule.panel.method, **datamodule.panel.steps},
         "validation": {
             "pcc": per_gene["pcc"].tolist(),
@@ -80,13 +85,13 @@ def bundle_metadata(
         },
         "intervals": intervals.settings(),
         "nuclei": _nuclei(datamodule),
-        "provenance": run_provenance(config, datamodule.tissue),
+        "provenance": run_provenance(plan.config, datamodule.tissue),
     }
 
 
 def run_provenance(config: Mapping[str, Any], tissue: PreparedTissue) -> dict[str, Any]:
-    """Code, config and data that made the model; places on this machine are left out."""
-    kept = {key: value for key, value in config.items() if key not in ("paths", "logger", "resume")}
+    """Code, config and data that made the model, without places on this machine."""
+    kept = {key: value for key, value in config.items() if key not in _LOCAL}
     return {
         "code": provenance.code(),
         "config": kept,
@@ -95,28 +100,35 @@ def run_provenance(config: Mapping[str, Any], tissue: PreparedTissue) -> dict[st
     }
 
 
+def _described(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Name and arguments of a partial such as `partial(torch.optim.AdamW, lr=0.003)`."""
+    if isinstance(factory, partial):
+        return {"name": factory.func.__name__, **factory.keywords}
+    return {"name": getattr(factory, "__name__", type(factory).__name__)}
+
+
 def _train_sections(datamodule: PRTSDataModule) -> list[str]:
     return sorted({nuclei.section for nuclei in datamodule.train_sets})
 
 
-def _colours(datamodule: PRTSDataModule) -> dict[str, Any]:
-    """How the tissue of the training sections is stained, for every method that can match a new slide to it."""
+def _colors(datamodule: PRTSDataModule) -> dict[str, Any]:
+    """The stain of the training sections' tissue, for every method that can match a new slide to it."""
     with ExitStack() as stack:
         sections = (datamodule.tissue.sections[name].section for name in _train_sections(datamodule))
         return statistics(sample_slides(stack.enter_context(section.open_slide()) for section in sections))
 
 
 def _nuclei(datamodule: PRTSDataModule) -> dict[str, Any]:
-    """Size and density of all nuclei of the training and validation sections, with those that fail quality control, as in `predict`."""
+    """Size and density of all nuclei of the training and validation sections, including those that fail quality control."""
     names = {part.section for part in (*datamodule.train_sets, *datamodule.val_sets)}
     prepared = {name: datamodule.tissue.sections[name] for name in sorted(names)}
     mpp = {name: part.section.mpp for name, part in prepared.items()}
     return describe_nuclei({name: load_nuclei(part.nuclei) for name, part in prepared.items()}, mpp)
 
 
-def _segmentation(node: dict[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:
-    """How the training nuclei were found, so that prediction finds nuclei in the same way."""
-    prefer_given = node.pop("prefer_given")
-    if prefer_given and any(datamodule.tissue.sections[name].section.nuclei for name in _train_sections(datamodule)):
+def _segmentation(plan: TrainingPlan, datamodule: PRTSDataModule) -> dict[str, Any]:
+    """The segmenter of the training nuclei by its registered name, so that prediction finds nuclei in the same way."""
+    sections = datamodule.tissue.sections
+    if plan.preparation.prefer_given and any(sections[name].section.nuclei for name in _train_sections(datamodule)):
         return {"name": "given", "arguments": {}}
-    return {"name": str(node.pop("_target_")).rsplit(".", 1)[-1].lower(), "arguments": node}
+    return describe_segmenter(plan.preparation.segmenter)

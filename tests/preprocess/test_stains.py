@@ -9,7 +9,8 @@ import pytest
 import tifffile
 
 from prts.errors import InputError
-from prts.preprocess.stain import METHODS, Sampled, StainMatching, matched, sample_slides, statistics
+from prts.preprocess.stains import stains
+from prts.preprocess.stains.base import StainMatching, TissueSample, match_stain, sample_slides, statistics
 from prts.section import open_section
 
 HE = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
@@ -27,7 +28,7 @@ def mixture(stains=HE, strength=(1.0, 1.0), white=WHITE, n=20_000, seed=0) -> np
 
 
 def known(pixels: np.ndarray, white=WHITE) -> dict:
-    return statistics(Sampled(pixels, white))
+    return statistics(TissueSample(pixels, white))
 
 
 def test_macenko_finds_the_stains_that_were_mixed():
@@ -68,7 +69,7 @@ def test_reinhard_gives_mean_and_spread_of_the_reference():
         assert np.abs(np.subtract(before[key], wanted[key])).max() > 3 * off
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", stains.names())
 def test_the_reference_itself_is_left_as_it_is(method):
     pixels = mixture()
     match = StainMatching(method, known(pixels), known(pixels))
@@ -88,9 +89,9 @@ def test_a_matched_section_is_read_in_the_references_colours(tmp_path: Path):
         reference = statistics(sample_slides([slide]))
         wanted = slide.read_region(50, 50, 200, 200).mean(axis=(0, 1))
     np.testing.assert_array_equal(reference["white"], [240] * 3)
-    assert matched(b, "none", None, "bundle") is b
-    for method in METHODS:
-        recoloured = matched(b, method, reference, "bundle")
+    assert match_stain(b, "none", None) is b
+    for method in stains.names():
+        recoloured = match_stain(b, method, reference)
         with b.open_slide() as plain, recoloured.open_slide() as slide:
             before = plain.read_region(50, 50, 200, 200).mean(axis=(0, 1))
             after = slide.read_region(50, 50, 200, 200).mean(axis=(0, 1))
@@ -102,9 +103,9 @@ def test_a_bundle_without_reference_and_an_unknown_method_are_refused_in_one_lin
     tifffile.imwrite(tmp_path / "x.tif", np.full((64, 64, 3), 255, np.uint8), photometric="rgb")
     section = open_section("x", tmp_path / "x.tif", mpp=0.5)
     for method, reference, said in (
-        ("reinhard", None, r"old holds no colours of its training section; use stain=none"),
-        ("vahadane", None, r"stain=vahadane: no such method \(there are: none, histogram, reinhard, macenko\)"),
-        ("macenko", known(mixture()), "too few to match colours; use stain=none"),
+        ("reinhard", None, r"stain: the model has no colors of its training section for reinhard; choose none"),
+        ("vahadane", None, r"stain: 'vahadane' is not a method; choose one of none, histogram, macenko, reinhard"),
+        ("macenko", known(mixture()), "too few to match colors; choose none"),
     ):
         with pytest.raises(InputError, match=said):
-            matched(section, method, reference, "old")
+            match_stain(section, method, reference)

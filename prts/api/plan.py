@@ -1,0 +1,280 @@
+"""From what a Python user says to a training plan, with the defaults of `experiment=best`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prts.errors import InputError, ParameterError, did_you_mean
+
+if TYPE_CHECKING:
+    from prts.api.train import TrainingPlan
+    from prts.data.prepare import PanelBuilder
+    from prts.data.splits import Roles, Splitter
+    from prts.features.encoders import Encoder
+    from prts.models.fit import Recipe
+    from prts.models.likelihoods import Likelihood
+    from prts.preprocess.counts import QCSettings
+    from prts.section import Section
+    from prts.segmentation.segment import Segmenter
+
+# The values of configs/experiment/best.yaml; a test compares them.
+NETWORK: dict[str, Any] = {
+    "hidden": (256, 256, 256),
+    "order": "released",
+    "dropout": 0.5,
+    "heads": "single",
+    "standardize": True,
+}
+FEATURES = ("local", "global", "morphology")
+
+_ENSEMBL = {"human": r"ENSG\d", "mouse": r"ENSMUSG\d"}
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a network is fitted.
+
+    Parameters
+    ----------
+    max_epochs
+        Passes over the training nuclei at most.
+    patience
+        Stop after so many epochs without a better validation PCC; the weights of the best epoch are kept.
+    learning_rate, weight_decay
+        Of AdamW.
+    batch_size
+        Nuclei per batch.
+    seed
+        Of initial weights, order of nuclei and dropout.
+    trainer
+        Further arguments of Lightning's Trainer, such as `{"accelerator": "gpu", "devices": 2}`.
+    """
+
+    max_epochs: int = 40
+    patience: int = 10
+    learning_rate: float = 0.003
+    weight_decay: float = 0.05
+    batch_size: int = 256
+    seed: int = 0
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SectionSettings:
+    """How sections are prepared.
+
+    Parameters
+    ----------
+    nuclei
+        A segmenter or its name; None: a section's own nuclei where it has some, else StarDist.
+    genes
+        The panel: a number (the most variable genes), a list of genes, a file with one, or a panel builder.
+    qc
+        Limits of quality control; None: the paper's.
+    register
+        Correct the shift between bins and nuclei. It is measured and reported either way.
+    artefacts
+        Leave out nuclei on glass, in folds, under bubbles or pen, out of focus or merged.
+    check_image
+        Refuse images that cannot be H&E.
+    """
+
+    nuclei: Segmenter | str | None = None
+    genes: int | Sequence[str] | Path | str | PanelBuilder = 1000
+    qc: QCSettings | None = None
+    register: bool = False
+    artefacts: bool = False
+    check_image: bool = True
+
+
+def split_settings(given: Mapping[str, Any]) -> tuple[FitSettings, SectionSettings]:
+    """Keyword arguments as the two groups of settings they belong to.
+
+    Raises
+    ------
+    ParameterError
+        If one belongs to neither.
+    """
+    fit, section = ({field.name for field in fields(kind)} for kind in (FitSettings, SectionSettings))
+    for name in given:
+        if name not in fit | section:
+            raise ParameterError(
+                "", name, f"no such setting{did_you_mean(name, fit | section)}; see `help(prts.Model.train)`"
+            )
+    return (
+        FitSettings(**{name: value for name, value in given.items() if name in fit}),
+        SectionSettings(**{name: value for name, value in given.items() if name in section}),
+    )
+
+
+def common_species(sections: Iterable[Section]) -> str:
+    """The species that the gene names of all sections agree on.
+
+    Human mitochondrial genes start with MT-, those of mouse with mt-; gene ids with ENSG and ENSMUSG.
+
+    Raises
+    ------
+    ParameterError
+        If the names do not say, or say different things.
+    """
+    found = {section.name: _species(section) for section in sections}
+    if len(set(found.values())) == 1 and None not in found.values():
+        return str(next(iter(found.values())))
+    said = ", ".join(f"{name}: {species or 'unclear'}" for name, species in found.items())
+    raise ParameterError("", "species", f"gene names do not agree on one ({said}); give species='human' or 'mouse'")
+
+
+def _species(section: Section) -> str | None:
+    """The species whose gene ids or mitochondrial genes the section has; None if that is unclear."""
+    from prts.preprocess.counts import MITOCHONDRIAL_PREFIX
+
+    assert section.measurement is not None
+    genes = section.measurement.genes()
+    ids, names = genes["gene_id"].astype(str), genes.index.astype(str)
+    said = {species for species, prefix in _ENSEMBL.items() if ids.str.match(prefix).any()}
+    said = said or {species for species, prefix in MITOCHONDRIAL_PREFIX.items() if names.str.startswith(prefix).any()}
+    return said.pop() if len(said) == 1 else None
+
+
+def assign_roles(
+    sections: Sequence[Section], validation: Sequence[Section], test: Sequence[Section], split: Splitter | str | None
+) -> tuple[dict[str, Section], Roles, Splitter]:
+    """Sections by name, their roles, and the splitter that fills the roles that no section has.
+
+    Raises
+    ------
+    InputError
+        If a section has no measurement, two have one name, or the splitter cannot fill the roles.
+    """
+    from prts.data.splits import Blocks, BySection, Random, Roles
+
+    by_name: dict[str, Section] = {}
+    for section in (*sections, *validation, *test):
+        if section.name in by_name:
+            raise InputError(
+                f"section {section.name}: is given twice; every section has one role and a name of its own (read_visium_hd(..., name=))"
+            )
+        if section.measurement is None:
+            raise InputError(f"section {section.name}: has no measured counts; open it with prts.read_visium_hd")
+        by_name[section.name] = section
+    roles = Roles(*([section.name for section in part] for part in (sections, validation, test)))
+    if not roles.train:
+        raise InputError("sections: none to train on; give at least one")
+    if isinstance(split, str):
+        kinds: dict[str, Splitter] = {
+            "by_section": BySection(test_required=False),
+            "blocks": Blocks(),
+            "random": Random(),
+        }
+        if split not in kinds:
+            raise ParameterError("", "split", f"{split!r} is not one of {', '.join(kinds)}{did_you_mean(split, kinds)}")
+        return by_name, roles, kinds[split]
+    if split is None:
+        split = BySection(test_required=False) if validation else Blocks()
+    return by_name, roles, split
+
+
+def panel_builder(genes: int | Sequence[str] | Path | str | PanelBuilder) -> PanelBuilder:
+    """The panel builder that a user means.
+
+    Raises
+    ------
+    InputError
+        If it is no panel.
+    """
+    from prts.preprocess.panel import FilePanel, ListPanel, TopPanel
+
+    if isinstance(genes, bool) or (isinstance(genes, int) and genes < 1):
+        raise ParameterError("", "genes", f"{genes!r} is not a panel; give a number of genes, a list or a file")
+    if isinstance(genes, int):
+        return TopPanel(n_genes=genes)
+    if isinstance(genes, str | Path):
+        return FilePanel(genes)
+    return genes if callable(genes) else ListPanel(genes)
+
+
+def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: FitSettings) -> Recipe:
+    """Network, optimizer and trainer, checked.
+
+    Raises
+    ------
+    InputError
+        If a setting is wrong.
+    """
+    import pytorch_lightning as pl
+    import torch
+
+    from prts.models.fit import Recipe
+    from prts.models.module import KeepBest
+    from prts.models.network import PRTSNet
+    from prts.precision import training_precision
+
+    options = {
+        "max_epochs": settings.max_epochs,
+        "deterministic": True,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "devices": 1,
+        **settings.trainer,
+    }
+    if "precision" not in options:
+        device = pl.Trainer(**{**options, "logger": False}).strategy.root_device
+        options["precision"] = training_precision("auto", device)
+    return Recipe(
+        network=partial(PRTSNet, **network),
+        likelihood=likelihood,
+        optimizer=partial(torch.optim.AdamW, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True),
+        trainer=partial(pl.Trainer, **options),
+        callbacks=[
+            pl.callbacks.EarlyStopping(monitor="val/pcc", mode="max", patience=settings.patience),
+            KeepBest(monitor="val/pcc", mode="max"),
+        ],
+        seed=settings.seed,
+    )
+
+
+def make_plan(
+    sections: Mapping[str, Section],
+    roles: Roles,
+    splitter: Splitter,
+    species: str,
+    *,
+    encoder: Encoder,
+    features: Sequence[str],
+    recipe: Recipe,
+    preparation: SectionSettings,
+    settings: FitSettings,
+    cache_dir: Path,
+) -> TrainingPlan:
+    """Everything a run needs."""
+    from prts.api.train import DataSettings, TrainingPlan
+    from prts.data.prepare import PrepareSettings, prepare_sections
+    from prts.preprocess.counts import QCSettings
+    from prts.segmentation import segmenters
+
+    segmenter = preparation.nuclei or "stardist"
+    prepare = PrepareSettings(
+        segmenter=segmenters.build({"name": segmenter}) if isinstance(segmenter, str) else segmenter,
+        prefer_given=preparation.nuclei is None,
+        qc=preparation.qc or QCSettings(),
+        register=preparation.register,
+        artefacts=preparation.artefacts,
+        splitter=splitter,
+        panel=panel_builder(preparation.genes),
+        encoder=encoder,
+        cache_dir=cache_dir,
+        check_image=preparation.check_image,
+    )
+    return TrainingPlan(
+        prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),
+        preparation=prepare,
+        data=DataSettings(use=tuple(features), batch_size=settings.batch_size),
+        recipe=recipe,
+    )

@@ -1,0 +1,376 @@
+"""From a trained model and an H&E image to a prediction: find nuclei, read features, predict, write."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import shapely
+
+from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
+from prts.errors import ParameterError
+from prts.features.encoders import encoder_from_settings, weights_status
+from prts.features.encoders.tokens import torch_device
+from prts.io.cache import default_cache, fingerprint, reading
+from prts.io.nuclei import load_nuclei, make_nuclei
+from prts.io.orientation import Orientation
+from prts.io.prediction import check_out
+from prts.io.region import inside, read_region
+from prts.models.predict import predict_store, write_prediction
+from prts.models.scale import check_scale
+from prts.preprocess.artefacts import log_artefacts
+from prts.preprocess.stains.base import match_stain
+from prts.section import Section, read_section
+from prts.segmentation import segmenters
+from prts.segmentation.polygons import Polygons
+from prts.segmentation.segment import recorded_segmenter
+from prts.stopwatch import Stopwatch, peak_rss_mb
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from geopandas import GeoDataFrame
+    from shapely.geometry.base import BaseGeometry
+
+    from prts.features.encoders import Encoder
+    from prts.io.slide import Slide
+    from prts.models.bundle import Bundle
+    from prts.segmentation.segment import Segmenter
+
+
+logger = logging.getLogger(__name__)
+
+NucleiSource: TypeAlias = "str | Path | GeoDataFrame | Segmenter | None"
+
+
+@dataclass(frozen=True)
+class SlideSettings:
+    """How a slide is read, what is checked and what is written about it.
+
+    Parameters
+    ----------
+    mpp
+        um per pixel of the image; None: what its metadata say.
+    stain
+        `none`, or the stain method that brings the slide to the colors of the training section.
+    rotate, flip
+        How to turn the slide (degrees counterclockwise), then mirror it, so that the tissue is oriented as in training. Coordinates
+        remain pixels of the image file.
+    roi
+        Predict only nuclei whose centroid is in this region: `[x0, y0, x1, y1]`, the corners of a polygon, or a GeoJSON file, in
+        full-resolution pixels.
+    intervals
+        Whether to write `layers["lower"]` and `layers["upper"]`; None: if the model has intervals.
+    artefacts
+        Whether to flag nuclei on glass, in folds, under bubbles or pen, out of focus or merged, in `obs["artefact"]`.
+    check_image
+        Refuse images that cannot be H&E.
+    check_scale
+        Refuse slides whose nuclei are more than 2.5 times as large, or as small, as in training.
+    max_pixels
+        Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29.
+    """
+
+    mpp: float | None = None
+    stain: str = "none"
+    rotate: Literal[0, 90, 180, 270] = 0
+    flip: Literal["none", "horizontal", "vertical"] = "none"
+    roi: str | Path | Sequence[Any] | None = None
+    intervals: bool | None = None
+    artefacts: bool = True
+    check_image: bool = True
+    check_scale: bool = True
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class EncoderRuntime:
+    """Where and how the encoder runs; nothing here changes what it computes.
+
+    Parameters
+    ----------
+    weights
+        The encoder's weights file, if it is not where training read it.
+    device
+        `auto` (a GPU if there is one), or a torch device.
+    compile
+        Whether torch compiles the encoder: `auto`, True or False.
+    """
+
+    weights: Path | str | None = None
+    device: str = "auto"
+    compile: Literal["auto"] | bool = "auto"
+
+
+@dataclass(frozen=True)
+class PredictedSlide:
+    """What `predict_slide` did.
+
+    Attributes
+    ----------
+    out
+        The prediction file.
+    verdict
+        Whether the slide resembles those of training, in words; None where the model cannot say.
+    seconds
+        By stage.
+    """
+
+    out: Path
+    verdict: str | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Found(NamedTuple):
+    """The nuclei to predict: in pixels of the slide as it is read, the same in pixels of the file, and all nuclei of the slide."""
+
+    nuclei: GeoDataFrame
+    in_file: GeoDataFrame
+    everywhere: GeoDataFrame
+    source: str
+    scaling: dict[str, Any]
+    region: BaseGeometry | None
+
+
+def predict_slide(
+    bundle: Bundle,
+    image: Path | str | Section,
+    out: Path | str,
+    *,
+    nuclei: NucleiSource = None,
+    settings: SlideSettings | None = None,
+    encoder: EncoderRuntime | None = None,
+    cache_dir: Path | str | None = None,
+) -> PredictedSlide:
+    """Predict the expression of every nucleus of an H&E image and write `<out>.h5ad` and `<out>.nuclei.parquet`.
+
+    Memory does not grow with the number of nuclei. Nuclei, features and artefacts are cached, so that a second call with other settings
+    repeats only what they change.
+
+    Parameters
+    ----------
+    bundle
+        The trained model (`prts.models.bundle.load_bundle`).
+    image
+        The full-resolution H&E image, or an open section.
+    out
+        The `.h5ad` file to write.
+    nuclei
+        A file or a GeoDataFrame of polygons in full-resolution pixels, the name of a segmenter, or a segmenter; None: the segmenter
+        that training used.
+    settings
+        How the slide is read.
+    encoder
+        Where the encoder runs and its weights are.
+    cache_dir
+        Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
+
+    Returns
+    -------
+    Where the prediction is, and the verdict on the slide.
+
+    Raises
+    ------
+    InputError
+        If the image, the nuclei or a setting is wrong; nothing is left half-written.
+    """
+    settings, runtime = settings or SlideSettings(), encoder or EncoderRuntime()
+    out, cache = check_out(Path(out)), default_cache(cache_dir)
+    with reading(cache):
+        return _predict(bundle, image, out, nuclei, settings, runtime, cache)
+
+
+def _predict(
+    bundle: Bundle,
+    image: Path | str | Section,
+    out: Path,
+    nuclei: NucleiSource,
+    settings: SlideSettings,
+    runtime: EncoderRuntime,
+    cache: Path,
+) -> PredictedSlide:
+    watch = Stopwatch()
+    orientation, device = Orientation(settings.rotate, settings.flip), torch_device(runtime.device)
+    section = _open(image, settings)
+    reader, segmenter = build_encoder(bundle, runtime), as_segmenter(nuclei, bundle, section)
+    seen = match_stain(section.reoriented(orientation), settings.stain, bundle.metadata.get("stain"))
+    folder = cache / "predict" / section.name
+    found = _find_nuclei(bundle, section, seen, segmenter, settings, folder, watch)
+    with watch("features"):
+        store = prepare_features(folder, seen, found.nuclei, reader, found.source)
+    with watch("predict"):
+        bundle.to(device)
+        chunks = predict_store(bundle, store, found.nuclei, section.mpp, among=found.everywhere)
+        verdict = write_prediction(
+            out,
+            bundle,
+            section,
+            found.in_file,
+            chunks,
+            store=store,
+            intervals=settings.intervals,
+            provenance=_provenance(bundle, settings, orientation, found),
+        )
+    for stage, seconds in watch.seconds.items():
+        logger.info("%-10s%8.1f s", stage, seconds)
+    logger.info("peak memory %.0f MB", peak_rss_mb())
+    if verdict is not None:
+        logger.info("verdict: %s", verdict)
+    return PredictedSlide(out, verdict, dict(watch.seconds))
+
+
+class _GivenNuclei:
+    """Polygons in memory in the role of a segmenter."""
+
+    name: ClassVar[str] = "polygons"
+    extra: ClassVar[str | None] = None
+    hint: ClassVar[str] = "give other polygons"
+
+    def __init__(self, nuclei: GeoDataFrame) -> None:
+        self._nuclei = nuclei
+
+    def __call__(self, slide: Slide) -> GeoDataFrame:
+        nuclei = make_nuclei(self._nuclei.geometry, slide.mpp, cell_id=self._ids(), source="nuclei")
+        return slide.orientation.nuclei(nuclei, slide.file_size)
+
+    def settings(self) -> dict[str, Any]:
+        digest = hashlib.sha256("\n".join(map(str, self._ids())).encode())
+        digest.update(b"".join(shapely.to_wkb(self._nuclei.geometry.to_numpy())))
+        return {"name": self.name, "sha256": digest.hexdigest()}
+
+    def _ids(self) -> pd.Series[Any]:
+        ids: pd.Series[Any] = self._nuclei.get("cell_id", self._nuclei.index.to_series())
+        return ids
+
+
+def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segmenter:
+    """What finds the nuclei of a slide, from what a user may give for it.
+
+    Parameters
+    ----------
+    nuclei
+        As for `predict_slide`.
+    bundle
+        Names the segmenter of training.
+    section
+        Its own nuclei are taken if training used given nuclei.
+
+    Raises
+    ------
+    InputError
+        If there is no such segmenter or file, or training used given nuclei and this section has none.
+    """
+    if nuclei is None:
+        trained = recorded_segmenter(bundle.metadata["segmentation"])
+        if trained is not None:
+            return trained
+        if section.nuclei is not None:
+            return Polygons(section.nuclei)
+        raise ParameterError(
+            "",
+            "nuclei",
+            f"not given, and this model was trained on nuclei from a file; name a file or a segmenter "
+            f"({', '.join(name for name in segmenters.names() if name != Polygons.name)})",
+        )
+    if isinstance(nuclei, str) and nuclei in segmenters and not Path(nuclei).exists():
+        return segmenters.build({"name": nuclei})
+    if isinstance(nuclei, str | Path):
+        return Polygons(nuclei)
+    if hasattr(nuclei, "geometry"):
+        return _GivenNuclei(nuclei)
+    return nuclei
+
+
+def build_encoder(bundle: Bundle, runtime: EncoderRuntime) -> Encoder:
+    """The encoder of a bundle with its weights file: the one given, else the one that training read, else the encoder's own source.
+
+    Raises
+    ------
+    InputError
+        If the weights are nowhere, or are not those of training.
+    """
+    settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
+    weights = runtime.weights
+    if weights is None and recorded is not None:
+        if Path(recorded).is_file():
+            weights = recorded
+        elif not weights_status(settings).found:
+            raise ParameterError(
+                "encoder",
+                "weights",
+                f"not given, and {recorded} of training is not on this machine; give {Path(recorded).name} with SHA-256 "
+                f"{settings['weights_sha256']}",
+            )
+    return encoder_from_settings(
+        settings, None if weights is None else Path(weights), device=runtime.device, compile=runtime.compile
+    )
+
+
+def _open(image: Path | str | Section, settings: SlideSettings) -> Section:
+    if not isinstance(image, Section):
+        return read_section(image, mpp=settings.mpp, max_pixels=settings.max_pixels)
+    if settings.mpp is not None and settings.mpp != image.mpp:
+        raise ParameterError("", "mpp", f"{settings.mpp:g} contradicts the section's {image.mpp:g} um/px; omit it")
+    return image
+
+
+def _text(roi: str | Path | Sequence[Any]) -> str:
+    """A region as it is written on the command line."""
+    return str(roi) if isinstance(roi, str | Path) else json.dumps(np.asarray(roi, dtype=float).tolist())
+
+
+def _find_nuclei(
+    bundle: Bundle,
+    section: Section,
+    seen: Section,
+    segmenter: Segmenter,
+    settings: SlideSettings,
+    folder: Path,
+    watch: Stopwatch,
+) -> _Found:
+    """Nuclei of the slide as it is read (`seen`), checked against training, and those of them in the region."""
+    region = None if settings.roi is None else read_region(_text(settings.roi), section.width, section.height)
+    with watch("segment"):
+        path = prepare_nuclei(folder, seen, segmenter, False, check_image=settings.check_image)
+    everywhere = load_nuclei(path)
+    about = bundle.metadata
+    scaling = check_scale(everywhere, section, about["mpp"], about.get("nuclei"), refuse=settings.check_scale)
+    in_file = seen.orientation.nuclei_in_file(everywhere, section.file_size)
+    if settings.artefacts:
+        with watch("artefacts"):
+            in_file = in_file.assign(artefact=prepare_artefacts(folder, seen, path))
+    nuclei, source = everywhere, path.stem
+    if region is not None:
+        chosen = inside(region, in_file)
+        if not chosen.any():
+            raise ParameterError(
+                "", "roi", f"{settings.roi} contains none of the slide's {len(everywhere)} nuclei; give a larger region"
+            )
+        nuclei, in_file = (table[chosen].reset_index(drop=True) for table in (everywhere, in_file))
+        source += f"-{fingerprint({'roi': region.wkt})}"
+    if settings.artefacts:
+        log_artefacts(section.name, in_file["artefact"])
+    return _Found(nuclei, in_file, everywhere, source, scaling, region)
+
+
+def _provenance(bundle: Bundle, settings: SlideSettings, orientation: Orientation, found: _Found) -> dict[str, Any]:
+    about = bundle.metadata
+    made = about.get("provenance", {})
+    return {
+        "stain": settings.stain,
+        "orientation": orientation.settings(),
+        "scaling": found.scaling,
+        "roi": None if found.region is None else found.region.wkt,
+        "bundle": {
+            "sha256": bundle.sha256,
+            "format_version": about["format_version"],
+            "code": made.get("code"),
+            "config_fingerprint": made.get("config_fingerprint"),
+            "data": made.get("data"),
+        },
+    }

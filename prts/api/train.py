@@ -1,0 +1,384 @@
+"""One training run: prepare, fit, choose output rule and threshold on validation, test next to the baselines, write the run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import yaml
+
+from prts.api.metadata import bundle_metadata
+from prts.data.datamodule import PRTSDataModule
+from prts.evaluation.against_baselines import baselines_by_section, compare_with_baselines
+from prts.evaluation.gene_sets import gene_sets
+from prts.evaluation.intervals import marginal_bounds, score_intervals
+from prts.evaluation.predictable import predictable, validated_genes
+from prts.evaluation.registration import registration_figures
+from prts.evaluation.scored_section import Scoring, score_sections
+from prts.evaluation.settings import EvaluationSettings
+from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
+from prts.io.cache import atomic, filling, reading
+from prts.models.bundle import Bundle, load_bundle, save_bundle
+from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
+from prts.models.fit import Fitted, Recipe, fit
+from prts.models.module import seed_everything
+from prts.models.ood import MahalanobisOOD
+from prts.models.output import choose_output
+from prts.models.predictor import Predictor
+from prts.models.uncertainty import calibrate_intervals
+from prts.stopwatch import Stopwatch, peak_rss_mb
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    import numpy as np
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from prts.data.nucleus_set import NucleusSet
+    from prts.data.prepare import PreparedTissue, PrepareSettings
+    from prts.evaluation.scored_section import PredictsNuclei, ScoredSection
+
+logger = logging.getLogger(__name__)
+
+Prepare = Callable[[Stopwatch], "PreparedTissue"]
+
+# Settings that may differ when an interrupted run resumes: they do not change what it learns.
+_IRRELEVANT = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the network sees of a nucleus, and in what portions.
+
+    Parameters
+    ----------
+    use
+        Blocks of features in the order of the network's input: `local`, `global` and `morphology`.
+    permute
+        Shuffle features among training nuclei: what remains is knowledge of no image.
+    batch_size
+        Nuclei per batch.
+    num_workers
+        Processes that gather batches.
+    """
+
+    use: tuple[str, ...] = ("local", "global", "morphology")
+    permute: bool = False
+    batch_size: int = 256
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All that decides what a run learns.
+
+    Parameters
+    ----------
+    prepare
+        Prepares the sections, or finds them prepared.
+    preparation
+        How they are prepared.
+    data
+        What the network sees.
+    recipe
+        Network, likelihood, optimizer and trainer.
+    evaluation
+        How validation and test are scored.
+    markers
+        Genes whose mean PCC is reported separately.
+    config
+        The settings as the user wrote them, for config.yaml and provenance; JSON-like.
+    """
+
+    prepare: Prepare
+    preparation: PrepareSettings
+    data: DataSettings
+    recipe: Recipe
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    markers: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes
+    ----------
+    metrics
+        As in metrics.json; empty in all but the first process of a DDP job.
+    bundle
+        The trained model, read back from the run folder; None in those other processes.
+    history
+        One row per epoch: `epoch`, `train/loss`, `val/loss`, `val/pcc`, ...
+    datamodule
+        What it was trained on.
+    """
+
+    metrics: dict[str, Any]
+    bundle: Bundle | None
+    history: pd.DataFrame
+    datamodule: PRTSDataModule
+
+
+class NoLoggers:
+    """Stands in for `prts.report.loggers.RunLoggers` where a run reports to nobody."""
+
+    def start(self) -> list[Any]:
+        """No loggers for Lightning's Trainer."""
+        return []
+
+    def results(self, metrics: Mapping[str, Any]) -> None:
+        """Send nothing."""
+
+
+def train_run(
+    plan: TrainingPlan,
+    folder: Path | str,
+    *,
+    cache_dir: Path | str,
+    loggers: AbstractContextManager[Any] | None = None,
+    resume: bool = False,
+    report: bool = True,
+) -> Run:
+    """Train a model and write its run folder.
+
+    Parameters
+    ----------
+    plan
+        What to train, and on what.
+    folder
+        The run folder; made if needed. It gets `config.yaml`, `model/`, `metrics.json`, `per_gene.csv`, `predictions.h5ad`, `figures/`.
+    cache_dir
+        Folder of the cache that `plan.prepare` fills.
+    loggers
+        Context that opens and closes the run's loggers (`prts.report.loggers.RunLoggers`); None: there are none.
+    resume
+        Continue an interrupted run in this folder.
+    report
+        End with `report.html`.
+
+    Returns
+    -------
+    Metrics, model and history.
+
+    Raises
+    ------
+    InputError
+        If data or settings are wrong.
+    """
+    from contextlib import nullcontext
+
+    folder = Path(folder)
+    with reading(Path(cache_dir)), filling(folder), loggers or nullcontext(NoLoggers()) as opened:
+        seed_everything(plan.recipe.seed)
+        return _Training(plan, folder, opened).run(resume=resume, report=report)
+
+
+class _Training:
+    """The steps of one run, in order; each takes what the one before found."""
+
+    def __init__(self, plan: TrainingPlan, folder: Path, loggers: Any) -> None:
+        self.plan, self.folder, self.loggers = plan, folder, loggers
+        self.watch = Stopwatch()
+        self.history = EpochHistory()
+
+    def run(self, *, resume: bool, report: bool) -> Run:
+        datamodule = self._data()
+        fitted = self._fit(datamodule, resume)
+        if not fitted.is_global_zero:
+            return Run({}, None, self.history.table(), datamodule)  # the first process of a DDP job tests and writes
+        bundle, validation, flagged = self._ship(datamodule, fitted)
+        test, metrics = self._test(datamodule, bundle, validation, flagged)
+        self._write(datamodule, bundle, test, metrics, fitted.best_epoch)
+        self.loggers.results(metrics)
+        _log_summary(metrics)
+        if report and test:
+            from prts.report.results import write_pages
+
+            write_pages(bundle, test, metrics, self.folder)
+        return Run(metrics, bundle, self.history.table(), datamodule)
+
+    def _data(self) -> PRTSDataModule:
+        """Prepared sections, split and loaded."""
+        plan = self.plan
+        datamodule = PRTSDataModule(
+            lambda: plan.prepare(self.watch),
+            plan.preparation.splitter,
+            use=plan.data.use,
+            permute=plan.data.permute,
+            batch_size=plan.data.batch_size,
+            num_workers=plan.data.num_workers,
+            seed=plan.recipe.seed,
+        )
+        datamodule.prepare_data()
+        with self.watch("load"):
+            datamodule.setup()
+        n = datamodule.split_report["n"]
+        logger.info(
+            "%s: %d training, %d validation, %d test nuclei (%d left out), %d genes, %d features",
+            datamodule.tissue.name, n["train"], n["val"], n["test"], n["left_out"], datamodule.n_genes,
+            datamodule.in_features,
+        )  # fmt: skip
+        return datamodule
+
+    def _fit(self, datamodule: PRTSDataModule, resume: bool) -> Fitted:
+        """The fitted network, from the start or from the checkpoint of an interrupted run."""
+        settings = {key: value for key, value in self.plan.config.items() if key not in _IRRELEVANT}
+        identity = {**settings, "cache": cache_files(datamodule)}
+        self._checkpoint = EpochCheckpoint(self.folder / NAME, identity)
+        start_from = find_checkpoint(self.folder, identity) if resume else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if start_from is None:
+            self._checkpoint.remove()
+        _remove_results(self.folder)
+        with atomic(self.folder / "config.yaml") as path:
+            path.write_text(
+                yaml.safe_dump(dict(self.plan.config), sort_keys=False, allow_unicode=True), encoding="utf-8"
+            )
+        with self.watch("train"):
+            return fit(
+                replace(self.plan.recipe, callbacks=[*self.plan.recipe.callbacks, self.history]),
+                datamodule,
+                start_loggers=self.loggers.start,
+                checkpoint=self._checkpoint,
+                resume_from=start_from,
+            )
+
+    def _ship(
+        self, datamodule: PRTSDataModule, fitted: Fitted
+    ) -> tuple[Bundle, list[ScoredSection], NDArray[np.bool_]]:
+        """The model as a bundle, its output rule chosen and everything it says of itself measured on validation."""
+        plan = self.plan
+        net, likelihood = fitted.net, fitted.likelihood
+        rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
+        sets = gene_sets(datamodule.train_sets, datamodule.panel, plan.markers)
+        self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
+        validation = self._score(Predictor(net, likelihood, rule), datamodule.val_sets, datamodule)
+        with self.watch("baselines"):
+            self._baselines = baselines_by_section(datamodule, seed=plan.recipe.seed)
+            beside = [self._baselines(part.nuclei.section) for part in validation]
+            beyond = validated_genes(beside, validation, plan.evaluation)
+        intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
+        save_bundle(
+            self.folder / "model",
+            net=net,
+            likelihood=likelihood,
+            rule=rule,
+            genes=list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True)),
+            ood=MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets),
+            metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
+        )
+        # read back: what is tested is what is shipped
+        return load_bundle(self.folder / "model"), validation, predictable(beyond)
+
+    def _score(
+        self, model: PredictsNuclei, sections: Sequence[NucleusSet], datamodule: PRTSDataModule
+    ) -> list[ScoredSection]:
+        return score_sections(model, sections, datamodule, self._scoring, self.watch)
+
+    def _test(
+        self, datamodule: PRTSDataModule, bundle: Bundle, validation: list[ScoredSection], flagged: NDArray[np.bool_]
+    ) -> tuple[list[ScoredSection], dict[str, Any]]:
+        """The test sections as the bundle predicts them, and all figures of the run."""
+        test = self._score(bundle, datamodule.test_sets, datamodule)
+        marginal = marginal_bounds(datamodule.val_sets)
+        intervals = bundle.intervals
+        assert intervals is not None  # `_ship` wrote them
+        test = [score_intervals(part, intervals, marginal) for part in test]
+        metrics: dict[str, Any] = {}
+        for name, scored in (("val", validation), ("test", test)):
+            metrics |= unpooled_mean({part.nuclei.section: part.result.summary for part in scored}, name)
+        with self.watch("baselines"):
+            metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
+        metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
+        if datamodule.split_report["warning"] is not None:
+            metrics["warning/split"] = datamodule.split_report["warning"]
+        return test, metrics
+
+    def _write(
+        self,
+        datamodule: PRTSDataModule,
+        bundle: Bundle,
+        test: list[ScoredSection],
+        metrics: dict[str, Any],
+        best_epoch: int | None,
+    ) -> None:
+        """Tables, predictions and figures; metrics.json comes last, because it marks a run as done."""
+        if test:
+            with atomic(self.folder / "per_gene.csv") as path:
+                mean_per_gene([scored.result.per_gene for scored in test]).to_csv(path, index=False)
+            with self.watch("write"):
+                from prts.report.results import write_predictions  # plotting takes seconds to import
+
+                write_predictions(datamodule, bundle, test, self.folder, best_epoch)
+        metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
+        metrics["peak_rss_mb"] = peak_rss_mb()
+        with atomic(self.folder / "metrics.json") as path:
+            path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        self._checkpoint.remove()
+
+
+class EpochHistory(pl.Callback):
+    """Collects what is logged, one row per epoch."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._epoch: int | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the epoch: its training figures are logged after this."""
+        if not trainer.sanity_checking:
+            self._epoch = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the figures of the epoch before."""
+        self._keep(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the figures of the last epoch."""
+        self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        if self._epoch is not None:
+            figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            self._rows.append({"epoch": self._epoch, **figures})
+            self._epoch = None
+
+    def table(self) -> pd.DataFrame:
+        """One row per epoch; empty for a model that is fitted in closed form."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rows)
+
+
+def _remove_results(folder: Path) -> None:
+    """Of an earlier run in the same folder: they would be next to a config that is not theirs."""
+    stale = (
+        folder / "metrics.json",
+        folder / "per_gene.csv",
+        *folder.glob("predictions*"),
+        *folder.glob("report*.html"),
+    )
+    for file in stale:
+        file.unlink(missing_ok=True)
+
+
+def _log_summary(metrics: dict[str, Any]) -> None:
+    if "test/pcc_mean" not in metrics:
+        logger.info("validation PCC %.3f (noise ceiling %.3f)", metrics["val/pcc_mean"], metrics["val/ceiling_mean"])
+        return
+    logger.info("test PCC %.3f (noise ceiling %.3f)", metrics["test/pcc_mean"], metrics["test/ceiling_mean"])
+    share = metrics["test/predictable_precision"]
+    logger.info(
+        "%d genes predictable on validation, %.0f %% of them on test", metrics["test/n_predictable"], 100 * share
+    )
+    for key, value in metrics.items():
+        if key.startswith("baseline/") and key.endswith("/pcc_mean") and key.count("/") == 2:
+            logger.info("%8s %s %.3f", "", key.split("/")[1], value)

@@ -1,0 +1,129 @@
+"""The Python interface: train, predict, evaluate, save, load, without Hydra."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata as ad
+import geopandas as gpd
+import numpy as np
+import pytest
+import shapely
+
+import prts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def predicted(trained, sections, cache):
+    return trained.predict(sections["third"], nuclei="watershed", cache_dir=cache)
+
+
+def test_training_returns_one_row_per_epoch(trained):
+    history = trained.history
+    assert history["epoch"].tolist() == list(range(len(history)))
+    assert {"train/loss", "val/loss", "val/pcc"} <= set(history.columns)
+    assert history["train/loss"].iloc[-1] < history["train/loss"].iloc[0]
+    assert trained.metrics["val/n_genes"] == 60
+
+
+def test_a_prediction_in_memory_is_what_the_file_holds(trained, sections, cache, predicted, tmp_path):
+    backed = trained.predict(sections["third"], nuclei="watershed", out=tmp_path / "slide.h5ad", cache_dir=cache)
+    assert backed.isbacked
+    written = ad.read_h5ad(tmp_path / "slide.h5ad")
+    assert predicted.obs_names.equals(written.obs_names)
+    np.testing.assert_array_equal(predicted.X.toarray(), written.X.toarray())
+    polygons = gpd.read_parquet(tmp_path / "slide.nuclei.parquet")
+    attached = prts.api.polygons.nuclei_of(predicted[5:9])
+    assert attached["cell_id"].tolist() == polygons["cell_id"].tolist()[5:9]
+    assert shapely.equals_exact(attached.geometry.to_numpy(), polygons.geometry.to_numpy()[5:9]).all()
+
+
+def test_scores_stand_next_to_baselines_and_ceiling(trained, sections, predicted):
+    scores = prts.evaluate(predicted, sections["third"], model=trained)
+    summary = scores.summary
+    assert summary["test/n_genes"] == 60 == len(scores.per_gene)
+    assert 0 < summary["test/pcc_mean"] < summary["test/ceiling_mean"] < 1
+    assert abs(summary["baseline/gene_mean/pcc_mean"]) < 1e-6
+    assert {f"baseline/{name}/pcc_mean" for name in ("colour", "morphology", "ridge")} <= set(summary)
+    assert "noise ceiling" in str(scores)
+
+
+def test_a_subset_of_nuclei_can_be_evaluated(sections, predicted):
+    half = predicted[: predicted.n_obs // 2]
+    assert (
+        prts.evaluate(half, sections["third"]).summary["test/n_cells"]
+        < prts.evaluate(predicted, sections["third"]).summary["test/n_cells"]
+    )
+
+
+def test_a_saved_model_predicts_the_same(trained, sections, cache, predicted, tmp_path):
+    trained.save(tmp_path / "model")
+    loaded = prts.Model.load(tmp_path / "model")
+    again = loaded.predict(sections["third"], nuclei="watershed", cache_dir=cache)
+    np.testing.assert_array_equal(again.X.toarray(), predicted.X.toarray())
+    assert str(loaded) == str(trained)
+    assert "60 genes" in str(loaded)
+    assert loaded.per_gene.index.tolist() == loaded.genes == again.var_names.tolist()
+
+
+def test_polygons_may_come_as_a_frame(trained, sections, cache, predicted):
+    nuclei = prts.api.polygons.nuclei_of(predicted)[["cell_id", "geometry"]]
+    again = trained.predict(sections["third"], nuclei=nuclei, cache_dir=cache)
+    assert again.obs_names.equals(predicted.obs_names)
+    np.testing.assert_allclose(again.X.toarray(), predicted.X.toarray(), rtol=1e-4, atol=1e-5)
+
+
+def test_without_validation_sections_blocks_are_held_out(sections, cache):
+    model = prts.Model("classical")
+    model.train([sections["first"]], nuclei="watershed", genes=40, max_epochs=2, cache_dir=cache)
+    assert model.bundle.metadata["split"]["split"]["name"] == "blocks"
+    assert np.isfinite(model.metrics["test/pcc_mean"])
+
+
+def test_an_untrained_model_refuses(sections, tmp_path):
+    model = prts.Model("classical")
+    assert "untrained" in str(model)
+    with pytest.raises(prts.InputError, match=r"not trained; call train\(\)"):
+        model.predict(sections["third"])
+    with pytest.raises(prts.InputError, match="not trained"):
+        model.save(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder": "clasical"}, "did you mean 'classical'"),
+        ({"encoder": "classical", "likelihood": "poison"}, "did you mean 'poisson'"),
+        ({"encoder": "classical", "network": {"hiden": [5]}}, "did you mean 'hidden'"),
+        ({"encoder": "classical", "network": {"hidden": 5}}, "network hidden"),
+        ({"encoder": "classical", "features": ["locale"]}, "data use"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(prts.InputError, match=message):
+        prts.Model(**arguments)
+
+
+def test_a_folder_with_other_files_is_not_replaced(trained, tmp_path):
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(prts.InputError, match="holds other files"):
+        trained.save(tmp_path)
+    assert (tmp_path / "precious.txt").exists()
+
+
+def test_importing_prts_loads_nothing_heavy():
+    code = "import sys, prts; print(sorted({'torch', 'pandas', 'hydra', 'numpy', 'anndata'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_the_library_does_not_know_hydra():
+    root = Path(prts.__file__).parent
+    for file in root.rglob("*.py"):
+        if "cli" not in file.relative_to(root).parts:
+            text = file.read_text(encoding="utf-8")
+            assert "import hydra" not in text and "from hydra" not in text and "omegaconf" not in text, file
