@@ -310,6 +310,7 @@ class Evaluate:
     prediction: FilePath
     section: FilePath
     out: FilePath
+    bundle: FilePath | None
     evaluation: Evaluation
     preprocess: Registration
     max_pixels: Annotated[int, Field(ge=1)] | None
