@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prts.cli.config_keys import register
 from prts.cli.overrides import search_path
 from prts.errors import ParameterError
 
@@ -19,6 +18,8 @@ def config_dir() -> Path:
 
     Makes Hydra know the schema, which the configs in the folder refer to.
     """
+    from prts.cli.config_keys import register  # with pydantic, which `prts --help` does not need
+
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.errors import InputError
-from prts.io.cache import fingerprint
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -160,6 +159,8 @@ def _provenance(about: dict[str, Any]) -> Iterator[Check]:
     code = made["code"]
     commit = f", commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if "changed" in code else ""
     data = "; ".join(f"{name}: {', '.join(files)}" for name, files in made["data"].items())
+    from prts.io.cache import fingerprint
+
     changed = fingerprint(made["config"]) != made["config_fingerprint"]
     yield (
         (
