@@ -42,7 +42,7 @@ def config(*overrides: str) -> DictConfig:
 
 
 def bundle(**metadata: object) -> Bundle:
-    return SimpleNamespace(metadata=metadata)
+    return SimpleNamespace(metadata=metadata, folder=Path("model"))
 
 
 def write_bundle(folder: Path) -> Path:

@@ -37,7 +37,8 @@ def test_by_section_gives_every_nucleus_its_sections_role() -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "key"), [(Roles(["a"], [], ["b"]), "tissue.val"), (Roles(["a"], ["b"], []), "tissue.test")]
+    ("roles", "key"),
+    [(Roles(["a"], [], ["b"]), "section for validation"), (Roles(["a"], ["b"], []), "section for test")],
 )
 def test_by_section_without_a_role_names_the_way_out(roles: Roles, key: str) -> None:
     with pytest.raises(InputError, match=f"{key}.*split=blocks"):
