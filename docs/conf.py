@@ -38,6 +38,7 @@ myst_heading_anchors = 3
 nb_execution_mode = "off"  # `make test` runs the notebooks; the pages show the outputs they were saved with
 nb_ipywidgets_js = {}  # no scripts from elsewhere
 
+default_role = "code"  # `name` in a docstring is code
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc shows the parameters, the signature their types
 autodoc_member_order = "bysource"

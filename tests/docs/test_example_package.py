@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import shapely
+import tifffile
 import torch
 
 from prts.errors import InputError
 from prts.features.encoders import encoder_from_settings, encoders
 from prts.io.nuclei import make_nuclei
+from prts.io.slide import open_slide
 from prts.models.likelihoods import likelihoods
 from prts.platforms import platforms
+from prts.preprocess.stains import stains
+from prts.segmentation import segmenters
 
 PACKAGE = Path(__file__).resolve().parents[2] / "docs/howto/example"
 
@@ -40,7 +44,8 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     monkeypatch.syspath_prepend(str(info.parent))
     monkeypatch.syspath_prepend(str(PACKAGE))
     yield info.parent
-    for registry, name in [(encoders, "mean_color"), (likelihoods, "negative_binomial"), (platforms, "cells")]:
+    members = {encoders: "mean_color", likelihoods: "negative_binomial", platforms: "cells"}
+    for registry, name in (members | {segmenters: "dark_spots", stains: "white_point"}).items():
         registry._members.pop(name, None)
     for module in [name for name in sys.modules if name.startswith("prts_extras")]:
         del sys.modules[module]
@@ -88,9 +93,29 @@ def test_the_platform_counts_cells_in_nuclei(tmp_path: Path) -> None:
         measurement.check(Path("image.tif"), 40, 60, ("image", 0.5))
 
 
+def test_the_segmenter_finds_spots(tmp_path: Path) -> None:
+    rgb = np.full((100, 120, 3), 240, np.uint8)
+    rgb[20:40, 30:50] = 60
+    rgb[80:83, 100:103] = 60  # too small
+    tifffile.imwrite(tmp_path / "slide.tif", rgb, photometric="rgb")
+
+    with open_slide(tmp_path / "slide.tif", mpp=0.5) as slide:
+        nuclei = segmenters.build({"name": "dark_spots", "min_area_um2": 30.0})(slide)
+
+    assert nuclei.geometry.centroid.x.tolist() == pytest.approx([40], abs=1)
+    assert nuclei.geometry.centroid.y.tolist() == pytest.approx([30], abs=1)
+    assert nuclei["area_um2"].tolist() == pytest.approx([100], rel=0.1)
+
+
+def test_the_stain_method_moves_the_background() -> None:
+    method = stains["white_point"]({"white": [240.0, 240.0, 240.0]}, {"white": [200.0, 240.0, 120.0]})
+
+    assert method(np.array([[200, 240, 120], [100, 0, 60]], np.uint8)).tolist() == [[240, 240, 240], [120, 0, 120]]
+
+
 @pytest.mark.slow
 def test_the_command_line_takes_its_options(installed: Path) -> None:
-    options = ["encoder=mean_color", "loss=negative_binomial", "tissue=mine"]
+    options = ["encoder=mean_color", "loss=negative_binomial", "segmentation=dark_spots", "tissue=mine"]
     code = "import sys; from prts.cli.main import main; sys.exit(main(sys.argv[1:]))"
     path = [str(installed), str(PACKAGE), str(PACKAGE.parents[2])]
     done = subprocess.run(
