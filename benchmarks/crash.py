@@ -36,7 +36,7 @@ CHUNK = 16  # nuclei per chunk of features; so few that a small section has seve
 STAGES = {
     "prepare": {
         r": nuclei by ": "nuclei",
-        r": bins to nuclei": "counts",
+        r": counts of nuclei": "counts",
         r"gene panel from": "panel",
         r"panel top": "features",
     },

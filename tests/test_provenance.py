@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from hydra import compose, initialize_config_dir
 
 from prts import __version__, provenance
+from prts.api.metadata import run_provenance
 from prts.cli.app import config_dir, plain
 from prts.io.cache import fingerprint
-from prts.models.metadata import run_provenance
 from prts.platforms.visium_hd import VisiumHD
 
 

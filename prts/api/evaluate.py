@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prts.api.baselines import PredictedSection, baseline_scores
 from prts.api.polygons import nuclei_of
 from prts.errors import InputError
 from prts.evaluation.measured import measure_predicted
@@ -16,7 +17,7 @@ from prts.evaluation.section_scores import PredictedCounts, score_section
 from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.spot_scores import spot_pcc
 from prts.evaluation.summaries import json_ready
-from prts.io.cache import atomic
+from prts.io.cache import atomic, default_cache
 from prts.io.nuclei import read_nuclei
 from prts.io.spots import read_spots
 from prts.preprocess.counts import QCSettings
@@ -84,6 +85,7 @@ def evaluate(
     qc: QCSettings | None = None,
     register: bool | None = None,
     settings: EvaluationSettings | None = None,
+    cache_dir: Path | str | None = None,
 ) -> Scores:
     """Score a prediction against what its section measured.
 
@@ -106,6 +108,8 @@ def evaluate(
         Whether to correct the shift between bins and nuclei first; None: as in training.
     settings
         Blocks and replicates of the intervals.
+    cache_dir
+        Folder of the cache, for the features of baselines; None: `$PRTS_CACHE`, else `cache`.
 
     Returns
     -------
@@ -125,6 +129,7 @@ def evaluate(
     >>> scores.summary["test/pcc_mean"] > scores.summary["baseline/gene_mean/pcc_mean"]
     True
     """
+    settings = settings or EvaluationSettings()
     section = section if isinstance(section, Section) else open_section_folder(section)
     threshold = prediction.uns.get("prts", {}).get("threshold")
     if threshold is None:
@@ -133,8 +138,12 @@ def evaluate(
     matched = measure_predicted(prediction, polygons, section, qc=qc, register=register).matched
     predicted = PredictedCounts(matched.predicted, matched.genes, matched.prob, float(threshold))
     scored = score_section(matched.measured, predicted, xy_um=matched.xy_px * section.mpp, settings=settings)
-    summary = {**scored.summary, **_spot_scores(prediction, matched, section)}
-    return Scores({f"test/{key}": value for key, value in summary.items()}, scored.per_gene)
+    figures = {**scored.summary, **_spot_scores(prediction, matched, section)}
+    summary = {f"test/{key}": value for key, value in figures.items()}
+    if model is not None:
+        compared = PredictedSection(prediction, section, polygons, matched, scored)
+        summary |= baseline_scores(model.bundle, model.runtime, compared, settings, default_cache(cache_dir))
+    return Scores(summary, scored.per_gene)
 
 
 def _polygons(prediction: AnnData, nuclei: GeoDataFrame | Path | str | None, section: Section) -> GeoDataFrame:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from prts.api.plan import FEATURES, NETWORK, assign_roles, common_species, make_plan, make_recipe, split_settings
+from prts.api.plan import (
+    FEATURES,
+    NETWORK,
+    FitSettings,
+    assign_roles,
+    check_features,
+    common_species,
+    make_plan,
+    make_recipe,
+    split_settings,
+)
 from prts.api.polygons import attach_nuclei, nuclei_of
 from prts.api.predict import EncoderRuntime, SlideSettings, build_encoder, predict_slide
 from prts.errors import InputError
@@ -75,11 +85,12 @@ class Model:
         self._encoder: Encoder | None = encoders.build({"name": encoder}) if isinstance(encoder, str) else encoder
         self.likelihood = likelihoods.build({"name": likelihood}) if isinstance(likelihood, str) else likelihood
         self.network = {**NETWORK, **(network or {})}
-        self.features = tuple(features)
+        self.features = check_features(features)
+        make_recipe(self.likelihood, self.network, FitSettings())  # refuses settings that do not go together
         self.history: pd.DataFrame | None = None
         self.metrics: dict[str, Any] = {}
         self._bundle: Bundle | None = None
-        self._runtime = EncoderRuntime()
+        self.runtime = EncoderRuntime()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     @classmethod
@@ -113,14 +124,14 @@ class Model:
         model.network = {key: value for key, value in bundle.metadata["architecture"].items() if key != "name"}
         model.features, model.history, model.metrics = bundle.input_use, None, {}
         model._bundle, model._folder = bundle, None
-        model._runtime = EncoderRuntime(weights=encoder_weights, device=device)
+        model.runtime = EncoderRuntime(weights=encoder_weights, device=device)
         return model
 
     @property
     def encoder(self) -> Encoder:
         """What reads the image around a nucleus."""
         if self._encoder is None:
-            self._encoder = build_encoder(self.bundle, self._runtime)
+            self._encoder = build_encoder(self.bundle, self.runtime)
         return self._encoder
 
     @property
@@ -294,7 +305,7 @@ class Model:
 
         def write(file: Path) -> None:
             predict_slide(
-                self.bundle, image, file, nuclei=nuclei, settings=settings, encoder=self._runtime, cache_dir=cache
+                self.bundle, image, file, nuclei=nuclei, settings=settings, encoder=self.runtime, cache_dir=cache
             )
 
         if out is not None:

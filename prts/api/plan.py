@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -89,6 +90,21 @@ class SectionSettings:
     register: bool = False
     artefacts: bool = False
     check_image: bool = True
+
+
+def check_features(features: Sequence[str]) -> tuple[str, ...]:
+    """Blocks of features, each known and given once.
+
+    Raises
+    ------
+    ParameterError
+        If they are not.
+    """
+    unknown = [name for name in features if name not in FEATURES]
+    if isinstance(features, str) or unknown or not features or len(set(features)) < len(features):
+        hint = did_you_mean(unknown[0], FEATURES) if unknown and not isinstance(features, str) else ""
+        raise ParameterError("", "features", f"{features!r} must list some of {', '.join(FEATURES)}, each once{hint}")
+    return tuple(features)
 
 
 def split_settings(given: Mapping[str, Any]) -> tuple[FitSettings, SectionSettings]:
@@ -227,6 +243,13 @@ def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: Fi
     if "precision" not in options:
         device = pl.Trainer(**{**options, "logger": False}).strategy.root_device
         options["precision"] = training_precision("auto", device)
+    known = [
+        name for name in inspect.signature(PRTSNet).parameters if name not in ("in_features", "n_genes", "outputs")
+    ]
+    for name in network:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ParameterError("network", name, f"no such setting{hint}; choose from {', '.join(known)}")
     return Recipe(
         network=partial(PRTSNet, **network),
         likelihood=likelihood,

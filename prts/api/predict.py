@@ -14,7 +14,7 @@ import numpy as np
 import shapely
 
 from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
-from prts.errors import ParameterError
+from prts.errors import InputError, ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
 from prts.features.encoders.tokens import torch_device
 from prts.io.cache import default_cache, fingerprint, reading
@@ -266,7 +266,12 @@ def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segm
         If there is no such segmenter or file, or training used given nuclei and this section has none.
     """
     if nuclei is None:
-        trained = recorded_segmenter(bundle.metadata["segmentation"])
+        try:
+            trained = recorded_segmenter(bundle.metadata["segmentation"])
+        except ParameterError as error:
+            raise InputError(
+                f"{bundle.folder}: its segmenter cannot be built by this version of prts ({error}); choose another one"
+            ) from error
         if trained is not None:
             return trained
         if section.nuclei is not None:
@@ -286,29 +291,39 @@ def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segm
     return nuclei
 
 
+def encoder_weights(bundle: Bundle, given: Path | str | None = None) -> Path | None:
+    """The weights file of a bundle's encoder: the one given, else the one that training read; None if the encoder finds its own.
+
+    Raises
+    ------
+    ParameterError
+        If the weights are nowhere on this machine.
+    """
+    if given is not None:
+        return Path(given)
+    settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
+    if recorded is None or Path(recorded).is_file():
+        return None if recorded is None else Path(recorded)
+    if weights_status(settings).found:
+        return None
+    raise ParameterError(
+        "encoder",
+        "weights",
+        f"not given, and {recorded} of training is not on this machine; give {Path(recorded).name} with SHA-256 "
+        f"{settings['weights_sha256']}",
+    )
+
+
 def build_encoder(bundle: Bundle, runtime: EncoderRuntime) -> Encoder:
-    """The encoder of a bundle with its weights file: the one given, else the one that training read, else the encoder's own source.
+    """The encoder of a bundle.
 
     Raises
     ------
     InputError
-        If the weights are nowhere, or are not those of training.
+        If its weights are nowhere, or are not those of training.
     """
-    settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
-    weights = runtime.weights
-    if weights is None and recorded is not None:
-        if Path(recorded).is_file():
-            weights = recorded
-        elif not weights_status(settings).found:
-            raise ParameterError(
-                "encoder",
-                "weights",
-                f"not given, and {recorded} of training is not on this machine; give {Path(recorded).name} with SHA-256 "
-                f"{settings['weights_sha256']}",
-            )
-    return encoder_from_settings(
-        settings, None if weights is None else Path(weights), device=runtime.device, compile=runtime.compile
-    )
+    weights = encoder_weights(bundle, runtime.weights)
+    return encoder_from_settings(bundle.metadata["encoder"], weights, device=runtime.device, compile=runtime.compile)
 
 
 def _open(image: Path | str | Section, settings: SlideSettings) -> Section:

@@ -14,7 +14,7 @@ import yaml
 
 from prts.api.metadata import bundle_metadata
 from prts.data.datamodule import PRTSDataModule
-from prts.evaluation.against_baselines import baselines_by_section, compare_with_baselines
+from prts.evaluation.against_baselines import RunBaselines, compare_with_baselines
 from prts.evaluation.gene_sets import gene_sets
 from prts.evaluation.intervals import marginal_bounds, score_intervals
 from prts.evaluation.predictable import predictable, validated_genes
@@ -262,7 +262,7 @@ class _Training:
         self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
         validation = self._score(Predictor(net, likelihood, rule), datamodule.val_sets, datamodule)
         with self.watch("baselines"):
-            self._baselines = baselines_by_section(datamodule, seed=plan.recipe.seed)
+            self._baselines = RunBaselines.fit(datamodule, seed=plan.recipe.seed)
             beside = [self._baselines(part.nuclei.section) for part in validation]
             beyond = validated_genes(beside, validation, plan.evaluation)
         intervals = calibrate_intervals([part.umi for part in validation], datamodule.val_sets)
@@ -273,6 +273,7 @@ class _Training:
             rule=rule,
             genes=list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True)),
             ood=MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets),
+            baselines=self._baselines.shipped(),
             metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
         )
         # read back: what is tested is what is shipped

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from prts.arguments import check_settings, check_value, shown
 from prts.cli.config import compose, missing, plain
+from prts.cli.config_keys import annotated_fields, optional
 from prts.cli.hydra_errors import explained
 from prts.cli.overrides import quote_paths
-from prts.cli.schema import SCHEMAS, Built, SectionFiles, Simulation, Tissue, annotated_fields, optional
+from prts.cli.schema import SCHEMAS, Built, SectionFiles, Simulation, Tissue
 from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prts.cli.config_keys import register
 from prts.cli.overrides import search_path
-from prts.cli.schema import register
 from prts.errors import ParameterError
 
 if TYPE_CHECKING:

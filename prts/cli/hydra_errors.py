@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prts.cli.config import compose, config_groups, plain
-from prts.cli.schema import SCHEMAS, all_keys
+from prts.cli.config_keys import all_keys
+from prts.cli.schema import SCHEMAS
 from prts.errors import InputError, did_you_mean
 
 

@@ -1,15 +1,12 @@
 """The keys of every command with their kinds, ranges and choices.
 
-Each command has one dataclass. Hydra composes against its keys (`register`), which refuses unknown ones; `prts.cli.config.check` then
-checks the values against the annotations. Defaults stay in configs/*.yaml; a default here marks a key that may be left out.
+Each command has one dataclass. Hydra composes against its keys (`prts.cli.config_keys`), which refuses unknown ones, and then
+`prts.cli.check` checks the values against the annotations. Defaults are in configs/*.yaml; a default here marks an optional key.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, is_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -17,23 +14,11 @@ from pydantic import Field
 
 @dataclass(frozen=True)
 class Built:
-    """Marks a mapping from which something is built: a member of a registry (`name:`) or any class (`_target_:`).
+    """Marks a mapping from which something is built, by its `name:` in a registry or its `_target_:`. Its keys are the constructor's."""
 
-    Its keys are those of the constructor.
-
-    Parameters
-    ----------
-    owner
-        What its parameters belong to in errors.
-    several
-        Whether it is a mapping of such mappings.
-    limits
-        A dataclass with ranges that the constructor's annotations do not state.
-    """
-
-    owner: str
-    several: bool = False
-    limits: type | None = None
+    owner: str  # what its parameters belong to in errors
+    several: bool = False  # whether it is a mapping of such mappings
+    limits: type | None = None  # a dataclass with ranges that the constructor's annotations do not state
 
 
 Mapping = dict[str, Any]
@@ -325,6 +310,7 @@ class Evaluate:
     prediction: FilePath
     section: FilePath
     out: FilePath
+    bundle: FilePath | None
     evaluation: Evaluation
     preprocess: Registration
     max_pixels: Annotated[int, Field(ge=1)] | None
@@ -467,61 +453,3 @@ SCHEMAS: dict[str, type] = {
     "download": Download,
     "doctor": Doctor,
 }
-
-
-def annotated_fields(kind: type) -> dict[str, Any]:
-    """The annotations of a dataclass of this module, by field, with their ranges."""
-    hints = typing.get_type_hints(kind, include_extras=True)
-    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
-
-
-def optional(kind: type) -> set[str]:
-    """The fields of a dataclass that a config may lack."""
-    return {item.name for item in dataclasses.fields(kind) if item.default is not MISSING}
-
-
-def all_keys(kind: type, prefix: str = "") -> Iterator[str]:
-    """The dotted keys of a dataclass of this module and of those in it."""
-    for key, hint in annotated_fields(kind).items():
-        yield f"{prefix}{key}"
-        if is_dataclass(hint):
-            yield from all_keys(typing.cast(type, hint), f"{prefix}{key}.")
-
-
-def register() -> None:
-    """Tell Hydra the keys of every command, as `<command>_schema`, which each primary config names first."""
-    from hydra.core.config_store import ConfigStore
-
-    store = ConfigStore.instance()
-    for command, kind in SCHEMAS.items():
-        store.store(name=f"{command}_schema", node=_keys(kind))
-
-
-def _keys(kind: type) -> type:
-    """A dataclass with the same keys and values of any kind.
-
-    OmegaConf has no ranges or choices and converts values (`"3"` to 3, 150 to 150.0): it learns the keys only, and pydantic checks
-    the values as they were written.
-    """
-    name = f"{kind.__name__}Keys"
-    if name not in globals():
-        fields: list[tuple[str, Any, Any]] = []
-        for key, hint in annotated_fields(kind).items():
-            if is_dataclass(hint):
-                keys = _keys(typing.cast(type, hint))
-                fields.append((key, keys, field(default_factory=keys)))
-            else:
-                fields.append((key, Any, field(default=None if key in optional(kind) else "???")))
-        made = dataclasses.make_dataclass(name, fields)
-        # found under this address, if need be by __getattr__, when a job is sent to another process
-        made.__module__, globals()[name] = __name__, made
-    found: type = globals()[name]
-    return found
-
-
-def __getattr__(name: str) -> Any:
-    """Make the keys of a dataclass in a process that has not registered them."""
-    kind = globals().get(name.removesuffix("Keys"))
-    if name.endswith("Keys") and isinstance(kind, type) and is_dataclass(kind):
-        return _keys(kind)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,7 +65,7 @@ def training_plan(cfg: DictConfig) -> TrainingPlan:
     from prts.api.train import DataSettings, TrainingPlan
     from prts.evaluation.settings import EvaluationSettings
 
-    cfg = _settled(cfg)
+    cfg = settled(cfg)
     prepare, settings = preparation(cfg)
     data = plain(cfg.data)
     del data["target"]  # the likelihood's
@@ -105,7 +105,7 @@ def _likelihood(cfg: DictConfig) -> Likelihood:
     return likelihoods.build(plain(cfg.loss)).with_target("auto" if cfg.model.baseline else cfg.data.target)
 
 
-def _settled(cfg: DictConfig) -> DictConfig:
+def settled(cfg: DictConfig) -> DictConfig:
     """The config with `auto` replaced by what it stands for on this machine and with this likelihood."""
     from hydra.utils import instantiate
 

@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import pandas as pd
 
-from prts.evaluation.baselines import fit_baselines, fit_position, refuse_leakage
+from prts.evaluation.baselines import FittedBaseline, fit_baselines, fit_position, refuse_leakage
 from prts.evaluation.bootstrap import BlockSums, block_sums, mean_pcc_difference, spatial_blocks
 from prts.evaluation.expression import pearson_per_gene
 from prts.evaluation.predictable import genes_beyond, precision, predictable
 from prts.evaluation.spot_scores import sum_in_spots
 from prts.evaluation.summaries import unpooled_mean
+from prts.models.shipped_baselines import ShippedBaselines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from numpy.typing import NDArray
 
     from prts.data.datamodule import PRTSDataModule
+    from prts.data.nucleus_set import NucleusSet
     from prts.evaluation.baselines import PredictFn
     from prts.evaluation.scored_section import ScoredSection, Scoring
 
+SHIPPED = ("gene_mean", "colour", "morphology", "ridge")
+"""Baselines that travel with a model; `position` and `permuted` say nothing about another slide."""
 
-def baselines_by_section(datamodule: PRTSDataModule, *, seed: int) -> Callable[[str], dict[str, PredictFn]]:
-    """Fit the baselines. Returns a function from the name of a section to its baselines."""
-    train_sets, val_sets = datamodule.train_sets, datamodule.val_sets
-    fitted = fit_baselines(train_sets, val_sets, datamodule.tissue, seed=seed)
 
-    def of_section(section: str) -> dict[str, PredictFn]:
-        position = fit_position(train_sets, val_sets, section)
-        return fitted if position is None else fitted | {"position": position}
+@dataclass(frozen=True)
+class RunBaselines:
+    """The baselines of a run.
 
-    return of_section
+    Parameters
+    ----------
+    fitted
+        Those that predict any section.
+    train, val
+        Nuclei that `position` is fitted on, section by section.
+    """
+
+    fitted: Mapping[str, FittedBaseline]
+    train: Sequence[NucleusSet]
+    val: Sequence[NucleusSet]
+
+    @classmethod
+    def fit(cls, datamodule: PRTSDataModule, *, seed: int) -> Self:
+        """Fit them on the training nuclei of a run."""
+        train, val = datamodule.train_sets, datamodule.val_sets
+        return cls(fit_baselines(train, val, datamodule.tissue, seed=seed), train, val)
+
+    def __call__(self, section: str) -> dict[str, PredictFn]:
+        """Baselines of a section by its name."""
+        position = fit_position(self.train, self.val, section)
+        return {**self.fitted} if position is None else {**self.fitted, "position": position}
+
+    def shipped(self) -> ShippedBaselines:
+        """Those worth comparing with on any later slide, for the bundle."""
+        return ShippedBaselines.from_fitted({name: self.fitted[name].linear for name in SHIPPED})
 
 
 def compare_with_baselines(
@@ -47,7 +72,7 @@ def compare_with_baselines(
     Parameters
     ----------
     baselines
-        From `baselines_by_section`.
+        Of each section.
     test
         The model's predictions of the test sections.
     scoring

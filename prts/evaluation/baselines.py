@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ from scipy.stats import t as student
 
 from prts.evaluation.baseline_features import with_colour, with_morphology
 from prts.evaluation.expression import pearson_per_gene
-from prts.models.ridge import gene_mean, permuted, ridge
+from prts.models.ridge import LinearBaseline, gene_mean, permuted, ridge
 
 if TYPE_CHECKING:
     from prts.data.nucleus_set import NucleusSet
@@ -48,9 +49,30 @@ _LEAKAGE_GENES = 10
 _CHUNK = 4096
 
 
+@dataclass(frozen=True)
+class FittedBaseline:
+    """A linear baseline and what it sees.
+
+    Parameters
+    ----------
+    linear
+        The fitted map.
+    describe
+        Replaces the features of nuclei by what the baseline sees; None: it sees what the model sees.
+    """
+
+    linear: LinearBaseline
+    describe: Callable[[Sequence[NucleusSet]], list[NucleusSet]] | None = None
+
+    def __call__(self, nuclei: NucleusSet) -> Floats:
+        """Expected UMI (n, g) of nuclei of one section."""
+        seen = nuclei if self.describe is None else self.describe([nuclei])[0]
+        return self.linear.predict(seen.features)
+
+
 def fit_baselines(
     train: Sequence[NucleusSet], val: Sequence[NucleusSet], tissue: PreparedTissue, *, seed: int = 0
-) -> dict[str, PredictFn]:
+) -> dict[str, FittedBaseline]:
     """Fit every baseline except `position`, which depends on the section to predict (`fit_position`).
 
     Parameters
@@ -62,23 +84,13 @@ def fit_baselines(
     seed
         Seed of the permutations.
     """
-
-    def described_by(
-        describe: Callable[[Sequence[NucleusSet], PreparedTissue], list[NucleusSet]], name: str
-    ) -> PredictFn:
-        fitted = ridge(describe(train, tissue), describe(val, tissue), name=name)
-        return lambda nuclei: fitted.predict(describe([nuclei], tissue)[0].features)
-
-    def of_features(model: Callable[[Floats], Floats]) -> PredictFn:
-        return lambda nuclei: model(nuclei.features)
-
-    return {
-        "gene_mean": of_features(gene_mean(train).predict),
-        "colour": described_by(with_colour, "colour"),
-        "morphology": described_by(with_morphology, "morphology"),
-        "ridge": of_features(ridge(train, val).predict),
-        "permuted": of_features(ridge(permuted(train, seed=seed), val, name="permuted").predict),
-    }
+    fitted = {"gene_mean": FittedBaseline(gene_mean(train))}
+    for name, described in (("colour", with_colour), ("morphology", with_morphology)):
+        describe = partial(described, tissue=tissue)
+        fitted[name] = FittedBaseline(ridge(describe(train), describe(val), name=name), describe)
+    fitted["ridge"] = FittedBaseline(ridge(train, val))
+    fitted["permuted"] = FittedBaseline(ridge(permuted(train, seed=seed), val, name="permuted"))
+    return fitted
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from prts.models.network import PRTSNet
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import OutputRule
 from prts.models.predictor import Predictor
+from prts.models.shipped_baselines import ShippedBaselines
 from prts.models.uncertainty import CountIntervals
 
 ARCHITECTURES: dict[str, type[PRTSNet]] = {"mlp": PRTSNet}
@@ -51,11 +52,14 @@ class Bundle(Predictor):
         Where it was read.
     ood
         Scores how unusual a nucleus is; None in bundles of older versions.
+    baselines
+        Fitted on the same nuclei as the model; None in bundles of older versions.
     """
 
     metadata: dict[str, Any]
     folder: Path
     ood: MahalanobisOOD | None = None
+    baselines: ShippedBaselines | None = None
 
     @property
     def sha256(self) -> str:
@@ -130,6 +134,7 @@ def save_bundle(
     genes: Sequence[tuple[str, str]],
     metadata: Mapping[str, Any],
     ood: MahalanobisOOD | None = None,
+    baselines: ShippedBaselines | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
@@ -152,6 +157,8 @@ def save_bundle(
         written as null.
     ood
         Scores how unusual a nucleus is.
+    baselines
+        Fitted on the same nuclei as the model.
 
     Raises
     ------
@@ -169,7 +176,7 @@ def save_bundle(
     with atomic(Path(folder)) as temporary:
         temporary.mkdir()
         weights = temporary / "model.safetensors"
-        save_file(_tensors(net, likelihood, ood), weights)
+        save_file(_tensors(_parts(net, likelihood, ood, baselines)), weights)
         description = {
             "format_version": FORMAT_VERSION,
             "genes": [{"name": name, "id": gene_id} for name, gene_id in genes],
@@ -177,6 +184,7 @@ def save_bundle(
             "likelihood": likelihood.settings(),
             "output": rule.settings(),
             "ood": None if ood is None else ood.settings(),
+            "baselines": None if baselines is None else baselines.widths,
             **metadata,
             "weights_sha256": sha256_file(weights),
             "versions": _versions(),
@@ -204,15 +212,15 @@ def load_bundle(folder: Path) -> Bundle:
         raise InputError(f"{folder}: no such folder; a bundle is the folder `model` of a training run")
     path = folder / "model.json"
     metadata, about = read_description(path)
-    net, likelihood, rule, ood = _build(path, metadata, about)
-    _load_weights(folder / "model.safetensors", about, net, likelihood, ood)
+    net, likelihood, rule, ood, baselines = _build(path, metadata, about)
+    _load_weights(folder / "model.safetensors", about, _parts(net, likelihood, ood, baselines))
     net.eval()
-    return Bundle(net, likelihood, rule, metadata, folder, ood)
+    return Bundle(net, likelihood, rule, metadata, folder, ood, baselines)
 
 
 def _build(
     path: Path, metadata: dict[str, Any], about: Description
-) -> tuple[PRTSNet, Likelihood, OutputRule, MahalanobisOOD | None]:
+) -> tuple[PRTSNet, Likelihood, OutputRule, MahalanobisOOD | None, ShippedBaselines | None]:
     """Everything that holds tensors, without memory behind them (the weights file brings it), and the rule."""
     if about.architecture.name not in ARCHITECTURES:
         raise InputError(
@@ -231,6 +239,7 @@ def _build(
             likelihood = likelihoods.build(metadata["likelihood"])
             likelihood.allocate(len(about.genes))
             ood = None if about.ood is None else MahalanobisOOD(width, about.ood.components)
+            baselines = None if about.baselines is None else ShippedBaselines(about.baselines, len(about.genes))
         rule = OutputRule(**metadata["output"])
         per_gene: list[Sequence[Any] | None] = [
             about.validation.pcc,
@@ -253,10 +262,10 @@ def _build(
             f"{path}: feature blocks {about.input.use} of {about.input.widths} do not add up to the network's {net.in_features} inputs; "
             "the file was edited"
         )
-    return net, likelihood, rule, ood
+    return net, likelihood, rule, ood, baselines
 
 
-def _load_weights(path: Path, about: Description, net: nn.Module, likelihood: nn.Module, ood: nn.Module | None) -> None:
+def _load_weights(path: Path, about: Description, parts: Mapping[str, nn.Module]) -> None:
     try:
         tensors = load_file(path)
     except FileNotFoundError:
@@ -269,7 +278,7 @@ def _load_weights(path: Path, about: Description, net: nn.Module, likelihood: nn
             name if not name.startswith("scaler.") else f"{prefix}{name.removeprefix('scaler.')}": tensor
             for name, tensor in tensors.items()
         }
-    expected = _tensors(net, likelihood, ood)
+    expected = _tensors(parts)
     for problem, names in (
         ("lacks", expected.keys() - tensors.keys()),
         ("has unknown", tensors.keys() - expected.keys()),
@@ -288,20 +297,23 @@ def _load_weights(path: Path, about: Description, net: nn.Module, likelihood: nn
         raise InputError(
             f"{path}: has another SHA-256 than model.json says; it was damaged or comes from another bundle"
         )
-    for prefix, module in _parts(net, likelihood, ood):
+    for prefix, module in parts.items():
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         module.load_state_dict(state, assign=True)
 
 
-def _parts(net: nn.Module, likelihood: nn.Module, ood: nn.Module | None) -> list[tuple[str, nn.Module]]:
-    parts = [("net.", net), ("likelihood.", likelihood), ("ood.", ood)]
-    return [(prefix, module) for prefix, module in parts if module is not None]
+def _parts(
+    net: nn.Module, likelihood: nn.Module, ood: nn.Module | None, baselines: nn.Module | None
+) -> dict[str, nn.Module]:
+    """Everything with tensors, by the prefix of their names."""
+    parts = {"net.": net, "likelihood.": likelihood, "ood.": ood, "baselines.": baselines}
+    return {prefix: module for prefix, module in parts.items() if module is not None}
 
 
-def _tensors(net: nn.Module, likelihood: nn.Module, ood: nn.Module | None) -> dict[str, Tensor]:
+def _tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {
         f"{prefix}{name}": tensor.contiguous()
-        for prefix, module in _parts(net, likelihood, ood)
+        for prefix, module in parts.items()
         for name, tensor in module.state_dict().items()
     }
 

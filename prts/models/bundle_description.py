@@ -92,6 +92,7 @@ class Description(_Given):
     likelihood: _Named
     output: dict[str, Any]
     ood: _OOD | None = None
+    baselines: dict[str, int] | None = None
     weights_sha256: str
     versions: dict[str, Any]
 

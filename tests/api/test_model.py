@@ -13,6 +13,8 @@ import pytest
 import shapely
 
 import prts
+from prts.api.polygons import nuclei_of
+from prts.simulate.section import simulate_section
 
 pytestmark = pytest.mark.slow
 
@@ -37,13 +39,13 @@ def test_a_prediction_in_memory_is_what_the_file_holds(trained, sections, cache,
     assert predicted.obs_names.equals(written.obs_names)
     np.testing.assert_array_equal(predicted.X.toarray(), written.X.toarray())
     polygons = gpd.read_parquet(tmp_path / "slide.nuclei.parquet")
-    attached = prts.api.polygons.nuclei_of(predicted[5:9])
+    attached = nuclei_of(predicted[5:9])
     assert attached["cell_id"].tolist() == polygons["cell_id"].tolist()[5:9]
     assert shapely.equals_exact(attached.geometry.to_numpy(), polygons.geometry.to_numpy()[5:9]).all()
 
 
-def test_scores_stand_next_to_baselines_and_ceiling(trained, sections, predicted):
-    scores = prts.evaluate(predicted, sections["third"], model=trained)
+def test_scores_stand_next_to_baselines_and_ceiling(trained, sections, cache, predicted):
+    scores = trained.evaluate(predicted, sections["third"], cache_dir=cache)
     summary = scores.summary
     assert summary["test/n_genes"] == 60 == len(scores.per_gene)
     assert 0 < summary["test/pcc_mean"] < summary["test/ceiling_mean"] < 1
@@ -71,15 +73,16 @@ def test_a_saved_model_predicts_the_same(trained, sections, cache, predicted, tm
 
 
 def test_polygons_may_come_as_a_frame(trained, sections, cache, predicted):
-    nuclei = prts.api.polygons.nuclei_of(predicted)[["cell_id", "geometry"]]
+    nuclei = nuclei_of(predicted)[["cell_id", "geometry"]]
     again = trained.predict(sections["third"], nuclei=nuclei, cache_dir=cache)
     assert again.obs_names.equals(predicted.obs_names)
     np.testing.assert_allclose(again.X.toarray(), predicted.X.toarray(), rtol=1e-4, atol=1e-5)
 
 
-def test_without_validation_sections_blocks_are_held_out(sections, cache):
+def test_without_validation_sections_blocks_are_held_out(cache, tmp_path):
+    simulate_section(tmp_path / "large", cells=1500, genes=100, seed=4)
     model = prts.Model("classical")
-    model.train([sections["first"]], nuclei="watershed", genes=40, max_epochs=2, cache_dir=cache)
+    model.train([prts.read_visium_hd(tmp_path / "large")], nuclei="watershed", genes=40, max_epochs=2, cache_dir=cache)
     assert model.bundle.metadata["split"]["split"]["name"] == "blocks"
     assert np.isfinite(model.metrics["test/pcc_mean"])
 
@@ -100,7 +103,7 @@ def test_an_untrained_model_refuses(sections, tmp_path):
         ({"encoder": "classical", "likelihood": "poison"}, "did you mean 'poisson'"),
         ({"encoder": "classical", "network": {"hiden": [5]}}, "did you mean 'hidden'"),
         ({"encoder": "classical", "network": {"hidden": 5}}, "network hidden"),
-        ({"encoder": "classical", "features": ["locale"]}, "data use"),
+        ({"encoder": "classical", "features": ["locale"]}, "did you mean 'local'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

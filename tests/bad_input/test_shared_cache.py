@@ -172,4 +172,4 @@ def test_four_processes_on_one_cache(kill: str, tissue: list[str], tmp_path: Pat
     assert ended == ("[0, 0, 0, 0]" if kill == "spare" else "[-9, 0, 0, 0]")
     assert contents(tmp_path / "crowd") == contents(tmp_path / "alone")
     if kill == "spare":  # each stage was built by one process
-        assert log.count("a: bins to nuclei") == 1 and log.count("gene panel from the training nuclei") == 1
+        assert log.count("a: counts of nuclei") == 1 and log.count("gene panel from the training nuclei") == 1

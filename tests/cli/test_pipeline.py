@@ -81,15 +81,15 @@ def test_a_run_folder_holds_what_it_promises(trained):
     # the simulated tissue is learnable even in three epochs, and ridge knows how to
     assert metrics["baseline/ridge/pcc_mean"] > 0.1
     per_gene = pd.read_csv(folder / "per_gene.csv")
-    assert list(per_gene["gene"]) == result["bundle"].genes
+    assert list(per_gene["gene"]) == result.bundle.genes
     assert metrics["test/pcc_mean"] == pytest.approx(per_gene["pcc"].mean())
 
 
 def test_the_test_predictions_are_those_that_were_scored(trained):
     folder, result = trained
     prediction = ad.read_h5ad(folder / "predictions.h5ad")
-    counts = result["datamodule"].test_sets[0].counts.toarray()
-    assert list(prediction.obs_names) == list(result["datamodule"].test_sets[0].cell_id)
+    counts = result.datamodule.test_sets[0].counts.toarray()
+    assert list(prediction.obs_names) == list(result.datamodule.test_sets[0].cell_id)
     per_gene = pd.read_csv(folder / "per_gene.csv")
     gene = int(per_gene["pcc"].argmax())
     pcc = np.corrcoef(np.log1p(prediction.X[:, gene].toarray().ravel()), np.log1p(counts[:, gene]))[0, 1]
@@ -101,12 +101,12 @@ def test_the_test_predictions_are_those_that_were_scored(trained):
 
 def test_panel_and_threshold_come_from_training_and_validation(trained):
     _, result = trained
-    metadata = result["bundle"].metadata
+    metadata = result.bundle.metadata
     assert metadata["train_sections"] == ["train"]
-    assert metadata["split"]["n"]["train"] == len(result["datamodule"].train_sets[0])
-    assert len(result["bundle"].val_pcc) == N_GENES
-    val = result["metrics"]["val/pcc_mean"]
-    assert np.nanmean(result["bundle"].val_pcc) == pytest.approx(val)
+    assert metadata["split"]["n"]["train"] == len(result.datamodule.train_sets[0])
+    assert len(result.bundle.val_pcc) == N_GENES
+    val = result.metrics["val/pcc_mean"]
+    assert np.nanmean(result.bundle.val_pcc) == pytest.approx(val)
 
 
 def test_prediction_from_the_image_alone_equals_the_runs_own(trained, predicted):
@@ -142,7 +142,7 @@ def test_evaluate_agrees_with_the_runs_test(trained, predicted, test_section, tm
     again = json.loads((tmp_path / "e" / "metrics.json").read_text())
     for key, value in again.items():
         if value is not None:
-            assert value == pytest.approx(result["metrics"][key], abs=1e-4), key
+            assert value == pytest.approx(result.metrics[key], abs=1e-4), key
 
 
 def test_what_is_prepared_is_not_made_again(cache, trained):
@@ -170,5 +170,5 @@ def test_the_same_seed_gives_the_same_metrics_whatever_the_workers_and_another_s
 @pytest.mark.parametrize(("ablation", "width"), [("local_only", 192), ("global_only", 384)])
 def test_an_ablation_changes_the_input_width(cache, trained, tmp_path, ablation, width):
     result = train(composed(cache, f"ablation={ablation}"), tmp_path / ablation)
-    assert result["bundle"].net.in_features == width
-    assert result["datamodule"].in_features == width
+    assert result.bundle.net.in_features == width
+    assert result.datamodule.in_features == width

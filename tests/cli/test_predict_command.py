@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import anndata as ad
 import geopandas as gpd
@@ -17,8 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
+from prts.api.predict import as_segmenter, encoder_weights
 from prts.cli.app import config_dir, run
-from prts.cli.predict import _segmenter, _weights
 from prts.errors import InputError
 from prts.features.encoders import Classical
 from prts.features.encoders.tokens import torch_device
@@ -74,9 +75,9 @@ def test_weights_come_from_the_command_line_then_from_trainings_path(tmp_path: P
     (tmp_path / "w.pth").touch()
     vit = {"name": "vit256", "weights_sha256": "ab" * 32}
     trained = bundle(encoder=vit, encoder_weights=str(tmp_path / "w.pth"))
-    assert _weights(config(f"encoder.weights={tmp_path / 'mine.pth'}"), trained) == tmp_path / "mine.pth"
-    assert _weights(config(), trained) == tmp_path / "w.pth"
-    assert _weights(config(), bundle(encoder=vit, encoder_weights=None)) is None
+    assert encoder_weights(trained, tmp_path / "mine.pth") == tmp_path / "mine.pth"
+    assert encoder_weights(trained) == tmp_path / "w.pth"
+    assert encoder_weights(bundle(encoder=vit, encoder_weights=None)) is None
 
 
 def test_weights_that_are_only_on_the_training_machine_are_asked_for_by_name_and_sum(
@@ -86,10 +87,8 @@ def test_weights_that_are_only_on_the_training_machine_are_asked_for_by_name_and
     for encoder in ({"name": "vit256"}, {"name": "dino_vits16", "model_name": "vit_small_patch16_224.dino"}):
         monkeypatch.setattr("prts.features.encoders.timm_model.cached_hub_weights", lambda model_name: None)
         trained = bundle(encoder={**encoder, "weights_sha256": "ab" * 32}, encoder_weights=gone)
-        with pytest.raises(
-            InputError, match=rf"give w\.pth with sha256 {'ab' * 32} as encoder\.weights=FILE"
-        ) as caught:
-            _weights(config(), trained)
+        with pytest.raises(InputError, match=rf"encoder weights: .*give w\.pth with SHA-256 {'ab' * 32}") as caught:
+            encoder_weights(trained)
         assert "\n" not in str(caught.value)
 
 
@@ -97,12 +96,10 @@ def test_the_segmenter_of_training_is_made_again_or_refused_in_one_line() -> Non
     def trained(**arguments: object) -> Bundle:
         return bundle(segmentation={"name": "watershed", "arguments": arguments})
 
-    segmenter, prefer_given = _segmenter(config(), trained(mpp=0.25))
-    assert segmenter == Watershed(mpp=0.25) and not prefer_given
-    with pytest.raises(
-        InputError, match=r"model: its segmenter cannot be built .*depth.*segmentation=stardist"
-    ) as caught:
-        _segmenter(config(), trained(depth=3))
+    section: Any = SimpleNamespace(nuclei=None)
+    assert as_segmenter(None, trained(mpp=0.25), section) == Watershed(mpp=0.25)
+    with pytest.raises(InputError, match=r"model: its segmenter cannot be built .*depth.*choose another") as caught:
+        as_segmenter(None, trained(depth=3), section)
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from prts.cli.app import config_dir
-from prts.cli.train import _settled, make_recipe
+from prts.cli.train import settled, training_plan
 from prts.errors import InputError
 
 
@@ -59,7 +59,7 @@ METHOD = {  # key: (paper, released)
 
 @pytest.mark.parametrize("column", [0, 1], ids=["paper", "released"])
 def test_an_experiment_is_the_methods_setting(column: int) -> None:
-    cfg = _settled(config("tissue=lung", f"experiment={('paper', 'released')[column]}"))
+    cfg = settled(config("tissue=lung", f"experiment={('paper', 'released')[column]}"))
     assert {key: OmegaConf.select(cfg, key) for key in METHOD} == {
         key: values[column] for key, values in METHOD.items()
     }
@@ -70,13 +70,13 @@ def test_precision_follows_the_processor_where_it_is_auto(monkeypatch: pytest.Mo
     monkeypatch.setattr("prts.precision.computes_bf16", lambda device: native)
     auto = "bf16-mixed" if native else "32-true"
     for experiment, precision in (("best", auto), ("paper", "32-true"), ("released", "32-true")):
-        settled = _settled(config("tissue=demo", "trainer=cpu", f"experiment={experiment}"))
+        settled = settled(config("tissue=demo", "trainer=cpu", f"experiment={experiment}"))
         assert settled.trainer.precision == precision, experiment
     for asked in ("32-true", "bf16-mixed"):
         given = config("tissue=demo", "trainer=cpu", f"trainer.precision={asked}")
-        assert _settled(given).trainer.precision == asked
+        assert settled(given).trainer.precision == asked
     wide = config("tissue=demo", "trainer=cpu", "experiment=paper", "trainer.precision=auto")
-    assert _settled(wide).trainer.precision == auto
+    assert settled(wide).trainer.precision == auto
     assert wide.trainer.precision == "auto"  # the composed config itself stays as it is
 
 
@@ -112,8 +112,8 @@ def test_ablations_of_the_default_recipe_have_the_inputs_that_they_say() -> None
     ],
 )
 def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str, object]) -> None:
-    before = _settled(config("tissue=lung", "experiment=paper"))
-    after = _settled(config("tissue=lung", "experiment=paper", f"ablation={ablation}"))
+    before = settled(config("tissue=lung", "experiment=paper"))
+    after = settled(config("tissue=lung", "experiment=paper", f"ablation={ablation}"))
     for key in METHOD:
         expected = changed[key] if key in changed else OmegaConf.select(before, key)
         assert OmegaConf.select(after, key) == expected, key
@@ -139,4 +139,4 @@ def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str,
 )
 def test_what_does_not_apply_is_refused_before_any_work(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        make_recipe(_settled(config("tissue=demo", *overrides)))
+        training_plan(config("tissue=demo", *overrides))
