@@ -225,10 +225,11 @@ def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: Fi
     import torch
 
     from prts.models.fit import Recipe
-    from prts.models.module import KeepBest
+    from prts.models.module import KeepBest, quiet_lightning
     from prts.models.network import PRTSNet
     from prts.precision import training_precision
 
+    quiet_lightning()
     options = {
         "max_epochs": settings.max_epochs,
         "deterministic": True,

@@ -55,6 +55,13 @@ def nuclei_of(adata: AnnData, path: Path | str | None = None) -> GeoDataFrame:
     ------
     InputError
         If the prediction has no polygons, or lacks those of some nuclei.
+
+    Examples
+    --------
+    >>> import prts
+    >>> adata = prts.Model.load(demo_model).predict(demo_slide, nuclei="watershed")
+    >>> prts.nuclei_of(adata[:5]).geom_type.unique().tolist()
+    ['Polygon']
     """
     if KEY in adata.uns:
         nuclei = _from_arrays(adata)

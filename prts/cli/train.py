@@ -110,8 +110,10 @@ def settled(cfg: DictConfig) -> DictConfig:
     from hydra.utils import instantiate
 
     from prts.models.linear import LIKELIHOOD
+    from prts.models.module import quiet_lightning
     from prts.precision import training_precision
 
+    quiet_lightning()
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":
         cfg.trainer.precision = "32-true"  # until Lightning has found the device

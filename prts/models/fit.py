@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from prts.errors import ParameterError
 from prts.models.likelihoods.base import Likelihood
 from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
-from prts.models.module import KeepBest, PRTSModule
+from prts.models.module import KeepBest, PRTSModule, quiet_lightning
 from prts.models.network import PRTSNet
 from prts.models.output import OutputSettings
 
@@ -73,6 +73,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        quiet_lightning()
         if self.baseline is not None:
             check_linear(self.baseline)
             return

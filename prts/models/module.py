@@ -23,12 +23,17 @@ from prts.models.pearson import GenePearson
 logger = logging.getLogger(__name__)
 
 
+def quiet_lightning() -> None:
+    """Keep Lightning's notices and hints out of the log; its warnings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and the workers of data loaders, and keep Lightning's hints for developers out of the log."""
     # With the workspace that cuBLAS chooses, sums can differ from run to run. Lightning sets this too, but cuBLAS reads it at first use,
     # and the encoder may have used CUDA by then. A value set by the user is kept.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet_lightning()
     pl.seed_everything(seed, workers=True, verbose=False)
 
 
