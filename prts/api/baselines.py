@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -41,6 +41,17 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+class TrainedModel(Protocol):
+    """What is asked of the model: `prts.Model` has it."""
+
+    runtime: EncoderRuntime
+
+    @property
+    def bundle(self) -> Bundle:
+        """The trained network."""
+        ...
+
+
 @dataclass(frozen=True)
 class PredictedSection:
     """A prediction that was compared with its section.
@@ -61,7 +72,7 @@ class PredictedSection:
 
 
 def baseline_scores(
-    bundle: Bundle, runtime: EncoderRuntime, compared: PredictedSection, settings: EvaluationSettings, cache: Path
+    model: TrainedModel, compared: PredictedSection, settings: EvaluationSettings, cache: Path
 ) -> dict[str, float]:
     """Scores of a model's baselines on the nuclei that were compared, and the differences from the model with their intervals.
 
@@ -69,8 +80,8 @@ def baseline_scores(
 
     Parameters
     ----------
-    bundle, runtime
-        The model that predicted, and where its encoder runs.
+    model
+        The model that predicted.
     compared
         The prediction and the model's scores.
     settings
@@ -82,10 +93,11 @@ def baseline_scores(
     -------
     `baseline/<name>/pcc_mean`, `baseline/<name>/difference`, ...; empty if the model has no baselines.
     """
+    bundle = model.bundle
     if bundle.baselines is None:
         return {}
     section, matched = compared.section, compared.matched
-    features = _Features(bundle, runtime, compared, cache)
+    features = _Features(bundle, model.runtime, compared, cache)
     readers: dict[str, Callable[[], Floats]] = {
         "gene_mean": features.nothing,
         "colour": features.colour,

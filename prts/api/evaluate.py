@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
 
-    from prts.api.model import Model
+    from prts.api.baselines import TrainedModel
     from prts.evaluation.matching import MatchedNuclei
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def evaluate(
     section: Section | Path | str,
     *,
     nuclei: GeoDataFrame | Path | str | None = None,
-    model: Model | None = None,
+    model: TrainedModel | None = None,
     qc: QCSettings | None = None,
     register: bool | None = None,
     settings: EvaluationSettings | None = None,
@@ -142,7 +142,7 @@ def evaluate(
     summary = {f"test/{key}": value for key, value in figures.items()}
     if model is not None:
         compared = PredictedSection(prediction, section, polygons, matched, scored)
-        summary |= baseline_scores(model.bundle, model.runtime, compared, settings, default_cache(cache_dir))
+        summary |= baseline_scores(model, compared, settings, default_cache(cache_dir))
     return Scores(summary, scored.per_gene)
 
 

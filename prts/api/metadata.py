@@ -22,7 +22,7 @@ from prts.segmentation.segment import describe_segmenter
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from prts.api.train import TrainingPlan
+    from prts.api.training_plan import TrainingPlan
     from prts.data.datamodule import PRTSDataModule
     from prts.data.prepare import PreparedTissue
     from prts.evaluation.scored_section import ScoredSection

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
-    from prts.api.train import TrainingPlan
+    from prts.api.training_plan import TrainingPlan
     from prts.data.prepare import PanelBuilder
     from prts.data.splits import Roles, Splitter
     from prts.features.encoders import Encoder
@@ -278,7 +278,7 @@ def make_plan(
     cache_dir: Path,
 ) -> TrainingPlan:
     """Everything a run needs."""
-    from prts.api.train import DataSettings, TrainingPlan
+    from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.data.prepare import PrepareSettings, prepare_sections
     from prts.preprocess.counts import QCSettings
     from prts.segmentation import segmenters

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import yaml
 
 from prts.api.metadata import bundle_metadata
+from prts.api.training_plan import TrainingPlan
 from prts.data.datamodule import PRTSDataModule
 from prts.evaluation.against_baselines import RunBaselines, compare_with_baselines
 from prts.evaluation.gene_sets import gene_sets
@@ -20,12 +21,11 @@ from prts.evaluation.intervals import marginal_bounds, score_intervals
 from prts.evaluation.predictable import predictable, validated_genes
 from prts.evaluation.registration import registration_figures
 from prts.evaluation.scored_section import Scoring, score_sections
-from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
 from prts.models.bundle import Bundle, load_bundle, save_bundle
 from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
-from prts.models.fit import Fitted, Recipe, fit
+from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
@@ -41,68 +41,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from prts.data.nucleus_set import NucleusSet
-    from prts.data.prepare import PreparedTissue, PrepareSettings
     from prts.evaluation.scored_section import PredictsNuclei, ScoredSection
 
 logger = logging.getLogger(__name__)
 
-Prepare = Callable[[Stopwatch], "PreparedTissue"]
-
 # Settings that may differ when an interrupted run resumes: they do not change what it learns.
 _IRRELEVANT = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What the network sees of a nucleus, and in what portions.
-
-    Parameters
-    ----------
-    use
-        Blocks of features in the order of the network's input: `local`, `global` and `morphology`.
-    permute
-        Shuffle features among training nuclei: what remains is knowledge of no image.
-    batch_size
-        Nuclei per batch.
-    num_workers
-        Processes that gather batches.
-    """
-
-    use: tuple[str, ...] = ("local", "global", "morphology")
-    permute: bool = False
-    batch_size: int = 256
-    num_workers: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """All that decides what a run learns.
-
-    Parameters
-    ----------
-    prepare
-        Prepares the sections, or finds them prepared.
-    preparation
-        How they are prepared.
-    data
-        What the network sees.
-    recipe
-        Network, likelihood, optimizer and trainer.
-    evaluation
-        How validation and test are scored.
-    markers
-        Genes whose mean PCC is reported separately.
-    config
-        The settings as the user wrote them, for config.yaml and provenance; JSON-like.
-    """
-
-    prepare: Prepare
-    preparation: PrepareSettings
-    data: DataSettings
-    recipe: Recipe
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    markers: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

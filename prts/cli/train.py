@@ -25,7 +25,8 @@ from prts.errors import InputError, ParameterError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from prts.api.train import Run, TrainingPlan
+    from prts.api.train import Run
+    from prts.api.training_plan import TrainingPlan
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
 
@@ -62,7 +63,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 def training_plan(cfg: DictConfig) -> TrainingPlan:
     """All that a config says of a run, as objects; refused here, before any work, if it makes no sense."""
-    from prts.api.train import DataSettings, TrainingPlan
+    from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.evaluation.settings import EvaluationSettings
 
     cfg = settled(cfg)
