@@ -268,13 +268,13 @@ def open_slide(
     Returns
     -------
     The slide. Its `mpp` is the first one of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF resolution or dpi tags. Metadata
-    outside 0.05-5 um/px, such as a default of 72 dpi, is ignored.
+    outside 0.05-5 um/px, such as a default of 72 dpi, is ignored. If metadata contradicts `mpp`, a warning names both.
 
     Raises
     ------
     InputError
-        If the file is missing, truncated, or not an RGB or gray image; if no source states um/px, or two of them differ by more
-        than 2 %.
+        If the file is missing, truncated, or not an RGB or gray image; if nothing states um/px, or `mpp` is None and two sources
+        differ by more than 2 %.
     """
     path = Path(path)
     if mpp is not None and not is_plausible(mpp):
@@ -283,8 +283,7 @@ def open_slide(
         )
     reader = _open_reader(path, max_pixels)
     try:
-        given: list[MppSource] = [] if mpp is None else [("mpp=", mpp)]
-        source, value = resolve_mpp(path, [*given, *sources, *_metadata_sources(path, reader)])
+        source, value = resolve_mpp(path, [*sources, *_metadata_sources(path, reader, mpp)], mpp)
     except BaseException:
         reader.close()
         raise
@@ -294,11 +293,35 @@ def open_slide(
     return slide
 
 
-def _metadata_sources(path: Path, reader: Reader) -> list[MppSource]:
+def reopen_slide(
+    path: Path, mpp: MppSource, *, orientation: Orientation = UPRIGHT, max_pixels: int | None = None
+) -> Slide:
+    """Open an image whose um/px is settled, without comparing it with the metadata again.
+
+    Parameters
+    ----------
+    path
+        The image.
+    mpp
+        The source of its um/px, and the value.
+    orientation, max_pixels
+        As for `open_slide`.
+    """
+    slide = Slide(path, _open_reader(path, max_pixels), mpp[1], mpp[0], orientation)
+    slide.max_pixels = max_pixels
+    return slide
+
+
+def _metadata_sources(path: Path, reader: Reader, given: float | None) -> list[MppSource]:
     try:
         return reader.mpp_sources()
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # tags may contain anything
-        raise InputError(f"{path}: its um/px tags cannot be read ({_reason(error)}); save the image again") from error
+        if given is None:
+            raise InputError(
+                f"{path}: its um/px tags cannot be read ({_reason(error)}); set mpp to the value of the scanner"
+            ) from error
+        logger.warning("%s: its um/px tags cannot be read (%s); mpp=%.4g is used", path, _reason(error), given)
+        return []
 
 
 def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:

@@ -70,7 +70,6 @@ def test_wrong_pixels_are_refused(
         (-0.5, "within 0.05-5"),
         (400, "within 0.05-5"),
         (float("nan"), "mpp"),
-        (0.25, "must agree within 2 %"),
     ],
 )
 def test_a_wrong_um_per_px_is_refused(predict: Ask, refused: Refused, mpp: float, words: str) -> None:

@@ -413,16 +413,42 @@ def test_precedence_and_contradiction(tmp_path: Path) -> None:
         assert (slide.mpp, slide.mpp_source) == (0.502, "scalefactors_json.json")
     with open_slide(path, sources=[("scalefactors_json.json", 12.0)]) as slide:  # implausible, so ignored
         assert slide.mpp == 0.5
-    with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in the OME metadata"):
-        open_slide(path, mpp=0.25)
-    # each within 2 % of the explicit one, but not of each other
-    with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME"):
-        open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)])
+    with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME.*set mpp to the right value"):
+        open_slide(path, sources=[("scalefactors_json.json", 0.515)])
+    with open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)]) as slide:  # the advice works
+        assert slide.mpp == 0.507
     with pytest.raises(InputError, match=r"mpp: 0\.01 is out of range"):
         open_slide(path, mpp=0.01)
     ome(path, 0.5, "µm", y=0.6)
     with pytest.raises(InputError, match=r"OME metadata along x.*along y"):
         open_slide(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "stale"),
+    [
+        (lambda path: ome(path, 1.0, "µm"), "1 in the OME metadata"),
+        (lambda path: aperio(path, "0.25"), "0.25 in the Aperio description"),
+        (lambda path: resolution(path, 1e4, "CENTIMETER"), "1 in the TIFF resolution tags"),
+        (lambda path: ome(path, 0.5, "µm", y=0.6), "0.5 in the OME metadata along x, 0.6 in the OME metadata along y"),
+    ],
+)
+def test_a_given_um_per_pixel_wins_over_stale_metadata(write, stale: str, tmp_path: Path, caplog) -> None:
+    path = tmp_path / "a.tif"
+    write(path)
+    with open_slide(path, mpp=0.4) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.4, "mpp=")
+    assert f"a.tif: um/px is 0.4 in mpp= but {stale}; mpp= is used" in caplog.text
+
+
+def test_the_ome_image_that_is_read_gives_its_own_um_per_pixel(tmp_path: Path) -> None:
+    path = tmp_path / "macro_first.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for pixels, mpp in ((IMAGE[::8, ::8], 4.0), (IMAGE, 0.5)):
+            size = {"PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+            writer.write(pixels, photometric="rgb", metadata={"axes": "YXS", **size})
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.width) == (0.5, IMAGE.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -435,15 +461,29 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
         open_slide(path, mpp=0.5)
 
 
-def test_tags_of_unexpected_types_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [(2, 3), (2, 2), (4, 0), (4, 3)])  # another type; none or three values
+def test_resolution_tags_that_are_not_one_ratio_need_mpp(change: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     resolution(path, 20_000, "CENTIMETER")
     data = bytearray(path.read_bytes())
-    entry = data.index(b"\x1a\x01\x05\x00\x01\x00\x00\x00")  # XResolution: one ratio
-    data[entry + 4] = 3
+    for tag in (b"\x1a", b"\x1b"):
+        entry = data.index(tag + b"\x01\x05\x00\x01\x00\x00\x00")  # XResolution, YResolution: one ratio
+        data[entry + change[0]] = change[1]
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"a\.tif: its um/px tags cannot be read"):
+    with pytest.raises(InputError, match=r"a\.tif: .*set mpp to"):
         open_slide(path)
+    with open_slide(path, mpp=0.5) as slide:  # the advice works
+        assert slide.mpp == 0.5
+
+
+def test_resolution_tags_may_be_plain_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for name in ("XResolution", "YResolution"):
+            tif.pages[0].tags[name].overwrite(20_000.0, dtype="f")
+    with open_slide(path) as slide:
+        assert slide.mpp == 0.5
 
 
 def test_tiles_too_large_to_decode_are_refused(tmp_path: Path) -> None:
