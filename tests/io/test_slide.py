@@ -413,7 +413,9 @@ def test_precedence_and_contradiction(tmp_path: Path) -> None:
         assert (slide.mpp, slide.mpp_source) == (0.502, "scalefactors_json.json")
     with open_slide(path, sources=[("scalefactors_json.json", 12.0)]) as slide:  # implausible, so ignored
         assert slide.mpp == 0.5
-    with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME.*set mpp to the right value"):
+    with pytest.raises(
+        InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME.*set mpp to the right value"
+    ):
         open_slide(path, sources=[("scalefactors_json.json", 0.515)])
     with open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)]) as slide:  # the advice works
         assert slide.mpp == 0.507
