@@ -382,6 +382,7 @@ def _name(folder: Path) -> str:
 def _image(folder: Path) -> Path:
     """The only full-resolution image in a section's folder."""
     found = (path for pattern in _IMAGES for place in (folder, folder / "outs") for path in place.glob(pattern))
+    found = (path for path in found if not path.name.startswith("._"))  # macOS keeps attributes of files in these
     images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."

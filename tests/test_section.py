@@ -98,6 +98,14 @@ def test_folders_with_no_image_or_two(tmp_path: Path) -> None:
         open_section_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["._tissue_image.tif", "._sample_tissue_image.btf"])
+def test_files_of_macos_next_to_the_image_are_ignored(name: str, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "tissue_image.tif", MPP)
+    (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(4080))
+    (tmp_path / ".DS_Store").touch()
+    assert open_section_folder(tmp_path).image == image
+
+
 def test_um_per_pixel_is_never_taken_from_the_bins_alone(tmp_path: Path) -> None:
     bins, image = write_bins(tmp_path / "square_002um", mpp=None), write_image(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif.*set mpp"):

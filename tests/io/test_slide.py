@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from prts.errors import InputError
+from prts.io.orientation import Orientation
 from prts.io.slide import open_slide
 from prts.io.slide_readers import composite
 
@@ -192,11 +194,126 @@ def test_png_of_all_kinds(tmp_path: Path) -> None:
     grey = IMAGE[..., 0]
     Image.fromarray(IMAGE).save(tmp_path / "rgb.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
-    Image.fromarray(np.dstack([IMAGE, np.zeros_like(grey)])).save(tmp_path / "clear.png")
+    clear = np.zeros_like(grey)
+    clear[5, 5] = 1  # not transparent everywhere
+    Image.fromarray(np.dstack([IMAGE, clear])).save(tmp_path / "clear.png")
     expected = {"rgb.png": IMAGE, "grey16.png": np.dstack([grey] * 3), "clear.png": np.full_like(IMAGE, 255)}
     for name, pixels in expected.items():
         with open_slide(tmp_path / name, mpp=0.5) as slide:
-            assert np.array_equal(slide.read_region(0, 0, 403, 301), pixels), name
+            assert np.abs(slide.read_region(0, 0, 403, 301).astype(int) - pixels).max() <= (name == "clear.png"), name
+
+
+def saved(path: Path, pixels: np.ndarray, **how) -> Path:
+    if path.suffix == ".png":
+        Image.fromarray(pixels).save(path)
+    else:
+        tifffile.imwrite(path, pixels, **how)
+    return path
+
+
+RGBA = np.dstack([IMAGE, np.zeros(IMAGE.shape[:2], np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "how"),
+    [
+        ("a.png", RGBA, {}),
+        ("grey.png", RGBA[..., [0, 3]], {}),
+        ("tiled.tif", RGBA, {"photometric": "rgb", "extrasamples": ["unassalpha"], "tile": (64, 64)}),
+        ("strips.tif", RGBA, {"photometric": "rgb", "extrasamples": ["assocalpha"], "compression": "zlib"}),
+        (
+            "planar.tif",
+            np.moveaxis(RGBA, -1, 0),
+            {"photometric": "rgb", "extrasamples": ["unassalpha"], "planarconfig": "separate"},
+        ),
+        (
+            "deep.tif",
+            RGBA.astype(np.uint16) * 257,
+            {"photometric": "rgb", "extrasamples": ["unassalpha"], "tile": (64, 64)},
+        ),
+    ],
+)
+def test_an_image_that_is_transparent_everywhere_shows_its_colors(name, pixels, how, tmp_path: Path, caplog) -> None:
+    expected = np.dstack([IMAGE[..., 0]] * 3) if name == "grey.png" else IMAGE
+    with open_slide(saved(tmp_path / name, pixels, **how), mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 403, 301), expected)
+    assert f"{name}: is transparent everywhere (alpha 0)" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("how", [{"tile": (64, 64)}, {"compression": "zlib", "rowsperstrip": 7}, {}])
+def test_fewer_bits_than_stored_are_scaled(bits: int, how: dict, tmp_path: Path, caplog) -> None:
+    samples = IMAGE.astype(np.uint32) * ((1 << bits) - 1) // 255
+    path = saved(tmp_path / "a.tif", samples.astype(np.uint16), photometric="rgb", **how)
+    with open_slide(path, mpp=0.5) as slide:
+        assert difference(slide.read_region(0, 0, 403, 301), IMAGE) <= 1
+    assert f"a.tif: uses only {bits} of 16 bits" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"photometric": "minisblack", "compression": "zlib"},
+        {"photometric": "minisblack", "metadata": {"axes": "TYX"}},
+        {"imagej": True, "metadata": {"axes": "ZYX"}},
+        {"imagej": True, "metadata": {"axes": "CYX", "mode": "composite"}},
+        {"ome": True, "photometric": "minisblack", "metadata": {"axes": "ZYX"}},
+    ],
+)
+def test_three_gray_pages_are_red_green_and_blue(dtype, how: dict, tmp_path: Path, caplog) -> None:
+    samples = np.moveaxis(IMAGE, -1, 0).astype(dtype) * (1 if dtype == np.uint8 else 257)
+    with open_slide(saved(tmp_path / "a.tif", samples, **how), mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 403, 301), IMAGE)
+    if "C" not in how.get("metadata", {}).get("axes", ""):
+        assert "three gray images are read as red, green and blue" in caplog.text
+
+
+def test_a_stack_of_other_images_is_refused_with_the_cure(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tif", np.zeros((5, 30, 40), np.uint8), photometric="minisblack")
+    with pytest.raises(InputError, match=r"a stack of 5 images; give one H&E image, saved as RGB"):
+        open_slide(path, mpp=0.5)
+
+
+@pytest.mark.parametrize("tag", [2, 3, 4, 5, 6, 7, 8])
+def test_an_orientation_tag_names_what_shows_the_image_upright(tag: int, tmp_path: Path, caplog) -> None:
+    exif = Image.Exif()
+    exif[274] = tag
+    Image.fromarray(IMAGE).save(tmp_path / f"{tag}.png", exif=exif)
+    with Image.open(tmp_path / f"{tag}.png") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    tifffile.imwrite(tmp_path / f"{tag}.tif", IMAGE, photometric="rgb", extratags=[(274, "H", 1, tag, True)])
+    for name in (f"{tag}.png", f"{tag}.tif"):
+        caplog.clear()
+        open_slide(tmp_path / name, mpp=0.5).close()
+        (said,) = caplog.messages
+        rotate, flip = re.search(r"`rotate` to (\d+)", said), re.search(r"`flip` to (\w+)", said)
+        turned = Orientation(int(rotate[1]) if rotate else 0, flip[1] if flip else "none")
+        with open_slide(tmp_path / name, mpp=0.5, orientation=turned) as slide:  # the advice works
+            np.testing.assert_array_equal(slide.read_region(0, 0, slide.width, slide.height), upright)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("lone.mrxs", "put the slide's folder lone, with Slidedat.ini, next to it"),
+        ("scan.vsi", "convert the slide to OME-TIFF"),
+        ("Scan.VSI", "convert the slide to OME-TIFF"),
+        ("frame.ets", "convert the slide to OME-TIFF"),
+        ("slide.czi", "convert the slide to OME-TIFF"),
+    ],
+)
+def test_a_thumbnail_is_never_taken_for_the_slide(name: str, cure: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        Image.fromarray(IMAGE).save(file, "TIFF" if name.lower().endswith("vsi") else "JPEG")
+    with pytest.raises(InputError, match=rf"{name}: .*{cure}"):
+        open_slide(tmp_path / name, mpp=0.5)
+
+
+def test_a_folder_of_dicom_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm").touch()
+    with pytest.raises(InputError, match=r"is a folder; give one of its \.dcm files"):
+        open_slide(tmp_path, mpp=0.5)
 
 
 def test_float_pixels_are_refused(tmp_path: Path) -> None:
