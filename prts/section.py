@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prts.errors import InputError, ParameterError
 from prts.io.mpp import require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
-from prts.io.slide import Slide, StainTransform, open_slide
+from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from prts.platforms.base import Measurement
 
 logger = logging.getLogger(__name__)
+
+# A nucleus of 6 um has 3 px at this um/px: the images of a CytAssist (about 4.6 um/px) and of previews show none.
+_COARSEST_MPP = 2.0
 
 # Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
@@ -88,7 +91,9 @@ class Section:
 
     def open_slide(self) -> Slide:
         """The image, at the section's um/px."""
-        slide = open_slide(self.image, mpp=self.mpp, orientation=self.orientation, max_pixels=self.max_pixels)
+        slide = reopen_slide(
+            self.image, (self.mpp_source, self.mpp), orientation=self.orientation, max_pixels=self.max_pixels
+        )
         slide.recolour = self.recolour
         return slide
 
@@ -133,7 +138,7 @@ def read_visium_hd(
     name
         Name of the section; by default that of its folder.
     mpp
-        um per full-resolution pixel, if the files do not state it.
+        um per full-resolution pixel, if the files do not state it or state a wrong value.
     nuclei
         Nuclei from another tool, in any format that `prts.io.nuclei` reads; if None, Space Ranger's segmentation if it is there.
     spots
@@ -232,8 +237,8 @@ def open_section(
 ) -> Section:
     """Check that the parts of a section belong together.
 
-    All sources of um/px must agree: `mpp`, the measurement's files, the image's metadata, and `uns["mpp"]` of the spots. The
-    measured positions must be on the image.
+    `mpp` wins over metadata, with a warning; without it, the measurement's files and the image's metadata must agree. Measured
+    positions and `uns["mpp"]` of the spots must always agree with the um/px, and the positions must be on the image.
 
     Parameters
     ----------
@@ -244,7 +249,7 @@ def open_section(
     measurement
         The measured expression, such as `prts.platforms.visium_hd.VisiumHD`.
     mpp
-        um per full-resolution pixel, if the files do not state it.
+        um per full-resolution pixel, if the files do not state it or state a wrong value.
     nuclei
         Nuclei from another tool, in any format that `prts.io.nuclei` reads.
     spots
@@ -282,6 +287,11 @@ def open_section(
             max_pixels=max_pixels,
         )
     if measurement is not None:
+        if section.mpp > _COARSEST_MPP:
+            raise InputError(
+                f"{image}: {section.mpp:.4g} um/px is too coarse to show nuclei, like the image of a CytAssist; give the microscope "
+                "image that Space Ranger was run with as `--image`, or run it again with that option"
+            )
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
     if section.spots is not None:
         _check_spots(section, section.spots)
@@ -372,6 +382,7 @@ def _name(folder: Path) -> str:
 def _image(folder: Path) -> Path:
     """The only full-resolution image in a section's folder."""
     found = (path for pattern in _IMAGES for place in (folder, folder / "outs") for path in place.glob(pattern))
+    found = (path for path in found if not path.name.startswith("._"))  # macOS keeps attributes of files in these
     images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."

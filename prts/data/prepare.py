@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 # Raised when a stage's code changes what it writes for the same inputs.
-STAGE_VERSION = {"nuclei": 1, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
+STAGE_VERSION = {"nuclei": 2, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
 
 
 def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwatch | None = None) -> PreparedTissue:

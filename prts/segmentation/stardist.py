@@ -21,6 +21,7 @@ from pydantic import Field
 from prts.errors import InputError, ParameterError
 from prts.io.cache import file_identity
 from prts.io.nuclei import make_nuclei
+from prts.io.optical_density import without_black
 from prts.segmentation import segmenters
 from prts.segmentation.segment import sample
 
@@ -212,13 +213,13 @@ class _LazyImage:
         rows, columns = (part.indices(side) for part, side in zip(key[:2], self.shape, strict=False))
         region = self.slide.read_region(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0], self.mpp)
         table = (np.arange(256, dtype=np.float32) - self.low) / (self.high - self.low)
-        return np.asarray(table.astype(np.float32)[region])
+        return np.asarray(table.astype(np.float32)[without_black(region)])
 
 
 def _percentiles(slide: Slide, mpp: float, percentiles: tuple[float, float]) -> tuple[float, float]:
     """Gray levels at the percentiles over all channels of the slide's sample."""
     count = np.zeros(256, np.int64)
-    for window in sample(slide, mpp):
+    for window in map(without_black, sample(slide, mpp)):
         count += np.bincount(window.ravel(), minlength=256)
     low, high = np.searchsorted(np.cumsum(count), np.asarray(list(percentiles), dtype=float) / 100 * count.sum())
     return float(low), float(high)

@@ -16,7 +16,7 @@ from skimage.segmentation import watershed
 
 from prts.errors import ParameterError
 from prts.io.nuclei import make_nuclei
-from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, without_black
 from prts.io.outlines import labels_to_polygons
 from prts.progress import track
 from prts.segmentation import segmenters
@@ -101,7 +101,8 @@ class Watershed:
         for number, block in enumerate(track(grid, f"watershed {slide.path.name}")):
             x, y = max(block.x0 - margin, 0), max(block.y0 - margin, 0)
             right, bottom = min(block.x1 + margin, width), min(block.y1 + margin, height)
-            labels = self._labels(slide.read_region(x, y, right - x, bottom - y, self.mpp), threshold)
+            rgb = without_black(slide.read_region(x, y, right - x, bottom - y, self.mpp))
+            labels = self._labels(rgb, threshold)
             _, polygons, _ = labels_to_polygons(labels)
             polygons = shapely.transform(polygons, lambda xy, x=x, y=y: xy + np.array([x, y]))
             polygons = polygons[owned(polygons, block)]
@@ -115,7 +116,7 @@ class Watershed:
     def _threshold(self, slide: Slide) -> float | None:
         """The hematoxylin threshold of the slide, from its tissue; None if it has no tissue."""
         tissue = []
-        for window in sample(slide, self.mpp):
+        for window in map(without_black, sample(slide, self.mpp)):
             tissue.append(self._haematoxylin(window)[_optical_density(window) > GLASS_OD])
         values = np.concatenate(tissue)
         if len(values) * self.mpp**2 < self.min_area_um2:

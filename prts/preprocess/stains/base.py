@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts.errors import ParameterError, did_you_mean
-from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, without_black
 from prts.preprocess.stains import stains
 from prts.segmentation.segment import sample
 
@@ -125,7 +125,7 @@ def sample_slides(slides: Iterable[Slide]) -> TissueSample:
     tissue, glass = [np.empty((0, 3), np.uint8)], [np.empty((0, 3), np.uint8)]
     for slide in slides:
         for window in sample(slide, max(_MPP, slide.mpp)):
-            pixels = window.reshape(-1, 3)
+            pixels = without_black(window).reshape(-1, 3)
             # a small slide comes as one window, a large one as 64
             n = min(len(pixels), _PER_WINDOW if len(pixels) <= _WINDOW else _ALL)
             some = pixels[rng.integers(0, len(pixels), n)]
