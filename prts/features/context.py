@@ -1,12 +1,12 @@
 """Color around a nucleus at seven scales: 42 numbers that say what tissue it is in.
 
-At each scale of 3, 6, 12, 24, 48, 96 and 192 um: the mean and the standard deviation of the optical density (-log10 of the transmitted light)
+At each scale of 3, 6, 12, 24, 48, 96 and 192 um: the mean and the standard deviation of the optical density (-log10 of transmitted light)
 of red, green and blue, weighted by a Gaussian of that standard deviation around the centroid. The choices behind the numbers:
 
 * The slide is read at 2 um/px (`MPP`): the finest Gaussian is then 1.5 px wide. Outside the image is white, whose optical density is 0.
 * The Gaussian is cut off at 3 standard deviations (`TRUNCATE`) and sums to 1.
-* Optical density and its square are averaged over 2 x 2 px as often as the Gaussian is wider than 4 px (`WIDEST`), so that every Gaussian is
-  at most 4 px wide and costs the same. This widens it by less than 1%.
+* Optical density and its square are averaged over 2 x 2 px while the Gaussian is wider than 4 px (`WIDEST`), so that every Gaussian is at
+  most 4 px wide and costs the same. This widens it by less than 1%.
 * Means are read at the centroid itself, bilinearly between pixels, which widens a Gaussian by up to 3% (6% at the finest scale).
 * sd = sqrt(max(E[x^2] - E[x]^2, 0)) of the interpolated moments, in double precision from single-precision means. In perfectly even, dark
   color the difference of the two is rounding, and gives an sd of up to 0.001 instead of 0.
@@ -74,7 +74,8 @@ def context(slide: Slide, xy: Points, *, block: int = _BLOCK) -> Floats:
     xy
         Points such as centroids of nuclei, (n, 2) in full-resolution pixels.
     block
-        Side of the blocks in which the slide is processed, in pixels of 2 um, a multiple of 32. It decides memory and speed, not the numbers.
+        Side of the blocks in which the slide is processed, in pixels of 2 um, a multiple of 32. It decides memory and speed, not the
+        numbers.
 
     Returns
     -------
@@ -155,4 +156,5 @@ def _interpolated(image: Floats, at: Points) -> NDArray[np.float64]:
     right, down = (at - 0.5 - low).T
     upper = image[y, x] * (1 - right) + image[y, x + 1] * right
     lower = image[y + 1, x] * (1 - right) + image[y + 1, x + 1] * right
-    return upper * (1 - down) + lower * down
+    value: NDArray[np.float64] = upper * (1 - down) + lower * down
+    return value
