@@ -80,8 +80,8 @@ def test_polygons_may_come_as_a_frame(trained, sections, cache, predicted):
 
 
 def test_context_and_polygons_need_no_encoder(sections, tmp_path):
-    model = prts.Model("classical", features=("context", "morphology"), network={"hidden": (16,)})
-    settings = {"nuclei": "watershed", "genes": 40, "max_epochs": 2, "cache_dir": tmp_path / "cache"}
+    model = prts.Model("classical", features=("context", "morphology"), network={"hidden": (64,)})
+    settings = {"nuclei": "watershed", "genes": 40, "max_epochs": 10, "cache_dir": tmp_path / "cache"}
     model.train([sections["first"]], validation=[sections["second"]], **settings)
     about = model.bundle.metadata
     assert about["encoder"]["name"] == "none"
