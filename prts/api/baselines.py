@@ -14,7 +14,7 @@ import shapely
 
 from prts.api.predict import EncoderRuntime, build_encoder
 from prts.data.nucleus_set import NucleusSet
-from prts.data.prepare import prepare_features
+from prts.data.prepare import prepare_context, prepare_features, prepare_input
 from prts.evaluation.against_baselines import score_baselines
 from prts.evaluation.scored_section import ScoredSection, Scoring
 from prts.features.colour import ColourStats
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from prts.evaluation.matching import MatchedNuclei
     from prts.evaluation.section_scores import SectionScores
     from prts.evaluation.settings import EvaluationSettings
-    from prts.features.encoders import Encoder
     from prts.models.bundle import Bundle
     from prts.section import Section
 
@@ -101,6 +100,7 @@ def baseline_scores(
     readers: dict[str, Callable[[], Floats]] = {
         "gene_mean": features.nothing,
         "colour": features.colour,
+        "context": features.context,
         "morphology": features.morphology,
         "ridge": features.model_input,
     }
@@ -143,18 +143,28 @@ class _Features:
         return np.empty((len(self._ids), 0), np.float32)
 
     def colour(self) -> Floats:
-        return read_features(self._stored(ColourStats(), "colour"), self._ids)
+        store = prepare_features(self._folder, self._seen, self._nuclei, ColourStats(), self._source, kind="colour")
+        return read_features(store, self._ids)
+
+    def context(self) -> Floats:
+        return read_features(prepare_context(self._folder, self._seen, self._nuclei, self._source), self._ids)
 
     def morphology(self) -> Floats:
         columns: Floats = morphology(self._everywhere, self._seen.mpp)[self._rows]
         return columns
 
     def model_input(self) -> Floats:
-        store = self._stored(build_encoder(self._bundle, self._runtime))
-        return InputReader(store, self._bundle.input_use, lambda: self._everywhere, self._seen.mpp)(self._ids)
-
-    def _stored(self, encoder: Encoder, kind: str | None = None) -> Path:
-        return prepare_features(self._folder, self._seen, self._nuclei, encoder, self._source, kind=kind)
+        use = self._bundle.input_use
+        stores = prepare_input(
+            self._folder,
+            self._seen,
+            self._nuclei,
+            use,
+            lambda: build_encoder(self._bundle, self._runtime),
+            self._source,
+        )
+        read = InputReader(stores.features, use, lambda: self._everywhere, self._seen.mpp, stores.context)
+        return read(self._ids)
 
 
 def _nuclei(section: Section, matched: MatchedNuclei) -> NucleusSet:

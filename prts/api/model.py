@@ -57,7 +57,8 @@ class Model:
         Arguments of `prts.models.network.PRTSNet` that differ from the defaults: `hidden`, `order`, `dropout`, `heads`, `standardize`.
     features
         Blocks of features in the order of the network's input: `local` (the nucleus), `global` (its 128 um surroundings) and
-        `morphology` (shape and crowding of the polygons).
+        `morphology` (shape and crowding of the polygons) are the default; `context` is color around the nucleus at seven scales. Without
+        `local` and `global`, no encoder is run.
 
     Raises
     ------

@@ -31,6 +31,7 @@ NETWORK: dict[str, Any] = {
     "standardize": True,
 }
 FEATURES = ("local", "global", "morphology")
+"""Blocks that a model uses by default; `prts.features.feature_reader.BLOCKS` are all that there are."""
 
 _ENSEMBL = {"human": r"ENSG\d", "mouse": r"ENSMUSG\d"}
 
@@ -100,10 +101,12 @@ def check_features(features: Sequence[str]) -> tuple[str, ...]:
     ParameterError
         If they are not.
     """
-    unknown = [name for name in features if name not in FEATURES]
+    from prts.features.feature_reader import BLOCKS
+
+    unknown = [name for name in features if name not in BLOCKS]
     if isinstance(features, str) or unknown or not features or len(set(features)) < len(features):
-        hint = did_you_mean(unknown[0], FEATURES) if unknown and not isinstance(features, str) else ""
-        raise ParameterError("", "features", f"{features!r} must list some of {', '.join(FEATURES)}, each once{hint}")
+        hint = did_you_mean(unknown[0], BLOCKS) if unknown and not isinstance(features, str) else ""
+        raise ParameterError("", "features", f"{features!r} must list some of {', '.join(BLOCKS)}, each once{hint}")
     return tuple(features)
 
 
@@ -280,6 +283,7 @@ def make_plan(
     """Everything a run needs."""
     from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.data.prepare import PrepareSettings, prepare_sections
+    from prts.features.no_encoder import needed_encoder
     from prts.preprocess.counts import QCSettings
     from prts.segmentation import segmenters
 
@@ -292,7 +296,7 @@ def make_plan(
         artefacts=preparation.artefacts,
         splitter=splitter,
         panel=panel_builder(preparation.genes),
-        encoder=encoder,
+        encoder=needed_encoder(encoder, features),
         cache_dir=cache_dir,
         check_image=preparation.check_image,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 import numpy as np
 import shapely
 
-from prts.data.prepare import prepare_artefacts, prepare_features, prepare_nuclei
+from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
 from prts.errors import InputError, ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
 from prts.features.encoders.tokens import torch_device
@@ -202,17 +202,19 @@ def _predict(
     folder = cache / "predict" / section.name
     found = _find_nuclei(bundle, section, seen, segmenter, settings, folder, watch)
     with watch("features"):
-        store = prepare_features(folder, seen, found.nuclei, reader, found.source)
+        stores = prepare_input(folder, seen, found.nuclei, bundle.input_use, lambda: reader, found.source)
     with watch("predict"):
         bundle.to(device)
-        chunks = predict_store(bundle, store, found.nuclei, section.mpp, among=found.everywhere)
+        chunks = predict_store(
+            bundle, stores.features, found.nuclei, section.mpp, among=found.everywhere, context=stores.context
+        )
         verdict = write_prediction(
             out,
             bundle,
             section,
             found.in_file,
             chunks,
-            store=store,
+            store=stores.features,
             intervals=settings.intervals,
             provenance=_provenance(bundle, settings, orientation, found),
         )

@@ -23,7 +23,7 @@ class DataSettings:
     Parameters
     ----------
     use
-        Blocks of features in the order of the network's input: `local`, `global` and `morphology`.
+        Blocks of features in the order of the network's input: `local`, `global`, `morphology` and `context`.
     permute
         Shuffle features among training nuclei: what remains is knowledge of no image.
     batch_size

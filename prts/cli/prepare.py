@@ -42,6 +42,8 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     from prts.data.prepare import PrepareSettings, prepare_tissue
     from prts.data.tissue import parse_tissue
     from prts.features.encoders import encoders
+    from prts.features.feature_reader import STORED
+    from prts.features.no_encoder import needed_encoder
     from prts.preprocess.counts import QCSettings
 
     segmenter, prefer_given = chosen_segmenter(plain(cfg.segmentation))
@@ -52,7 +54,7 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
         **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
-        encoder=encoders.build(plain(cfg.encoder)),
+        encoder=needed_encoder(encoders.build(plain(cfg.encoder)), plain(cfg.data)["use"] if "data" in cfg else STORED),
         cache_dir=Path(cfg.paths.cache_dir),
         check_image=cfg.check_image,
         max_pixels=cfg.max_pixels,

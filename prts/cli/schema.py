@@ -178,7 +178,7 @@ class Model:
     optimizer: Annotated[Mapping, Built("optimizer", limits=OptimizerLimits)]
     output: OutputSettings
     scheduler: Annotated[Mapping, Built("scheduler", limits=SchedulerLimits)] | None = None
-    baseline: Literal["gene_mean", "position", "colour", "morphology", "ridge", "permuted"] | None = None
+    baseline: Literal["gene_mean", "position", "colour", "context", "morphology", "ridge", "permuted"] | None = None
 
 
 @dataclass
@@ -209,7 +209,7 @@ class CallbackLimits:
 class Data:
     """`data` of `train`."""
 
-    use: Annotated[list[Literal["local", "global", "morphology"]], Field(min_length=1)]
+    use: Annotated[list[Literal["local", "global", "morphology", "context"]], Field(min_length=1)]
     target: Name
     permute: bool
     batch_size: Count

@@ -127,8 +127,8 @@ def settled(cfg: DictConfig) -> DictConfig:
             )
     if cfg.model.baseline:
         cfg.data.target, cfg.model.output.gate = LIKELIHOOD.target, "none"
-        if cfg.model.baseline == "morphology":
-            cfg.data.use = ["morphology"]
+        if cfg.model.baseline in ("morphology", "context"):
+            cfg.data.use = [cfg.model.baseline]
     else:
         cfg.data.target = _likelihood(cfg).target
     return cfg

@@ -163,8 +163,8 @@ class PRTSDataModule(pl.LightningDataModule):
     split
         Assigns nuclei to parts.
     use
-        Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` is ours; an ablation
-        leaves some away.
+        Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` and `context` are ours; an
+        ablation omits some.
     permute
         Train the network on features shuffled among all training nuclei (an ablation: it then learns each gene's mean at best). Sets,
         validation and test stay as they are.
@@ -198,7 +198,7 @@ class PRTSDataModule(pl.LightningDataModule):
         super().__init__()
         self.use = tuple(use)
         if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(BLOCKS):
-            raise InputError(f"data.use: {list(use)} must list some of local, global and morphology, once each")
+            raise InputError(f"data.use: {list(use)} must list some of {', '.join(BLOCKS)}, each once")
         if batch_size < 2:
             raise InputError(f"data.batch_size: {batch_size} is too small for batch normalisation; use 2 or more")
         self.permute = permute
@@ -318,12 +318,13 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
     import anndata as ad
 
     counts = ad.read_h5ad(prepared.counts)
-    with h5py.File(prepared.features) as store:
+    described = prepared.features or prepared.context
+    with h5py.File(described) as store:
         stored = store["cell_id"].asstr()[:]
     row = np.flatnonzero(counts.obs_names.isin(stored))
     if len(row) == 0:
         raise InputError(
-            f"{prepared.features}: holds features of none of the nuclei in {prepared.counts}; delete it and prepare again"
+            f"{described}: holds features of none of the nuclei in {prepared.counts}; delete it and prepare again"
         )
     if len(row) < counts.n_obs:
         logger.warning(
@@ -331,7 +332,9 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         )
     xy_um = np.asarray(counts.obsm["spatial"], dtype=np.float64) * prepared.section.mpp
     cell_id = counts.obs_names.to_numpy(dtype=object)[row]
-    read = InputReader(prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp)
+    read = InputReader(
+        prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp, prepared.context
+    )
     nuclei = NucleusSet(
         section=prepared.section.name,
         cell_id=cell_id,

@@ -7,22 +7,21 @@ for it; a build that is killed leaves nothing behind except, for features, finis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h5py
 import pandas as pd
-import torch
 
+from prts.data.prepare_input import STAGE_VERSION, build, prepare_context, prepare_features, prepare_input
 from prts.data.prepared import PanelBuilder, PreparedSection, PreparedTissue, PrepareSettings
 from prts.data.resolve import resolve_section
 from prts.data.splits import TRAIN, Roles
 from prts.features.colour import ColourStats
-from prts.features.extract import extract
-from prts.io.cache import atomic, file_identity, fingerprint, lock
+from prts.features.no_encoder import NoEncoder
+from prts.io.cache import file_identity, fingerprint
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.platforms.base import WARN_UM, Registration
@@ -37,26 +36,25 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
     from prts.data.tissue import Tissue
-    from prts.features.encoders import Encoder
     from prts.section import Section
     from prts.segmentation.segment import Segmenter
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
+    "STAGE_VERSION",
     "PanelBuilder",
     "PrepareSettings",
     "PreparedSection",
     "PreparedTissue",
     "prepare_artefacts",
+    "prepare_context",
     "prepare_features",
+    "prepare_input",
     "prepare_nuclei",
     "prepare_sections",
     "prepare_tissue",
 ]
-
-# Raised when a stage's code changes what it writes for the same inputs.
-STAGE_VERSION = {"nuclei": 2, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
 
 
 def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwatch | None = None) -> PreparedTissue:
@@ -143,10 +141,14 @@ def prepare_sections(
     for key, section in sections.items():
         with watch("features"):
             kept = _passing(load_nuclei(nuclei[key]), counts[key])
-            features = prepare_features(root / key, section, kept, settings.encoder, passing[key])
+            features = None
+            if not isinstance(settings.encoder, NoEncoder):
+                features = prepare_features(root / key, section, kept, settings.encoder, passing[key])
         with watch("colour"):
             colour = prepare_features(root / key, section, kept, ColourStats(), passing[key], kind="colour")
-        prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, registration[key])
+        with watch("context"):
+            around = prepare_context(root / key, section, kept, passing[key])
+        prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, around, registration[key])
     return PreparedTissue(
         name=name,
         species=species,
@@ -157,31 +159,6 @@ def prepare_sections(
         panel=panel,
         register=settings.register,
     )
-
-
-def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
-    """Make a cache file unless it is there, one process at a time."""
-    if path.exists():
-        return path
-    with lock(path):
-        if not path.exists():
-            logger.info("%s", what)
-            with _own_threads(), atomic(path) as temporary:
-                make(temporary)
-    return path
-
-
-@contextmanager
-def _own_threads() -> Iterator[None]:
-    """Keep torch's number of threads, so that features and weights do not depend on whether this stage was in the cache.
-
-    numba, with which scanpy chooses genes, changes the number in the OpenMP library that both share.
-    """
-    n_threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
 
 
 def prepare_nuclei(
@@ -223,7 +200,7 @@ def prepare_nuclei(
             write_nuclei(segment(slide, used), path)
 
     name = used.settings()["name"]
-    return _build(folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {name}")
+    return build(folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {name}")
 
 
 def _passing_settings(section: Section, nuclei: Path, species: str, settings: PrepareSettings) -> dict[str, Any]:
@@ -262,7 +239,7 @@ def _counts(
     decides = {**decides, "registration": STAGE_VERSION["registration"]}
     if settings.artefacts:
         decides["artefacts"] = STAGE_VERSION["artefacts"]
-    return _build(folder / f"counts-{fingerprint(decides)}.h5ad", make, what=f"{section.name}: counts of nuclei")
+    return build(folder / f"counts-{fingerprint(decides)}.h5ad", make, what=f"{section.name}: counts of nuclei")
 
 
 def _registration(counts: Path, section: Section, register: bool) -> Registration | None:
@@ -303,52 +280,7 @@ def _panel(
         trains = {name: (parts[name] == TRAIN) & ~is_artefact(measured[name].obs) for name in roles.train}
         settings.panel([measured[name][rows].copy() for name, rows in trains.items()]).to_json(path)
 
-    return _build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
-
-
-def prepare_features(
-    folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str, *, kind: str | None = None
-) -> Path:
-    """The feature store of some nuclei of a section, extracted if needed; resumes where a killed run stopped.
-
-    Parameters
-    ----------
-    folder
-        The section's cache folder.
-    section
-        The section.
-    nuclei
-        The nuclei.
-    encoder
-        Reads features from the image.
-    source
-        Stem of the cache file that says which nuclei these are.
-    kind
-        First part of the file's name; `features-<encoder>` by default.
-
-    Raises
-    ------
-    InputError
-        If the encoder's weights are wrong.
-    """
-    settings = {
-        "version": STAGE_VERSION["features"],
-        "nuclei": source,
-        "image": file_identity(section.image),
-        "mpp": section.mpp,
-        "encoder": encoder.settings(),
-        **section.reading(),
-    }
-    # `exact` is omitted from the name, so that stores from before the option existed keep theirs
-    named = {key: value for key, value in encoder.settings().items() if (key, value) != ("sampling", "exact")}
-    path = folder / f"{kind or f'features-{encoder.name}'}-{fingerprint({**settings, 'encoder': named})}.h5"
-    if not path.exists():
-        with lock(path):
-            if not path.exists():
-                # not through `_build`: extract keeps its own finished chunks, so that a killed run resumes
-                with section.open_slide() as slide:
-                    extract(slide, nuclei, encoder, path, provenance=settings)
-    return path
+    return build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
 
 
 def prepare_artefacts(folder: Path, section: Section, nuclei: Path) -> pd.Categorical:
@@ -382,7 +314,7 @@ def prepare_artefacts(folder: Path, section: Section, nuclei: Path) -> pd.Catego
         pd.DataFrame({"cell_id": polygons["cell_id"], "artefact": kinds}).to_parquet(path, index=False)
 
     path = folder / f"artefacts-{fingerprint(settings)}.parquet"
-    found = pd.read_parquet(_build(path, make, what=f"{section.name}: artefacts"))
+    found = pd.read_parquet(build(path, make, what=f"{section.name}: artefacts"))
     kinds: pd.Categorical = pd.Categorical(found["artefact"].astype(str).to_numpy(object), categories=list(KINDS))
     return kinds
 

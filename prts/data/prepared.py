@@ -45,7 +45,7 @@ class PrepareSettings:
     panel
         Chooses the genes.
     encoder
-        Reads features from the image.
+        Reads features from the image; `prts.features.no_encoder.NoEncoder` if the model's input needs none.
     cache_dir
         Folder for `<tissue>/<section>/...`.
     prefer_given
@@ -87,8 +87,10 @@ class PreparedSection:
         All nuclei.
     counts
         Nuclei that pass quality control x all genes.
-    features, colour
-        Features and color statistics of these nuclei.
+    features
+        Features of these nuclei; None if the model's input needs no encoder.
+    colour, context
+        Color statistics of these nuclei: of tile and nucleus, and at several scales.
     registration
         Displacement of the counts before any correction; None if the platform cannot measure it.
     """
@@ -96,8 +98,9 @@ class PreparedSection:
     section: Section
     nuclei: Path
     counts: Path
-    features: Path
+    features: Path | None
     colour: Path
+    context: Path
     registration: Registration | None
 
 

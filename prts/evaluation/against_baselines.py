@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from prts.evaluation.baselines import PredictFn
     from prts.evaluation.scored_section import ScoredSection, Scoring
 
-SHIPPED = ("gene_mean", "colour", "morphology", "ridge")
+SHIPPED = ("gene_mean", "colour", "context", "morphology", "ridge")
 """Baselines that travel with a model; `position` and `permuted` say nothing about another slide."""
 
 

@@ -26,6 +26,14 @@ def with_colour(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[Nucl
     ]
 
 
+def with_context(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[NucleusSet]:
+    """The same nuclei with their 42 context statistics (`prts.features.context`) as features."""
+    return [
+        replace(nuclei, features=read_features(tissue.sections[nuclei.section].context, nuclei.cell_id))
+        for nuclei in sets
+    ]
+
+
 def with_morphology(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[NucleusSet]:
     """The same nuclei with shape and crowding of their polygons (`prts.features.morphology`) as features.
 

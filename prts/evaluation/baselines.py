@@ -1,10 +1,11 @@
-"""Six baselines for every model, fitted on its training nuclei and tuned on its validation nuclei.
+"""Seven baselines for every model, fitted on its training nuclei and tuned on its validation nuclei.
 
 | name | input |
 |---|---|
 | gene_mean | nothing |
 | position | position among the training nuclei of the same section (absent if the section has none) |
 | colour | 12 color statistics of tile and nucleus |
+| context | 42 color statistics around the nucleus, at seven scales |
 | morphology | shape and crowding of the polygons |
 | ridge | the model's features |
 | permuted | the same features, with counts permuted among training nuclei: its PCC is 0 unless information leaks into the test |
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import t as student
 
-from prts.evaluation.baseline_features import with_colour, with_morphology
+from prts.evaluation.baseline_features import with_colour, with_context, with_morphology
 from prts.evaluation.expression import pearson_per_gene
 from prts.models.ridge import LinearBaseline, gene_mean, permuted, ridge
 
@@ -85,7 +86,8 @@ def fit_baselines(
         Seed of the permutations.
     """
     fitted = {"gene_mean": FittedBaseline(gene_mean(train))}
-    for name, described in (("colour", with_colour), ("morphology", with_morphology)):
+    described_by = {"colour": with_colour, "context": with_context, "morphology": with_morphology}
+    for name, described in described_by.items():
         describe = partial(described, tissue=tissue)
         fitted[name] = FittedBaseline(ridge(describe(train), describe(val), name=name), describe)
     fitted["ridge"] = FittedBaseline(ridge(train, val))

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 Flags = NDArray[np.bool_]
 
 ZERO = "zero"
-# Ridge regression has the same input as the model. A gene that both predict equally well is still predictable.
-RIVALS = ("ridge",)
+# Ridge regression has the same input as the model, and context sees tissue that the model may not see. A gene that a model and one of them
+# predict equally well is still predictable.
+RIVALS = ("ridge", "context")
 
 
 def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_replicates: int) -> dict[str, Flags]:

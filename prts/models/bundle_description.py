@@ -35,7 +35,7 @@ class _Gene(_Part):
 
 
 class _Input(_Part):
-    use: list[Literal["local", "global", "morphology"]]
+    use: list[Literal["local", "global", "morphology", "context"]]
     widths: dict[str, int]
 
 

@@ -104,9 +104,10 @@ def cache_files(datamodule: PRTSDataModule) -> dict[str, str]:
     """Names of the cache files that a model is trained on, which change with their content."""
     tissue = datamodule.tissue
     parts = {
-        f"{kind} of {name}": getattr(section, kind)
+        f"{kind} of {name}": path
         for name, section in tissue.sections.items()
-        for kind in ("counts", "features")
+        for kind in ("counts", "features", *(["context"] if "context" in datamodule.use else []))
+        if (path := getattr(section, kind)) is not None
     }
     return {kind: path.name for kind, path in {**parts, "gene panel": tissue.panel}.items()}
 

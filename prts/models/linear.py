@@ -20,7 +20,7 @@ from prts.models.ridge import LinearBaseline, gene_mean, permuted, ridge
 
 logger = logging.getLogger(__name__)
 
-LINEAR = ("gene_mean", "morphology", "ridge", "permuted")
+LINEAR = ("gene_mean", "morphology", "context", "ridge", "permuted")
 LIKELIHOOD = Paper(w_0=1.0, alpha_w=1.0, lambda_2=0.0, target="log1p")
 """They minimize the squared error of log1p UMI."""
 
@@ -60,7 +60,7 @@ def fit_linear(
     Parameters
     ----------
     name
-        One of `LINEAR`; `morphology` is ridge on the features of the sets.
+        One of `LINEAR`; `morphology` and `context` are ridge on the features of the sets.
     train_sets, val_sets
         Nuclei to fit on and to choose the penalty on.
     seed

@@ -45,12 +45,13 @@ class Chunk(NamedTuple):
 
 def predict_store(
     bundle: Bundle,
-    store: Path,
+    store: Path | None,
     nuclei: GeoDataFrame,
     mpp: float,
     chunk: int = CHUNK,
     *,
     among: GeoDataFrame | None = None,
+    context: Path | None = None,
 ) -> Iterator[Chunk]:
     """Predict nuclei from a feature store, holding at most half a gigabyte of features: 230,000 nuclei of 576 columns.
 
@@ -59,7 +60,7 @@ def predict_store(
     bundle
         The model.
     store
-        Features of these nuclei and maybe others.
+        Features of these nuclei and maybe others; None if the model needs no encoder.
     nuclei
         (n,) the nuclei, in the order wanted.
     mpp
@@ -68,8 +69,10 @@ def predict_store(
         Nuclei at a time.
     among
         All nuclei of the section, where `nuclei` are only some: the others are neighbours.
+    context
+        Context statistics of these nuclei, if the model uses them.
     """
-    read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp)
+    read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp, context)
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
 
@@ -83,7 +86,7 @@ def predict_store(
             # no name here: it would keep one helping while the next is read
             yield from helping(read(cell_ids[start : start + held]))
 
-    yield from track(chunks(), f"predict {store.stem}", total=-(-len(cell_ids) // chunk))
+    yield from track(chunks(), "predict", total=-(-len(cell_ids) // chunk))
 
 
 def write_prediction(
@@ -93,7 +96,7 @@ def write_prediction(
     nuclei: GeoDataFrame,
     chunks: Iterable[Chunk],
     *,
-    store: Path,
+    store: Path | None,
     intervals: bool | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> str | None:
@@ -112,7 +115,7 @@ def write_prediction(
     chunks
         Their predictions in order, as `predict_store` yields them.
     store
-        The feature store, for provenance.
+        The feature store, for provenance; None if the model needs no encoder.
     intervals
         Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them where the bundle has any.
     provenance
@@ -135,7 +138,7 @@ def write_prediction(
     table = None if ranges is None else ranges.table()
     genes = bundle.per_gene()
     meta = bundle.metadata
-    attrs = read_store_attrs(store)
+    encoder = meta["encoder"] if store is None else read_store_attrs(store)["settings"]
     diameter_um = 2 * float(np.sqrt(np.median(nuclei["area_um2"]) / np.pi))
     with section.open_slide() as slide:
         thumbnail = slide.thumbnail(_THUMBNAIL_PX)
@@ -158,7 +161,7 @@ def write_prediction(
             "interval_level": None if ranges is None else ranges.level,
             "gate": bundle.rule.gate,
             "model": {key: meta[key] for key in ("tissue", "train_sections", "seed", "weights_sha256", "versions")},
-            "features": {"encoder": attrs["settings"]},
+            "features": {"encoder": encoder},
             **(provenance or {}),
         },
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),

@@ -18,7 +18,7 @@ from prts.report.figures_canvas import BLUE, ORANGE, add_colorbar
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LINES = {"ridge": "#d55e00", "colour": "#009e73", "morphology": "#cc79a7", "position": "#e69f00"}
+_LINES = {"ridge": "#d55e00", "colour": "#009e73", "context": "#56b4e9", "morphology": "#cc79a7", "position": "#e69f00"}
 _STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 9,

@@ -18,6 +18,7 @@ from prts.preprocess.artefacts import is_artefact
 _BASELINES = {
     "ridge": "ridge regression on the same inputs",
     "morphology": "ridge regression on nucleus shape and density",
+    "context": "ridge regression on color around the nucleus at seven scales",
     "colour": "ridge regression on 12 color statistics of the tile",
     "position": "mean of the nearest training nuclei in this section",
     "gene_mean": "mean of each gene, the same for all nuclei",

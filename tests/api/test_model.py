@@ -50,7 +50,7 @@ def test_scores_stand_next_to_baselines_and_ceiling(trained, sections, cache, pr
     assert summary["test/n_genes"] == 60 == len(scores.per_gene)
     assert 0 < summary["test/pcc_mean"] < summary["test/ceiling_mean"] < 1
     assert abs(summary["baseline/gene_mean/pcc_mean"]) < 1e-6
-    assert {f"baseline/{name}/pcc_mean" for name in ("colour", "morphology", "ridge")} <= set(summary)
+    assert {f"baseline/{name}/pcc_mean" for name in ("colour", "context", "morphology", "ridge")} <= set(summary)
     assert "noise ceiling" in str(scores)
 
 
@@ -77,6 +77,23 @@ def test_polygons_may_come_as_a_frame(trained, sections, cache, predicted):
     again = trained.predict(sections["third"], nuclei=nuclei, cache_dir=cache)
     assert again.obs_names.equals(predicted.obs_names)
     np.testing.assert_allclose(again.X.toarray(), predicted.X.toarray(), rtol=1e-4, atol=1e-5)
+
+
+def test_context_and_polygons_need_no_encoder(sections, tmp_path):
+    model = prts.Model("classical", features=("context", "morphology"), network={"hidden": (64,)})
+    settings = {"nuclei": "watershed", "genes": 40, "max_epochs": 10, "cache_dir": tmp_path / "cache"}
+    model.train([sections["first"]], validation=[sections["second"]], **settings)
+    about = model.bundle.metadata
+    assert about["encoder"]["name"] == "none"
+    assert about["input"] == {"use": ["context", "morphology"], "widths": {"context": 42, "morphology": 21}}
+    model.save(tmp_path / "model")
+    loaded = prts.Model.load(tmp_path / "model")
+    prediction = loaded.predict(sections["third"], nuclei="watershed", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("features-*"))
+    assert list((tmp_path / "cache/predict").rglob("context-????????.h5"))
+    scores = loaded.evaluate(prediction, sections["third"], cache_dir=tmp_path / "cache").summary
+    assert scores["baseline/context/pcc_mean"] > 0.02
+    assert scores["test/pcc_mean"] > 0.02
 
 
 def test_without_validation_sections_blocks_are_held_out(cache, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from prts.cli.main import main
-from prts.data import prepare
+from prts.data import prepare_input
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +117,9 @@ def test_a_stage_leaves_torch_its_threads(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        prepare._build(tmp_path / "x", lambda path: (torch.set_num_threads(2), path.touch()), what="x")  # as numba does
+        prepare_input.build(
+            tmp_path / "x", lambda path: (torch.set_num_threads(2), path.touch()), what="x"
+        )  # as numba does
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""A run whose test nuclei share a section with those that train: all six baselines, and the warning that goes with it."""
+"""A run whose test nuclei share a section with those that train: all seven baselines, and the warning that goes with it."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_a_random_split_has_a_position_baseline_and_a_warning(tmp_path):
     train(cfg, tmp_path / "run")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     names = {key.split("/")[1] for key in metrics if key.startswith("baseline/")}
-    assert names == {"gene_mean", "position", "colour", "morphology", "ridge", "permuted"}
+    assert names == {"gene_mean", "position", "colour", "context", "morphology", "ridge", "permuted"}
     for name in names - {"gene_mean", "permuted"}:
         assert metrics[f"baseline/{name}/pcc_mean"] > 0.05, name
     assert abs(metrics["baseline/permuted/pcc_mean"]) < 0.06
@@ -40,3 +40,4 @@ def test_a_random_split_has_a_position_baseline_and_a_warning(tmp_path):
     for figure in ("hvg50_pcc_mean", "hvg200_pcc_mean", "moran_agreement", "ssim_mean"):
         assert np.isfinite(metrics[f"test/{figure}"]), figure
     assert list((tmp_path / "cache/demo/train").glob("colour-????????.h5"))
+    assert list((tmp_path / "cache/demo/train").glob("context-????????.h5"))

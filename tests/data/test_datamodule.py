@@ -23,7 +23,7 @@ from prts.data.splits import Blocks, BySection
 from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
-from prts.features.store import read_features
+from prts.features.store import Rows, read_features, write_store
 from prts.platforms.base import Registration
 from prts.preprocess.panel import Panel
 from prts.section import Section
@@ -61,7 +61,7 @@ def write_section(folder: Path, name: str, n: int, seed: int, *, without_feature
         nuclei=None,
         spots=None,
     )
-    files = (folder / f for f in ("x.parquet", f"{name}.h5ad", f"{name}.h5", f"{name}.c.h5"))
+    files = (folder / f for f in ("x.parquet", f"{name}.h5ad", f"{name}.h5", f"{name}.c.h5", f"{name}.x.h5"))
     return PreparedSection(section, *files, Registration(True, *[0.0] * 9))
 
 
@@ -311,8 +311,37 @@ def test_a_nucleus_without_a_polygon_is_refused_not_given_anothers(
         known = store["cell_id"].asstr()[:]
     read = InputReader(prepared.features, use, lambda: make_polygons(list(known[1:])), 0.5)
     assert read(known[1:3]).shape == (2, width)
-    with pytest.raises(InputError, match=rf"polygons lack 1 of 2 nuclei \(cell_id '{known[0]}'"):
+    with pytest.raises(InputError, match=rf"the polygons lack 1 of 2 nuclei \(cell_id '{known[0]}'"):
         read(known[:2])
+
+
+def test_context_is_read_from_its_own_store_and_no_encoder_is_needed(tissue: PreparedTissue) -> None:
+    path = tissue.sections["a"].context
+    ids = [f"a-{i}" for i in range(65)]
+    values = np.arange(65 * 5, dtype=np.float32).reshape(65, 5)
+    write_store(path, ids, np.zeros((65, 2)), (3, 2), [Rows(values[:, 2:], values[:, :2])], {})
+    alone = InputReader(None, ("context",), pytest.fail, 0.5, path)
+    assert alone.widths == {"context": 5}
+    np.testing.assert_array_equal(alone(["a-7", "a-3"]), values[[7, 3]])
+    joined = InputReader(tissue.sections["a"].features, ("context", "local"), pytest.fail, 0.5, path)
+    np.testing.assert_array_equal(joined(["a-7"]), [[*values[7], 7, 7]])
+    with pytest.raises(InputError, match="local were not extracted"):
+        InputReader(None, ("context", "local"), pytest.fail, 0.5, path)
+    for name, n in {"a": 65, "b": 40, "v": 30, "t": 20}.items():
+        store = tissue.sections[name].context
+        write_store(
+            store,
+            [f"{name}-{i}" for i in range(n)],
+            np.zeros((n, 2)),
+            (3, 2),
+            [Rows(values[:n, 2:], values[:n, :2])],
+            {},
+        )
+    without = {name: replace(section, features=None) for name, section in tissue.sections.items()}
+    module = ready(replace(tissue, sections=without), use=("context",))
+    assert module.feature_widths == {"context": 5}
+    row = int(module.val_sets[0].cell_id[0].removeprefix("v-"))
+    np.testing.assert_array_equal(module.val_sets[0].features[0], values[row])
 
 
 def test_the_tissue_is_prepared_once_in_a_process(tissue: PreparedTissue) -> None:

@@ -14,7 +14,7 @@ from anndata import AnnData
 from scipy.stats import t
 
 from prts.data.nucleus_set import NucleusSet
-from prts.evaluation.baseline_features import with_colour, with_morphology
+from prts.evaluation.baseline_features import with_colour, with_context, with_morphology
 from prts.evaluation.baselines import Position, fit_baselines, fit_position, refuse_leakage
 from prts.evaluation.expression import pearson_per_gene
 from prts.evaluation.gene_sets import gene_sets, variable_genes
@@ -133,7 +133,7 @@ def test_marker_genes_are_a_set_of_their_own_where_the_panel_has_some(
 
 
 def prepared(folder: Path, name: str, n: int, seed: int) -> tuple[SimpleNamespace, NucleusSet]:
-    """A section whose gene 0 follows colour, gene 1 the nucleus' size, gene 2 the features."""
+    """A section whose gene 0 follows colour, gene 1 the nucleus' size, gene 2 the features, gene 3 the context."""
     rng = np.random.default_rng(seed)
     ids = np.array([f"{name}-{i}" for i in range(n)], dtype=object)
     side = rng.uniform(6, 14, n + 5)
@@ -141,17 +141,25 @@ def prepared(folder: Path, name: str, n: int, seed: int) -> tuple[SimpleNamespac
     polygons = make_nuclei(shapely.box(*corner.T, *(corner + side[:, None]).T), 0.5, cell_id=[*ids, *"abcde"])
     write_nuclei(polygons, folder / f"{name}.parquet")
     colour, features = rng.normal(size=(n, 12)).astype(np.float32), rng.normal(size=(n, 3)).astype(np.float32)
+    other = np.random.default_rng(seed + 100)
+    context = other.normal(size=(n, 42)).astype(np.float32)
     order = rng.permutation(n)
     rows = Rows(colour[order, 6:], colour[order, :6])
     write_store(folder / f"{name}.h5", ids[order], np.zeros((n, 2)), (6, 6), [rows], {})
+    rows = Rows(context[order, 18:], context[order, :18])
+    write_store(folder / f"{name}.context.h5", ids[order], np.zeros((n, 2)), (24, 18), [rows], {})
     log_area = np.log(side[:n] ** 2 / 100)
     rate = 5 * np.exp(np.stack([0.5 * colour[:, 7], log_area, 0.5 * features[:, 1]], axis=1))
-    counts = sp.csr_matrix(rng.poisson(rate).astype(np.int32))
+    around = other.poisson(5 * np.exp(0.5 * context[:, [30]]))
+    counts = sp.csr_matrix(np.hstack([rng.poisson(rate), around]).astype(np.int32))
     nuclei = NucleusSet(
         name, ids, np.zeros((n, 2)), features, counts, np.asarray(counts.sum(axis=1)).ravel(), side[:n] ** 2 / 4
     )
     section = SimpleNamespace(
-        nuclei=folder / f"{name}.parquet", colour=folder / f"{name}.h5", section=SimpleNamespace(mpp=0.5)
+        nuclei=folder / f"{name}.parquet",
+        colour=folder / f"{name}.h5",
+        context=folder / f"{name}.context.h5",
+        section=SimpleNamespace(mpp=0.5),
     )
     return section, nuclei
 
@@ -161,10 +169,10 @@ def test_each_baseline_predicts_what_it_sees_and_nothing_else(tmp_path: Path) ->
     tissue = SimpleNamespace(sections={name: section for name, (section, _) in made.items()})
     test = made["test"][1]
     fitted = fit_baselines([made["train"][1]], [made["val"][1]], tissue)
-    assert list(fitted) == ["gene_mean", "colour", "morphology", "ridge", "permuted"]
+    assert list(fitted) == ["gene_mean", "colour", "context", "morphology", "ridge", "permuted"]
     pcc = {name: pearson_per_gene(test.counts, predict(test)) for name, predict in fitted.items()}
     assert not pcc["gene_mean"].any()
-    for gene, name in enumerate(("colour", "morphology", "ridge")):
+    for gene, name in enumerate(("colour", "morphology", "ridge", "context")):
         assert pcc[name][gene] > 0.5
         assert np.abs(np.delete(pcc[name], gene)).max() < 0.2
     assert np.abs(pcc["permuted"]).max() < 0.25
@@ -174,8 +182,10 @@ def test_descriptions_are_found_by_cell_id(tmp_path: Path) -> None:
     section, nuclei = prepared(tmp_path, "a", 30, 0)
     tissue = SimpleNamespace(sections={"a": section})
     some = nuclei.take(np.array([7, 2, 29]))
-    whole = with_colour([nuclei], tissue)[0].features
-    np.testing.assert_array_equal(with_colour([some], tissue)[0].features, whole[[7, 2, 29]])
+    for described_by, width in ((with_colour, 12), (with_context, 42)):
+        whole = described_by([nuclei], tissue)[0].features
+        assert whole.shape == (30, width)
+        np.testing.assert_array_equal(described_by([some], tissue)[0].features, whole[[7, 2, 29]])
     (described,) = with_morphology([some], tissue)
     np.testing.assert_allclose(described.features[:, 0], np.log10(some.area_um2), rtol=1e-4)
     assert described.features.shape == (3, 21)

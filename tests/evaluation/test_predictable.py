@@ -52,10 +52,10 @@ def test_noise_and_what_a_baseline_knows_are_not_predictable(nuclei: NucleusSet)
     model = block_sums(nuclei.counts, noisy(nuclei, [0.3, 0.3, 0.3, 0.3, 30]), blocks)
     colour = block_sums(nuclei.counts, noisy(nuclei, [2, 0.3, 2, 2, 2]), blocks)
     ridge = block_sums(nuclei.counts, noisy(nuclei, [2, 2, 0.3, 2, 2]), blocks)
-    beyond = genes_beyond(model, {"colour": colour, "ridge": ridge}, n_replicates=200)
-    assert list(beyond) == ["zero", "colour", "ridge"]
+    beyond = genes_beyond(model, {"colour": colour, "context": ridge, "ridge": ridge}, n_replicates=200)
+    assert list(beyond) == ["zero", "colour", "context", "ridge"]
     assert not beyond["ridge"][2::5].any()
-    # a rival that sees the same features takes nothing away, one that sees colours only does
+    # a rival that sees the same features, or other tissue, takes nothing away, one that sees colours only does
     np.testing.assert_array_equal(predictable(beyond), np.tile([True, False, True, True, False], 4))
 
 

@@ -84,6 +84,13 @@ def test_the_released_pooling_is_left_away_where_an_encoder_has_none() -> None:
     assert config("tissue=demo", "experiment=released").encoder.pooling == "nucleus"
 
 
+def test_the_context_recipe_is_the_default_without_an_encoder() -> None:
+    default, context = (config("tissue=demo", f"experiment={name}") for name in ("best", "context"))
+    assert context.data.use == ["context", "morphology"]
+    context.data.use = default.data.use
+    assert context == default
+
+
 def test_ablations_of_the_default_recipe_have_the_inputs_that_they_say() -> None:
     said = {
         "full": ["local", "global", "morphology"],

@@ -123,6 +123,10 @@ def weights_status(settings: Mapping[str, Any], file: str | None = None) -> Weig
 
 def _class_of(settings: Mapping[str, Any]) -> type[Encoder]:
     name = settings.get("name")
+    if name == "none":
+        from prts.features.no_encoder import NoEncoder
+
+        return NoEncoder
     if not isinstance(name, str):
         raise ParameterError("encoder", "", f"the model's encoder settings name no encoder ({name!r})")
     return encoders[name]
