@@ -365,6 +365,6 @@ def _common_widths(widths: Mapping[str, dict[str, int]]) -> dict[str, int]:
     for name in rest:
         if widths[name] != widths[first]:
             raise InputError(
-                f"features of {name} have widths {widths[name]}, but those of {first} have {widths[first]}; prepare both with the same settings"
+                f"features of {name} have widths {widths[name]}, but those of {first} {widths[first]}; use the same settings for both"
             )
     return widths[first]

@@ -100,9 +100,9 @@ class Blocks:
     """Contiguous spatial blocks of the training sections for the roles that no section has.
 
     Every training section is cut into `folds * blocks_per_fold` rectangles with equal numbers of nuclei, by halving the longer side
-    repeatedly. Fold number `fold` becomes the first missing part (validation before test), the next fold the second; the rest trains. A
-    training nucleus whose tile overlaps the tile of a validation or test nucleus is left out, as is a validation nucleus whose tile overlaps
-    one of test: nuclei of different parts are at least `guard_um` apart along x or y, so their tiles share no pixels. Sections with the role
+    repeatedly. Fold number `fold` becomes the first missing part (validation before test), the next fold the second; the rest trains.
+    Training nuclei whose tile overlaps the tile of a validation or test nucleus are left out, as are validation nuclei next to test
+    nuclei: nuclei of different parts are at least `guard_um` apart along x or y, so their tiles share no pixels. Sections with the role
     validation or test are kept whole.
 
     Parameters
