@@ -1,4 +1,4 @@
-"""Check um/px by comparing the nuclei of a slide with those of training, in size and density.
+"""Check um/px by comparing the size and density of a slide's nuclei with the training nuclei.
 
 A wrong um/px raises no error elsewhere: the encoder gets tiles of the wrong magnification and the network predicts anyway.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Half or twice the true um/px makes nuclei look a quarter or four times as large, and somewhat less after segmentation.
 GROSS = 2.5
-# The smallest factor that is worth a warning, and the power of the training sections' own spread that is.
+# Warn above this factor at least, and above this power of the spread between training sections.
 _LEAST, _POWER = 1.3, 2
 _NEIGHBOURS = 5
 _COARSER = 1.5
@@ -62,7 +62,7 @@ def describe_nuclei(nuclei: Mapping[str, GeoDataFrame], mpp: Mapping[str, float]
 def check_scale(
     nuclei: GeoDataFrame, section: Section, model_mpp: float, training: Mapping[str, Any] | None, *, refuse: bool
 ) -> dict[str, Any]:
-    """Compare the nuclei of a slide with those of training.
+    """Compare the nuclei of a slide with the training nuclei.
 
     Parameters
     ----------
