@@ -1,4 +1,4 @@
-"""Predictable genes: those that a model predicts on validation better than chance and better than simple baselines."""
+"""Predictable genes: genes that a model predicts better than chance and simple baselines on validation."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 Flags = NDArray[np.bool_]
 
 ZERO = "zero"
-# Ridge regression has the same input as the model. A gene that both predict equally well is still predictable.
+# Ridge regression has the same input as the model: a gene that both predict equally well is still predictable.
 RIVALS = ("ridge",)
 
 
 def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_replicates: int) -> dict[str, Flags]:
-    """Find the genes whose PCC is above 0, and above that of each baseline, by 95 % intervals over resampled blocks.
+    """Find the genes whose PCC is above 0, and above that of each baseline, by 95% intervals over resampled blocks.
 
     Parameters
     ----------
