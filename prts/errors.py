@@ -19,7 +19,7 @@ class InputError(Exception):
 
     def __init__(self, message: object) -> None:
         line = " ".join(str(message).split())
-        # text quoted from a file could control the terminal, or flood it
+        # text quoted from a file could control or flood the terminal
         line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
@@ -70,7 +70,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def some_of(names: Iterable[str], n: int = 3) -> str:
-    """The first few of many names for a message.
+    """Shorten a list of names for a message.
 
     Examples
     --------
