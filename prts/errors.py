@@ -115,5 +115,5 @@ def refusal(error: BaseException | None) -> str | None:
         if isinstance(each, PermissionError) or getattr(each, "errno", None) == errno.EROFS or "Read-only" in text:
             return f"{where}cannot be read or written ({text}); change the permissions or choose another place"
         if isinstance(each, MemoryError):
-            return f"not enough memory ({text or 'none left'}); use a machine with more, a smaller image or a smaller batch"
+            return f"not enough memory ({text or 'none left'}); use a machine with more memory, a smaller image or a smaller batch"
     return None

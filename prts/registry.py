@@ -115,7 +115,7 @@ class Registry(Generic[T]):
         Raises
         ------
         ParameterError
-            If there is no such member, or an argument is unknown, missing or not of the kind and range that the constructor's annotations
+            If there is no such member, or an argument is unknown, missing or not of the type and range that the constructor's annotations
             state.
         """
         from prts.arguments import checked_call  # imports pydantic, which is not needed to list names
@@ -152,6 +152,6 @@ class Registry(Generic[T]):
             raise ParameterError(
                 self.kind,
                 "",
-                f"{point.name!r} cannot be imported from {point.value} ({error}); reinstall the package that offers it",
+                f"{point.name!r} cannot be imported from {point.value} ({error}); reinstall the package that provides it",
             ) from error
         return member

@@ -341,14 +341,14 @@ def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> M
     Raises
     ------
     ParameterError
-        If there is no such platform, or it does not take these settings.
+        If there is no such platform, or it does not accept these settings.
     """
     kind: Any = platforms[platform]
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
         raise ParameterError(
-            "section", section, f"the platform {platform} does not take these settings ({error})"
+            "section", section, f"the platform {platform} does not accept these settings ({error})"
         ) from error
     made: Measurement = kind(**settings)
     return made

@@ -71,7 +71,7 @@ class SectionSettings:
     Parameters
     ----------
     nuclei
-        A segmenter or its name; None: a section's own nuclei where it has some, else StarDist.
+        A segmenter or its name; None: a section's own nuclei if it has some, else StarDist.
     genes
         The panel: a number (the most variable genes), a list of genes, a file with one, or a panel builder.
     qc

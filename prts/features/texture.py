@@ -174,7 +174,7 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def rings(size: int, edges: tuple[float, ...]) -> torch.Tensor:
-    """Which pixels of a size x size image lie in each ring around its center, (1, n, size, size) float; edges in px, ascending."""
+    """Which pixels of a size x size image are in each ring around its center, (1, n, size, size) float; edges in px, ascending."""
     axis = torch.arange(size) + 0.5 - size / 2
     radius = (axis[:, None] ** 2 + axis**2).sqrt()
     return torch.stack([(radius >= a) & (radius < b) for a, b in itertools.pairwise(edges)]).float()[None]

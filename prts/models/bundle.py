@@ -229,7 +229,7 @@ def _build(
     if about.likelihood.name not in likelihoods:
         raise InputError(
             f"{path}: likelihood {about.likelihood.name!r} is not one of {', '.join(likelihoods.names())}; "
-            "install the package that offers it"
+            "install the package that provides it"
         )
     width = sum(about.input.widths.get(block, 0) for block in about.input.use)
     architecture = {key: value for key, value in metadata["architecture"].items() if key != "name"}

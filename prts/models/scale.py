@@ -100,13 +100,13 @@ def check_scale(
     found |= {"training_median_area_um2": usual, "training_density_per_mm2": float(training["density_per_mm2"])}
     ratio = max(area / usual, usual / area)
     text = (
-        f"is {section.mpp:.4g} um/px ({section.mpp_source}) right? The median nucleus has {area:.0f} um2 here and {usual:.0f} in training "
-        f"({density:.0f} and {training['density_per_mm2']:.0f} nuclei per mm2); they would agree at "
+        f"{section.mpp:.4g} um/px ({section.mpp_source}) may be wrong: the median nucleus has {area:.0f} um2, but {usual:.0f} in training "
+        f"({density:.0f} vs. {training['density_per_mm2']:.0f} nuclei per mm2), and they would match at "
         f"{section.mpp * np.sqrt(usual / area):.2g} um/px"
     )
     if ratio > GROSS and refuse:
         raise InputError(
-            f"{section.image}: {text}; give the right `mpp`, or turn `check_scale` off if these nuclei are as expected"
+            f"{section.image}: {text}; give the correct `mpp`, or set `check_scale` to false if these nuclei are as expected"
         )
     if ratio > training["factor"]:
         logger.warning("%s: %s", section.image, text)

@@ -154,7 +154,7 @@ DAMAGE = {
     ),
     "other likelihood": (
         edit_json(lambda j: j["likelihood"].update(name="zinb")),
-        "likelihood 'zinb' is not one of .*; install the package that offers it",
+        "likelihood 'zinb' is not one of .*; install the package that provides it",
     ),
     "odd likelihood": (
         edit_json(lambda j: j["likelihood"].update(rank=1)),

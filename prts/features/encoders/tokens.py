@@ -415,7 +415,7 @@ def torch_device(device: str) -> torch.device:
 
 
 def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Resolve `auto`: bf16 if the processor has instructions for it (half the time), not where it is emulated."""
+    """Resolve `auto`: bf16 if the processor has instructions for it (twice as fast), but not if it would be emulated."""
     if precision != "auto":
         return precision
     return "bf16" if computes_bf16(device) else "fp32"
