@@ -70,7 +70,7 @@ def baseline_scores(
     Parameters
     ----------
     bundle, runtime
-        The model that was used, and where its encoder runs.
+        The model that predicted, and where its encoder runs.
     compared
         The prediction and the model's scores.
     settings

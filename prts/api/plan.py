@@ -276,7 +276,7 @@ def make_plan(
     settings: FitSettings,
     cache_dir: Path,
 ) -> TrainingPlan:
-    """Collect everything a run needs."""
+    """Everything a run needs."""
     from prts.api.train import DataSettings, TrainingPlan
     from prts.data.prepare import PrepareSettings, prepare_sections
     from prts.preprocess.counts import QCSettings

@@ -48,20 +48,20 @@ logger = logging.getLogger(__name__)
 
 Prepare = Callable[[Stopwatch], "PreparedTissue"]
 
-# Settings that may differ when an interrupted run resumes, since they do not affect the weights.
+# Settings that may differ when an interrupted run resumes: they do not change what it learns.
 _IRRELEVANT = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """The network's input and batches.
+    """What the network sees of a nucleus, and in what portions.
 
     Parameters
     ----------
     use
         Blocks of features in the order of the network's input: `local`, `global` and `morphology`.
     permute
-        Shuffle features among training nuclei, so that the model learns nothing from the image.
+        Shuffle features among training nuclei: what remains is knowledge of no image.
     batch_size
         Nuclei per batch.
     num_workers
@@ -76,16 +76,16 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Everything that determines what a run learns.
+    """All that decides what a run learns.
 
     Parameters
     ----------
     prepare
-        Prepares the sections, or loads them from the cache.
+        Prepares the sections, or finds them prepared.
     preparation
-        Settings of the preparation.
+        How they are prepared.
     data
-        Input of the network.
+        What the network sees.
     recipe
         Network, likelihood, optimizer and trainer.
     evaluation
@@ -93,7 +93,7 @@ class TrainingPlan:
     markers
         Genes whose mean PCC is reported separately.
     config
-        The user's settings, for config.yaml and provenance; JSON-like.
+        The settings as the user wrote them, for config.yaml and provenance; JSON-like.
     """
 
     prepare: Prepare

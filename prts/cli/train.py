@@ -62,7 +62,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 
 def training_plan(cfg: DictConfig) -> TrainingPlan:
-    """Build the objects that a config describes; invalid configs are refused here, before any work."""
+    """All that a config says of a run, as objects; refused here, before any work, if it makes no sense."""
     from prts.api.train import DataSettings, TrainingPlan
     from prts.evaluation.settings import EvaluationSettings
 

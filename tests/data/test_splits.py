@@ -37,10 +37,11 @@ def test_by_section_gives_every_nucleus_its_sections_role() -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "role"), [(Roles(["a"], [], ["b"]), "validation"), (Roles(["a"], ["b"], []), "test")]
+    ("roles", "key"),
+    [(Roles(["a"], [], ["b"]), "section for validation"), (Roles(["a"], ["b"], []), "section for test")],
 )
-def test_by_section_without_a_role_names_the_way_out(roles: Roles, role: str) -> None:
-    with pytest.raises(InputError, match=f"needs a section for {role}; .*split=blocks"):
+def test_by_section_without_a_role_names_the_way_out(roles: Roles, key: str) -> None:
+    with pytest.raises(InputError, match=f"{key}.*split=blocks"):
         BySection()({"a": uniform(5), "b": uniform(5)}, roles)
 
 

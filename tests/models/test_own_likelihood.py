@@ -151,7 +151,7 @@ def test_a_likelihood_of_a_notebook_is_registered_by_the_decorator() -> None:
         assert likelihoods["negative_binomial"] is namespace["NegativeBinomial"]
         with pytest.raises(ParameterError, match="likelihood lambda_1: -1"):
             likelihoods["negative_binomial"](lambda_1=-1)
-        with pytest.raises(ParameterError, match="network heads: 'single' does not work with the negative_binomial"):
+        with pytest.raises(ParameterError, match="network heads: 'single' does not go with the negative_binomial"):
             likelihoods["negative_binomial"]().require(heads="single")
     finally:
         likelihoods._members.pop("negative_binomial")

@@ -70,8 +70,8 @@ def test_precision_follows_the_processor_where_it_is_auto(monkeypatch: pytest.Mo
     monkeypatch.setattr("prts.precision.computes_bf16", lambda device: native)
     auto = "bf16-mixed" if native else "32-true"
     for experiment, precision in (("best", auto), ("paper", "32-true"), ("released", "32-true")):
-        settled = settled(config("tissue=demo", "trainer=cpu", f"experiment={experiment}"))
-        assert settled.trainer.precision == precision, experiment
+        ready = settled(config("tissue=demo", "trainer=cpu", f"experiment={experiment}"))
+        assert ready.trainer.precision == precision, experiment
     for asked in ("32-true", "bf16-mixed"):
         given = config("tissue=demo", "trainer=cpu", f"trainer.precision={asked}")
         assert settled(given).trainer.precision == asked
@@ -122,19 +122,19 @@ def test_an_ablation_changes_just_what_it_says(ablation: str, changed: dict[str,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["ablation=local384"], r"encoder\.local_width: .* has no such setting"),
-        (["encoder=timm", "ablation=local384"], r"encoder\.local_width: .* has no such setting"),
-        (["loss=poisson", "ablation=no_weights"], "likelihood alpha_w: the poisson likelihood has no such setting"),
-        (["loss=poisson", "data.target=minmax"], "data target: 'minmax' does not work with the poisson"),
+        (["ablation=local384"], r"encoder local_width: .* has no such setting"),
+        (["encoder=timm", "ablation=local384"], r"encoder local_width: .* has no such setting"),
+        (["loss=poisson", "ablation=no_weights"], "likelihood alpha_w: poisson has no such setting"),
+        (["loss=poisson", "data.target=minmax"], "data target: 'minmax' does not go with the poisson"),
         (
             ["loss=hurdle", "model.net.heads=dual", "model.output.gate=none"],
-            "output gate: 'none' does not work with the hurdle",
+            "output gate: 'none' does not go with the hurdle",
         ),
         (["model.optimizer.lr=-1"], "optimizer: Invalid learning rate"),
         (["model.net.hidden=5"], "network hidden: 5 is not accepted"),
         (["loss.lambda_1=-1"], "likelihood lambda_1: -1 is not accepted"),
         (["trainer.max_epochs=0"], "trainer max_epochs: 0 trains nothing"),
-        (["loss=hurdle", "model.net.heads=single"], "network heads: 'single' does not work with the hurdle"),
+        (["loss=hurdle", "model.net.heads=single"], "network heads: 'single' does not go with the hurdle"),
     ],
 )
 def test_what_does_not_apply_is_refused_before_any_work(overrides: list[str], message: str) -> None:

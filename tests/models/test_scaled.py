@@ -76,7 +76,7 @@ def test_log1p_of_an_absurd_level_stays_finite() -> None:
 
 def test_an_unknown_target_names_the_known_ones() -> None:
     with pytest.raises(
-        ParameterError, match=r"data target: 'zscore' does not work with the paper .* minmax or log1p or counts"
+        ParameterError, match=r"data target: 'zscore' does not go with the paper .* minmax or log1p or counts"
     ):
         Paper().with_target("zscore")
     with pytest.raises(

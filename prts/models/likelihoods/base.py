@@ -133,7 +133,7 @@ class Likelihood(nn.Module):
             )
 
     def _refusal(self, value: str, allowed: Sequence[str]) -> str:
-        return f"{value!r} does not work with the {self.name} likelihood; use {' or '.join(allowed)}"
+        return f"{value!r} does not go with the {self.name} likelihood; use {' or '.join(allowed)}"
 
     def allocate(self, n_genes: int) -> Self:
         """Create the per-gene buffers and parameters, for example before the tensors of a bundle are loaded."""
