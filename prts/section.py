@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Spots at the edge may be outside an image that is cropped to the tissue; if more are outside, it is a different image.
+# Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
 
 _IMAGE_SUFFIXES = (

@@ -163,8 +163,8 @@ class PRTSDataModule(pl.LightningDataModule):
     split
         Assigns nuclei to parts.
     use
-        Feature blocks in the order of the network's input. The paper uses (local, global); `morphology` is an addition of prts;
-        ablations omit some.
+        Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` is ours; an ablation
+        leaves some away.
     permute
         Shuffle features among all training nuclei (an ablation: the network then learns each gene's mean at best). The arrays,
         validation and test are not shuffled.
@@ -198,7 +198,7 @@ class PRTSDataModule(pl.LightningDataModule):
         super().__init__()
         self.use = tuple(use)
         if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(BLOCKS):
-            raise InputError(f"data.use: {list(use)} must be one or more of local, global and morphology, each once")
+            raise InputError(f"data.use: {list(use)} must list some of local, global and morphology, once each")
         if batch_size < 2:
             raise InputError(f"data.batch_size: {batch_size} is too small for batch normalization; use 2 or more")
         self.permute = permute
@@ -323,7 +323,7 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
     row = np.flatnonzero(counts.obs_names.isin(stored))
     if len(row) == 0:
         raise InputError(
-            f"{prepared.features}: contains no features for the nuclei in {prepared.counts}; delete it and prepare again"
+            f"{prepared.features}: holds features of none of the nuclei in {prepared.counts}; delete it and prepare again"
         )
     if len(row) < counts.n_obs:
         logger.warning(

@@ -55,7 +55,7 @@ __all__ = [
     "prepare_tissue",
 ]
 
-# Increased when a stage's code changes what it writes for the same inputs.
+# Raised when a stage's code changes what it writes for the same inputs.
 STAGE_VERSION = {"nuclei": 1, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 1}
 
 
@@ -160,7 +160,7 @@ def prepare_sections(
 
 
 def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
-    """Build a cache file if it is missing, one process at a time."""
+    """Make a cache file unless it is there, one process at a time."""
     if path.exists():
         return path
     with lock(path):
@@ -175,7 +175,7 @@ def _build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
 def _own_threads() -> Iterator[None]:
     """Keep torch's number of threads, so that features and weights do not depend on whether this stage was in the cache.
 
-    numba, which scanpy uses to choose genes, changes the number in the OpenMP library that both share.
+    numba, with which scanpy chooses genes, changes the number in the OpenMP library that both share.
     """
     n_threads = torch.get_num_threads()
     try:
@@ -345,7 +345,7 @@ def prepare_features(
     if not path.exists():
         with lock(path):
             if not path.exists():
-                # not through `_build`, because extract keeps finished chunks so that a killed run can resume
+                # not through `_build`: extract keeps its own finished chunks, so that a killed run resumes
                 with section.open_slide() as slide:
                     extract(slide, nuclei, encoder, path, provenance=settings)
     return path

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prts.evaluation.scored_section import ScoredSection, Scoring
 
 SHIPPED = ("gene_mean", "colour", "morphology", "ridge")
-"""Baselines stored with a model; `position` and `permuted` do not apply to other slides."""
+"""Baselines that travel with a model; `position` and `permuted` say nothing about another slide."""
 
 
 @dataclass(frozen=True)

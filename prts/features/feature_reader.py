@@ -1,4 +1,4 @@
-"""The input of a network: blocks of the feature store, and the shape and crowding of each nucleus's polygon."""
+"""The input of a network: blocks of the feature store, and the shape and crowding of each nucleus' polygon."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class InputReader:
         The section's feature store.
     use
         Blocks in the order of the network's input: `local` and `global` of the store, `morphology` (21 columns) of the polygons. Larger
-        nuclei have more UMIs, and a tile encoder barely sees the size of a nucleus.
+        nuclei have more UMIs, and the size of a nucleus is hardly visible to an encoder of tiles.
     nuclei
         Returns all nuclei of the section, both in training and in prediction, since nuclei that fail quality control are neighbors, too.
         Only called if `use` includes `morphology`.
@@ -56,7 +56,7 @@ class InputReader:
         }
 
     def __call__(self, cell_ids: Sequence[str] | NDArray[np.object_]) -> Floats:
-        """Input (n, d) of these nuclei, in this order. Request many at a time, because each call reads through the store.
+        """Input (n, d) of these nuclei, in this order. Ask for many at a time: each call reads through the store.
 
         Raises
         ------

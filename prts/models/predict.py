@@ -59,7 +59,7 @@ def predict_store(
     bundle
         The model.
     store
-        Features of these nuclei, and possibly of others.
+        Features of these nuclei and maybe others.
     nuclei
         (n,) the nuclei, in the order of the output.
     mpp
@@ -67,7 +67,7 @@ def predict_store(
     chunk
         Nuclei at a time.
     among
-        All nuclei of the section, if `nuclei` is a subset: the others count as neighbors.
+        All nuclei of the section, where `nuclei` are only some: the others are neighbours.
     """
     read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp)
     cell_ids = nuclei["cell_id"].to_numpy()

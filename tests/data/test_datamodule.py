@@ -246,7 +246,7 @@ def test_features_of_other_nuclei_are_refused(tmp_path: Path, tissue: PreparedTi
     other = write_section(tmp_path, "other", 30, 9)
     kept = tissue.sections["v"]
     tissue.sections["v"] = replace(kept, features=other.features)
-    with pytest.raises(InputError, match="contains no features for the nuclei"):
+    with pytest.raises(InputError, match="features of none of the nuclei"):
         ready(tissue)
 
 

@@ -126,7 +126,7 @@ def sample_slides(slides: Iterable[Slide]) -> TissueSample:
     for slide in slides:
         for window in sample(slide, max(_MPP, slide.mpp)):
             pixels = window.reshape(-1, 3)
-            # a small slide is one window, a large one 64
+            # a small slide comes as one window, a large one as 64
             n = min(len(pixels), _PER_WINDOW if len(pixels) <= _WINDOW else _ALL)
             some = pixels[rng.integers(0, len(pixels), n)]
             shows = OPTICAL_DENSITY[some].mean(axis=1) > GLASS_OD
