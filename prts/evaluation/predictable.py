@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Flags = NDArray[np.bool_]
 
 ZERO = "zero"
-# Ridge regression has the same input as the model: a gene that both predict equally well is still predictable.
+# Ridge regression has the same input as the model. A gene that both predict equally well is still predictable.
 RIVALS = ("ridge",)
 
 
