@@ -4,7 +4,7 @@
 >>> model = prts.Model.load("outputs/demo/make/model")  # doctest: +SKIP
 >>> adata = model.predict("slide.svs", nuclei="watershed")  # doctest: +SKIP
 
-Names are imported when they are first used: `import prts` itself takes milliseconds.
+Names are imported on first use, so `import prts` takes milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A section: one piece of tissue, its image, and everything that belongs to it; the noun that every stage takes."""
+"""A section: one piece of tissue with its image and everything that belongs to it. Every stage takes one as input."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ _NUCLEI = (
 
 @dataclass(frozen=True)
 class Section:
-    """One piece of tissue whose parts have been checked to belong together.
+    """One piece of tissue, with all parts checked to belong together.
 
-    Made by `read_visium_hd`, `read_section` and `open_section`.
+    Created by `read_visium_hd`, `read_section` and `open_section`.
 
     Attributes
     ----------
@@ -68,9 +68,9 @@ class Section:
     truth
         Ground truth (.h5ad) of a simulated section.
     recolour
-        Change of colors as the image is read.
+        Color change applied as the image is read.
     orientation
-        Rotation and flip as the image is read.
+        Rotation and flip applied as the image is read.
     max_pixels
         Largest image that is decoded as a whole; None: 2^29 px.
     """
@@ -108,7 +108,7 @@ class Section:
         return self.orientation.size(self.width, self.height)
 
     def reading(self) -> dict[str, Any]:
-        """Everything but the file that decides the pixels, JSON-like: part of the fingerprint of all that is made from them."""
+        """Everything except the file that affects the pixels, JSON-like: part of the fingerprint of everything computed from them."""
         found: dict[str, Any] = {}
         if self.recolour is not None:
             found["recolour"] = self.recolour.settings()
@@ -136,7 +136,7 @@ def read_visium_hd(
     image
         The full-resolution H&E image; if None, the only `tissue_image.*` in the section's folder.
     name
-        Name of the section; by default that of its folder.
+        Name of the section; by default the name of its folder.
     mpp
         um per full-resolution pixel, if the files do not state it or state a wrong value.
     nuclei
@@ -153,7 +153,7 @@ def read_visium_hd(
     Raises
     ------
     InputError
-        If there are no bins, no image or several, or the parts do not belong together.
+        If there are no bins, not exactly one image, or the parts do not belong together.
 
     Examples
     --------
@@ -196,7 +196,7 @@ def read_section(
     image
         The full-resolution H&E image.
     name
-        Name of the section; by default that of the image file.
+        Name of the section; by default the name of the image file.
     mpp
         um per full-resolution pixel, if the image does not state it.
     nuclei
@@ -304,7 +304,7 @@ def open_section(
 def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixels: int | None = None) -> Section:
     """Open a section's folder as 10x delivers it: `tissue_image.*`, measured counts, and optional files.
 
-    Counts are those of the first platform whose files are there, Visium HD before the others. Nuclei are taken from
+    Counts come from the first platform whose files are found, Visium HD first. Nuclei are taken from
     `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`, spots from
     `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
 
@@ -313,7 +313,7 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
     folder
         The section's folder.
     name
-        Name of the section; by default that of the folder.
+        Name of the section; by default the name of the folder.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
@@ -337,7 +337,7 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
 
 
 def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> Measurement:
-    """A measurement by the name of its platform.
+    """Create a measurement by the name of its platform.
 
     Parameters
     ----------
@@ -351,14 +351,14 @@ def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> M
     Raises
     ------
     ParameterError
-        If there is no such platform, or it does not take these settings.
+        If there is no such platform, or it does not accept these settings.
     """
     kind: Any = platforms[platform]
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
         raise ParameterError(
-            "section", section, f"the platform {platform} does not take these settings ({error})"
+            "section", section, f"the platform {platform} does not accept these settings ({error})"
         ) from error
     made: Measurement = kind(**settings)
     return made
@@ -409,6 +409,6 @@ def _check_spots(section: Section, path: Path) -> None:
     outside = ((spots.xy < 0) | (spots.xy > (section.width, section.height))).any(axis=1).mean()
     if outside > _MAX_OUTSIDE:
         raise InputError(
-            f"{path}: spots do not belong to this image: {outside:.0%} lie outside {section.image} "
+            f"{path}: spots do not belong to this image: {outside:.0%} are outside {section.image} "
             f"({section.width} x {section.height} px); give positions in its full-resolution pixels"
         )

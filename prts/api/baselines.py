@@ -1,4 +1,4 @@
-"""What the baselines that travel with a model reach on a section that was predicted later."""
+"""Score the baselines stored with a model on a section that was predicted later."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class TrainedModel(Protocol):
 
 @dataclass(frozen=True)
 class PredictedSection:
-    """A prediction that was compared with its section.
+    """A prediction and the section it was compared with.
 
     Parameters
     ----------
     prediction, section, polygons
-        What was predicted, where, and all its nuclei.
+        The prediction, its section, and all its nuclei.
     matched, result
         The nuclei that were compared, and the model's scores.
     """
@@ -73,9 +73,9 @@ class PredictedSection:
 def baseline_scores(
     model: TrainedModel, compared: PredictedSection, settings: EvaluationSettings, cache: Path
 ) -> dict[str, float]:
-    """Scores of a model's baselines on the nuclei that were compared, and the differences from the model with their intervals.
+    """Score a model's baselines on the compared nuclei, with differences from the model and their intervals.
 
-    The slide is read as it was predicted (stain, rotation, flip). Features come from the cache or are extracted.
+    The slide is read as in the prediction (stain, rotation, flip). Features come from the cache or are extracted.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def baseline_scores(
 
 
 class _Features:
-    """What each baseline sees of the nuclei that were compared, (n, d) each, with the slide read as it was predicted."""
+    """Features of the compared nuclei for each baseline, (n, d) each, with the slide read as in the prediction."""
 
     def __init__(self, bundle: Bundle, runtime: EncoderRuntime, compared: PredictedSection, cache: Path) -> None:
         about, section = compared.prediction.uns["prts"], compared.section

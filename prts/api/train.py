@@ -56,13 +56,13 @@ class Run:
     Attributes
     ----------
     metrics
-        As in metrics.json; empty in all but the first process of a DDP job.
+        As in metrics.json; empty except in the first process of a DDP job.
     bundle
-        The trained model, read back from the run folder; None in those other processes.
+        The trained model, read back from the run folder; None in the other processes.
     history
         One row per epoch: `epoch`, `train/loss`, `val/loss`, `val/pcc`, ...
     datamodule
-        What it was trained on.
+        The data it was trained on.
     """
 
     metrics: dict[str, Any]
@@ -72,7 +72,7 @@ class Run:
 
 
 class NoLoggers:
-    """Stands in for `prts.report.loggers.RunLoggers` where a run reports to nobody."""
+    """Replaces `prts.report.loggers.RunLoggers` in a run without loggers."""
 
     def start(self) -> list[Any]:
         """No loggers for Lightning's Trainer."""
@@ -96,17 +96,17 @@ def train_run(
     Parameters
     ----------
     plan
-        What to train, and on what.
+        The model to train, and its data.
     folder
         The run folder; made if needed. It gets `config.yaml`, `model/`, `metrics.json`, `per_gene.csv`, `predictions.h5ad`, `figures/`.
     cache_dir
         Folder of the cache that `plan.prepare` fills.
     loggers
-        Context that opens and closes the run's loggers (`prts.report.loggers.RunLoggers`); None: there are none.
+        Context that opens and closes the run's loggers (`prts.report.loggers.RunLoggers`); None: no loggers.
     resume
         Continue an interrupted run in this folder.
     report
-        End with `report.html`.
+        Whether to write `report.html`.
 
     Returns
     -------
@@ -126,7 +126,7 @@ def train_run(
 
 
 class _Training:
-    """The steps of one run, in order; each takes what the one before found."""
+    """The steps of one run, in order; each uses the results of the previous one."""
 
     def __init__(self, plan: TrainingPlan, folder: Path, loggers: Any) -> None:
         self.plan, self.folder, self.loggers = plan, folder, loggers
@@ -150,7 +150,7 @@ class _Training:
         return Run(metrics, bundle, self.history.table(), datamodule)
 
     def _data(self) -> PRTSDataModule:
-        """Prepared sections, split and loaded."""
+        """Prepare, split and load the sections."""
         plan = self.plan
         datamodule = PRTSDataModule(
             lambda: plan.prepare(self.watch),
@@ -173,7 +173,7 @@ class _Training:
         return datamodule
 
     def _fit(self, datamodule: PRTSDataModule, resume: bool) -> Fitted:
-        """The fitted network, from the start or from the checkpoint of an interrupted run."""
+        """Fit the network, from the start or from the checkpoint of an interrupted run."""
         settings = {key: value for key, value in self.plan.config.items() if key not in _IRRELEVANT}
         identity = {**settings, "cache": cache_files(datamodule)}
         self._checkpoint = EpochCheckpoint(self.folder / NAME, identity)
@@ -198,7 +198,7 @@ class _Training:
     def _ship(
         self, datamodule: PRTSDataModule, fitted: Fitted
     ) -> tuple[Bundle, list[ScoredSection], NDArray[np.bool_]]:
-        """The model as a bundle, its output rule chosen and everything it says of itself measured on validation."""
+        """Choose the output rule, compute the model's metadata on validation, and write the bundle."""
         plan = self.plan
         net, likelihood = fitted.net, fitted.likelihood
         rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
@@ -220,7 +220,7 @@ class _Training:
             baselines=self._baselines.shipped(),
             metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
         )
-        # read back: what is tested is what is shipped
+        # read back, so that the tested model is the one on disk
         return load_bundle(self.folder / "model"), validation, predictable(beyond)
 
     def _score(
@@ -231,7 +231,7 @@ class _Training:
     def _test(
         self, datamodule: PRTSDataModule, bundle: Bundle, validation: list[ScoredSection], flagged: NDArray[np.bool_]
     ) -> tuple[list[ScoredSection], dict[str, Any]]:
-        """The test sections as the bundle predicts them, and all figures of the run."""
+        """Predict the test sections with the bundle, and compute all scores of the run."""
         test = self._score(bundle, datamodule.test_sets, datamodule)
         marginal = marginal_bounds(datamodule.val_sets)
         intervals = bundle.intervals
@@ -255,12 +255,12 @@ class _Training:
         metrics: dict[str, Any],
         best_epoch: int | None,
     ) -> None:
-        """Tables, predictions and figures; metrics.json comes last, because it marks a run as done."""
+        """Write tables, predictions and figures; metrics.json comes last, because it marks a run as done."""
         if test:
             with atomic(self.folder / "per_gene.csv") as path:
                 mean_per_gene([scored.result.per_gene for scored in test]).to_csv(path, index=False)
             with self.watch("write"):
-                from prts.report.results import write_predictions  # plotting takes seconds to import
+                from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)
         metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
@@ -278,16 +278,16 @@ class EpochHistory(pl.Callback):
         self._epoch: int | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the epoch: its training figures are logged after this."""
+        """Remember the epoch, because its training metrics are logged after this."""
         if not trainer.sanity_checking:
             self._epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the figures of the epoch before."""
+        """Keep the metrics of the previous epoch."""
         self._keep(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the figures of the last epoch."""
+        """Keep the metrics of the last epoch."""
         self._keep(trainer)
 
     def _keep(self, trainer: pl.Trainer) -> None:
@@ -304,7 +304,7 @@ class EpochHistory(pl.Callback):
 
 
 def _remove_results(folder: Path) -> None:
-    """Of an earlier run in the same folder: they would be next to a config that is not theirs."""
+    """Remove files of an earlier run in the same folder, which would not match the new config."""
     stale = (
         folder / "metrics.json",
         folder / "per_gene.csv",

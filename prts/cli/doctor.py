@@ -1,9 +1,9 @@
-"""Check the installation, the accelerator, folders and a model, and print a fix for each failure.
+"""Check the installation, accelerator, folders and model, and print a fix for each failure.
 
 usage: prts doctor [bundle=DIR] [paths.data_dir=DIR] [paths.cache_dir=DIR]
 
-Prints PASS, WARN or FAIL for the versions, optional extras, GPU, data and cache folders, and for a bundle: its encoder's weights, package
-versions and origin. The exit status is 2 if a check fails.
+Prints PASS, WARN or FAIL for versions, optional extras, GPU, and the data and cache folders. With bundle=DIR it also checks the model's
+encoder weights, package versions and origin. The exit status is 2 if a check fails.
 
 example: prts doctor bundle=outputs/demo/make/model
 """
@@ -149,7 +149,7 @@ def _provenance(about: dict[str, Any]) -> Iterator[Check]:
     yield (
         ("WARN", "bundle packages", f"made with {', '.join(other)}")
         if other
-        else ("PASS", "bundle packages", "the same versions as here")
+        else ("PASS", "bundle packages", "same versions as here")
     )
 
     made = about.get("provenance")

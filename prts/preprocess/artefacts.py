@@ -83,7 +83,7 @@ def log_artefacts(section: str, kinds: pd.Series) -> dict[str, int]:
     """Log the number of nuclei of each kind, and return it."""
     counts = {kind: int((kinds == kind).sum()) for kind in KINDS[1:]}
     said = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) or "none"
-    logger.info("%s: artefacts among %d nuclei: %s", section, len(kinds), said)
+    logger.info("%s: artifacts among %d nuclei: %s", section, len(kinds), said)
     return counts
 
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Gray level. Of the images that the limits were chosen on (three her2st sections, CMU-1, histo.jpg, 78 of nuclei_dsb2018, three simulated
-# sections) the darkest has a median of 132; fluorescence is below 30.
+# Gray level. The limits were chosen on three her2st sections, CMU-1, histo.jpg, 78 images of nuclei_dsb2018 and three simulated sections.
+# The darkest of them has a median of 132; fluorescence is below 30.
 _DARK = 60.0
 # A pixel is colored if its channels span more gray levels than noise does. Hematoxylin and eosin, blue to pink, both absorb green
-# most: in the images above green is the lowest channel of at least 75 % of the colored pixels, in a dozen photographs of at most 39 %.
+# most: in the images above green is the lowest channel of at least 75% of the colored pixels, in a dozen photographs of at most 39%.
 _COLOURED, _TIE, _GREEN_LOWEST = 20, 3, 0.5
 # Below this share of colored pixels an image is gray, and its stain unknown.
 _GREY = 0.05

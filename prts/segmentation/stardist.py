@@ -1,4 +1,4 @@
-"""Segmentation of nuclei by StarDist, over slides of any size."""
+"""Segment nuclei with StarDist, in slides of any size."""
 
 from __future__ import annotations
 
@@ -160,9 +160,9 @@ def _load(name: str) -> Any:
         raise ParameterError(
             "segmenter",
             "model",
-            f"{name} is neither a model folder nor a pretrained model for H&E; give a folder or {', '.join(PRETRAINED_MPP)}",
+            f"{name} is neither a model folder nor a pretrained H&E model; give a folder or {', '.join(PRETRAINED_MPP)}",
         )
-    # TensorFlow's log has nothing that users could act on, and torch needs memory of the same GPU
+    # TensorFlow's log contains nothing that users could act on, and torch needs memory on the same GPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)

@@ -123,7 +123,7 @@ def test_split_report_counts_parts_and_refuses_an_empty_one() -> None:
     assert report["sections"]["s"] == report["n"]
     assert report["split"]["guard_um"] == 128
     tiny = splitter({"s": uniform(300, side_um=100.0)}, Roles(["s"], [], []))
-    with pytest.raises(InputError, match="split=blocks: leaves no nucleus for"):
+    with pytest.raises(InputError, match="split=blocks: leaves no nuclei for"):
         split_report(splitter, tiny)
 
 
