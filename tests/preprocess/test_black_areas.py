@@ -65,7 +65,7 @@ def test_fluorescence_on_black_is_still_refused(color, share: float, tmp_path: P
     image = np.zeros((400, 400, 3), np.uint8)
     image[rng.random((40, 40)).repeat(10, 0).repeat(10, 1) < share] = color
     Image.fromarray(image).save(tmp_path / "a.png")
-    with open_slide(tmp_path / "a.png", mpp=0.5) as slide, pytest.raises(InputError, match="a.png: "):
+    with open_slide(tmp_path / "a.png", mpp=0.5) as slide, pytest.raises(InputError, match=r"a\.png: "):
         require_h_and_e(slide)
 
 
