@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from prts._numba import provide_cache
+
 if TYPE_CHECKING:
     from prts.api.evaluate import Scores as Scores
     from prts.api.evaluate import evaluate as evaluate
@@ -36,6 +38,9 @@ _PUBLIC = {
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])
+
+
+provide_cache()
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from prts.cli.config_keys import annotated_fields, optional
 from prts.cli.hydra_errors import explained
 from prts.cli.overrides import quote_paths
 from prts.cli.schema import SCHEMAS, Built, SectionFiles, Simulation, Tissue
+from prts.cli.tidy import tidy
 from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ def check_config(command: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def check(command: str, cfg: DictConfig) -> None:
-    """Check every value of a composed config against the schema of its command.
+    """Check every value of a composed config against the schema of its command, after `tidy`.
 
     Raises
     ------
     ParameterError
         If a value is missing, or has the wrong type or range; the error names its config key.
     """
+    tidy(cfg)
     check_values(command, plain(cfg))
 
 

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import re
+
 from prts.errors import InputError, ParameterError, chain, refusal
 
 INTERRUPTED = 130
 TERMINATED = 143
 
-# The config key of each owner of parameters, where it differs from the owner's name.
+# As torch words it on CUDA, MPS and the CPU, and the libraries that it calls on a GPU.
+_OUT_OF_MEMORY = r"out of memory|DefaultCPUAllocator|_STATUS_ALLOC_FAILED|Invalid buffer size"
+
+# The config key under which the parameters of each owner are set; that of others is their own name.
 _KEYS = {
     "segmenter": "segmentation",
     "likelihood": "loss",
@@ -31,6 +36,8 @@ def exit_status_of(error: BaseException) -> tuple[int, str]:
     known = input_error(error)
     if known is not None:
         return 2, in_config_terms(known)
+    if (memory := device_memory(error)) is not None:
+        return 2, memory
     if (place := refusal(error)) is not None:
         return 2, place
     if isinstance(error, SystemExit):
@@ -44,6 +51,18 @@ def exit_status_of(error: BaseException) -> tuple[int, str]:
     if isinstance(error, HydraException) and error.__cause__ is None:
         return 2, lines[0] or type(error).__name__
     return 1, f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+
+
+def device_memory(error: BaseException | None) -> str | None:
+    """Message if a device or torch ran out of memory, else None."""
+    for each in chain(error):
+        text = " ".join(str(each).split())
+        if isinstance(each, RuntimeError) and re.search(_OUT_OF_MEMORY, text):
+            return (
+                f"out of memory ({text.split('. ')[0]}); lower encoder.batch_size (features) or data.batch_size (training), "
+                "or use another device (encoder.device=cpu, trainer=cpu)"
+            )
+    return None
 
 
 def input_error(error: BaseException | None) -> InputError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -53,8 +54,24 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
         if not (equals and is_path and value) or value in ("null", "???") or value[0] in "'\"" or "${" in value or grid:
             found.append(argument)
         else:
-            found.append(f"{key}={quoted(value)}")
+            found.append(f"{key}={quoted(_in_home(value))}")
     return found
+
+
+def expanded(value: str) -> str:
+    """A path with `~` or `~user` at its start replaced by that home folder, as a shell does; other text as it is.
+
+    Examples
+    --------
+    >>> expanded("slides/a~b.tif")
+    'slides/a~b.tif'
+    """
+    return os.path.expanduser(value) if value.startswith("~") else value  # noqa: PTH111  (keeps text as it is)
+
+
+def _in_home(value: str) -> str:
+    """A path with `~` at its start expanded, which shells do only at the start of a word."""
+    return expanded(value) if not Path(value).exists() else value
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -97,7 +114,7 @@ def config_folders(flags: Sequence[str], ours: Path) -> list[Path]:
     folders = []
     for flag, value in pairwise(flags):
         if flag in _CONFIG_DIR:
-            folder = Path(value)
+            folder = Path(_in_home(value))
             if not folder.is_dir():
                 raise InputError(f"--config-dir {folder}: no such folder")
             flat = sorted(folder.glob("*.yaml"))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
-from prts.errors import InputError
+from prts.errors import InputError, ParameterError
 from prts.features.feature_reader import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
 from prts.preprocess.artefacts import is_artefact
@@ -198,9 +198,9 @@ class PRTSDataModule(pl.LightningDataModule):
         super().__init__()
         self.use = tuple(use)
         if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(BLOCKS):
-            raise InputError(f"data.use: {list(use)} must list some of {', '.join(BLOCKS)}, each once")
+            raise ParameterError("data", "use", f"{list(use)} must list some of {', '.join(BLOCKS)}, each once")
         if batch_size < 2:
-            raise InputError(f"data.batch_size: {batch_size} is too small for batch normalization; use 2 or more")
+            raise ParameterError("data", "batch_size", f"{batch_size} is too small for batch normalization; use 2 or more")
         self.permute = permute
         self.batch_size = batch_size
         self.seed = seed

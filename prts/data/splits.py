@@ -129,13 +129,13 @@ class Blocks:
 
     def __post_init__(self) -> None:
         if self.folds < 2:
-            raise InputError(f"split.folds: {self.folds} is too few; use 2 or more")
+            raise ParameterError("split", "folds", f"{self.folds} is too few; use 2 or more")
         if not 0 <= self.fold < self.folds:
-            raise InputError(f"split.fold: {self.fold} does not exist; folds are numbered 0 to {self.folds - 1}")
+            raise ParameterError("split", "fold", f"{self.fold} does not exist; folds are numbered 0 to {self.folds - 1}")
         if self.blocks_per_fold < 1:
-            raise InputError(f"split.blocks_per_fold: {self.blocks_per_fold} is too few; use 1 or more")
+            raise ParameterError("split", "blocks_per_fold", f"{self.blocks_per_fold} is too few; use 1 or more")
         if self.guard_um < TILE_UM:
-            raise InputError(f"split.guard_um: {self.guard_um:g} is less than the tile; use {TILE_UM:g} um or more")
+            raise ParameterError("split", "guard_um", f"{self.guard_um:g} is less than the tile; use {TILE_UM:g} um or more")
 
     def settings(self) -> dict[str, Any]:
         """All parameters."""
@@ -152,8 +152,10 @@ class Blocks:
         missing = roles.missing
         _refuse_nothing_to_carve("blocks", missing)
         if len(missing) >= self.folds:
-            raise InputError(
-                f"split.folds: {self.folds} leave nothing to train on once validation and test are held out; use 3 or more"
+            raise ParameterError(
+                "split",
+                "folds",
+                f"{self.folds} leave nothing to train on once validation and test are held out; use 3 or more"
             )
         parts = _whole_sections(xy_um, roles)
         for name in roles.train:
@@ -188,7 +190,7 @@ class Random:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 0.5:
-            raise InputError(f"split.fraction: {self.fraction:g} is out of range; use a value between 0 and 0.5")
+            raise ParameterError("split", "fraction", f"{self.fraction:g} is out of range; use a value between 0 and 0.5")
 
     def settings(self) -> dict[str, Any]:
         """All parameters."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from prts.errors import InputError, ParameterError, did_you_mean
 from prts.io.h5_checks import DAMAGED, check_h5
 from prts.io.nuclei import load_nuclei
-from prts.io.prediction import nuclei_path, require_scale
+from prts.io.prediction import nuclei_path, plain_text, require_scale
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class PredictionFile:
     def chunks(self, columns: NDArray[np.intp], size: int = CHUNK) -> Iterator[tuple[slice, NDArray[np.float32]]]:
         """Yield slices of rows in order, with the expected UMI of the genes at `columns`, (n_rows, n_columns)."""
         with h5py.File(self.path) as file:
-            x = file["X"]
+            x = by_rows(file["X"])
             starts = range(0, len(self.obs), size)
             for start in track(starts, f"export {self.path.stem}", total=len(starts)):
                 rows = slice(start, min(start + size, len(self.obs)))
@@ -114,7 +114,7 @@ def open_prediction(path: Path) -> PredictionFile:
         with h5py.File(path) as file:
             obs, var, uns, xy_px = (read_elem(file[key]) for key in ("obs", "var", "uns", "obsm/spatial"))
             shape = _shape(file["X"])
-        obs.index, var.index = obs.index.astype(str), var.index.astype(str)
+        obs, var = plain_text(obs), plain_text(var)
         xy_px = np.asarray(xy_px, dtype=np.float64).reshape(len(obs), 2)
     except Exception as error:  # anndata can raise anything on a malformed HDF5 file
         raise InputError(f"{path}: is not a prediction of `prts predict` ({error})") from error
@@ -129,8 +129,29 @@ def _shape(x: h5py.Group | h5py.Dataset) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _rows(x: h5py.Group | h5py.Dataset, rows: slice, width: int) -> NDArray[np.float32]:
-    """Rows of a matrix that is stored dense or as CSR, (n_rows, width)."""
+def by_rows(x: h5py.Group | h5py.Dataset) -> Any:
+    """A matrix of a file that can be read by rows; one that another program stored by columns is converted in memory.
+
+    Raises
+    ------
+    InputError
+        If it is damaged.
+    """
+    kind = x.attrs.get("encoding-type") if isinstance(x, h5py.Group) else None
+    if kind != "csc_matrix":
+        return x
+    try:
+        matrix = sp.csc_matrix((x["data"][:], x["indices"][:], x["indptr"][:]), _shape(x))
+        matrix.check_format(full_check=True)
+    except DAMAGED as error:
+        raise InputError(f"{x.file.filename}: {x.name.strip('/')} is damaged ({error}); predict again") from error
+    return matrix.tocsr()
+
+
+def _rows(x: Any, rows: slice, width: int) -> NDArray[np.float32]:
+    """Rows of a matrix that is stored dense or as CSR, or in memory, (n_rows, width)."""
+    if sp.issparse(x):
+        return np.asarray(x[rows].toarray(), dtype=np.float32)
     if isinstance(x, h5py.Dataset):
         return np.asarray(x[rows], dtype=np.float32)
     pointers = x["indptr"][rows.start : rows.stop + 1]

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 
 from prts.errors import InputError, ParameterError
+from prts.export.source import by_rows
 from prts.io.cache import atomic
 from prts.io.slide import Slide, open_slide
 
@@ -126,6 +128,9 @@ def _table(prediction: PredictionFile, columns: NDArray[np.intp]) -> ad.AnnData:
     width = len(prediction.var)
 
     def lazy(element: h5py.Group | h5py.Dataset) -> Any:
+        stored = by_rows(element)
+        if sp.issparse(stored):
+            return stored[:, columns]
         matrix = read_elem_lazy(element, chunks=(_ROWS, width))
         if np.array_equal(columns, np.arange(width)):
             return matrix

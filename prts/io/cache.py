@@ -136,6 +136,8 @@ def _replace(temporary: Path, path: Path) -> None:
 
 def _is_dead(pid: str) -> bool:
     """Whether a process of this machine has ended."""
+    if os.name == "nt":  # there, signal 0 interrupts
+        return False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

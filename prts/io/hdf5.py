@@ -97,7 +97,7 @@ class _Sink(io.RawIOBase):
         self.error: OSError | None = None
         self._at = self._end = 0
         self._refused: list[tuple[int, bytes]] = []
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o666)
 
     def readable(self) -> bool:
         return True
@@ -121,7 +121,7 @@ class _Sink(io.RawIOBase):
             try:
                 done = 0
                 while done < len(view):
-                    done += os.pwrite(self._file, view[done:], self._at + done)
+                    done += _write(self._file, view[done:], self._at + done)
             except OSError as error:
                 self.error = error
         if self.error is not None:  # also later writes that would succeed: writes may overlap
@@ -133,7 +133,7 @@ class _Sink(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")
         size = min(len(view), max(0, self._end - self._at))
-        stored = os.pread(self._file, size, self._at)
+        stored = _read(self._file, size, self._at)
         view[:size] = stored + bytes(size - len(stored))
         for at, data in self._refused:
             start, stop = max(at, self._at), min(at + len(data), self._at + size)
@@ -155,3 +155,21 @@ class _Sink(io.RawIOBase):
         if not self.closed:
             os.close(self._file)
         super().close()
+
+
+# Windows has neither of them, and needs another one.
+_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+def _read(file: int, size: int, at: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file, size, at)
+    os.lseek(file, at, os.SEEK_SET)
+    return os.read(file, size)
+
+
+def _write(file: int, data: memoryview, at: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file, data, at)
+    os.lseek(file, at, os.SEEK_SET)
+    return os.write(file, data)

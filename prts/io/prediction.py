@@ -14,6 +14,7 @@ import anndata as ad
 import h5py
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 import shapely
 from anndata.io import write_elem
 from numpy.typing import ArrayLike, NDArray
@@ -270,6 +271,33 @@ def read_prediction(path: Path) -> ad.AnnData:
     values = prediction.X.data if hasattr(prediction.X, "indptr") else prediction.X
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise InputError(f"{path}: X contains negative or non-finite values; give UMI counts")
+    return _as_written(prediction)
+
+
+def plain_text(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose text, also that of its index, is str: newer versions of anndata store nullable strings."""
+    table = table.copy()
+    table.index = table.index.astype(str).astype(object)
+    for name in table.columns:
+        if isinstance(table[name].dtype, pd.StringDtype):
+            table[name] = table[name].astype(object)
+        elif isinstance(table[name].dtype, pd.CategoricalDtype):
+            words = table[name].cat.categories
+            if isinstance(words.dtype, pd.StringDtype):
+                table[name] = table[name].cat.rename_categories(list(words))
+    return table
+
+
+def _as_written(prediction: ad.AnnData) -> ad.AnnData:
+    """A prediction that another program may have saved again, in the layout of `PredictionWriter`."""
+    if not (sp.issparse(prediction.X) and prediction.X.format == "csr"):
+        prediction.X = sp.csr_matrix(prediction.X)
+    for name, layer in list(prediction.layers.items()):
+        if name == "prob" and sp.issparse(layer):
+            prediction.layers[name] = layer.toarray()
+        elif name != "prob" and not (sp.issparse(layer) and layer.format == "csr"):
+            prediction.layers[name] = sp.csr_matrix(layer)
+    prediction.obs, prediction.var = plain_text(prediction.obs), plain_text(prediction.var)
     return prediction
 
 

@@ -86,6 +86,11 @@ class EpochCheckpoint(pl.Callback):
         if isinstance(datamodule := getattr(trainer, "datamodule", None), PRTSDataModule):
             datamodule.first_epoch = checkpoint["epoch"]
 
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self._path.parent
+
     def remove(self) -> None:
         """Delete the file of a finished run."""
         self._path.unlink(missing_ok=True)

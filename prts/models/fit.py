@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytorch_lightning as pl
@@ -23,8 +26,6 @@ from prts.models.network import PRTSNet
 from prts.models.output import OutputSettings
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from prts.data.datamodule import PRTSDataModule
     from prts.models.checkpoint import EpochCheckpoint
 
@@ -96,6 +97,19 @@ def _make(owner: str, factory: Callable[..., Any], *args: Any, **kwargs: Any) ->
         raise ParameterError(owner, "", str(error)) from error
 
 
+def _root(checkpoint: EpochCheckpoint | None) -> Path:
+    """Where Lightning writes `hpc_ckpt_*.ckpt` when SLURM requeues a job.
+
+    It would read such a file before any other, also one that another experiment left in the working folder. Runs resume from the
+    checkpoint of their last epoch instead.
+    """
+    if checkpoint is None:
+        return Path(tempfile.gettempdir()) / f"prts-{os.getpid()}"
+    for stray in checkpoint.folder.glob("hpc_ckpt_*.ckpt"):
+        stray.unlink(missing_ok=True)
+    return checkpoint.folder
+
+
 class Fitted(NamedTuple):
     """A fitted model.
 
@@ -159,7 +173,8 @@ def fit(
         net.start_at(likelihood.start)
     module = PRTSModule(net, likelihood, recipe.optimizer, recipe.scheduler)
     callbacks = [*recipe.callbacks] if checkpoint is None else [checkpoint, *recipe.callbacks]
-    trainer = recipe.trainer(callbacks=callbacks, logger=start_loggers() or False)
+    root = _root(checkpoint)
+    trainer = recipe.trainer(callbacks=callbacks, logger=start_loggers() or False, default_root_dir=str(root))
     logger.info("network: %s on %s", trainer.precision, trainer.strategy.root_device)
     if resume_from is not None:
         logger.info("resuming from %s", resume_from)

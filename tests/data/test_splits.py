@@ -142,7 +142,7 @@ def test_blocks_refuses_values_outside_its_limits(arguments: dict[str, int], key
 
 
 def test_blocks_refuses_two_folds_for_three_parts_and_a_tissue_that_lacks_nothing() -> None:
-    with pytest.raises(InputError, match=r"split\.folds"):
+    with pytest.raises(InputError, match=r"split folds"):
         Blocks(folds=2)({"s": uniform(50)}, Roles(["s"], [], []))
     with pytest.raises(InputError, match="split=by_section"):
         Blocks()({"s": uniform(5), "v": uniform(5), "t": uniform(5)}, Roles(["s"], ["v"], ["t"]))

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import shapely
 import tifffile
 
@@ -19,7 +20,7 @@ from prts.export.pipeline import export_prediction
 from prts.export.source import open_prediction
 from prts.export.tables import write_csv
 from prts.io.nuclei import read_nuclei
-from prts.io.prediction import PredictionWriter, nuclei_path, spatial_uns
+from prts.io.prediction import PredictionWriter, nuclei_path, read_prediction, spatial_uns
 
 MPP, WIDTH, HEIGHT = 0.5, 1500, 1100
 GENES = ["Plp1", "HLA-DRA", 'a"b', "Mbp"]
@@ -57,6 +58,57 @@ def write_prediction(path, n=60, genes=GENES, seed=0):
 @pytest.fixture
 def prediction(tmp_path):
     return write_prediction(tmp_path / "a slide, = é.h5ad")
+
+
+def saved_again(made, layout):
+    """Save a prediction as another program would."""
+    ad.settings.allow_write_nullable_strings = True
+    table = ad.read_h5ad(made.path)
+    if layout == "csc":
+        table.X = sp.csc_matrix(table.X)
+        table.layers["prob"] = sp.csc_matrix(table.layers["prob"])
+    elif layout == "dense":
+        table.X = table.X.toarray()
+        del table.layers["prob"]
+    else:
+        table.obs["cluster"] = table.obs["cluster"].astype("string")
+        table.var["gene_id"] = table.var["gene_id"].astype("string")
+        table.obs.index, table.var.index = table.obs.index.astype("string"), table.var.index.astype("string")
+    table.write_h5ad(made.path, compression="gzip" if layout == "csc" else None)
+    ad.settings.allow_write_nullable_strings = False
+
+
+@pytest.mark.parametrize("layout", ["csc", "dense", "strings"])
+@pytest.mark.parametrize("n", [3, 60])
+def test_a_prediction_saved_again_is_read_rightly(prediction, tmp_path, layout, n):
+    """With fewer nuclei than genes, rows could be taken for columns unnoticed."""
+    made = write_prediction(tmp_path / "again.h5ad", n=n, genes=[f"g{i}" for i in range(8)])
+    saved_again(made, layout)
+    genes = ["g6", "g1"]
+    for form in ("csv", "parquet"):
+        assert export(made, form, tmp_path / f"t.{form}", "genes=[g6,g1]") == 0
+    for table in (pd.read_csv(tmp_path / "t.csv"), pd.read_parquet(tmp_path / "t.parquet")):
+        np.testing.assert_allclose(table[genes], made.umi[:, [6, 1]], rtol=1e-5)
+        assert table["cell_id"].tolist() == made.nuclei["cell_id"].tolist()
+    assert export(made, "geojson", tmp_path / "t.geojson", "genes=[g6]") == 0
+    features = json.loads((tmp_path / "t.geojson").read_text())["features"]
+    np.testing.assert_allclose([f["properties"]["measurements"]["g6"] for f in features], made.umi[:, 6], atol=1e-6)
+    read = read_prediction(made.path)
+    np.testing.assert_array_equal(read.X.toarray(), made.umi)
+    assert read.X.format == "csr" and read.obs.index.dtype == read.var["gene_id"].dtype == object
+    if layout != "dense":
+        np.testing.assert_array_equal(read.layers["prob"], made.prob)
+
+
+@pytest.mark.parametrize("layout", ["csc", "dense", "strings"])
+def test_a_prediction_saved_again_becomes_spatialdata(tmp_path, layout):
+    spatialdata = pytest.importorskip("spatialdata")
+    made = write_prediction(tmp_path / "again.h5ad")
+    saved_again(made, layout)
+    export_prediction(made.path, tmp_path / "s.zarr", format="spatialdata", genes=["Mbp", "Plp1"])
+    table = spatialdata.read_zarr(tmp_path / "s.zarr").tables["prediction"]
+    values = table.X.toarray() if sp.issparse(table.X) else np.asarray(table.X)
+    np.testing.assert_array_equal(values, made.umi[:, [3, 0]])
 
 
 def export(prediction, form, out, *more):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from prts.data.datamodule import PRTSDataModule
 from prts.data.nucleus_set import NucleusSet
 from prts.errors import ParameterError
+from prts.models.checkpoint import NAME, EpochCheckpoint
 from prts.models.fit import Recipe, fit
 from prts.models.likelihoods.hurdle import Hurdle
 from prts.models.likelihoods.paper import Paper
@@ -116,6 +118,20 @@ def test_what_cannot_work_is_refused_at_once(changes: dict[str, Any], message: s
     with pytest.raises(ParameterError, match=f"^{message}") as refusal:
         recipe(**changes)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("place", ["working folder", "run folder", "no checkpoints"])
+def test_a_checkpoint_that_slurm_left_behind_is_never_read(
+    poisson_nuclei: Draw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        (run if place == "run folder" else tmp_path).joinpath(f"hpc_ckpt_{number}.ckpt").write_bytes(b"another run's")
+    checkpoint = None if place == "no checkpoints" else EpochCheckpoint(run / NAME, {})
+    fit(recipe(), data([poisson_nuclei(100, 1)], [poisson_nuclei(50, 2)]), checkpoint=checkpoint)
+    assert len(list(tmp_path.glob("hpc_ckpt_*"))) == (0 if place == "run folder" else 2)  # not ours to delete
 
 
 def test_a_run_without_a_step_is_refused(poisson_nuclei: Draw) -> None:
