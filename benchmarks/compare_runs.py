@@ -2,8 +2,8 @@
 
 usage: python -m benchmarks.compare_runs RUN_DIR OTHER_RUN_DIR
 
-RUN minus OTHER, for every validation and test section: resampled blocks of tissue, the same for both. The caches that the runs used must still
-be there.
+RUN minus OTHER, for every validation and test section: resampled blocks of tissue, the same for both. The caches that the runs used
+must still be there.
 """
 
 from __future__ import annotations
