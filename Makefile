@@ -35,12 +35,12 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The documentation in docs/_build/html; a warning fails the build, and nothing is fetched.
+# The documentation in docs/_build/html; warnings fail the build, and nothing is downloaded.
 docs: setup
 	rm -rf docs/reference/generated
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs docs/_build/html
 
-# Speed and memory, about 15 minutes on two idle cores; PARTS="counts train" measures some stages only.
+# Speed and memory, about 15 minutes on two idle cores; PARTS="counts train" measures only some stages.
 bench: setup
 	$(BIN)/python -m benchmarks $(PARTS)
 

@@ -62,8 +62,8 @@ def compare(folder: str | None, rounds: int) -> dict[str, Any]:
     """Ours and the straightforward way, interleaved, on bins that are in memory; refuses counts that differ."""
     from benchmarks import straightforward
     from benchmarks.machine import copy_bandwidth
+    from prts.platforms.bin_counts import nucleus_of_bins, sum_bins
     from prts.platforms.bin_positions import read_positions
-    from prts.preprocess.counts import nucleus_of_bins, sum_bins
 
     bins, nuclei = _section(folder)
     grid, held = read_positions(bins), Held(bins)

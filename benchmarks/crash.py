@@ -185,7 +185,7 @@ def check(command: Command, kills: int, rng: random.Random, work: Path) -> int:
         before, whole = log.read_text(), chunks(root)
         status = finish(start(prts(command.arguments(root, True)), log))
         after = log.read_text()[len(before) :]
-        found = re.search(r"\.parts: (\d+) of \d+ chunks were done before", after)
+        found = re.search(r"\.parts: (\d+) of \d+ chunks are already done", after)
         kept = int(found[1]) if found else 0
         met[stage(command.name, before)] += 1
         got = contents(root)

@@ -100,7 +100,8 @@ def make(folder: str, n: int, genes: int) -> None:
 
     from prts.features.store import Rows, write_store
     from prts.io.nuclei import make_nuclei, write_nuclei
-    from prts.models.bundle import GIVEN_KEYS, save_bundle
+    from prts.models.bundle import save_bundle
+    from prts.models.bundle_description import GIVEN_KEYS
 
     rng, where = np.random.default_rng(0), Path(folder)
     predictor = _predictor(genes)

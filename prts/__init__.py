@@ -4,7 +4,7 @@
 >>> model = prts.Model.load("outputs/demo/make/model")  # doctest: +SKIP
 >>> adata = model.predict("slide.svs", nuclei="watershed")  # doctest: +SKIP
 
-Names are imported when they are first used: `import prts` itself takes milliseconds.
+Names are imported on first use, so `import prts` takes milliseconds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prts.api.evaluate import Scores as Scores
     from prts.api.evaluate import evaluate as evaluate
     from prts.api.model import Model as Model
+    from prts.api.polygons import nuclei_of as nuclei_of
     from prts.errors import InputError as InputError
     from prts.features import encoders as encoders
     from prts.section import Section as Section
@@ -29,6 +30,7 @@ _PUBLIC = {
     "Section": "prts.section",
     "encoders": "prts.features.encoders",
     "evaluate": "prts.api.evaluate",
+    "nuclei_of": "prts.api.polygons",
     "read_section": "prts.section",
     "read_visium_hd": "prts.section",
 }

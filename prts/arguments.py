@@ -1,6 +1,6 @@
-"""Checks arguments, as YAML or JSON hold them, against the type annotations of what they are for.
+"""Check plain arguments, as in YAML or JSON, against the type annotations of the callable they are for.
 
-A value keeps its kind: a whole number passes for a number and a list for a tuple, but `"3"` is not a number and `true` is not 1.
+Values are not converted: a whole number is accepted as a number and a list as a tuple, but `"3"` is not a number and `true` is not 1.
 Ranges and choices are stated once, in the annotation: `Annotated[int, Field(ge=16, le=256)]`, `Literal["exact", "grid"]`.
 """
 
@@ -26,7 +26,7 @@ from prts.errors import ParameterError, did_you_mean
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
 
-# What an annotation may do that pydantic or Python cannot make sense of: such a parameter is left to its owner.
+# Errors of annotations that pydantic or Python cannot interpret: such a parameter is left to its owner.
 _NO_SCHEMA = (PydanticUserError, PydanticSchemaGenerationError, NameError, TypeError, AttributeError)
 _NAMES = {
     bool: "true or false",
@@ -40,7 +40,7 @@ _NAMES = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a callable: its annotation, None where it has none that can be checked, and whether it must be given."""
+    """A parameter of a callable: its annotation, None if it cannot be checked, and whether it is required."""
 
     annotation: Any
     required: bool
@@ -95,7 +95,7 @@ def checked_call(factory: Callable[..., T], settings: Mapping[str, Any], owner: 
     Raises
     ------
     ParameterError
-        If a setting is unknown or missing, or its value is not of the annotated kind or range.
+        If a setting is unknown or missing, or its value is not of the annotated type or range.
 
     Examples
     --------
@@ -130,7 +130,7 @@ def check_settings(
     Raises
     ------
     ParameterError
-        If a setting is unknown or missing, or its value is not of the annotated kind or range.
+        If a setting is unknown or missing, or its value is not of the annotated type or range.
     """
     known, is_open = parameters(factory)
     checked = {}
@@ -157,7 +157,7 @@ def check_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
     Raises
     ------
     ParameterError
-        If it is not of that kind or outside the range; the message says what is accepted.
+        If it has the wrong type or is out of range; the message says what is accepted.
     """
     adapter = _adapter(annotation)
     if adapter is None:
@@ -169,14 +169,14 @@ def check_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
     except ValidationError:
         pass
     try:
-        # strict JSON is what is meant: lists for tuples, text for paths and enums, and no other conversions
+        # strict JSON mode: lists for tuples, text for paths and enums, and no other conversions
         return adapter.validate_json(json.dumps(value, default=_plain), strict=True)
     except (ValidationError, ValueError, TypeError, AttributeError) as error:
         raise ParameterError(owner, name, f"{shown(value)} is not accepted; give {expected(annotation)}") from error
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: a path as text, an array or any other sequence (such as a config's list) as a list."""
+    """Convert for JSON: a path to text, an array or any other sequence (such as a config's list) to a list."""
     if isinstance(value, PurePath):
         return str(value)
     return list(value) if isinstance(value, Sequence) else value.tolist()
@@ -190,7 +190,7 @@ def parameters(factory: Callable[..., Any]) -> tuple[dict[str, Parameter], bool]
     """
     functions = [factory]
     for kind in getattr(factory, "__mro__", (factory,)):
-        if "__signature__" in getattr(kind, "__dict__", {}):  # stated by hand, types and all
+        if "__signature__" in getattr(kind, "__dict__", {}):  # set explicitly, with types
             given = inspect.signature(kind).parameters.values()
             return {each.name: Parameter(each.annotation, each.default is each.empty) for each in given}, False
         if "__init__" in getattr(kind, "__dict__", {}):
@@ -223,9 +223,9 @@ def _resolve(annotation: Any, scope: dict[str, Any]) -> Any:
         return None
     if isinstance(annotation, str):
         try:
-            return eval(annotation, scope)  # as typing.get_type_hints does, but one parameter at a time
+            return eval(annotation, scope)  # like typing.get_type_hints, but one parameter at a time
         except _NO_SCHEMA:
-            return None  # of a module that is imported for type checkers only
+            return None  # from a module that is imported for type checkers only
     return annotation
 
 
@@ -236,7 +236,7 @@ def _cached_adapter(annotation: Any) -> TypeAdapter[Any] | None:
     except PydanticUserError as error:
         if error.code != "type-adapter-config-unused":
             return None
-        return TypeAdapter(annotation)  # a dataclass or model has a config already
+        return TypeAdapter(annotation)  # a dataclass or model already has a config
     except _NO_SCHEMA:
         return None
 
@@ -251,7 +251,7 @@ def _adapter(annotation: Any) -> TypeAdapter[Any] | None:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML writes it, within one line."""
+    """A value as in YAML, on one line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     text = repr(value)
@@ -259,7 +259,7 @@ def shown(value: Any) -> str:
 
 
 def expected(annotation: Any) -> str:
-    """What an annotation accepts, in words.
+    """Describe in words what an annotation accepts.
 
     Examples
     --------

@@ -96,7 +96,7 @@ def download_section(spec: SectionSpec) -> list[Path]:
     Raises
     ------
     InputError
-        As `download`, and if the folder or the urls are missing.
+        As for `download`, and if the folder or the URLs are missing.
     """
     node = spec.download or {}
     if not node.get("folder") or not node.get("urls"):
@@ -206,7 +206,7 @@ def _fetch_file(source: Mapping[str, Any], path: Path) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     known = next((f"{kind}:{source[kind]}" for kind in _HASHES if source.get(kind)), None)
-    pooch.get_logger().setLevel(logging.WARNING)  # its messages are about "data" and "known_hash"
+    pooch.get_logger().setLevel(logging.WARNING)  # pooch's own messages are about "data" and "known_hash"
     logger.info("downloading %s", source["url"])
     try:
         pooch.retrieve(

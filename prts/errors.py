@@ -19,7 +19,7 @@ class InputError(Exception):
 
     def __init__(self, message: object) -> None:
         line = " ".join(str(message).split())
-        # text quoted from a file could control the terminal, or flood it
+        # text quoted from a file could control or flood the terminal
         line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
         if len(line) > _LONGEST:
             line = f"{line[: _LONGEST // 2]} [...] {line[-_LONGEST // 2 :]}"
@@ -70,7 +70,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def some_of(names: Iterable[str], n: int = 3) -> str:
-    """The first few of many names for a message.
+    """Shorten a list of names for a message.
 
     Examples
     --------
@@ -115,5 +115,5 @@ def refusal(error: BaseException | None) -> str | None:
         if isinstance(each, PermissionError) or getattr(each, "errno", None) == errno.EROFS or "Read-only" in text:
             return f"{where}cannot be read or written ({text}); change the permissions or choose another place"
         if isinstance(each, MemoryError):
-            return f"not enough memory ({text or 'none left'}); use a machine with more, a smaller image or a smaller batch"
+            return f"not enough memory ({text or 'none left'}); use a machine with more memory, a smaller image or a smaller batch"
     return None

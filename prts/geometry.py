@@ -165,7 +165,7 @@ def _settle(inside: Ints, doubtful: Ints, polygons: PolygonArray, lattice: _Latt
     asked = polygons[polygon]
     shapely.prepare(asked)
     within = shapely.contains_xy(asked, x, y)
-    shapely.destroy_prepared(asked)  # they belong to the caller
+    shapely.destroy_prepared(asked)  # the caller owns the arrays
     at = np.minimum(np.searchsorted(doubtful, inside), len(doubtful) - 1)
     # A point found twice (where a ring touches itself) is on an edge, and so among the doubtful ones.
     return np.sort(np.concatenate([inside[doubtful[at] != inside], doubtful[within]]))

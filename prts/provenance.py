@@ -30,12 +30,12 @@ def code() -> dict[str, Any]:
         found["commit"] = git("rev-parse", "HEAD")
         found["changed"] = bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
-        pass  # git is not installed, or the checkout belongs to another user: the version has to do
+        pass  # git is not installed, or the checkout belongs to another user: the version is all we have
     return found
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """What identifies a file on any machine: its name, size, and the SHA-256 of its first and last MiB."""
+    """Identity of a file on any machine: its name, size, and the SHA-256 of its first and last MiB."""
     found = file_identity(path)
     return {"name": path.name, "size": found["size"], "sha256_of_ends": found["sha256"]}
 

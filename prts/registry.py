@@ -1,13 +1,13 @@
-"""Named kinds of things: encoders, segmenters, likelihoods, stain methods and platforms.
+"""Registries of encoders, segmenters, likelihoods, stain methods and platforms.
 
-A kind has one registry. It finds its built-in members by importing the modules of one package, and those of other installed packages
+Each kind has one registry. It finds built-in members by importing the modules of one package, and members in other installed packages
 through an entry point, so that an addition is one file:
 
 >>> from prts.features.encoders import encoders
 >>> "classical" in encoders.names()
 True
 
-Bundles and configs name members; nothing is ever imported because a file says so.
+Bundles and configs refer to members by name, so reading a file never imports code that it names.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """The members of one kind by name.
+    """The members of one kind, by name.
 
     Parameters
     ----------
     kind
-        What a member is called in messages, such as `encoder`.
+        The kind as it appears in messages, such as `encoder`.
     package
         The package whose modules register the built-in members with `register`.
     group
@@ -52,17 +52,17 @@ class Registry(Generic[T]):
         Parameters
         ----------
         name
-            What configs, bundles and the Python API call the member.
+            Name of the member in configs, bundles and the Python API.
 
         Raises
         ------
         ValueError
-            If another class has that name.
+            If another class has the same name.
         """
 
         def add(member: type[T]) -> type[T]:
             known = self._members.get(name)
-            # a module that is imported again defines the same class again
+            # importing a module again redefines the same class
             if known is not None and (known.__module__, known.__qualname__) != (member.__module__, member.__qualname__):
                 raise ValueError(f"{self.kind} {name!r} is already registered by {known.__module__}")
             member.name = name  # type: ignore[attr-defined]
@@ -80,12 +80,12 @@ class Registry(Generic[T]):
         return name in self.names()
 
     def __getitem__(self, name: str) -> type[T]:
-        """The member of that name.
+        """The member with this name.
 
         Raises
         ------
         ParameterError
-            If there is none, or the package that offers it cannot be imported.
+            If there is none, or its package cannot be imported.
         """
         self._discover()
         if name not in self._members:
@@ -103,22 +103,22 @@ class Registry(Generic[T]):
         return self._members[name]
 
     def build(self, settings: Mapping[str, Any], **extra: Any) -> T:
-        """Make a member from plain settings, such as a config or a bundle holds.
+        """Build a member from plain settings, such as those in a config or a bundle.
 
         Parameters
         ----------
         settings
-            `name`, and arguments of that member.
+            `name`, and arguments for that member.
         extra
-            More arguments, which win over `settings`.
+            More arguments, which override `settings`.
 
         Raises
         ------
         ParameterError
-            If there is no such member, or an argument is unknown, missing or not of the kind and range that the constructor's annotations
+            If there is no such member, or an argument is unknown, missing or not of the type and range that the constructor's annotations
             state.
         """
-        from prts.arguments import checked_call  # with pydantic, which a list of names does not need
+        from prts.arguments import checked_call  # imports pydantic, which is not needed to list names
 
         given = {**settings, **extra}
         name = given.pop("name", None)
@@ -138,7 +138,9 @@ class Registry(Generic[T]):
         found = []
         for point in entry_points(group=self.group):
             if point.name in self._members and self._members[point.name].__module__ != point.module:
-                logger.warning("%s %r of %s is ignored: the name is taken", self.kind, point.name, point.value)
+                logger.warning(
+                    "%s %r of %s is ignored, because the name is already in use", self.kind, point.name, point.value
+                )
             else:
                 found.append(point)
         return found
@@ -150,6 +152,6 @@ class Registry(Generic[T]):
             raise ParameterError(
                 self.kind,
                 "",
-                f"{point.name!r} cannot be imported from {point.value} ({error}); reinstall the package that offers it",
+                f"{point.name!r} cannot be imported from {point.value} ({error}); reinstall the package that provides it",
             ) from error
         return member

@@ -1,4 +1,4 @@
-"""A section: one piece of tissue, its image, and everything that belongs to it; the noun that every stage takes."""
+"""A section: one piece of tissue with its image and everything that belongs to it. Every stage takes one as input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prts.errors import InputError, ParameterError
 from prts.io.mpp import require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
-from prts.io.slide import Slide, StainTransform, open_slide
+from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from prts.platforms.base import Measurement
 
 logger = logging.getLogger(__name__)
+
+# A nucleus of 6 um has 3 px at this um/px: the images of a CytAssist (about 4.6 um/px) and of previews show none.
+_COARSEST_MPP = 2.0
 
 # Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
@@ -42,9 +45,9 @@ _NUCLEI = (
 
 @dataclass(frozen=True)
 class Section:
-    """One piece of tissue whose parts have been checked to belong together.
+    """One piece of tissue, with all parts checked to belong together.
 
-    Made by `read_visium_hd`, `read_section` and `open_section`.
+    Created by `read_visium_hd`, `read_section` and `open_section`.
 
     Attributes
     ----------
@@ -65,9 +68,9 @@ class Section:
     truth
         Ground truth (.h5ad) of a simulated section.
     recolour
-        Change of colors as the image is read.
+        Color change applied as the image is read.
     orientation
-        Rotation and flip as the image is read.
+        Rotation and flip applied as the image is read.
     max_pixels
         Largest image that is decoded as a whole; None: 2^29 px.
     """
@@ -88,7 +91,9 @@ class Section:
 
     def open_slide(self) -> Slide:
         """The image, at the section's um/px."""
-        slide = open_slide(self.image, mpp=self.mpp, orientation=self.orientation, max_pixels=self.max_pixels)
+        slide = reopen_slide(
+            self.image, (self.mpp_source, self.mpp), orientation=self.orientation, max_pixels=self.max_pixels
+        )
         slide.recolour = self.recolour
         return slide
 
@@ -103,7 +108,7 @@ class Section:
         return self.orientation.size(self.width, self.height)
 
     def reading(self) -> dict[str, Any]:
-        """Everything but the file that decides the pixels, JSON-like: part of the fingerprint of all that is made from them."""
+        """Everything except the file that affects the pixels, JSON-like: part of the fingerprint of everything computed from them."""
         found: dict[str, Any] = {}
         if self.recolour is not None:
             found["recolour"] = self.recolour.settings()
@@ -131,9 +136,9 @@ def read_visium_hd(
     image
         The full-resolution H&E image; if None, the only `tissue_image.*` in the section's folder.
     name
-        Name of the section; by default that of its folder.
+        Name of the section; by default the name of its folder.
     mpp
-        um per full-resolution pixel, if the files do not state it.
+        um per full-resolution pixel, if the files do not state it or state a wrong value.
     nuclei
         Nuclei from another tool, in any format that `prts.io.nuclei` reads; if None, Space Ranger's segmentation if it is there.
     spots
@@ -148,7 +153,7 @@ def read_visium_hd(
     Raises
     ------
     InputError
-        If there are no bins, no image or several, or the parts do not belong together.
+        If there are no bins, not exactly one image, or the parts do not belong together.
 
     Examples
     --------
@@ -191,7 +196,7 @@ def read_section(
     image
         The full-resolution H&E image.
     name
-        Name of the section; by default that of the image file.
+        Name of the section; by default the name of the image file.
     mpp
         um per full-resolution pixel, if the image does not state it.
     nuclei
@@ -232,8 +237,8 @@ def open_section(
 ) -> Section:
     """Check that the parts of a section belong together.
 
-    All sources of um/px must agree: `mpp`, the measurement's files, the image's metadata, and `uns["mpp"]` of the spots. The
-    measured positions must be on the image.
+    `mpp` wins over metadata, with a warning; without it, the measurement's files and the image's metadata must agree. Measured
+    positions and `uns["mpp"]` of the spots must always agree with the um/px, and the positions must be on the image.
 
     Parameters
     ----------
@@ -244,7 +249,7 @@ def open_section(
     measurement
         The measured expression, such as `prts.platforms.visium_hd.VisiumHD`.
     mpp
-        um per full-resolution pixel, if the files do not state it.
+        um per full-resolution pixel, if the files do not state it or state a wrong value.
     nuclei
         Nuclei from another tool, in any format that `prts.io.nuclei` reads.
     spots
@@ -282,6 +287,11 @@ def open_section(
             max_pixels=max_pixels,
         )
     if measurement is not None:
+        if section.mpp > _COARSEST_MPP:
+            raise InputError(
+                f"{image}: {section.mpp:.4g} um/px is too coarse to show nuclei, like the image of a CytAssist; give the microscope "
+                "image that Space Ranger was run with as `--image`, or run it again with that option"
+            )
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
     if section.spots is not None:
         _check_spots(section, section.spots)
@@ -294,7 +304,7 @@ def open_section(
 def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixels: int | None = None) -> Section:
     """Open a section's folder as 10x delivers it: `tissue_image.*`, measured counts, and optional files.
 
-    Counts are those of the first platform whose files are there, Visium HD before the others. Nuclei are taken from
+    Counts come from the first platform whose files are found, Visium HD first. Nuclei are taken from
     `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`, spots from
     `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
 
@@ -303,7 +313,7 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
     folder
         The section's folder.
     name
-        Name of the section; by default that of the folder.
+        Name of the section; by default the name of the folder.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
@@ -327,7 +337,7 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
 
 
 def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> Measurement:
-    """A measurement by the name of its platform.
+    """Create a measurement by the name of its platform.
 
     Parameters
     ----------
@@ -341,14 +351,14 @@ def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> M
     Raises
     ------
     ParameterError
-        If there is no such platform, or it does not take these settings.
+        If there is no such platform, or it does not accept these settings.
     """
     kind: Any = platforms[platform]
     try:
         inspect.signature(kind).bind(**settings)
     except TypeError as error:
         raise ParameterError(
-            "section", section, f"the platform {platform} does not take these settings ({error})"
+            "section", section, f"the platform {platform} does not accept these settings ({error})"
         ) from error
     made: Measurement = kind(**settings)
     return made
@@ -372,6 +382,7 @@ def _name(folder: Path) -> str:
 def _image(folder: Path) -> Path:
     """The only full-resolution image in a section's folder."""
     found = (path for pattern in _IMAGES for place in (folder, folder / "outs") for path in place.glob(pattern))
+    found = (path for path in found if not path.name.startswith("._"))  # macOS keeps attributes of files in these
     images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
@@ -398,6 +409,6 @@ def _check_spots(section: Section, path: Path) -> None:
     outside = ((spots.xy < 0) | (spots.xy > (section.width, section.height))).any(axis=1).mean()
     if outside > _MAX_OUTSIDE:
         raise InputError(
-            f"{path}: spots do not belong to this image: {outside:.0%} lie outside {section.image} "
+            f"{path}: spots do not belong to this image: {outside:.0%} are outside {section.image} "
             f"({section.width} x {section.height} px); give positions in its full-resolution pixels"
         )

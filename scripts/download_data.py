@@ -2,7 +2,8 @@
 
 usage: python scripts/download_data.py [TISSUE ...] [--data-dir DIR] [--list]
 
-Without a tissue, all that have a download address. What is there is skipped and a broken download resumes. A section is 5 to 15 GB.
+Without arguments, fetches every tissue that has a download address. Existing files are skipped, and interrupted downloads resume. A section
+is 5 to 15 GB.
 
 example: python scripts/download_data.py brain lung --data-dir /scratch/prts
 """
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tissues", nargs="*", metavar="TISSUE", help="default: all with a download address")
     parser.add_argument("--data-dir", type=Path, default=Path(os.environ.get("PRTS_DATA", "data")))
-    parser.add_argument("--list", action="store_true", help="print the addresses and stop")
+    parser.add_argument("--list", action="store_true", help="print the addresses and exit")
     given = parser.parse_args(argv)
     try:
         found = {name: sections(name, given.data_dir) for name in given.tissues or _known()}

@@ -98,6 +98,14 @@ def test_folders_with_no_image_or_two(tmp_path: Path) -> None:
         open_section_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["._tissue_image.tif", "._sample_tissue_image.btf"])
+def test_files_of_macos_next_to_the_image_are_ignored(name: str, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "tissue_image.tif", MPP)
+    (tmp_path / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" + bytes(4080))
+    (tmp_path / ".DS_Store").touch()
+    assert open_section_folder(tmp_path).image == image
+
+
 def test_um_per_pixel_is_never_taken_from_the_bins_alone(tmp_path: Path) -> None:
     bins, image = write_bins(tmp_path / "square_002um", mpp=None), write_image(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"a\.tif.*set mpp"):
@@ -110,8 +118,27 @@ def test_every_source_is_held_against_every_other(tmp_path: Path) -> None:
     assert open_section("a", write_image(tmp_path / "a.tif", MPP * 1.015), measurement=VisiumHD(bins)).mpp == MPP
     with pytest.raises(InputError, match=r"a\.tif.*0\.5 in scalefactors_json\.json but 0\.25 in the TIFF"):
         open_section("a", write_image(tmp_path / "a.tif", 0.25), measurement=VisiumHD(bins))
-    with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in scalefactors_json\.json"):
+    # bins are a measurement, not metadata
+    with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in the spacing of bins"):
         open_section("a", write_image(tmp_path / "a.tif"), measurement=VisiumHD(bins), mpp=0.25)
+
+
+@pytest.mark.parametrize("stale", [{"mpp": 0.25}, {"mpp": 1.0}, {"mpp": None}])
+def test_a_given_um_per_pixel_wins_over_the_metadata_of_a_section(stale: dict, tmp_path: Path, caplog) -> None:
+    bins = write_bins(tmp_path / "square_002um", **stale)
+    section = open_section("a", write_image(tmp_path / "a.tif", 1.0), measurement=VisiumHD(bins), mpp=MPP)
+    assert (section.mpp, section.mpp_source) == (MPP, "mpp=")
+    assert caplog.text.count("um/px is 0.5 in mpp= but") == 1
+    with section.open_slide() as slide:
+        assert slide.mpp == MPP
+    assert caplog.text.count("um/px is 0.5 in mpp= but") == 1  # once, not each time that the image is opened
+
+
+@pytest.mark.parametrize("mpp", [2.3, 4.6])
+def test_an_image_too_coarse_for_nuclei_is_refused(mpp: float, tmp_path: Path) -> None:
+    bins = write_bins(tmp_path / "square_002um", mpp=mpp, pitch_um=2 * MPP / mpp)
+    with pytest.raises(InputError, match=r"a\.tif: .* um/px is too coarse .*CytAssist; give the microscope image"):
+        open_section("a", write_image(tmp_path / "a.tif", mpp), measurement=VisiumHD(bins))
 
 
 @pytest.mark.parametrize("pitch_um", [1.0, 2.05, 40.0])

@@ -65,7 +65,7 @@ class Config:
 
     @property
     def is_preset(self) -> bool:
-        """Whether the file sets keys of other groups, and so is best shown as it is."""
+        """Whether the file sets keys of other groups, and so is best shown verbatim."""
         return "# @package" in self.text or self.path.parent.name in ("tissue", "broad")
 
 
@@ -90,7 +90,7 @@ def read_config(path: Path) -> Config:
 
 def config_reference(configs: Path = CONFIGS) -> str:
     """The config reference as Markdown."""
-    parts = ["## Commands", "", "The settings of each command besides the groups below.", ""]
+    parts = ["## Commands", "", "The settings of each command, apart from the groups below.", ""]
     for path in sorted(configs.glob("*.yaml")):
         config = read_config(path)
         parts += [f"### `prts {path.stem}`", "", *_table(config.keys)]
@@ -99,7 +99,7 @@ def config_reference(configs: Path = CONFIGS) -> str:
     order += [name for name in groups if name not in GROUPS and name.split("/")[0] not in _HIDDEN_GROUPS]
     for group in order:
         parts += [f"## `{group}`", "", GROUPS.get(group, ""), ""]
-        for path in sorted((configs / group).glob("[!_]*.yaml")):  # _x.yaml is what other options share
+        for path in sorted((configs / group).glob("[!_]*.yaml")):  # _x.yaml has settings that other options share
             parts += _option(group, read_config(path))
     return "\n".join(parts)
 
@@ -117,7 +117,7 @@ def command_reference() -> str:
 
 
 def _paragraph(text: str) -> list[str]:
-    """A paragraph of a help text: usage, examples and columns as they are, the rest as prose."""
+    """A paragraph of a help text: usage, examples and columns verbatim, the rest as prose."""
     if re.match(r"(usage|example): ", text):
         lines = re.sub(r"^(?:usage|example): |^ {7,}", "", text, flags=re.M).splitlines()
         title = "Usage:" if text.startswith("usage") else "Example:" if len(lines) == 1 else "Examples:"
@@ -198,7 +198,7 @@ def _default(node: yaml.Node) -> str:
 
 
 def _flow(value: Any) -> str:
-    """A value as YAML would have it on one line."""
+    """A value as YAML on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):

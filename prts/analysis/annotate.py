@@ -93,7 +93,7 @@ def annotate(
     min_genes: int = 2,
     n_markers: int = 25,
 ) -> pd.DataFrame:
-    """Name each cluster after the cell type whose known markers are most over-represented among its own.
+    """Name each cluster after the cell type with the most over-represented markers.
 
     The top markers of a cluster are tested against the markers of each type with Fisher's exact test (decoupler's `query_set`), and p
     values are adjusted over all pairs of cluster and type (Benjamini-Hochberg). A cluster is "unassigned" unless the adjusted p value is

@@ -27,7 +27,7 @@ _SILHOUETTE_NUCLEI = 10_000
 
 @dataclass(frozen=True)
 class ClusterSettings:
-    """How nuclei are clustered; the defaults are those of the paper.
+    """How nuclei are clustered; the defaults are the paper's.
 
     Attributes
     ----------
@@ -65,7 +65,7 @@ class ClusterSettings:
             )
         if self.min_cells is not None and self.min_cells < 2:
             raise ParameterError(
-                "clusters", "min_cells", f"{self.min_cells} nuclei are too few to test for markers; choose 2 or more"
+                "clusters", "min_cells", f"{self.min_cells} nuclei are too few to test for markers; use 2 or more"
             )
 
     def least(self, n_nuclei: int) -> int:
@@ -83,7 +83,7 @@ def embed(counts: ad.AnnData, settings: ClusterSettings, *, what: str = "predict
     settings
         Settings of the steps.
     what
-        What the counts are called in messages.
+        Name of the counts in messages.
 
     Returns
     -------
@@ -206,11 +206,11 @@ def cluster_to_match(
 
 
 def bisect(count: Callable[[float], int], wanted: int, low: float, high: float) -> float:
-    """Search for the argument at which an increasing count reaches a value, by bisection on a log scale.
+    """Find the argument at which an increasing count reaches a value, by bisection on a log scale.
 
     Returns
     -------
-    The last argument tried. Its count equals `wanted` unless no argument tried gives it.
+    The last argument tried. Its count equals `wanted` unless no tried argument gives that count.
     """
     middle = low
     for _ in range(_BISECTIONS):
@@ -225,9 +225,9 @@ def bisect(count: Callable[[float], int], wanted: int, low: float, high: float) 
 def find_markers(
     nuclei: ad.AnnData, *, groupby: str = "cluster", min_log2fc: float = 0.25, max_p: float = 0.05
 ) -> pd.DataFrame:
-    """Find genes that are higher in a cluster than in the other nuclei (Wilcoxon, Benjamini-Hochberg).
+    """Find genes that are upregulated in a cluster compared with all other nuclei (Wilcoxon, Benjamini-Hochberg).
 
-    The paper's |log2FC| > 0.25 also admits genes that are lower, but its top 25 by score are all higher; lower genes are not used here.
+    The paper's |log2FC| > 0.25 also admits downregulated genes, but its top 25 by score are all upregulated, so others are not used here.
 
     Parameters
     ----------

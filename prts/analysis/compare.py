@@ -1,4 +1,4 @@
-"""Cluster and name a section, and compare the predicted with the measured one."""
+"""Cluster sections and name the clusters, and compare a predicted section with the measured one."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def cluster_section(
     settings, naming
         Settings of clustering and naming.
     what
-        What the section is called in messages.
+        Name of the section in messages.
     n_clusters
         Number of clusters to aim for; None uses the resolution of the settings.
     known

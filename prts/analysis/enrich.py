@@ -1,4 +1,4 @@
-"""Over-represented gene sets and Gene Ontology terms among marker genes, from local files.
+"""Find over-represented gene sets and Gene Ontology terms among marker genes, from local files.
 
 There are two sources: gene sets (.gmt, tested with gseapy), and the ontology itself (.obo and annotations, tested with goatools, which also
 counts a gene for all ancestors of its terms). The background is the tested genes rather than the genome: a panel of variable genes is rich
@@ -46,7 +46,7 @@ class EnrichmentSettings:
     obo, annotations
         Gene Ontology (go-basic.obo), and the annotations of the genes: a GAF, or a table of gene and GO ids. One needs the other.
     max_p
-        Maximum adjusted p value of the terms that are reported; the default is that of the paper.
+        Maximum adjusted p value of reported terms; the default is the paper's.
     n_markers
         Number of top markers per cluster that are tested.
     """

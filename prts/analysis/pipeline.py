@@ -185,7 +185,7 @@ def analyze(
     visium
         `outs` folder of a Visium run on the same image. Without it, the spots of `section` are used if it has any.
     settings
-        Settings of the steps; the defaults are those of the paper.
+        Settings of the steps; the defaults are the paper's.
 
     Returns
     -------

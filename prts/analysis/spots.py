@@ -30,7 +30,7 @@ _POSITIONS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_full
 
 @dataclass(frozen=True)
 class SpotSettings:
-    """How Visium spots are filtered and clustered into domains; the defaults are those of the paper.
+    """How Visium spots are filtered and clustered into domains; the defaults are the paper's.
 
     Attributes
     ----------

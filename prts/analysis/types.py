@@ -1,6 +1,6 @@
 """Cell types from a classifier trained on measured nuclei, and scores for how well labels agree.
 
-Clusters named after their own markers flatter a prediction: if it blurs two types into one, there is one cluster less and no error. A
+Clusters named after their own markers flatter a prediction: if it blurs two types into one, there is one cluster fewer and no error. A
 classifier trained on the measured nuclei of another section treats predicted and measured nuclei alike.
 """
 
@@ -28,7 +28,7 @@ class TypeClassifier:
 
     The log-likelihood is linear in the counts, so the score of expected counts (a prediction) is the mean score of counts drawn from them.
     Unlike log-normalization, it does not depend on sequencing depth or on how noisy the counts are. On the simulated sections, logistic
-    regression and linear discriminants on log-normalized counts reach the same accuracy within one percent.
+    regression and linear discriminants on log-normalized counts reach the same accuracy to within one percentage point.
 
     Parameters
     ----------

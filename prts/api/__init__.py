@@ -1,1 +1,1 @@
-"""The Python interface: train, predict and evaluate as functions of plain arguments. The command line calls nothing else."""
+"""The Python API: training, prediction and evaluation as functions of plain arguments. The command line calls these too."""

@@ -1,4 +1,4 @@
-"""What the baselines that travel with a model reach on a section that was predicted later."""
+"""Score the baselines stored with a model on a section that was predicted later."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -40,14 +40,25 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+class TrainedModel(Protocol):
+    """What is asked of the model: `prts.Model` has it."""
+
+    runtime: EncoderRuntime
+
+    @property
+    def bundle(self) -> Bundle:
+        """The trained network."""
+        ...
+
+
 @dataclass(frozen=True)
 class PredictedSection:
-    """A prediction that was compared with its section.
+    """A prediction and the section it was compared with.
 
     Parameters
     ----------
     prediction, section, polygons
-        What was predicted, where, and all its nuclei.
+        The prediction, its section, and all its nuclei.
     matched, result
         The nuclei that were compared, and the model's scores.
     """
@@ -60,16 +71,16 @@ class PredictedSection:
 
 
 def baseline_scores(
-    bundle: Bundle, runtime: EncoderRuntime, compared: PredictedSection, settings: EvaluationSettings, cache: Path
+    model: TrainedModel, compared: PredictedSection, settings: EvaluationSettings, cache: Path
 ) -> dict[str, float]:
-    """Scores of a model's baselines on the nuclei that were compared, and the differences from the model with their intervals.
+    """Score a model's baselines on the compared nuclei, with differences from the model and their intervals.
 
-    The slide is read as it was predicted (stain, rotation, flip). Features come from the cache or are extracted.
+    The slide is read as in the prediction (stain, rotation, flip). Features come from the cache or are extracted.
 
     Parameters
     ----------
-    bundle, runtime
-        The model that predicted, and where its encoder runs.
+    model
+        The model that predicted.
     compared
         The prediction and the model's scores.
     settings
@@ -81,10 +92,11 @@ def baseline_scores(
     -------
     `baseline/<name>/pcc_mean`, `baseline/<name>/difference`, ...; empty if the model has no baselines.
     """
+    bundle = model.bundle
     if bundle.baselines is None:
         return {}
     section, matched = compared.section, compared.matched
-    features = _Features(bundle, runtime, compared, cache)
+    features = _Features(bundle, model.runtime, compared, cache)
     readers: dict[str, Callable[[], Floats]] = {
         "gene_mean": features.nothing,
         "colour": features.colour,
@@ -112,7 +124,7 @@ def baseline_scores(
 
 
 class _Features:
-    """What each baseline sees of the nuclei that were compared, (n, d) each, with the slide read as it was predicted."""
+    """Features of the compared nuclei for each baseline, (n, d) each, with the slide read as in the prediction."""
 
     def __init__(self, bundle: Bundle, runtime: EncoderRuntime, compared: PredictedSection, cache: Path) -> None:
         about, section = compared.prediction.uns["prts"], compared.section

@@ -1,4 +1,4 @@
-"""A prediction against what its section measured: the scores of a training run's test, for any prediction."""
+"""Score any prediction against the measured counts of its section, as a training run scores its test sections."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
 
-    from prts.api.model import Model
+    from prts.api.baselines import TrainedModel
     from prts.evaluation.matching import MatchedNuclei
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a prediction of one section is.
+    """Scores of a prediction of one section.
 
     Attributes
     ----------
     summary
-        Figures under the names of metrics.json, such as `test/pcc_mean`, `test/ceiling_mean` and `baseline/ridge/pcc_mean`.
+        Scores named as in metrics.json, such as `test/pcc_mean`, `test/ceiling_mean` and `baseline/ridge/pcc_mean`.
     per_gene
         One row per gene: `gene, mean_counts, pcc, spearman, rmse, skill, auroc, auprc, ceiling, constant`, and more.
     """
@@ -81,13 +81,13 @@ def evaluate(
     section: Section | Path | str,
     *,
     nuclei: GeoDataFrame | Path | str | None = None,
-    model: Model | None = None,
+    model: TrainedModel | None = None,
     qc: QCSettings | None = None,
     register: bool | None = None,
     settings: EvaluationSettings | None = None,
     cache_dir: Path | str | None = None,
 ) -> Scores:
-    """Score a prediction against what its section measured.
+    """Score a prediction against the measured counts of its section.
 
     The section's counts are summed inside the prediction's own nuclei; those that pass quality control are compared, gene by gene, as
     log1p UMI.
@@ -97,11 +97,11 @@ def evaluate(
     prediction
         Nuclei x genes, from `Model.predict` or `prts predict`; a subset of nuclei is fine.
     section
-        The section that was predicted, with its measurement, or its folder.
+        The predicted section, with its measured counts, or its folder.
     nuclei
-        Polygons of the prediction, if it carries none and is not backed by its file.
+        Polygons of the prediction, if it contains none and is not backed by its file.
     model
-        The model that predicted; its baselines are then scored as well. Models written by older versions have none.
+        The model that was used; its baselines are then scored as well. Models written by older versions have none.
     qc
         Quality control; None: as in training.
     register
@@ -118,7 +118,7 @@ def evaluate(
     Raises
     ------
     InputError
-        If the section has no measurement, is not the one that was predicted, or no nucleus can be compared.
+        If the section has no measured counts, is not the one that was predicted, or no nucleus can be compared.
 
     Examples
     --------
@@ -142,7 +142,7 @@ def evaluate(
     summary = {f"test/{key}": value for key, value in figures.items()}
     if model is not None:
         compared = PredictedSection(prediction, section, polygons, matched, scored)
-        summary |= baseline_scores(model.bundle, model.runtime, compared, settings, default_cache(cache_dir))
+        summary |= baseline_scores(model, compared, settings, default_cache(cache_dir))
     return Scores(summary, scored.per_gene)
 
 
@@ -155,12 +155,12 @@ def _polygons(prediction: AnnData, nuclei: GeoDataFrame | Path | str | None, sec
 
 
 def _spot_scores(prediction: AnnData, matched: MatchedNuclei, section: Section) -> dict[str, float]:
-    """Nuclei summed in the section's measured spots, if it has any."""
+    """Compare sums of nuclei with the section's measured spots, if it has any."""
     if section.spots is None:
         return {}
     spots, ids = read_spots(section.spots), prediction.var["gene_id"].astype(str).tolist()
     compared, _ = spot_pcc(matched.predicted, matched.xy_px, spots, matched.genes, ids)
-    # a spot also contains nuclei with too few UMIs to be compared one by one
+    # a spot also contains nuclei with too few UMIs to be compared individually
     every, _ = spot_pcc(prediction.X, prediction.obsm["spatial"], spots, matched.genes, ids)
     return {"spot_pcc_mean": compared, "spot_pcc_mean_all_nuclei": every}
 

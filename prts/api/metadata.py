@@ -1,4 +1,4 @@
-"""What `model.json` records of a trained model, apart from what its network, likelihood and output rule record of themselves."""
+"""The metadata of a trained model in `model.json`, apart from its network, likelihood and output rule."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from prts.segmentation.segment import describe_segmenter
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from prts.api.train import TrainingPlan
+    from prts.api.training_plan import TrainingPlan
     from prts.data.datamodule import PRTSDataModule
     from prts.data.prepare import PreparedTissue
     from prts.evaluation.scored_section import ScoredSection
     from prts.models.uncertainty import CountIntervals
 
-# Where things are on this machine, and who is told: nothing that made the model.
+# Paths on this machine and loggers: they do not affect the model.
 _LOCAL = ("paths", "logger", "resume")
 
 
@@ -44,13 +44,13 @@ def bundle_metadata(
     Parameters
     ----------
     plan
-        What was trained.
+        The training plan.
     datamodule
-        What it was fitted on.
+        The data it was fitted on.
     validation
-        Its predictions of the validation nuclei.
+        Predictions of the validation nuclei.
     beyond
-        Genes, (g,), in which it was better there than each baseline and than chance (`prts.evaluation.predictable.validated_genes`).
+        Genes, (g,), predicted better there than chance and every baseline (`prts.evaluation.predictable.validated_genes`).
     intervals
         Of the counts, calibrated there.
     """
@@ -90,7 +90,7 @@ def bundle_metadata(
 
 
 def run_provenance(config: Mapping[str, Any], tissue: PreparedTissue) -> dict[str, Any]:
-    """Code, config and data that made the model, without places on this machine."""
+    """Code, config and data behind the model, without paths on this machine."""
     kept = {key: value for key, value in config.items() if key not in _LOCAL}
     return {
         "code": provenance.code(),

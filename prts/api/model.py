@@ -1,4 +1,4 @@
-"""The object that a notebook works with: a model that is trained on sections, saved, loaded, and predicts slides."""
+"""`prts.Model`: train it on sections, save it, load it, and predict slides."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Model:
     Parameters
     ----------
     encoder
-        What reads the image around a nucleus: a name (`"classical"` needs no weights) or an encoder, such as
+        Turns the image around a nucleus into features: a name (`"classical"` needs no weights) or an encoder, such as
         `prts.encoders.vit256("vit256_small_dino.pth")`.
     likelihood
-        How counts are modeled: a name (`"poisson"`, `"hurdle"`, `"paper"`, `"released"`) or a likelihood.
+        Model of the counts: a name (`"poisson"`, `"hurdle"`, `"paper"`, `"released"`) or a likelihood.
     network
         Arguments of `prts.models.network.PRTSNet` that differ from the defaults: `hidden`, `order`, `dropout`, `heads`, `standardize`.
     features
@@ -87,7 +87,7 @@ class Model:
         self.likelihood = likelihoods.build({"name": likelihood}) if isinstance(likelihood, str) else likelihood
         self.network = {**NETWORK, **(network or {})}
         self.features = check_features(features)
-        make_recipe(self.likelihood, self.network, FitSettings())  # refuses settings that do not go together
+        make_recipe(self.likelihood, self.network, FitSettings())  # refuses settings that do not fit together
         self.history: pd.DataFrame | None = None
         self.metrics: dict[str, Any] = {}
         self._bundle: Bundle | None = None
@@ -101,7 +101,7 @@ class Model:
         Parameters
         ----------
         path
-            The folder `model` of a training run, or what `save` wrote.
+            The folder `model` of a training run, or one written by `save`.
         encoder_weights
             The encoder's weights file, if it is not where training read it. They are read when the first slide is predicted.
         device
@@ -130,14 +130,14 @@ class Model:
 
     @property
     def encoder(self) -> Encoder:
-        """What reads the image around a nucleus."""
+        """The encoder, which turns the image around a nucleus into features."""
         if self._encoder is None:
             self._encoder = build_encoder(self.bundle, self.runtime)
         return self._encoder
 
     @property
     def bundle(self) -> Bundle:
-        """The trained network with everything the model says of itself.
+        """The trained network with its metadata.
 
         Raises
         ------
@@ -155,7 +155,7 @@ class Model:
 
     @property
     def per_gene(self) -> pd.DataFrame:
-        """How well each gene was predicted on validation: `gene_id, val_pcc, ceiling, predictable`, by gene."""
+        """Validation scores of each gene: `gene_id, val_pcc, ceiling, predictable`, indexed by gene."""
         return self.bundle.per_gene()
 
     def train(
@@ -172,7 +172,7 @@ class Model:
         cache_dir: Path | str | None = None,
         **settings: Any,
     ) -> pd.DataFrame:
-        """Fit the model on sections with measured expression, and measure on held-out nuclei how good it is.
+        """Fit the model on sections with measured counts, and score it on held-out nuclei.
 
         Nuclei, counts, genes and features are prepared first and kept in the cache. Gene panel, scaling, output rule and thresholds come
         from training and validation nuclei only.
@@ -180,19 +180,19 @@ class Model:
         Parameters
         ----------
         sections
-            Sections to learn from, from `prts.read_visium_hd`.
+            Training sections, from `prts.read_visium_hd`.
         validation
-            Sections that decide when to stop; if there are none, spatial blocks of `sections` are held out, with a guard band.
+            Validation sections, used for early stopping; if there are none, spatial blocks of `sections` are held out, with a guard band.
         test
-            Sections to report scores on, in `metrics`; never used to choose anything.
+            Test sections, whose scores are in `metrics`; never used to choose anything.
         split
             `"by_section"`, `"blocks"` or a splitter; None: by section if there is a validation section, else blocks.
         species
-            `"human"` or `"mouse"`, for the mitochondrial share; None: what the gene names say.
+            `"human"` or `"mouse"`, for the mitochondrial share; None: inferred from the gene names.
         nuclei
             A segmenter or its name; None: a section's own nuclei if it has some, else StarDist.
         genes
-            How many of the most variable genes to predict, or a list of genes, or a file with one, or a panel builder.
+            Number of most variable genes to predict, a list of genes, a file with such a list, or a panel builder.
         out
             Run folder to write as `prts train` does: model, metrics, predictions, figures, report. None: nothing is written.
         cache_dir
@@ -270,7 +270,7 @@ class Model:
             The name of a segmenter (`"stardist"`, `"watershed"`), a file of polygons, a GeoDataFrame of polygons in full-resolution
             pixels, or a segmenter; None: the segmenter that training used.
         mpp
-            um per pixel of the image, if its metadata do not say. It is never guessed.
+            um per pixel of the image, if its metadata lack it. It is never guessed.
         out
             Write the prediction to this `.h5ad` file chunk by chunk, in bounded memory, and the polygons to `<out>.nuclei.parquet`.
         roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels
@@ -280,7 +280,7 @@ class Model:
 
         Returns
         -------
-        Nuclei x genes: `X` expected UMI (CSR float32), `layers["prob"]` P(expressed), `layers["lower"]` and `layers["upper"]` the 90 %
+        Nuclei x genes: `X` expected UMI (CSR float32), `layers["prob"]` P(expressed), `layers["lower"]` and `layers["upper"]` the 90%
         interval of counts, `obs["ood"]` and `obs["artefact"]`, `var["predictable"]`, `obsm["spatial"]` in full-resolution pixels. With
         `out` it is backed by that file; without, it is in memory and carries the polygons in `uns["nuclei"]`.
 
@@ -326,9 +326,9 @@ class Model:
         Parameters
         ----------
         adata
-            What `predict` returned.
+            Result of `predict`.
         section
-            The section that was predicted, with its measurement.
+            The predicted section, with its measured counts.
         settings
             See `prts.evaluate`.
         """
@@ -369,7 +369,7 @@ class Model:
 
 
 def describe(bundle: Bundle) -> str:
-    """What a trained model is, from what, and how good, in a few lines.
+    """Summarize a trained model in a few lines: what it is, what it was trained on, and how good it is.
 
     Parameters
     ----------

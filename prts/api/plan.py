@@ -1,4 +1,4 @@
-"""From what a Python user says to a training plan, with the defaults of `experiment=best`."""
+"""Turn arguments of the Python API into a training plan, with the defaults of `experiment=best`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
-    from prts.api.train import TrainingPlan
+    from prts.api.training_plan import TrainingPlan
     from prts.data.prepare import PanelBuilder
     from prts.data.splits import Roles, Splitter
     from prts.features.encoders import Encoder
@@ -43,15 +43,15 @@ class FitSettings:
     Parameters
     ----------
     max_epochs
-        Passes over the training nuclei at most.
+        Maximum number of passes over the training nuclei.
     patience
-        Stop after so many epochs without a better validation PCC; the weights of the best epoch are kept.
+        Stop after this many epochs without a better validation PCC; the weights of the best epoch are kept.
     learning_rate, weight_decay
         Of AdamW.
     batch_size
         Nuclei per batch.
     seed
-        Of initial weights, order of nuclei and dropout.
+        Seed of initial weights, order of nuclei and dropout.
     trainer
         Further arguments of Lightning's Trainer, such as `{"accelerator": "gpu", "devices": 2}`.
     """
@@ -72,7 +72,7 @@ class SectionSettings:
     Parameters
     ----------
     nuclei
-        A segmenter or its name; None: a section's own nuclei where it has some, else StarDist.
+        A segmenter or its name; None: a section's own nuclei if it has some, else StarDist.
     genes
         The panel: a number (the most variable genes), a list of genes, a file with one, or a panel builder.
     qc
@@ -94,12 +94,12 @@ class SectionSettings:
 
 
 def check_features(features: Sequence[str]) -> tuple[str, ...]:
-    """Blocks of features, each known and given once.
+    """Check that feature blocks are known and not repeated.
 
     Raises
     ------
     ParameterError
-        If they are not.
+        If a name is unknown or repeated.
     """
     from prts.features.feature_reader import BLOCKS
 
@@ -111,12 +111,12 @@ def check_features(features: Sequence[str]) -> tuple[str, ...]:
 
 
 def split_settings(given: Mapping[str, Any]) -> tuple[FitSettings, SectionSettings]:
-    """Keyword arguments as the two groups of settings they belong to.
+    """Split keyword arguments into the two groups of settings.
 
     Raises
     ------
     ParameterError
-        If one belongs to neither.
+        If an argument belongs to neither.
     """
     fit, section = ({field.name for field in fields(kind)} for kind in (FitSettings, SectionSettings))
     for name in given:
@@ -131,24 +131,24 @@ def split_settings(given: Mapping[str, Any]) -> tuple[FitSettings, SectionSettin
 
 
 def common_species(sections: Iterable[Section]) -> str:
-    """The species that the gene names of all sections agree on.
+    """Infer the species from the gene names of all sections.
 
-    Human mitochondrial genes start with MT-, those of mouse with mt-; gene ids with ENSG and ENSMUSG.
+    Mitochondrial genes start with MT- (human) or mt- (mouse), gene ids with ENSG or ENSMUSG.
 
     Raises
     ------
     ParameterError
-        If the names do not say, or say different things.
+        If the names are inconclusive or contradict each other.
     """
     found = {section.name: _species(section) for section in sections}
     if len(set(found.values())) == 1 and None not in found.values():
         return str(next(iter(found.values())))
     said = ", ".join(f"{name}: {species or 'unclear'}" for name, species in found.items())
-    raise ParameterError("", "species", f"gene names do not agree on one ({said}); give species='human' or 'mouse'")
+    raise ParameterError("", "species", f"the gene names are inconclusive ({said}); give species='human' or 'mouse'")
 
 
 def _species(section: Section) -> str | None:
-    """The species whose gene ids or mitochondrial genes the section has; None if that is unclear."""
+    """The species according to the section's gene ids or mitochondrial genes; None if unclear."""
     from prts.preprocess.counts import MITOCHONDRIAL_PREFIX
 
     assert section.measurement is not None
@@ -162,12 +162,12 @@ def _species(section: Section) -> str | None:
 def assign_roles(
     sections: Sequence[Section], validation: Sequence[Section], test: Sequence[Section], split: Splitter | str | None
 ) -> tuple[dict[str, Section], Roles, Splitter]:
-    """Sections by name, their roles, and the splitter that fills the roles that no section has.
+    """Sections by name, their roles, and the splitter that fills missing roles.
 
     Raises
     ------
     InputError
-        If a section has no measurement, two have one name, or the splitter cannot fill the roles.
+        If a section has no measured counts, two have the same name, or the splitter cannot fill the roles.
     """
     from prts.data.splits import Blocks, BySection, Random, Roles
 
@@ -175,7 +175,7 @@ def assign_roles(
     for section in (*sections, *validation, *test):
         if section.name in by_name:
             raise InputError(
-                f"section {section.name}: is given twice; every section has one role and a name of its own (read_visium_hd(..., name=))"
+                f"section {section.name}: is given twice; give each section one role and a unique name (read_visium_hd(..., name=))"
             )
         if section.measurement is None:
             raise InputError(f"section {section.name}: has no measured counts; open it with prts.read_visium_hd")
@@ -198,12 +198,12 @@ def assign_roles(
 
 
 def panel_builder(genes: int | Sequence[str] | Path | str | PanelBuilder) -> PanelBuilder:
-    """The panel builder that a user means.
+    """The panel builder for the user's choice of genes.
 
     Raises
     ------
     InputError
-        If it is no panel.
+        If it is not a panel.
     """
     from prts.preprocess.panel import FilePanel, ListPanel, TopPanel
 
@@ -217,7 +217,7 @@ def panel_builder(genes: int | Sequence[str] | Path | str | PanelBuilder) -> Pan
 
 
 def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: FitSettings) -> Recipe:
-    """Network, optimizer and trainer, checked.
+    """Build and check network, optimizer and trainer.
 
     Raises
     ------
@@ -228,10 +228,11 @@ def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: Fi
     import torch
 
     from prts.models.fit import Recipe
-    from prts.models.module import KeepBest
+    from prts.models.module import KeepBest, quiet_lightning
     from prts.models.network import PRTSNet
     from prts.precision import training_precision
 
+    quiet_lightning()
     options = {
         "max_epochs": settings.max_epochs,
         "deterministic": True,
@@ -280,7 +281,7 @@ def make_plan(
     cache_dir: Path,
 ) -> TrainingPlan:
     """Everything a run needs."""
-    from prts.api.train import DataSettings, TrainingPlan
+    from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.data.prepare import PrepareSettings, prepare_sections
     from prts.features.no_encoder import needed_encoder
     from prts.preprocess.counts import QCSettings

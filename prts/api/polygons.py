@@ -1,4 +1,4 @@
-"""The polygons of a prediction in memory: they travel in `uns`, so that any subset can be evaluated, drawn or exported."""
+"""The polygons of a prediction in memory, stored in `uns`, so that any subset can be evaluated, drawn or exported."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def attach_nuclei(adata: AnnData, nuclei: GeoDataFrame) -> None:
 
 
 def nuclei_of(adata: AnnData, path: Path | str | None = None) -> GeoDataFrame:
-    """The polygons of a prediction, those of its nuclei only, in its order.
+    """The polygons of a prediction's nuclei, in the same order.
 
     Parameters
     ----------
@@ -55,6 +55,13 @@ def nuclei_of(adata: AnnData, path: Path | str | None = None) -> GeoDataFrame:
     ------
     InputError
         If the prediction has no polygons, or lacks those of some nuclei.
+
+    Examples
+    --------
+    >>> import prts
+    >>> adata = prts.Model.load(demo_model).predict(demo_slide, nuclei="watershed")
+    >>> prts.nuclei_of(adata[:5]).geom_type.unique().tolist()
+    ['Polygon']
     """
     if KEY in adata.uns:
         nuclei = _from_arrays(adata)
@@ -62,7 +69,7 @@ def nuclei_of(adata: AnnData, path: Path | str | None = None) -> GeoDataFrame:
         path = path or adata.filename
         if path is None:
             raise InputError(
-                "nuclei: this prediction carries no polygons; give the GeoDataFrame or file it was made from"
+                "nuclei: this prediction contains no polygons; give the GeoDataFrame or file it was made from"
             )
         nuclei = load_nuclei(nuclei_path(Path(path)))
     rows = pd.Index(nuclei["cell_id"]).get_indexer(adata.obs_names)

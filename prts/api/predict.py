@@ -1,4 +1,4 @@
-"""From a trained model and an H&E image to a prediction: find nuclei, read features, predict, write."""
+"""Predict a slide with a trained model: find nuclei, extract features, predict, write."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ NucleiSource: TypeAlias = "str | Path | GeoDataFrame | Segmenter | None"
 
 @dataclass(frozen=True)
 class SlideSettings:
-    """How a slide is read, what is checked and what is written about it.
+    """How a slide is read, and what is checked and written.
 
     Parameters
     ----------
     mpp
-        um per pixel of the image; None: what its metadata say.
+        um per pixel of the image; None: from its metadata.
     stain
-        `none`, or the stain method that brings the slide to the colors of the training section.
+        `none`, or the stain method that matches the slide's colors to the training section.
     rotate, flip
-        How to turn the slide (degrees counterclockwise), then mirror it, so that the tissue is oriented as in training. Coordinates
-        remain pixels of the image file.
+        How to rotate the slide (degrees counterclockwise), then mirror it, so that the tissue is oriented as in training. Coordinates
+        still refer to the image file.
     roi
         Predict only nuclei whose centroid is in this region: `[x0, y0, x1, y1]`, the corners of a polygon, or a GeoJSON file, in
         full-resolution pixels.
@@ -90,7 +90,7 @@ class SlideSettings:
 
 @dataclass(frozen=True)
 class EncoderRuntime:
-    """Where and how the encoder runs; nothing here changes what it computes.
+    """Where and how the encoder runs; nothing here changes its results.
 
     Parameters
     ----------
@@ -109,14 +109,14 @@ class EncoderRuntime:
 
 @dataclass(frozen=True)
 class PredictedSlide:
-    """What `predict_slide` did.
+    """Result of `predict_slide`.
 
     Attributes
     ----------
     out
         The prediction file.
     verdict
-        Whether the slide resembles those of training, in words; None where the model cannot say.
+        Whether the slide looks like the training slides, in words; None if the model cannot tell.
     seconds
         By stage.
     """
@@ -127,7 +127,7 @@ class PredictedSlide:
 
 
 class _Found(NamedTuple):
-    """The nuclei to predict: in pixels of the slide as it is read, the same in pixels of the file, and all nuclei of the slide."""
+    """The nuclei to predict, in pixels of the slide as read and of the file, and all nuclei of the slide."""
 
     nuclei: GeoDataFrame
     in_file: GeoDataFrame
@@ -149,8 +149,8 @@ def predict_slide(
 ) -> PredictedSlide:
     """Predict the expression of every nucleus of an H&E image and write `<out>.h5ad` and `<out>.nuclei.parquet`.
 
-    Memory does not grow with the number of nuclei. Nuclei, features and artefacts are cached, so that a second call with other settings
-    repeats only what they change.
+    Memory does not grow with the number of nuclei. Nuclei, features and artifacts are cached, so that a second call with other settings
+    repeats only the steps they affect.
 
     Parameters
     ----------
@@ -166,18 +166,18 @@ def predict_slide(
     settings
         How the slide is read.
     encoder
-        Where the encoder runs and its weights are.
+        Where the encoder runs, and the path of its weights.
     cache_dir
         Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
 
     Returns
     -------
-    Where the prediction is, and the verdict on the slide.
+    The path of the prediction, and the verdict on the slide.
 
     Raises
     ------
     InputError
-        If the image, the nuclei or a setting is wrong; nothing is left half-written.
+        If the image, the nuclei or a setting is wrong; no partial output is left.
     """
     settings, runtime = settings or SlideSettings(), encoder or EncoderRuntime()
     out, cache = check_out(Path(out)), default_cache(cache_dir)
@@ -227,7 +227,7 @@ def _predict(
 
 
 class _GivenNuclei:
-    """Polygons in memory in the role of a segmenter."""
+    """Polygons in memory, used like a segmenter."""
 
     name: ClassVar[str] = "polygons"
     extra: ClassVar[str | None] = None
@@ -251,21 +251,21 @@ class _GivenNuclei:
 
 
 def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segmenter:
-    """What finds the nuclei of a slide, from what a user may give for it.
+    """The segmenter for a slide, from the user's choice.
 
     Parameters
     ----------
     nuclei
         As for `predict_slide`.
     bundle
-        Names the segmenter of training.
+        The model, which names the segmenter used in training.
     section
-        Its own nuclei are taken if training used given nuclei.
+        The section, whose own nuclei are used if training used nuclei from a file.
 
     Raises
     ------
     InputError
-        If there is no such segmenter or file, or training used given nuclei and this section has none.
+        If there is no such segmenter or file, or training used nuclei from a file and this section has none.
     """
     if nuclei is None:
         try:
@@ -294,12 +294,12 @@ def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segm
 
 
 def encoder_weights(bundle: Bundle, given: Path | str | None = None) -> Path | None:
-    """The weights file of a bundle's encoder: the one given, else the one that training read; None if the encoder finds its own.
+    """The weights file of a bundle's encoder: the given one, else the one used in training; None if the encoder finds its own.
 
     Raises
     ------
     ParameterError
-        If the weights are nowhere on this machine.
+        If the weights are not on this machine.
     """
     if given is not None:
         return Path(given)
@@ -322,7 +322,7 @@ def build_encoder(bundle: Bundle, runtime: EncoderRuntime) -> Encoder:
     Raises
     ------
     InputError
-        If its weights are nowhere, or are not those of training.
+        If its weights are missing or differ from those used in training.
     """
     weights = encoder_weights(bundle, runtime.weights)
     return encoder_from_settings(bundle.metadata["encoder"], weights, device=runtime.device, compile=runtime.compile)
@@ -337,7 +337,7 @@ def _open(image: Path | str | Section, settings: SlideSettings) -> Section:
 
 
 def _text(roi: str | Path | Sequence[Any]) -> str:
-    """A region as it is written on the command line."""
+    """A region as written on the command line."""
     return str(roi) if isinstance(roi, str | Path) else json.dumps(np.asarray(roi, dtype=float).tolist())
 
 
@@ -350,7 +350,7 @@ def _find_nuclei(
     folder: Path,
     watch: Stopwatch,
 ) -> _Found:
-    """Nuclei of the slide as it is read (`seen`), checked against training, and those of them in the region."""
+    """Nuclei of the slide as read (`seen`), checked against training, and the ones in the region."""
     region = None if settings.roi is None else read_region(_text(settings.roi), section.width, section.height)
     with watch("segment"):
         path = prepare_nuclei(folder, seen, segmenter, False, check_image=settings.check_image)

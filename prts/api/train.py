@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import yaml
 
 from prts.api.metadata import bundle_metadata
+from prts.api.training_plan import TrainingPlan
 from prts.data.datamodule import PRTSDataModule
 from prts.evaluation.against_baselines import RunBaselines, compare_with_baselines
 from prts.evaluation.gene_sets import gene_sets
@@ -20,12 +21,11 @@ from prts.evaluation.intervals import marginal_bounds, score_intervals
 from prts.evaluation.predictable import predictable, validated_genes
 from prts.evaluation.registration import registration_figures
 from prts.evaluation.scored_section import Scoring, score_sections
-from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
 from prts.models.bundle import Bundle, load_bundle, save_bundle
 from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
-from prts.models.fit import Fitted, Recipe, fit
+from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
@@ -41,68 +41,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from prts.data.nucleus_set import NucleusSet
-    from prts.data.prepare import PreparedTissue, PrepareSettings
     from prts.evaluation.scored_section import PredictsNuclei, ScoredSection
 
 logger = logging.getLogger(__name__)
 
-Prepare = Callable[[Stopwatch], "PreparedTissue"]
-
 # Settings that may differ when an interrupted run resumes: they do not change what it learns.
 _IRRELEVANT = ("resume", "paths", "logger", "max_pixels", "check_image", "report")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """What the network sees of a nucleus, and in what portions.
-
-    Parameters
-    ----------
-    use
-        Blocks of features in the order of the network's input: `local`, `global`, `morphology` and `context`.
-    permute
-        Shuffle features among training nuclei: what remains is knowledge of no image.
-    batch_size
-        Nuclei per batch.
-    num_workers
-        Processes that gather batches.
-    """
-
-    use: tuple[str, ...] = ("local", "global", "morphology")
-    permute: bool = False
-    batch_size: int = 256
-    num_workers: int = 0
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """All that decides what a run learns.
-
-    Parameters
-    ----------
-    prepare
-        Prepares the sections, or finds them prepared.
-    preparation
-        How they are prepared.
-    data
-        What the network sees.
-    recipe
-        Network, likelihood, optimizer and trainer.
-    evaluation
-        How validation and test are scored.
-    markers
-        Genes whose mean PCC is reported separately.
-    config
-        The settings as the user wrote them, for config.yaml and provenance; JSON-like.
-    """
-
-    prepare: Prepare
-    preparation: PrepareSettings
-    data: DataSettings
-    recipe: Recipe
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    markers: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,13 +56,13 @@ class Run:
     Attributes
     ----------
     metrics
-        As in metrics.json; empty in all but the first process of a DDP job.
+        As in metrics.json; empty except in the first process of a DDP job.
     bundle
-        The trained model, read back from the run folder; None in those other processes.
+        The trained model, read back from the run folder; None in the other processes.
     history
         One row per epoch: `epoch`, `train/loss`, `val/loss`, `val/pcc`, ...
     datamodule
-        What it was trained on.
+        The data it was trained on.
     """
 
     metrics: dict[str, Any]
@@ -128,7 +72,7 @@ class Run:
 
 
 class NoLoggers:
-    """Stands in for `prts.report.loggers.RunLoggers` where a run reports to nobody."""
+    """Replaces `prts.report.loggers.RunLoggers` in a run without loggers."""
 
     def start(self) -> list[Any]:
         """No loggers for Lightning's Trainer."""
@@ -152,17 +96,17 @@ def train_run(
     Parameters
     ----------
     plan
-        What to train, and on what.
+        The model to train, and its data.
     folder
         The run folder; made if needed. It gets `config.yaml`, `model/`, `metrics.json`, `per_gene.csv`, `predictions.h5ad`, `figures/`.
     cache_dir
         Folder of the cache that `plan.prepare` fills.
     loggers
-        Context that opens and closes the run's loggers (`prts.report.loggers.RunLoggers`); None: there are none.
+        Context that opens and closes the run's loggers (`prts.report.loggers.RunLoggers`); None: no loggers.
     resume
         Continue an interrupted run in this folder.
     report
-        End with `report.html`.
+        Whether to write `report.html`.
 
     Returns
     -------
@@ -182,7 +126,7 @@ def train_run(
 
 
 class _Training:
-    """The steps of one run, in order; each takes what the one before found."""
+    """The steps of one run, in order; each uses the results of the previous one."""
 
     def __init__(self, plan: TrainingPlan, folder: Path, loggers: Any) -> None:
         self.plan, self.folder, self.loggers = plan, folder, loggers
@@ -206,7 +150,7 @@ class _Training:
         return Run(metrics, bundle, self.history.table(), datamodule)
 
     def _data(self) -> PRTSDataModule:
-        """Prepared sections, split and loaded."""
+        """Prepare, split and load the sections."""
         plan = self.plan
         datamodule = PRTSDataModule(
             lambda: plan.prepare(self.watch),
@@ -229,7 +173,7 @@ class _Training:
         return datamodule
 
     def _fit(self, datamodule: PRTSDataModule, resume: bool) -> Fitted:
-        """The fitted network, from the start or from the checkpoint of an interrupted run."""
+        """Fit the network, from the start or from the checkpoint of an interrupted run."""
         settings = {key: value for key, value in self.plan.config.items() if key not in _IRRELEVANT}
         identity = {**settings, "cache": cache_files(datamodule)}
         self._checkpoint = EpochCheckpoint(self.folder / NAME, identity)
@@ -254,7 +198,7 @@ class _Training:
     def _ship(
         self, datamodule: PRTSDataModule, fitted: Fitted
     ) -> tuple[Bundle, list[ScoredSection], NDArray[np.bool_]]:
-        """The model as a bundle, its output rule chosen and everything it says of itself measured on validation."""
+        """Choose the output rule, compute the model's metadata on validation, and write the bundle."""
         plan = self.plan
         net, likelihood = fitted.net, fitted.likelihood
         rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
@@ -276,7 +220,7 @@ class _Training:
             baselines=self._baselines.shipped(),
             metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
         )
-        # read back: what is tested is what is shipped
+        # read back, so that the tested model is the one on disk
         return load_bundle(self.folder / "model"), validation, predictable(beyond)
 
     def _score(
@@ -287,7 +231,7 @@ class _Training:
     def _test(
         self, datamodule: PRTSDataModule, bundle: Bundle, validation: list[ScoredSection], flagged: NDArray[np.bool_]
     ) -> tuple[list[ScoredSection], dict[str, Any]]:
-        """The test sections as the bundle predicts them, and all figures of the run."""
+        """Predict the test sections with the bundle, and compute all scores of the run."""
         test = self._score(bundle, datamodule.test_sets, datamodule)
         marginal = marginal_bounds(datamodule.val_sets)
         intervals = bundle.intervals
@@ -311,12 +255,12 @@ class _Training:
         metrics: dict[str, Any],
         best_epoch: int | None,
     ) -> None:
-        """Tables, predictions and figures; metrics.json comes last, because it marks a run as done."""
+        """Write tables, predictions and figures; metrics.json comes last, because it marks a run as done."""
         if test:
             with atomic(self.folder / "per_gene.csv") as path:
                 mean_per_gene([scored.result.per_gene for scored in test]).to_csv(path, index=False)
             with self.watch("write"):
-                from prts.report.results import write_predictions  # plotting takes seconds to import
+                from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)
         metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
@@ -334,16 +278,16 @@ class EpochHistory(pl.Callback):
         self._epoch: int | None = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the epoch: its training figures are logged after this."""
+        """Remember the epoch, because its training metrics are logged after this."""
         if not trainer.sanity_checking:
             self._epoch = trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the figures of the epoch before."""
+        """Keep the metrics of the previous epoch."""
         self._keep(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the figures of the last epoch."""
+        """Keep the metrics of the last epoch."""
         self._keep(trainer)
 
     def _keep(self, trainer: pl.Trainer) -> None:
@@ -360,7 +304,7 @@ class EpochHistory(pl.Callback):
 
 
 def _remove_results(folder: Path) -> None:
-    """Of an earlier run in the same folder: they would be next to a config that is not theirs."""
+    """Remove files of an earlier run in the same folder, which would not match the new config."""
     stale = (
         folder / "metrics.json",
         folder / "per_gene.csv",

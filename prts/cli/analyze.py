@@ -5,8 +5,8 @@ usage: prts analyze prediction=FILE.h5ad out=DIR [section=DIR] [markers=FILE] [t
 Clusters the predicted nuclei and finds the marker genes of each cluster. markers=FILE (PanglaoDB, CellMarker, or a table with columns
 `type` and `gene`) names the clusters.
 section=DIR does the same for the measured counts of the same nuclei, with the same number of clusters, and compares the two.
-train_section=DIR trains a cell type classifier on a measured training section and applies it to measured and predicted nuclei: the fair way
-to measure cell type accuracy.
+train_section=DIR trains a cell type classifier on a measured training section and applies it to measured and predicted nuclei, which is the
+fair way to measure cell type accuracy.
 visium=DIR (or spots.h5ad in the section's folder) compares nuclei summed within spots with measured Visium spots.
 enrich.gmt=[FILE], or enrich.obo=FILE with enrich.annotations=FILE, tests the markers for gene sets.
 Writes analysis.h5ad, measured.h5ad, analysis.json, tables and figures.

@@ -1,6 +1,6 @@
 """Runs a command of `prts`: its config, one-line errors and the exit status.
 
-Exit status: 0 done; 2 the input or the config is wrong (one line on stderr); 1 a bug. `PRTS_DEBUG=1` shows the traceback of both.
+Exit status: 0 success; 2 the input or the config is wrong (one line on stderr); 1 a bug. `PRTS_DEBUG=1` shows the traceback of either.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def overview() -> str:
             "",
             *lines,
             "",
-            "`prts <command> --help` explains a command; `prts <command> --cfg job` prints its whole config.",
+            "`prts <command> --help` explains a command; `prts <command> --cfg job` prints its full config.",
             "Options are Hydra overrides; -m runs a grid: prts train -m ablation=full,local_only,global_only",
-            "Your own configs are found in ./configs and in the folder given with --config-dir: configs/tissue/mine.yaml is tissue=mine",
+            "Put your own configs in ./configs or pass a folder with --config-dir: configs/tissue/mine.yaml is tissue=mine",
             "",
         ]
     )
@@ -66,7 +66,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
         try:
             overrides, flags = split_flags(quote_paths(arguments))
             folders = config_folders(flags, config_dir())
-            from prts.cli.hydra_main import launch  # hydra takes a while to import, and a wrong flag needs none of it
+            from prts.cli.hydra_main import launch  # slow to import, and not needed to reject a wrong flag
 
             return launch(command, overrides, flags, folders)
         except KeyboardInterrupt:

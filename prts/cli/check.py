@@ -1,4 +1,4 @@
-"""Checks every value of a composed config before any work."""
+"""Check every value of a composed config before any work."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from prts.errors import InputError, ParameterError, did_you_mean
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Where the members of each registered kind are, by the owner of their parameters.
+# The registry of each kind, by the owner name that its parameters have in errors.
 _REGISTRIES = {
     "encoder": ("prts.features.encoders", "encoders"),
     "segmenter": ("prts.segmentation", "segmenters"),
     "likelihood": ("prts.models.likelihoods", "likelihoods"),
 }
-# What is built once before any work, so that it checks its own settings; none of them reads a file when it is made.
+# Built once before any work, so that constructors check their own settings; none of them reads a file.
 _TRIED = ("encoder", "segmenter", "likelihood", "panel", "split")
 _MISSING = "???"
 
 
 def check_config(command: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Do everything that precedes the work of a command: compose its config and check it.
+    """Compose and check the config of a command, as the command itself does first.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def check(command: str, cfg: DictConfig) -> None:
     Raises
     ------
     ParameterError
-        Named by its config key, if a value is missing or not of the kind or range that its key takes.
+        If a value is missing, or has the wrong type or range; the error names its config key.
     """
     check_values(command, plain(cfg))
 
@@ -106,7 +106,7 @@ def _check_fields(kind: type, values: Any, prefix: str, *, partial: bool = False
 
 
 def _read(hint: Any) -> tuple[Built | None, type | None, bool]:
-    """What an annotation says: built from a mapping, or a dataclass of the schema; and whether it may be null."""
+    """Read an annotation: how the value is built, or its schema dataclass; and whether it may be null."""
     options = [hint] if get_origin(hint) is Annotated else [hint, *get_args(hint)]
     built = nested = None
     for option in options:
@@ -118,7 +118,7 @@ def _read(hint: Any) -> tuple[Built | None, type | None, bool]:
 
 
 def _item_of(hint: Any) -> Any:
-    """What the values of a mapping are; None for any other annotation."""
+    """The type of the values of a mapping; None for any other annotation."""
     return next((get_args(option)[1] for option in (hint, *get_args(hint)) if get_origin(option) is dict), None)
 
 
@@ -153,7 +153,7 @@ def _check_built(built: Built, key: str, node: Any) -> None:
     settings = {name: value for name, value in node.items() if not name.startswith("_") and name not in own}
     if _is_registered(built, node):
         del settings["name"]
-    if built.owner == "logger":  # places and names that the run fills in
+    if built.owner == "logger":  # folders and names that the run fills in
         settings = {name: value for name, value in settings.items() if value is not None}
     if built.owner == "trainer" and settings.get("precision") == "auto":
         del settings["precision"]
@@ -197,7 +197,7 @@ def _factory(built: Built, key: str, node: Mapping[str, Any]) -> Any:
 
 
 def _try(owner: str, key: str, factory: Any, settings: dict[str, Any]) -> None:
-    """Build something small with the settings where only its constructor can tell whether they are right."""
+    """Build a small instance with settings that only the constructor can check."""
     if owner not in (*_TRIED, "network", "optimizer", "scheduler"):
         return
     import torch

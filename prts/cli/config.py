@@ -1,4 +1,4 @@
-"""The config of a command: where its files are and how it is composed."""
+"""Find and compose the config of a command."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prts.cli.config_keys import register
 from prts.cli.overrides import search_path
 from prts.errors import ParameterError
 
@@ -17,8 +16,10 @@ if TYPE_CHECKING:
 def config_dir() -> Path:
     """The folder of the config groups: inside an installed package, or next to it in a source tree.
 
-    Makes Hydra know the schema, which the configs in the folder refer to.
+    Also registers the schema with Hydra, since the configs in the folder refer to it.
     """
+    from prts.cli.config_keys import register  # with pydantic, which `prts --help` does not need
+
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():
@@ -56,7 +57,7 @@ def plain(node: DictConfig) -> dict[str, Any]:
 
 
 def require(cfg: DictConfig, *keys: str) -> None:
-    """Say which key is missing that this use of a command needs, before any work."""
+    """Raise an error before any work if a required key is missing."""
     from omegaconf import OmegaConf
 
     for key in keys:
@@ -65,7 +66,7 @@ def require(cfg: DictConfig, *keys: str) -> None:
 
 
 def missing(key: str) -> ParameterError:
-    """The error for a required key that is not given."""
+    """The error for a missing required key."""
     return ParameterError("", key, f"is required; write {key}=... (`prts <command> --help` shows an example)")
 
 

@@ -56,14 +56,14 @@ def _keys(kind: type) -> type:
             else:
                 fields.append((key, Any, field(default=None if key in optional(kind) else "???")))
         made = dataclasses.make_dataclass(name, fields)
-        # found under this address, if need be by __getattr__, when a job is sent to another process
+        # pickle looks it up here, through __getattr__ if necessary, when a job is sent to another process
         made.__module__, globals()[name] = __name__, made
     found: type = globals()[name]
     return found
 
 
 def __getattr__(name: str) -> Any:
-    """Make the keys of a dataclass in a process that has not registered them."""
+    """Create the key class of a dataclass in a process that has not registered it."""
     kind = getattr(schema, name.removesuffix("Keys"), None)
     if name.endswith("Keys") and isinstance(kind, type) and is_dataclass(kind):
         return _keys(kind)

@@ -1,9 +1,9 @@
-"""Check the installation, the accelerator, folders and a model, and print a fix for each failure.
+"""Check the installation, accelerator, folders and model, and print a fix for each failure.
 
 usage: prts doctor [bundle=DIR] [paths.data_dir=DIR] [paths.cache_dir=DIR]
 
-Prints PASS, WARN or FAIL for the versions, optional extras, GPU, data and cache folders, and for a bundle: its encoder's weights, package
-versions and origin. The exit status is 2 if a check fails.
+Prints PASS, WARN or FAIL for versions, optional extras, GPU, and the data and cache folders. With bundle=DIR it also checks the model's
+encoder weights, package versions and origin. The exit status is 2 if a check fails.
 
 example: prts doctor bundle=outputs/demo/make/model
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.errors import InputError
-from prts.io.cache import fingerprint
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -150,7 +149,7 @@ def _provenance(about: dict[str, Any]) -> Iterator[Check]:
     yield (
         ("WARN", "bundle packages", f"made with {', '.join(other)}")
         if other
-        else ("PASS", "bundle packages", "the same versions as here")
+        else ("PASS", "bundle packages", "same versions as here")
     )
 
     made = about.get("provenance")
@@ -160,6 +159,8 @@ def _provenance(about: dict[str, Any]) -> Iterator[Check]:
     code = made["code"]
     commit = f", commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if "changed" in code else ""
     data = "; ".join(f"{name}: {', '.join(files)}" for name, files in made["data"].items())
+    from prts.io.cache import fingerprint
+
     changed = fingerprint(made["config"]) != made["config_fingerprint"]
     yield (
         (

@@ -2,8 +2,8 @@
 
 usage: prts download tissue=brain|lung|breast [paths.data_dir=DIR]
 
-Downloads missing files to the data folder, resumes interrupted downloads, verifies checksums if they are known, and unpacks only the 2 um
-bins. Expect 5 to 15 GB per section.
+Downloads missing files to the data folder, resumes interrupted downloads, verifies checksums if known, and unpacks only the 2 um bins.
+Expect 5 to 15 GB per section.
 
 example: prts download tissue=lung paths.data_dir=data
 """

@@ -1,10 +1,10 @@
 """Score a prediction against a section's measured counts, and its measured spots if it has any.
 
-usage: prts evaluate prediction=FILE.h5ad section=DIR out=DIR
+usage: prts evaluate prediction=FILE.h5ad section=DIR out=DIR [bundle=DIR]
 
-The section's bins are summed inside the prediction's own nuclei (FILE.nuclei.parquet); those that pass quality control are
-compared. Writes DIR/metrics.json and DIR/per_gene.csv, with the figures of a training run's test under the same names, but for
-baselines and those over the most variable genes, which need the training nuclei.
+Sums the section's counts inside the predicted nuclei (FILE.nuclei.parquet) and compares the nuclei that pass quality control. Writes
+DIR/metrics.json and DIR/per_gene.csv with the same names as a training run. bundle=DIR adds the model's baselines. Scores over the most
+variable genes are missing, since they need the training nuclei.
 
 example: prts evaluate prediction=slide.h5ad section=data/lung/lung2 out=evaluation
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(cfg: DictConfig) -> None:
-    """Score a prediction and write what was found."""
+    """Score a prediction and write the scores."""
     require(cfg, "prediction", "section", "out")
     from prts.api.evaluate import evaluate
     from prts.api.model import Model

@@ -1,6 +1,6 @@
-"""What an error means to whoever typed the command: the exit status and one line.
+"""Exit status and one-line message of an error.
 
-0 done; 2 the input or the config is wrong; 1 a bug in prts; 130 interrupted; 143 terminated.
+0 success; 2 the input or the config is wrong; 1 a bug in prts; 130 interrupted; 143 terminated.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from prts.errors import InputError, ParameterError, chain, refusal
 INTERRUPTED = 130
 TERMINATED = 143
 
-# The config key under which the parameters of each owner are set; that of others is their own name.
+# The config key of each owner of parameters, where it differs from the owner's name.
 _KEYS = {
     "segmenter": "segmentation",
     "likelihood": "loss",
@@ -52,7 +52,7 @@ def input_error(error: BaseException | None) -> InputError | None:
 
 
 def in_config_terms(error: InputError) -> str:
-    """The message of an error, with a parameter under its config key.
+    """The message of an error, naming a parameter by its config key.
 
     Examples
     --------

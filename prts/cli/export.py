@@ -7,9 +7,9 @@ spatialdata   a zarr folder: image pyramid `he`, shapes `nuclei`, table `predict
 geojson       detections for QuPath 0.4 or newer, with classification and measurements; id and name are the cell_id
 parquet, csv  a table: cell_id, x, y (full-resolution px), the columns of obs, and the expected UMI of each gene
 
-Polygons are read from FILE.nuclei.parquet next to FILE.h5ad. All genes are written; GeoJSON has the 20 with the highest validation PCC
-unless `genes` names others. Without `image`, SpatialData uses the image that the prediction names if it is next to it, else the small
-picture in the prediction.
+Polygons are read from FILE.nuclei.parquet next to FILE.h5ad. All genes are written, except that GeoJSON contains the 20 with the highest
+validation PCC unless `genes` is given. Without `image`, SpatialData uses the predicted image if it is next to FILE.h5ad, else the thumbnail
+in FILE.h5ad.
 
 example: prts export prediction=slide.h5ad format=geojson genes=[EPCAM,CD3E] out=slide.geojson
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(cfg: DictConfig) -> None:
-    """Export."""
+    """Export a prediction."""
     require(cfg, "prediction", "format", "out")
 
     from prts.export.pipeline import export_prediction

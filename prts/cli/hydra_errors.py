@@ -1,4 +1,4 @@
-"""Hydra's errors in one line that names the key and the nearest right one."""
+"""Turn Hydra's errors into one line that names the key and the closest valid one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
     lines = str(error).splitlines() or [""]
     if isinstance(error, OverrideParseException):
         return InputError(
-            f"{error.override}: not a valid override; write key=value, and quote a value that holds brackets or commas"
+            f"{error.override}: not a valid override; write key=value, and quote a value that contains brackets or commas"
         )
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
@@ -49,7 +49,9 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
         if match := re.match(r"Error merging override (.*)", lines[0]):
             return InputError(f"{match[1]}: {cause}; `prts {command} --cfg job` prints the config")
         if match := re.match(r"Ambiguous value for argument '(.*)'", lines[0]):
-            return InputError(f"{match[1]}: has commas; write [A,B] for a list, or add -m to run one job per value")
+            return InputError(
+                f"{match[1]}: contains commas; write [A,B] for a list, or add -m to run one job per value"
+            )
         if match := re.match(r"You must specify '([^']+)'", lines[0]):
             options = config_groups(folders).get(match[1], [])
             return InputError(
@@ -69,7 +71,7 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
 
 
 def _unknown_key(key: str, command: str, overrides: Sequence[str], folders: Sequence[Path]) -> InputError:
-    """Name the nearest key of the config as it is with the choices made."""
+    """Suggest the closest key of the config with the user's choices of options."""
     groups = config_groups(folders)
     choices = [each for each in overrides if each.partition("=")[0] in groups and "," not in each]
     try:

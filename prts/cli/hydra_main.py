@@ -1,4 +1,4 @@
-"""Hands a command over to Hydra."""
+"""Run a command through Hydra."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
     def task(cfg: DictConfig) -> Any:
         multirun = HydraConfig.get().mode is RunMode.MULTIRUN
         if multirun and command == "train":
-            from prts.cli.jobs import run_job  # with pandas, which printing a config does not need
+            from prts.cli.jobs import run_job  # imports pandas, which is not needed to print a config
 
             return run_job(command, cfg)
         try:
@@ -66,9 +66,9 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
                 remove_bare_run()
 
     start = hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=command)(task)
-    # unless a process of a DDP job inherits them
+    # unless other processes of a DDP job inherit them
     search = [] if any(each.startswith("hydra.searchpath=") for each in overrides) else search_path(folders)
-    # the module's own file: Lightning starts the further processes of a DDP job as `python <argv[0]> <overrides>`
+    # the module's own file: Lightning starts the other processes of a DDP job as `python <argv[0]> <overrides>`
     script = str(sys.modules[main.__module__].__file__)
     RunFolder.forget()
     status = 0
@@ -102,7 +102,7 @@ def _arguments(argv: list[str]) -> Iterator[None]:
 
 
 def _refuse_full_disk(error: Exception) -> None:
-    """Raise an InputError if the disk was full when Hydra made the run folder, which is then of no use."""
+    """Raise an InputError if the disk was full when Hydra made the run folder."""
     full = full_disk(error)
     if RunFolder.run is not None and full is not None and input_error(error) is None:
         remove_bare_run()

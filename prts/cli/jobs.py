@@ -1,8 +1,8 @@
-"""The jobs of a multirun of `prts train`: each in its own process, so that one that crashes or is killed leaves the others alone.
+"""Jobs of a multirun of `prts train`, each in its own process, so that a crashed or killed job does not affect the others.
 
-Hydra's launcher (basic, joblib, submitit) calls `run_job` for a job. That starts `python -m prts.cli.jobs`, hands over the composed config
-and waits. The job's folder then holds metrics.json, or error.txt, whose first line says why there is none. A job whose folder holds the
-metrics of the same config is not run again: repeat the command with `hydra.sweep.dir=<folder>` to finish a sweep that was stopped.
+Hydra's launcher (basic, joblib, submitit) calls `run_job`, which starts `python -m prts.cli.jobs`, passes it the composed config and waits.
+The job's folder then contains metrics.json, or error.txt with the reason in its first line. A job whose folder already has metrics for the
+same config is skipped: to finish a sweep that was stopped, repeat the command with `hydra.sweep.dir=<folder>`.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ def run_job(command: str, cfg: DictConfig) -> float:
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    with lock(folder / "job"):  # a scheduler may start a job again while it still runs
+    with lock(folder / "job"):  # a scheduler may restart a job while it is still running
         done, error = folder / ".done", folder / "error.txt"
         config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
         assert isinstance(config, dict)
-        # resuming a job does not make it another one
+        # resuming does not change a job's identity
         this = fingerprint({"config": {key: value for key, value in config.items() if key != "resume"}})
         if (folder / "metrics.json").is_file() and done.is_file() and done.read_text(encoding="utf-8") == this:
-            logger.info("job %s is done already: %s", settings.job.num, folder)
+            logger.info("job %s is already done: %s", settings.job.num, folder)
             return _objective(folder)
         for path in (done, folder / "metrics.json", error):
             path.unlink(missing_ok=True)
         node: Any = settings
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
         assert isinstance(hydra, dict)
-        hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here: the job would resolve the time of its own start
+        hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here, or ${now:} would give the job's own start time
         status = _wait({"command": command, "config": config, "hydra": hydra})
         if status == INTERRUPTED:
             raise KeyboardInterrupt
@@ -83,7 +83,7 @@ def summarize(folder: Path) -> int:
     Parameters
     ----------
     folder
-        Of the multirun.
+        Folder of the multirun.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def summarize(folder: Path) -> int:
     sys.stderr.write(f"prts: {len(jobs) - len(failed)} of {len(jobs)} jobs done: {folder / 'summary.html'}\n")
     if failed.empty:
         return 0
-    sys.stderr.write(f"prts: the same command with hydra.sweep.dir={folder} runs only what is not done\n")
+    sys.stderr.write(f"prts: to run only the unfinished jobs, repeat the command with hydra.sweep.dir={folder}\n")
     return 2 if (failed["status"] == "wrong input").all() else 1
 
 
@@ -129,10 +129,8 @@ def _cause(status: int) -> str:
     number = -status if status < 0 else status - 128
     if number in (signal.SIGTERM, signal.SIGKILL) or status < 0:
         name = signal.Signals(number).name
-        return f"killed: by {name}" + (" (out of memory, or by hand)" if name == "SIGKILL" else "")
-    return (
-        f"failed: the process ended with status {status} and without metrics.json; its messages are on the screen only"
-    )
+        return f"killed: by {name}" + (" (out of memory, or killed manually)" if name == "SIGKILL" else "")
+    return f"failed: the process ended with status {status} and without metrics.json; see its messages in the terminal"
 
 
 def _die_with_supervisor() -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def run_loggers(cfg: DictConfig, folder: Path) -> RunLoggers:
-    """The loggers that a `train` config names, not yet opened."""
+    """The loggers named in a `train` config, not yet opened."""
     config = plain(cfg)
     specs = {}
     for name, node in (config.pop("logger") or {}).items():

@@ -1,4 +1,4 @@
-"""The `prts` command: finds the command's module and hands over to Hydra."""
+"""Entry point of `prts`: find the command's module and run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     argv
-        The arguments after `prts`; those of the process where None.
+        The arguments after `prts`; by default those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prts.errors import InputError, did_you_mean
 
-# Keys whose value is a path: taken letter for letter, so that spaces, commas, = and brackets need no quoting for Hydra.
+# Keys that take a path. Their values are taken literally, so that spaces, commas, = and brackets need no quoting for Hydra.
 _PATH_KEYS = frozenset(
     "image out nuclei roi bundle prediction section train_section train_nuclei run second analysis markers orthologs visium "
     "enrich.obo enrich.annotations encoder.weights segmentation.model segmentation.path panel.path paths.data_dir paths.cache_dir "
@@ -34,14 +34,14 @@ _FLAGS = (*_MULTIRUN, *_VALUES, "--resolve", "--run", "-r")
 
 
 def quoted(value: str) -> str:
-    """A text in Hydra's single quotes, where a backslash escapes only a quote, or another one before a quote or the end."""
+    """Quote text for Hydra; in single quotes, backslashes need escaping only before a quote or at the end."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value) + "'"
 
 
 def quote_paths(arguments: Sequence[str]) -> list[str]:
     """Quote the values of path keys for Hydra's grammar.
 
-    A grid over a path key still works: with `-m`, `encoder.weights=a.pth,b.pth` is left to Hydra unless a file of that whole name exists.
+    A grid over a path key still works: with `-m`, `encoder.weights=a.pth,b.pth` is left to Hydra unless a file with that full name exists.
     """
     multirun = any(flag in arguments for flag in _MULTIRUN)
     found = []
@@ -58,7 +58,7 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides and flags apart: Hydra's parser wants all overrides in one row.
+    """Separate overrides from flags, because Hydra's parser expects consecutive overrides.
 
     Raises
     ------

@@ -1,20 +1,20 @@
-"""Predict the expression of every nucleus in an H&E image from a trained bundle; needs no bins.
+"""Predict the expression of every nucleus in an H&E image with a trained model.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
                     [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [rotate=0|90|180|270]
                     [flip=none|horizontal|vertical] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
 
-Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
-the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
-from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
-`encoder.device=` says. `stain=` reads the slide in the colours of the training section. `rotate=` (degrees counter-clockwise), then
-`flip=`, read it as the tissue of training lay; coordinates, given and written, stay pixels of the image as it lies in its file.
-Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right;
-check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values (but for rounding).
+Nuclei are read from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image) or found with `segmentation=`, by default the
+segmenter used in training. um/px comes from `mpp=` or the image's metadata and is never guessed. The encoder's weights are read from
+`encoder.weights=`, by default from the path used in training. Encoder and network run on `encoder.device=`, by default a GPU if there is
+one. `stain=` matches the slide's colors to the training section. `rotate=` (degrees counterclockwise), then `flip=`, match its orientation
+to the training tissue; coordinates in input and output still refer to the image file. `roi=` predicts only nuclei centered in a region.
+If nuclei are more than 2.5 times larger or smaller than in training, um/px is probably wrong and the command stops; check_scale=false
+continues anyway.
 
-Writes FILE.h5ad (nuclei x genes: expected UMI in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in
-layers["lower"] and layers["upper"] unless intervals=false; obs["artefact"] says which nuclei lie on glass, in a fold, under a bubble or
-pen, out of focus or merged, unless artefacts=false: none is left out) and FILE.nuclei.parquet (the polygons).
+Writes FILE.h5ad (nuclei x genes) and FILE.nuclei.parquet (polygons). X is the expected UMI, layers["prob"] is P(expressed), layers["lower"]
+and layers["upper"] are the 90% interval of the count (omitted with intervals=false), and obs["artefact"] flags nuclei on glass, in a fold,
+under a bubble or pen, out of focus or merged (omitted with artefacts=false). Flagged nuclei are kept.
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
 """
@@ -64,7 +64,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def _nuclei(given: dict[str, object]) -> NucleiSource:
-    """The nuclei file, or the segmenter that was asked for; None means that of training."""
+    """The nuclei file or the requested segmenter; None means the segmenter of training."""
     from prts.segmentation import segmenters
 
     node, file = given.get("segmentation"), given["nuclei"]

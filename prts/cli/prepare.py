@@ -1,10 +1,10 @@
-"""Segment, count, choose genes and read features, for every section of a tissue.
+"""Segment, count, choose genes and compute features for every section of a tissue.
 
 usage: prts prepare tissue=NAME [segmentation=...] [encoder=...] [panel=...] [preprocess.register=true]
 
-Everything that training needs from the files, kept in the cache (paths.cache_dir): what is up to date is skipped, a killed run
-goes on where it stopped, and parallel runs share one cache. `prts train` does this by itself. The shift between bins and nuclei is
-measured in every section; `preprocess.register=true` takes it back.
+Writes everything that training needs to the cache (paths.cache_dir). Steps that are up to date are skipped, a killed run resumes where it
+stopped, and parallel runs can share a cache. `prts train` runs this step automatically. The shift between bins and nuclei is measured in
+every section; `preprocess.register=true` corrects it.
 
 example: prts prepare tissue=her2st encoder=vit256 encoder.weights=vit256_small_dino.pth
 """
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue], PrepareSettings]:
-    """What prepares the sections that a config describes (again and again: it skips what is done), and how.
+    """A function that prepares the sections of a config, skipping finished steps, and its settings.
 
     Raises
     ------

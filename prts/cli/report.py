@@ -1,15 +1,15 @@
-"""Draw figures of a run or a prediction, and write report.html, an interactive page that works offline.
+"""Draw figures for a run or a prediction, and write report.html, an interactive page that works offline.
 
 usage: prts report run=DIR [out=DIR]
        prts report prediction=FILE.h5ad image=FILE [section=DIR] [analysis=FILE.h5ad] out=DIR
 
 Writes OUT/report.html (for runs with several test sections also report-<section>.html) and OUT/figures as PNG and PDF. For a run, `out` is
 the run folder by default.
-section=DIR is the folder of the predicted section with its bins: page and figures then show measured next to predicted counts, and scores.
+section=DIR is the folder of the predicted section with its bins. The page and figures then show scores and measured counts as well.
 analysis=FILE (from `prts analyze`) adds its clusters and cell types to the map.
-genes= chooses the genes on the map: a number, or names such as [Plp1,Ttr], which come before the best predicted, also in the figures.
-region=[x0,y0,x1,y1] in full-resolution px chooses the region that the figures enlarge. second=FILE shows another image with the same field
-of view, such as registered IHC, next to it.
+genes= chooses the genes on the map: a number, or names such as [Plp1,Ttr], which are listed first, also in the figures.
+region=[x0,y0,x1,y1] in full-resolution px is enlarged in the figures. second=FILE shows another image with the same field of view, such as
+registered IHC, next to it.
 
 example: prts report run=outputs/demo/make
 example: prts report prediction=slide.h5ad image=slide.svs out=report

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class RunFolder(Callback):
-    """Hydra callback that tells the command line which folder was made: its name holds the time of the start."""
+    """Hydra callback that records which folder was made, since its name contains the start time."""
 
     sweep: ClassVar[Path | None] = None
     run: ClassVar[Path | None] = None
-    # what the folder of the run held before; None if it did not exist
+    # contents of the run folder before; None if it did not exist
     before: ClassVar[frozenset[str] | None] = None
 
     @classmethod
@@ -41,7 +41,7 @@ class RunFolder(Callback):
 
 
 def remove_bare_run() -> None:
-    """Remove what Hydra made for a run that ended before it had anything to keep; never what was there before."""
+    """Remove what Hydra created for a run that ended without results, but nothing that existed before."""
     folder, before = RunFolder.run, RunFolder.before
     if folder is None or not folder.is_dir() or before:
         return
@@ -53,7 +53,7 @@ def remove_bare_run() -> None:
 
 
 def remove_bare_sweep() -> bool:
-    """Remove what Hydra made for a multirun that started no job; returns whether there was none."""
+    """Remove what Hydra created for a multirun that started no job; return whether none was started."""
     folder = RunFolder.sweep
     if folder is None or not folder.is_dir():
         return True
@@ -65,15 +65,15 @@ def remove_bare_sweep() -> bool:
 
 
 class RunLog(logging.FileHandler):
-    """The log file of a run. On a full disk it loses lines; the run ends with the first file that matters."""
+    """The log file of a run. On a full disk it drops lines instead of ending the run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
-        """Drop a line that a full disk does not take."""
+        """Drop the line if the disk is full."""
         if full_disk(sys.exc_info()[1]) is None:
             super().handleError(record)
 
     def close(self) -> None:
-        """Drop the lines that a full disk does not take."""
+        """Drop the lines if the disk is full."""
         try:
             super().close()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The keys of every command with their kinds, ranges and choices.
+"""The keys of every command with their types, ranges and choices.
 
 Each command has one dataclass. Hydra composes against its keys (`prts.cli.config_keys`), which refuses unknown ones, and then
 `prts.cli.check` checks the values against the annotations. Defaults are in configs/*.yaml; a default here marks an optional key.
@@ -14,11 +14,11 @@ from pydantic import Field
 
 @dataclass(frozen=True)
 class Built:
-    """Marks a mapping from which something is built, by its `name:` in a registry or its `_target_:`. Its keys are the constructor's."""
+    """Marks a mapping that describes an object by its `name:` in a registry or its `_target_:`; other keys are constructor arguments."""
 
-    owner: str  # what its parameters belong to in errors
+    owner: str  # owner of its parameters in errors
     several: bool = False  # whether it is a mapping of such mappings
-    limits: type | None = None  # a dataclass with ranges that the constructor's annotations do not state
+    limits: type | None = None  # a dataclass with ranges missing from the constructor's annotations
 
 
 Mapping = dict[str, Any]
@@ -98,7 +98,7 @@ class DownloadedFiles:
 
 @dataclass
 class SectionFiles:
-    """What is known of a section's keys; `prts.data.tissue` refuses others."""
+    """Known keys of a section; `prts.data.tissue` refuses others."""
 
     image: FilePath | None
     bins: FilePath | None
@@ -125,21 +125,21 @@ class Tissue:
 
 @dataclass
 class SegmentationLimits:
-    """Of any segmenter: whether nuclei that a section has come first."""
+    """Keys of any segmenter: whether to prefer a section's own nuclei."""
 
     prefer_given: bool
 
 
 @dataclass
 class SeedLimits:
-    """Of anything random."""
+    """Keys of anything random."""
 
     seed: Seed
 
 
 @dataclass
 class NetworkLimits:
-    """Of `model.net`."""
+    """Ranges of `model.net`."""
 
     hidden: list[Annotated[int, Field(ge=1, le=65_536)]]
     dropout: Annotated[float, Field(ge=0, lt=1)]
@@ -147,7 +147,7 @@ class NetworkLimits:
 
 @dataclass
 class OptimizerLimits:
-    """Of `model.optimizer`; other settings are tried by constructing it."""
+    """Ranges of `model.optimizer`; other settings are checked by constructing it."""
 
     lr: Annotated[float, Field(gt=0, le=1e3)]
     weight_decay: Annotated[float, Field(ge=0, le=1e3)]
@@ -155,7 +155,7 @@ class OptimizerLimits:
 
 @dataclass
 class SchedulerLimits:
-    """Of `model.scheduler`; other settings are tried by constructing it."""
+    """Ranges of `model.scheduler`; other settings are checked by constructing it."""
 
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Whole
@@ -183,7 +183,7 @@ class Model:
 
 @dataclass
 class TrainerLimits:
-    """Of `trainer`: an untrained network is never shipped, and the settings that prts itself reads."""
+    """Ranges of `trainer`: settings that prts reads, and limits that rule out an untrained network."""
 
     max_epochs: Annotated[int, Field(ge=1, le=10**6)]
     min_epochs: Annotated[int, Field(ge=0, le=10**6)] | None
@@ -198,7 +198,7 @@ class TrainerLimits:
 
 @dataclass
 class CallbackLimits:
-    """Of any callback."""
+    """Keys of any callback."""
 
     monitor: Name
     mode: Literal["min", "max"]
@@ -280,7 +280,7 @@ class Predict:
     flip: Literal["none", "horizontal", "vertical"]
     roi: (
         Annotated[
-            Annotated[str, Field(pattern=r"[^-+.\deE]")]  # as typed, or a file whose name is not a number
+            Annotated[str, Field(pattern=r"[^-+.\deE]")]  # text that is not a plain number: a file, or a list as typed
             | Annotated[list[float], Field(min_length=4, max_length=4)]
             | Annotated[list[tuple[float, float]], Field(min_length=3)],
             Field(description="[x0,y0,x1,y1], a polygon [[x,y],[x,y],[x,y]] or a GeoJSON file"),
@@ -440,7 +440,7 @@ class Doctor:
     bundle: FilePath | None
 
 
-# By command, as `prts.cli.app.COMMANDS`, which imports nothing.
+# By command, in the order of `prts.cli.app.COMMANDS`, which is separate so that it imports nothing.
 SCHEMAS: dict[str, type] = {
     "simulate": Simulate,
     "prepare": Prepare,

@@ -1,12 +1,13 @@
-"""Prepare if needed, fit, choose output rule and threshold on validation, test beside the baselines.
+"""Train a model, and test it next to baselines.
 
 usage: prts train [tissue=demo|her2st|brain|lung|breast] [ablation=full|local_only|global_only] [encoder=...] [seed=0]
 
-Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (first test section; further
-ones in predictions-<section>.h5ad), figures/, report.html (`report=false` leaves it out), the model bundle model/, config.yaml and
-train.log. `tissue=demo`, the default, simulates its sections: no download.
+Prepares the sections if needed, fits the network, chooses output rule and threshold on validation, and scores the test sections.
+Writes outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (further test sections in
+predictions-<section>.h5ad), figures/, report.html (omitted with report=false), the model bundle model/, config.yaml and train.log.
+`tissue=demo`, the default, simulates its sections and needs no download.
 
-A run that was killed goes on with resume=true and its folder, and ends with the weights it would have had.
+To resume a killed run, give its folder and resume=true; it ends with the same weights as an uninterrupted run.
 
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth hydra.run.dir=outputs/lung/2026-11-22_09-30-00 resume=true
@@ -25,7 +26,8 @@ from prts.errors import InputError, ParameterError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from prts.api.train import Run, TrainingPlan
+    from prts.api.train import Run
+    from prts.api.training_plan import TrainingPlan
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
 
@@ -34,7 +36,7 @@ MONITORED = ("val/loss", "val/reg", "val/bin", "val/pcc", "train/loss", "train/r
 
 
 def train(cfg: DictConfig, folder: Path) -> Run:
-    """Run one training from preparation to test.
+    """Run a training run from preparation to test.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 def training_plan(cfg: DictConfig) -> TrainingPlan:
     """All that a config says of a run, as objects; refused here, before any work, if it makes no sense."""
-    from prts.api.train import DataSettings, TrainingPlan
+    from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.evaluation.settings import EvaluationSettings
 
     cfg = settled(cfg)
@@ -106,12 +108,14 @@ def _likelihood(cfg: DictConfig) -> Likelihood:
 
 
 def settled(cfg: DictConfig) -> DictConfig:
-    """The config with `auto` replaced by what it stands for on this machine and with this likelihood."""
+    """The config with each `auto` resolved for this machine and likelihood."""
     from hydra.utils import instantiate
 
     from prts.models.linear import LIKELIHOOD
+    from prts.models.module import quiet_lightning
     from prts.precision import training_precision
 
+    quiet_lightning()
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":
         cfg.trainer.precision = "32-true"  # until Lightning has found the device
@@ -143,7 +147,7 @@ def main(cfg: DictConfig) -> float:
     return float(metrics.get("val/pcc_mean", float("nan")))
 
 
-if __name__ == "__main__":  # how Lightning starts the further processes of a DDP job
+if __name__ == "__main__":  # how Lightning starts the other processes of a DDP job
     import sys
 
     from prts.cli.app import run

@@ -37,18 +37,18 @@ __all__ = ["Batch", "DeviceBatches", "NucleusBatches", "NucleusSet", "PRTSDataMo
 
 
 class Batch(NamedTuple):
-    """Features (b, d) and raw counts (b, g), both float32. The target is made from the counts on the network's device."""
+    """Features (b, d) and raw counts (b, g), both float32. The target is computed from the counts on the network's device."""
 
     features: Tensor
     counts: Tensor
 
 
 class NucleusBatches(Dataset[Batch]):
-    """Nuclei of one or more sections, taken many at a time: `dataset[indices]` is a `Batch`."""
+    """Nuclei of one or more sections, fetched in batches: `dataset[indices]` is a `Batch`."""
 
     def __init__(self, sets: Sequence[NucleusSet]) -> None:
         self._features = [nuclei.features for nuclei in sets]
-        # converted once: a batch is then densified straight into the type that the network wants
+        # converted once, so that each batch is densified in the network's dtype
         self._counts = [nuclei.counts.astype(np.float32) for nuclei in sets]
         self._starts = np.cumsum([0, *(len(nuclei) for nuclei in sets)])
 
@@ -71,14 +71,14 @@ class NucleusBatches(Dataset[Batch]):
 
 
 class DeviceBatches(Dataset[Batch]):
-    """As `NucleusBatches`, for nuclei that lie in a device's memory as a whole: of a batch, only its indices travel.
+    """Like `NucleusBatches`, but all nuclei are kept in device memory, so that only the indices of a batch are transferred.
 
     Parameters
     ----------
     sets
         The nuclei.
     device
-        Where they go, once.
+        Device to copy them to.
     """
 
     def __init__(self, sets: Sequence[NucleusSet], device: torch.device) -> None:
@@ -92,7 +92,7 @@ class DeviceBatches(Dataset[Batch]):
 
     @staticmethod
     def n_bytes(sets: Sequence[NucleusSet]) -> int:
-        """What these nuclei take in memory."""
+        """Memory that these nuclei need."""
         return sum(nuclei.features.nbytes + 8 * nuclei.counts.nnz for nuclei in sets)
 
     def __len__(self) -> int:
@@ -111,9 +111,9 @@ class DeviceBatches(Dataset[Batch]):
 
 
 class ShuffledBatches(Sampler[NDArray[np.int64]]):
-    """A new random order each epoch, cut into batches. The order depends on the seed and the number of the epoch only.
+    """A new random order each epoch, cut into batches. The order depends only on the seed and the epoch.
 
-    A last batch of one nucleus is dropped: batch normalisation has no variance to offer it.
+    If the last batch has a single nucleus, it is dropped, because batch normalization needs a variance.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0) -> None:
@@ -123,7 +123,7 @@ class ShuffledBatches(Sampler[NDArray[np.int64]]):
         self._epoch = epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Say the number of the coming epoch, as Lightning does before each."""
+        """Set the number of the next epoch; Lightning calls this before each."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -151,7 +151,7 @@ class _OrderedBatches(Sampler[NDArray[np.int64]]):
 
 
 class PRTSDataModule(pl.LightningDataModule):
-    """Prepared sections as training and validation batches, and as arrays for everything that is no training.
+    """Prepared sections as training and validation batches, and as arrays for evaluation.
 
     After `setup`: `tissue`, `panel`, `train_sets`, `val_sets`, `test_sets` (one `NucleusSet` per section), `split_report`, `in_features`,
     `n_genes`, `feature_widths`.
@@ -166,8 +166,8 @@ class PRTSDataModule(pl.LightningDataModule):
         Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` and `context` are ours; an
         ablation omits some.
     permute
-        Train the network on features shuffled among all training nuclei (an ablation: it then learns each gene's mean at best). Sets,
-        validation and test stay as they are.
+        Shuffle features among all training nuclei (an ablation: the network then learns each gene's mean at best). The arrays,
+        validation and test are not shuffled.
     batch_size
         Nuclei per batch.
     seed
@@ -200,7 +200,7 @@ class PRTSDataModule(pl.LightningDataModule):
         if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(BLOCKS):
             raise InputError(f"data.use: {list(use)} must list some of {', '.join(BLOCKS)}, each once")
         if batch_size < 2:
-            raise InputError(f"data.batch_size: {batch_size} is too small for batch normalisation; use 2 or more")
+            raise InputError(f"data.batch_size: {batch_size} is too small for batch normalization; use 2 or more")
         self.permute = permute
         self.batch_size = batch_size
         self.seed = seed
@@ -209,7 +209,7 @@ class PRTSDataModule(pl.LightningDataModule):
         self._prepared: PreparedTissue | None = None
         self._split = split
         self._is_set_up = False
-        # more where training goes on: workers of the loader draw the order before Lightning says the epoch
+        # above 0 when training resumes: workers draw the order before Lightning sets the epoch
         self.first_epoch = 0
 
     @property
@@ -223,11 +223,11 @@ class PRTSDataModule(pl.LightningDataModule):
         return len(self.panel.genes)
 
     def prepare_data(self) -> None:
-        """Build what the cache lacks, in one process."""
+        """Build what is missing from the cache, in one process."""
         self._once_prepared()
 
     def _once_prepared(self) -> PreparedTissue:
-        # even where nothing is to be done, finding that out opens every section and every nuclei file
+        # even if everything is cached, checking that opens every section and every nuclei file
         if self._prepared is None:
             self._prepared = self._prepare()
         return self._prepared
@@ -267,7 +267,7 @@ class PRTSDataModule(pl.LightningDataModule):
         self._is_set_up = True
 
     def feature_moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (d,) of the features over training nuclei, for a network that standardises its input."""
+        """Mean and standard deviation (d,) of the features over training nuclei, for a network that standardizes its input."""
         mean, spread = feature_moments(self.train_sets)
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(spread.astype(np.float32))
 
@@ -288,7 +288,7 @@ class PRTSDataModule(pl.LightningDataModule):
             DeviceBatches(sets, device) if on_device else NucleusBatches(sets),
             batch_size=None,  # the sampler's items are batches already
             sampler=sampler,
-            # its own: drawing the workers' seeds from torch's generator would shift the dropout that follows, by the number of workers
+            # its own, because drawing the workers' seeds from torch's generator would make dropout depend on the number of workers
             generator=torch.Generator().manual_seed(self.seed),
             num_workers=n_workers,
             persistent_workers=n_workers > 0,
@@ -297,7 +297,7 @@ class PRTSDataModule(pl.LightningDataModule):
 
 
 def _fits(sets: Sequence[NucleusSet], device: torch.device) -> bool:
-    """Whether a GPU holds these nuclei in half of the memory that is free; the other half is for network and batches."""
+    """Whether these nuclei fit in half of the GPU's free memory; the other half is for the network and batches."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
@@ -305,7 +305,7 @@ def _fits(sets: Sequence[NucleusSet], device: torch.device) -> bool:
 
 
 class _Loaded(NamedTuple):
-    """A section's nuclei with both counts and features; `row` says where each stands among all that passed QC (`xy_um`)."""
+    """A section's nuclei with both counts and features; `row` is the position of each among all nuclei that passed QC (`xy_um`)."""
 
     nuclei: NucleusSet
     row: NDArray[np.intp]
@@ -358,7 +358,7 @@ def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:
 def _rows(loaded: _Loaded, parts: NDArray[np.int8], part: int) -> NDArray[np.intp]:
     """Rows of the loaded nuclei that belong to a part."""
     wanted = parts[loaded.row] == part
-    # a flagged nucleus teaches nothing; validation and test take tissue as it comes
+    # training skips flagged nuclei; validation and test keep all
     return np.flatnonzero(wanted & ~loaded.artefact if part == TRAIN else wanted)
 
 
@@ -368,6 +368,6 @@ def _common_widths(widths: Mapping[str, dict[str, int]]) -> dict[str, int]:
     for name in rest:
         if widths[name] != widths[first]:
             raise InputError(
-                f"features of {name} have widths {widths[name]}, those of {first} {widths[first]}; prepare both alike"
+                f"features of {name} have widths {widths[name]}, but those of {first} {widths[first]}; use the same settings for both"
             )
     return widths[first]

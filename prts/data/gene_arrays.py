@@ -10,14 +10,14 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 _VALUES_AT_ONCE = 4_000_000
-# Values that differ only in the last digits of float32 are equal: batches of another size round differently.
+# Values that differ only in the last digits of float32 count as equal, because batches of different sizes round differently.
 _RELATIVE_RANGE = 1e-6
 
 Matrix = Any  # a NumPy array or a SciPy sparse matrix, (n_nuclei, n_genes)
 
 
 def gene_slices(n_nuclei: int, n_genes: int) -> Iterator[slice]:
-    """Slices of genes such that one slice of all nuclei holds about four million values."""
+    """Slices of genes, each with about four million values over all nuclei."""
     step = max(1, _VALUES_AT_ONCE // max(n_nuclei, 1))
     for start in range(0, n_genes, step):
         yield slice(start, min(start + step, n_genes))
@@ -55,7 +55,7 @@ class GeneRows:
 
 
 def is_constant(rows: NDArray[Any]) -> NDArray[np.bool_]:
-    """Whether each row (a gene) holds one value, up to the rounding of float32, (n_genes,)."""
+    """Whether each row (a gene) is constant, up to the rounding of float32, (n_genes,)."""
     low, high = rows.min(axis=1), rows.max(axis=1)
     constant: NDArray[np.bool_] = (high - low) <= _RELATIVE_RANGE * np.maximum(np.abs(low), np.abs(high))
     return constant

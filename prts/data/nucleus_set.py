@@ -67,6 +67,6 @@ def feature_moments(sets: Sequence[NucleusSet]) -> tuple[NDArray[np.float64], ND
     chunks = [nuclei.features[start : start + 4096] for nuclei in sets for start in range(0, len(nuclei), 4096)]
     mean = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in chunks) / n
     spread = np.sqrt(sum(np.square(chunk - mean).sum(axis=0) for chunk in chunks) / n)
-    # float32 rounding of a constant is not spread
+    # float32 rounding of a constant does not count as spread
     spread[spread <= 1e-6 * np.abs(mean)] = 1.0
     return mean, spread

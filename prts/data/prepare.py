@@ -1,4 +1,4 @@
-"""Every stage from files to features for each section of a tissue, skipping what is already in the cache.
+"""Run every stage from files to features for each section of a tissue, skipping what is cached.
 
 Each product is a cache file named by a fingerprint of its inputs and settings. One process builds it under a file lock while others wait
 for it; a build that is killed leaves nothing behind except, for features, finished chunks from which the next run resumes.
@@ -92,7 +92,7 @@ def prepare_sections(
     settings: PrepareSettings,
     stopwatch: Stopwatch | None = None,
 ) -> PreparedTissue:
-    """Nuclei, counts, panel and features of sections that are open.
+    """Prepare nuclei, counts, panel and features of open sections.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def prepare_sections(
     """
     watch = stopwatch or Stopwatch()
     root = settings.cache_dir / name
-    # both identify the files that they use: a missing one is reported here, before minutes of segmentation
+    # both read the files they use, so a missing one is reported before minutes of segmentation
     settings.encoder.settings()
     if not settings.prefer_given:
         settings.segmenter.settings()
@@ -204,7 +204,7 @@ def prepare_nuclei(
 
 
 def _passing_settings(section: Section, nuclei: Path, species: str, settings: PrepareSettings) -> dict[str, Any]:
-    """Everything that decides which nuclei pass QC: features depend on that, and on nothing else in the counts."""
+    """Everything that determines which nuclei pass QC, the only aspect of the counts that features depend on."""
     return {
         **required_measurement(section).identity(),
         "version": STAGE_VERSION["counts"],
@@ -243,7 +243,7 @@ def _counts(
 
 
 def _registration(counts: Path, section: Section, register: bool) -> Registration | None:
-    """The displacement found when the counts were made, logged in every run that uses them."""
+    """The displacement measured when the counts were made, logged in every run that uses them."""
     from anndata.io import read_elem
 
     with h5py.File(counts) as file:
@@ -284,7 +284,7 @@ def _panel(
 
 
 def prepare_artefacts(folder: Path, section: Section, nuclei: Path) -> pd.Categorical:
-    """The kind of artifact of each of a section's nuclei, in their order; found and cached if needed.
+    """The kind of artifact at each nucleus of a section, in the order of the nuclei; computed and cached if needed.
 
     The slide is read in its own colors, as in training: the rules compare a nucleus with the others of its slide, so matched colors would
     add nothing, and they would make pen and folds look more like tissue.

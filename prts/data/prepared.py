@@ -1,4 +1,4 @@
-"""How sections are prepared, and what a prepared tissue consists of."""
+"""Settings of the preparation of sections, and its result, a prepared tissue."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class PrepareSettings:
     segmenter
         Finds nuclei in an image.
     splitter
-        Says which nuclei train: the panel sees no others.
+        Decides which nuclei train; the panel is fitted on these only.
     panel
         Chooses the genes.
     encoder
@@ -53,7 +53,7 @@ class PrepareSettings:
     qc
         Limits of quality control.
     register
-        Take back the shift between counts and nuclei. It is measured either way, where the platform can.
+        Correct the shift between counts and nuclei. If the platform allows, it is measured either way.
     artefacts
         Find artifacts among the nuclei, and choose genes and train without them.
     check_image

@@ -1,4 +1,4 @@
-"""Open the sections of a tissue config, simulating those that ask for it."""
+"""Open the sections of a tissue config, simulating those with `simulate`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Raised when the simulation changes what it writes for the same settings.
+# Increased when the simulation changes what it writes for the same settings.
 _VERSION = 2
 
 

@@ -1,8 +1,8 @@
-"""Which nuclei train, which validate and which test.
+"""Split nuclei into training, validation and test.
 
-Nuclei closer than a tile (128 um) share pixels, so a part of a section is only independent of another part beyond a guard band.
-A splitter sees positions and the tissue's roles, nothing else, and so can be asked before any gene or feature is known: the gene
-panel, too, is fitted on training nuclei only.
+Nuclei closer than a tile (128 um) share pixels, so two parts of a section are independent only if a guard band separates them.
+A splitter sees only positions and the tissue's roles. It can therefore run before genes and features are computed, and the gene
+panel is fitted on training nuclei only.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Parts = dict[str, NDArray[np.int8]]
 
 @dataclass(frozen=True)
 class Roles:
-    """The sections of a tissue by role, as its config gives them."""
+    """The sections of a tissue by role, as in its config."""
 
     train: Sequence[str]
     val: Sequence[str]
@@ -38,7 +38,7 @@ class Roles:
 
     @property
     def missing(self) -> list[int]:
-        """The parts, of VAL and TEST, that no section has."""
+        """VAL and TEST, if no section has that role."""
         return [part for part, names in ((VAL, self.val), (TEST, self.test)) if not names]
 
     def by_section(self) -> dict[str, int]:
@@ -48,14 +48,14 @@ class Roles:
 
 
 class Splitter(Protocol):
-    """Assigns nuclei to parts by where they are."""
+    """Assigns nuclei to parts by position."""
 
     def __call__(self, xy_um: Mapping[str, NDArray[np.float64]], roles: Roles) -> Parts:
-        """The part of every nucleus: for each section an (n,) int8 array of LEFT_OUT, TRAIN, VAL or TEST."""
+        """Return the part of every nucleus: for each section, an (n,) int8 array of LEFT_OUT, TRAIN, VAL or TEST."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the outcome, with the splitter's name."""
+        """Everything that affects the result, with the splitter's name."""
         ...
 
 
@@ -66,13 +66,13 @@ class BySection:
     Parameters
     ----------
     test_required
-        Refuse a tissue without a test section, whose run would end without a test.
+        Refuse a tissue without a test section.
     """
 
     test_required: bool = True
 
     def settings(self) -> dict[str, Any]:
-        """The name alone: the rest does not change who trains."""
+        """Only the name: the rest does not affect which nuclei train."""
         return {"name": "by_section"}
 
     def __call__(self, xy_um: Mapping[str, NDArray[np.float64]], roles: Roles) -> Parts:
@@ -99,27 +99,27 @@ class BySection:
 class Blocks:
     """Contiguous spatial blocks of the training sections for the roles that no section has.
 
-    Every training section is cut into `folds * blocks_per_fold` rectangles of equally many nuclei (the longer side is halved again and
-    again). Fold number `fold` becomes the first missing part, validation before test, the next fold the second; the rest trains. A training
-    nucleus whose tile touches that of a validation or test nucleus is left out, as is a validation nucleus beside a test nucleus:
-    nuclei of different parts are at least `guard_um` apart along x or along y, so their tiles share no pixel. Sections that the tissue
-    gives to validation or test stay whole.
+    Every training section is cut into `folds * blocks_per_fold` rectangles with equal numbers of nuclei, by halving the longer side
+    repeatedly. Fold number `fold` becomes the first missing part (validation before test), the next fold the second; the rest trains.
+    Training nuclei whose tile overlaps the tile of a validation or test nucleus are left out, as are validation nuclei next to test
+    nuclei: nuclei of different parts are at least `guard_um` apart along x or y, so their tiles share no pixels. Sections with the role
+    validation or test are kept whole.
 
     Parameters
     ----------
     folds
-        Into how many folds the nuclei are cut; the share of a carved part is 1 / folds.
+        Number of folds; each held-out part gets 1 / folds of the nuclei.
     fold
-        Which fold, from 0.
+        Index of the fold, from 0.
     blocks_per_fold
-        Blocks of one fold in a section, spread over it. More represent the tissue better and lose more nuclei to guard bands.
+        Blocks per fold in a section. More blocks represent the tissue better but lose more nuclei to guard bands.
     guard_um
         Width of the guard band, at least the tile's 128 um.
 
     Raises
     ------
     InputError
-        For values outside these limits.
+        If a value is outside these limits.
     """
 
     folds: int = 5
@@ -142,18 +142,18 @@ class Blocks:
         return {"name": "blocks", **asdict(self)}
 
     def __call__(self, xy_um: Mapping[str, NDArray[np.float64]], roles: Roles) -> Parts:
-        """Carve the missing roles; see `Splitter`.
+        """Hold out nuclei for the missing roles; see `Splitter`.
 
         Raises
         ------
         InputError
-            If no role is missing, or two are with fewer than three folds.
+            If no role is missing, or two are missing and there are fewer than three folds.
         """
         missing = roles.missing
         _refuse_nothing_to_carve("blocks", missing)
         if len(missing) >= self.folds:
             raise InputError(
-                f"split.folds: {self.folds} leave nothing to train on when validation and test are cut out; use 3 or more"
+                f"split.folds: {self.folds} leave nothing to train on once validation and test are held out; use 3 or more"
             )
         parts = _whole_sections(xy_um, roles)
         for name in roles.train:
@@ -166,16 +166,16 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Random:
-    """Random nuclei of the training sections for the roles that no section has. Only to show how much this flatters.
+    """Random nuclei of the training sections for the roles that no section has. Only to show how much this inflates scores.
 
-    Neighbouring nuclei share most of their tile and, by spill, some of their transcripts, so figures from this split are too good.
+    Neighboring nuclei share most of their tile and, by diffusion, some of their transcripts, so scores from this split are too good.
 
     Parameters
     ----------
     fraction
         Share of nuclei for each missing part.
     seed
-        Seed of the draw.
+        Random seed.
 
     Raises
     ------
@@ -188,14 +188,14 @@ class Random:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 0.5:
-            raise InputError(f"split.fraction: {self.fraction:g} must lie between 0 and 0.5")
+            raise InputError(f"split.fraction: {self.fraction:g} is out of range; use a value between 0 and 0.5")
 
     def settings(self) -> dict[str, Any]:
         """All parameters."""
         return {"name": "random", **asdict(self)}
 
     def __call__(self, xy_um: Mapping[str, NDArray[np.float64]], roles: Roles) -> Parts:
-        """Draw the missing roles; see `Splitter`.
+        """Draw nuclei for the missing roles; see `Splitter`.
 
         Raises
         ------
@@ -205,7 +205,7 @@ class Random:
         missing = roles.missing
         _refuse_nothing_to_carve("random", missing)
         logger.warning(
-            "split=random: neighbouring nuclei share tiles between the parts, so every figure is too good; use split=blocks"
+            "split=random: neighboring nuclei in different parts share tiles, so all scores are too good; use split=blocks"
         )
         parts = _whole_sections(xy_um, roles)
         generator = np.random.default_rng(self.seed)
@@ -218,14 +218,14 @@ class Random:
 
 
 def block_labels(xy: NDArray[np.float64], n_blocks: int) -> NDArray[np.int64]:
-    """Cut points into rectangles of equally many points, by halving the longer side again and again.
+    """Cut points into rectangles with equal numbers of points, by halving the longer side repeatedly.
 
     Parameters
     ----------
     xy
         (n, 2) positions.
     n_blocks
-        How many rectangles.
+        Number of rectangles.
 
     Returns
     -------
@@ -248,19 +248,19 @@ def block_labels(xy: NDArray[np.float64], n_blocks: int) -> NDArray[np.int64]:
 
 
 def split_report(splitter: Splitter, parts: Parts) -> dict[str, Any]:
-    """How many nuclei each part got, in all and by section, and how many were left out.
+    """Count the nuclei of each part, and those left out, in total and by section.
 
     Parameters
     ----------
     splitter
-        What made the parts.
+        The splitter that was used.
     parts
         Its result.
 
     Returns
     -------
     A JSON-like dict with `split` (settings), `n` (counts of train, val, test, left_out), `sections` (the same by section) and
-    `warning` (None, or why figures of this split mislead).
+    `warning` (None, or why scores from this split are misleading).
 
     Raises
     ------
@@ -277,10 +277,10 @@ def split_report(splitter: Splitter, parts: Parts) -> dict[str, Any]:
     for name in PARTS:
         if n[name] == 0 and (name != "test" or getattr(splitter, "test_required", True)):
             raise InputError(
-                f"split={settings['name']}: leaves no nucleus for {name} ({n['left_out']} fell to the guard band); "
-                f"use a larger section, other folds or a section of its own in tissue.{name}"
+                f"split={settings['name']}: leaves no nuclei for {name} ({n['left_out']} are in the guard band); "
+                f"use a larger section, other folds or a separate section in tissue.{name}"
             )
-    warning = "neighbouring nuclei share tiles between parts" if settings["name"] == "random" else None
+    warning = "neighboring nuclei in different parts share tiles" if settings["name"] == "random" else None
     logger.info(
         "split=%s: %s", settings["name"], ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in n.items())
     )
@@ -293,13 +293,11 @@ def _whole_sections(xy_um: Mapping[str, NDArray[np.float64]], roles: Roles) -> P
 
 def _refuse_nothing_to_carve(name: str, missing: Sequence[int]) -> None:
     if not missing:
-        raise InputError(
-            f"split={name}: the tissue has sections for validation and for test already; use split=by_section"
-        )
+        raise InputError(f"split={name}: the tissue already has sections for validation and test; use split=by_section")
 
 
 def _clear_guard_band(xy_um: NDArray[np.float64], parts: NDArray[np.int8], guard_um: float) -> None:
-    """Leave out, in place, nuclei closer to a part that matters more: test is kept whole, then validation, then training."""
+    """Leave out, in place, nuclei too close to a part with priority: test, then validation, then training."""
     for part, others in ((VAL, (TEST,)), (TRAIN, (VAL, TEST))):
         mine = np.flatnonzero(parts == part)
         theirs = np.isin(parts, others)

@@ -1,4 +1,4 @@
-"""A tissue as its config describes it: sections, the places of their files, and the role of each."""
+"""A tissue as described by its config: sections, the paths of their files, and their roles."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class SectionSpec:
     nuclei, spots
         Nuclei from another tool, measured spots.
     platform
-        What measured the section, a name in `prts.platforms.platforms`.
+        The platform that measured the section, a name in `prts.platforms.platforms`.
     measurement
         Arguments of the platform's constructor: all keys of the section's config that are not listed here.
     simulate
         Arguments of `prts.simulate.section.simulate_section`.
     download
-        Where `prts download` gets the files.
+        Where `prts download` gets the files from.
     """
 
     name: str
@@ -138,13 +138,13 @@ def _parse_section(name: str, node: Any) -> SectionSpec:
         _refuse_unknown("section", f"{name}.", given, _OWN_KEYS)
     mpp = own.get("mpp")
     if mpp is not None and not isinstance(mpp, int | float):
-        raise ParameterError("section", f"{name}.mpp", f"{mpp!r} is not a number of um/px")
+        raise ParameterError("section", f"{name}.mpp", f"{mpp!r} is not a number; give um/px")
     own |= {key: Path(str(own[key])) for key in ("image", "nuclei", "spots") if key in own}
     return SectionSpec(name=name, measurement=given, **own)
 
 
 def _check_platform(section: str, platform: str, settings: Mapping[str, Any]) -> None:
-    """Check the names of a platform's settings, without making it."""
+    """Check the names of a platform's settings without constructing it."""
     parameters = inspect.signature(platforms[platform]).parameters
     _refuse_unknown("section", f"{section}.", settings, [*_OWN_KEYS, *parameters])
     for key, parameter in parameters.items():

@@ -36,7 +36,7 @@ class RunBaselines:
     Parameters
     ----------
     fitted
-        Those that predict any section.
+        The baselines that can predict any section.
     train, val
         Nuclei that `position` is fitted on, section by section.
     """
@@ -57,7 +57,7 @@ class RunBaselines:
         return {**self.fitted} if position is None else {**self.fitted, "position": position}
 
     def shipped(self) -> ShippedBaselines:
-        """Those worth comparing with on any later slide, for the bundle."""
+        """The baselines to store in the bundle, which apply to any later slide."""
         return ShippedBaselines.from_fitted({name: self.fitted[name].linear for name in SHIPPED})
 
 
@@ -67,7 +67,7 @@ def compare_with_baselines(
     scoring: Scoring,
     flagged: NDArray[np.bool_],
 ) -> dict[str, float]:
-    """Score the baselines on the test sections, and count how many genes found predictable on validation are so on test.
+    """Score the baselines on the test sections, and count how many genes predictable on validation are also predictable on test.
 
     Parameters
     ----------
@@ -106,8 +106,8 @@ def score_baselines(
     -------
     figures
         `<name>/pcc_mean` and others. `<name>/difference` is the model's mean PCC minus the baseline's, with `_low` and `_high` from
-        resampled blocks, the same for both. `<name>/spot_difference` is that of the spot level, where the section has measured spots, from
-        resampled spots: they count as independent, which is not quite true of neighbors.
+        resampled blocks, the same for both. `<name>/spot_difference` is the difference over spots, if the section has measured spots, from
+        resampled spots, which are treated as independent although neighbors are not quite.
     beyond
         Genes in which the model is above 0 and above each baseline (`prts.evaluation.predictable.genes_beyond`).
 
@@ -119,7 +119,7 @@ def score_baselines(
     counts = model.nuclei.counts
     n_replicates = scoring.settings.bootstrap
     blocks, _ = spatial_blocks(model.nuclei.xy_um, scoring.settings.block_um)
-    assert model.result.sums is not None  # nuclei of a run have coordinates
+    assert model.result.sums is not None  # nuclei of a run always have coordinates
     model_spots = _spot_sums(model.umi, model, scoring)
     figures: dict[str, float] = {}
     others: dict[str, BlockSums] = {}
@@ -140,7 +140,7 @@ def score_baselines(
 
 
 def _spot_sums(umi: NDArray[np.float32], model: ScoredSection, scoring: Scoring) -> BlockSums | None:
-    """Sums for the PCC over spots, every spot a block of its own; None without measured spots."""
+    """Sums for the PCC over spots, with each spot as one block; None without measured spots."""
     if model.spots is None:
         return None
     xy_px, panel = model.nuclei.xy_um / model.section.mpp, scoring.panel
@@ -155,5 +155,5 @@ def _difference(key: str, ours: BlockSums, theirs: BlockSums, n_replicates: int)
 
 
 def _mean(pcc: NDArray[np.float64]) -> float:
-    """Over genes that are not constant; NaN where all are."""
+    """Mean over genes that are not constant; NaN if all are."""
     return float(pd.Series(pcc).mean())

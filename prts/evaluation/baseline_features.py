@@ -1,4 +1,4 @@
-"""Inputs of the baselines that are simpler than the features, read from the cache of a prepared tissue."""
+"""Inputs of the baselines that do not use the model's features, read from the cache of a prepared tissue."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ NEIGHBOURS = (10, 30, 100, 300)
 # Enough to compare numbers of neighbors.
 _VAL_NUCLEI = 5000
 _LEAKAGE_PCC = 0.02
-# One in 370 by chance, two-sided: three standard deviations of a normal distribution.
+# Exceeded by chance once in 370 runs: three standard deviations of a normal distribution, two-sided.
 _LEAKAGE_QUANTILE = 0.99865
-# The scatter of fewer genes is too uncertain to discard a run.
+# With fewer genes, the scatter is too uncertain to reject a run.
 _LEAKAGE_GENES = 10
 _CHUNK = 4096
 
@@ -59,7 +59,7 @@ class FittedBaseline:
     linear
         The fitted map.
     describe
-        Replaces the features of nuclei by what the baseline sees; None: it sees what the model sees.
+        Replaces the features of nuclei with the baseline's input; None: the same input as the model.
     """
 
     linear: LinearBaseline
@@ -81,7 +81,7 @@ def fit_baselines(
     train, val
         Training and validation nuclei; penalties are chosen on the latter.
     tissue
-        Holds colors and polygons of the nuclei.
+        The tissue, with colors and polygons of the nuclei.
     seed
         Seed of the permutations.
     """
@@ -119,7 +119,7 @@ class Position:
         )
         log = self.train.counts.log1p()
         level = np.empty((len(nuclei), log.shape[1]), dtype=np.float32)
-        for start in range(0, len(nuclei), _CHUNK):  # the sum over many neighbors is hardly sparse
+        for start in range(0, len(nuclei), _CHUNK):  # the sum over many neighbors is nearly dense
             level[start : start + _CHUNK] = (weights[start : start + _CHUNK] @ log).toarray()
         return np.expm1(level, out=level)
 
@@ -156,10 +156,10 @@ def fit_position(train: Sequence[NucleusSet], val: Sequence[NucleusSet], section
 
 
 def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
-    """Stop if the permuted baseline predicts the test: |mean PCC| above .02 + the 99.865 % quantile of its scatter by chance.
+    """Stop if the permuted baseline predicts the test: |mean PCC| above .02 + the 99.865% quantile of its scatter by chance.
 
     Genes are permuted independently, so their PCCs scatter independently around 0: the standard error of their mean is sd / sqrt(genes),
-    and the mean divided by it follows Student's t, whose quantile is 3 for many genes and far above for a few. With fewer than 10 genes
+    and the mean divided by it follows Student's t, whose quantile is 3 for many genes and much larger for a few. With fewer than 10 genes
     this is only a warning.
 
     Parameters
@@ -189,5 +189,5 @@ def refuse_leakage(pcc: NDArray[np.float64], section: str) -> None:
         logger.warning("%s; %d genes are too few to exclude chance", finding, len(known))
         return
     raise RuntimeError(
-        f"{finding}: training has seen test nuclei or the metric is wrong; do not trust any result of this run"
+        f"{finding}: the model was trained on test nuclei or the metric is wrong; do not trust any result of this run"
     )

@@ -26,8 +26,8 @@ def spatial_blocks(xy_um: NDArray[np.float64], block_um: float = BLOCK_UM) -> tu
     xy_um
         Centers of the nuclei in um, (n_nuclei, 2).
     block_um
-        Side of a block in um. It is halved until at least 20 blocks hold nuclei or a block is down to about 30 um, since percentiles
-        over a handful of blocks are meaningless (this concerns small simulated sections, not slides).
+        Side of a block in um. It is halved until at least 20 blocks contain nuclei or a block is down to about 30 um, since percentiles
+        over a handful of blocks are meaningless (this affects small simulated sections, not slides).
 
     Returns
     -------
@@ -136,7 +136,7 @@ def block_sums(measured: Matrix, predicted: Matrix, blocks: NDArray[np.intp]) ->
 
 
 def mean_pcc_interval(sums: BlockSums, *, n_replicates: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval (percentiles) of the mean PCC over genes; NaN with fewer than two blocks."""
+    """95% interval (percentiles) of the mean PCC over genes; NaN with fewer than two blocks."""
     if len(sums.n) < 2:
         return float("nan"), float("nan")
     low, high = np.nanpercentile(sums.mean_pcc(resampling_weights(len(sums.n), n_replicates, seed)), [2.5, 97.5])
@@ -146,7 +146,7 @@ def mean_pcc_interval(sums: BlockSums, *, n_replicates: int = 1000, seed: int = 
 def mean_pcc_difference(
     sums: BlockSums, other: BlockSums, *, n_replicates: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Difference in mean PCC of two predictions of the same nuclei, with its 95 % interval from shared resamples.
+    """Difference in mean PCC of two predictions of the same nuclei, with its 95% interval from shared resamples.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def mean_pcc_difference(
 def genes_above(
     sums: BlockSums, other: BlockSums | None = None, *, n_replicates: int = 1000, seed: int = 0
 ) -> NDArray[np.bool_]:
-    """Find genes whose PCC is above 0, or above that of another prediction, by the 95 % interval over resampled blocks.
+    """Find genes whose PCC is above 0, or above that of another prediction, by the 95% interval over resampled blocks.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The noise ceiling: the PCC that a perfect prediction of the rate would have in spite of counting noise, gene by gene.
+"""The noise ceiling: the PCC that a perfect prediction of the rate would reach despite counting noise, for each gene.
 
 Split every count c into halves a + b by a fair coin for each UMI (binomial thinning): given the rate, a and b are independent
 Poisson draws at half the depth, so their correlation over nuclei (rho) is due to the rate and not to noise. At full depth the
@@ -9,7 +9,7 @@ g(a), g(a)^2 and g(a) g(b) under a ~ Binomial(c, 1/2), which are tabulated here 
 ceiling is then sqrt(1 - mean / variance), exactly the r_max = sqrt(mu CV^2 / (1 + mu CV^2)) of the Poisson model; for log1p the
 step from half to full depth is an approximation, .02 too high on average where rates are skewed (benchmarks/ceiling.py).
 
-It is an upper bound for an image model: bursting, depth and spill from neighbors count as signal.
+It is an upper bound for an image model, because bursting, depth and diffusion from neighbors count as signal.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from scipy.stats import binom
 
 from prts.evaluation.bootstrap import block_matrix, resampling_weights
 
-# Beyond it the second-order expansion around c / 2 is exact to 1e-6.
+# Beyond this count, the second-order expansion around c / 2 is exact to 1e-6.
 _TABLE = 1024
 RELIABLE = 0.1
-"""Smallest ceiling of a gene that enters `ceiling_share`."""
+"""Smallest ceiling of a gene that counts toward `ceiling_share`."""
 
 
 def noise_ceiling(
@@ -33,8 +33,8 @@ def noise_ceiling(
 ) -> pd.DataFrame:
     """Ceiling of the PCC of each gene, on log1p(UMI) and on raw counts.
 
-    A ceiling is 0 where the 95 % interval of rho (percentiles over resampled spatial blocks; the splits are averaged out) includes
-    0: a plain clip of the estimate at 0 would be biased upwards for rare genes.
+    A ceiling is 0 if the 95% interval of rho (percentiles over resampled spatial blocks; the splits are averaged out) includes 0.
+    Simply clipping the estimate at 0 would be biased upward for rare genes.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def noise_ceiling(
 
     Returns
     -------
-    One row a gene: `ceiling`, `ceiling_low`, `ceiling_high` (95 % interval, clipped at 0) for log1p, and `ceiling_raw`.
+    One row per gene: `ceiling`, `ceiling_low`, `ceiling_high` (95% interval, clipped at 0) for log1p, and `ceiling_raw`.
     """
     counts = sp.csr_matrix(counts)
     c = counts.data.astype(np.int64)

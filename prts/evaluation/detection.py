@@ -1,4 +1,4 @@
-"""How well a prediction separates genes that a nucleus expresses (at least one UMI) from the others, in ONE section."""
+"""How well a prediction separates genes that a nucleus expresses (at least one UMI) from the others, in one section."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def detection_scores(
     threshold
         A gene is called expressed where prob >= threshold; one number or (n_genes,).
     scored
-        Genes that enter the summary, (n_genes,); None means all.
+        Genes to include in the summary, (n_genes,); None means all.
 
     Returns
     -------
     per_gene
-        `auroc` and `auprc` (average precision; both treat ties as scikit-learn does; NaN where all nuclei are of one class),
-        `accuracy`, `majority_accuracy`, `mcc` (0 where it is not defined).
+        `auroc` and `auprc` (average precision; both treat ties as scikit-learn does; NaN if all nuclei are of one class),
+        `accuracy`, `majority_accuracy`, `mcc` (0 if undefined).
     summary
         * `auroc`, `auprc`: mean over genes that have both classes;
-        * `accuracy`: share of gene x nucleus pairs called right;
-        * `majority_accuracy`: the same for the best constant call of each gene, max(share expressed, share not), which no accuracy
-          should be read without (calling everything "not expressed" scores no more than this);
-        * `balanced_accuracy`, `mcc`: of the gene x nucleus pairs pooled, so knowing which genes are common already counts;
-          `mcc_gene_mean`, the mean of the per-gene MCC, is free of that;
+        * `accuracy`: share of gene x nucleus pairs called correctly;
+        * `majority_accuracy`: the same for the best constant call of each gene, max(share expressed, share not), with which every
+          accuracy should be compared (calling everything "not expressed" scores no more than this);
+        * `balanced_accuracy`, `mcc`: over pooled gene x nucleus pairs, so knowing which genes are common already helps;
+          `mcc_gene_mean`, the mean of the per-gene MCC, does not have this bias;
         * `calibration_error`: expected calibration error of the pooled pairs in 15 equal bins (Naeini et al. 2015).
     """
     truth, guess = GeneRows(measured, "measured"), GeneRows(prob, "prob")
@@ -114,9 +114,9 @@ def _calibration_bins(expressed: NDArray[np.bool_], prob: NDArray[np.float64]) -
 
 
 def _mcc(hit: ArrayLike, false_alarm: ArrayLike, miss: ArrayLike, reject: ArrayLike) -> NDArray[np.float64]:
-    """Matthews correlation of a 2 x 2 table; 0 where a margin is empty."""
+    """Matthews correlation of a 2 x 2 table; 0 if a margin is empty."""
     tp, fp, fn, tn = (np.asarray(v, dtype=np.float64) for v in (hit, false_alarm, miss, reject))
-    # Roots before the product: four margins of 10^8 pairs would lose digits.
+    # Roots before the product, which would lose digits for four margins of 10^8 pairs.
     margin = np.sqrt(tp + fp) * np.sqrt(tp + fn) * np.sqrt(tn + fp) * np.sqrt(tn + fn)
     mcc: NDArray[np.float64] = np.divide(tp * tn - fp * fn, margin, out=np.zeros_like(margin), where=margin > 0)
     return mcc

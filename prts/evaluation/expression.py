@@ -1,4 +1,4 @@
-"""How close predicted expression is to measured expression, gene by gene over the nuclei of ONE section.
+"""How close predicted expression is to measured expression, gene by gene over the nuclei of one section.
 
 Everything is on log1p(UMI), as in the paper, except the Poisson deviance, which is on UMI. A gene whose measured counts are constant
 scores NaN (it is counted, and left out of means); a gene whose prediction is constant, such as one that the model cannot predict,
@@ -17,7 +17,7 @@ from scipy.special import xlogy
 
 from prts.data.gene_arrays import GeneRows, Matrix, average_ranks, gene_slices, is_constant
 
-# A rate of 0 where a UMI was measured has infinite deviance. Rates below one UMI per thousand nuclei are treated alike.
+# A predicted rate of 0 has infinite deviance if a UMI was measured, so rates are at least one UMI per thousand nuclei.
 RATE_FLOOR = 1e-3
 
 
@@ -33,7 +33,7 @@ def pearson_per_gene(measured: Matrix, predicted: Matrix) -> NDArray[np.float64]
 
     Returns
     -------
-    (n_genes,); NaN where the measured gene is constant, 0 where the prediction is.
+    (n_genes,); NaN if the measured gene is constant, 0 if the prediction is.
     """
     truth, guess = _pair(measured, predicted)
     pcc = np.empty(truth.shape[1])
@@ -58,7 +58,7 @@ def expression_per_gene(measured: Matrix, predicted: Matrix) -> pd.DataFrame:
 
     * `mean_counts`: mean measured UMI per nucleus;
     * `pcc`, `spearman` (average ranks), `rmse`: log1p(predicted) against log1p(measured);
-    * `skill`: 1 - MSE / MSE of the best constant, the section's own mean of log1p(UMI), so 0 is what a constant reaches at best;
+    * `skill`: 1 - MSE / MSE of the best constant, the section's own mean of log1p(UMI), so 0 is the best score of a constant;
     * `deviance_explained`: 1 - D(predicted) / D(section's mean UMI) with the Poisson deviance D, rates below 0.001 taken as 0.001;
     * `lognorm_pcc`: PCC after both sides were scaled, nucleus by nucleus, to the same total over these genes (the median measured
       total of nuclei that have any), then log1p;

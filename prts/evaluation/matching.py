@@ -1,4 +1,4 @@
-"""Pair the nuclei and genes of a prediction with those that a section measured."""
+"""Match the nuclei and genes of a prediction with a section's measured counts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class MatchedNuclei:
 
 
 def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> MatchedNuclei:
-    """Pair the nuclei and genes of a prediction with a section's measured counts.
+    """Match the nuclei and genes of a prediction with a section's measured counts.
 
     Nuclei are matched by `cell_id` if at least half of the smaller side's ids are known to the other and their centers agree (median
     distance under 1 um); otherwise two nuclei match if each is the other's nearest and they are no more than 3 um apart. Genes are
@@ -64,7 +64,7 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> MatchedN
     Parameters
     ----------
     prediction
-        As `prts.io.prediction.read_prediction` gives it.
+        Result of `prts.io.prediction.read_prediction`.
     counts
         Measured nuclei x all genes with `obsm["spatial"]` in full-resolution pixels.
     mpp

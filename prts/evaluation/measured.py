@@ -1,4 +1,4 @@
-"""What a section measured in the nuclei of a prediction, or in those of a training section."""
+"""Measured counts of a section in the nuclei of a prediction, or of a training section."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def measure_predicted(
     qc: QCSettings | None = None,
     register: bool | None = None,
 ) -> MeasuredSection:
-    """Count what a section measured in the nuclei of a prediction, and match the two.
+    """Sum a section's measured counts in the nuclei of a prediction, and match the two.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ def measure_predicted(
     section
         The section that was predicted, with a measurement.
     qc
-        Limits of quality control; those of the model's training if None.
+        Limits of quality control; None: as in the model's training.
     register
-        Take back the shift between counts and nuclei; as in the model's training if None.
+        Correct the shift between counts and nuclei; None: as in the model's training.
 
     Raises
     ------
@@ -92,18 +92,18 @@ def measure_predicted(
 def measure_training(
     prediction: ad.AnnData, section: Section, nuclei: Path | None, segmenter: Segmenter | None
 ) -> tuple[ad.AnnData, sp.csr_matrix]:
-    """Count what a training section measured.
+    """Sum a training section's measured counts in its nuclei.
 
     Parameters
     ----------
     prediction
-        Of a model trained on the section.
+        Prediction of a model trained on the section.
     section
         The training section.
     nuclei
-        Its nuclei; those of the section if None.
+        Its nuclei; None: those of the section.
     segmenter
-        Finds nuclei if there are none.
+        Finds nuclei if the section has none.
 
     Returns
     -------
@@ -139,7 +139,7 @@ def _about(prediction: ad.AnnData) -> Mapping[str, Any]:
     about: Mapping[str, Any] = prediction.uns["prts"]
     missing = [key for key in _ABOUT if key not in about]
     if missing:
-        raise InputError(f"prediction: lacks uns['prts'][{missing[0]!r}]; predict again with this prts")
+        raise InputError(f"prediction: lacks uns['prts'][{missing[0]!r}]; predict again with this version of prts")
     return about
 
 

@@ -1,4 +1,4 @@
-"""Predictable genes: those that a model predicts on validation better than chance and better than simple baselines."""
+"""Predictable genes: genes that a model predicts better than chance and simple baselines on validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RIVALS = ("ridge", "context")
 
 
 def genes_beyond(model: BlockSums, baselines: Mapping[str, BlockSums], *, n_replicates: int) -> dict[str, Flags]:
-    """Find the genes whose PCC is above 0, and above that of each baseline, by 95 % intervals over resampled blocks.
+    """Find the genes whose PCC is above 0, and above that of each baseline, by 95% intervals over resampled blocks.
 
     Parameters
     ----------

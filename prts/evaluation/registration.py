@@ -1,4 +1,4 @@
-"""Report how far the bins of each section were from its nuclei."""
+"""Report the shift between the bins and nuclei of each section."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def registration_figures(tissue: PreparedTissue, *, moved_back: bool) -> dict[str, float | str]:
-    """How far the counts of each section were off its nuclei, and a warning if that was too far and was not corrected."""
+    """The shift between the counts and nuclei of each section, and a warning if it is large and was not corrected."""
     found = {
         name: prepared.registration for name, prepared in tissue.sections.items() if prepared.registration is not None
     }

@@ -1,4 +1,4 @@
-"""Predict the nuclei of prepared sections and score what was predicted."""
+"""Predict the nuclei of prepared sections and score the predictions."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class PredictsNuclei(Protocol):
 
 @dataclass(frozen=True)
 class ScoredSection:
-    """The nuclei of a section, the prediction for them, and its scores. `umi` and `prob` are (n, g) float32."""
+    """The nuclei of a section, their prediction, and its scores. `umi` and `prob` are (n, g) float32."""
 
     nuclei: NucleusSet
     section: Section
@@ -49,7 +49,7 @@ class ScoredSection:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What the scores of all sections of a run share.
+    """Settings of the scores that all sections of a run share.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ def score_sections(
     scoring: Scoring,
     watch: Stopwatch,
 ) -> list[ScoredSection]:
-    """Predict sections and score the predictions, also against spots where they were measured.
+    """Predict sections and score the predictions, also against spots if measured.
 
     Parameters
     ----------
@@ -84,9 +84,9 @@ def score_sections(
     datamodule
         Knows the prepared sections and the split.
     scoring
-        What the sections share.
+        Settings that the sections share.
     watch
-        Counts the seconds of `predict` and `evaluate`.
+        Adds up the seconds of `predict` and `evaluate`.
     """
     scored = []
     for nuclei in sections:

@@ -34,7 +34,7 @@ class PredictedCounts:
     genes
         Names of the genes.
     prob
-        P(expressed), dense or sparse, (n_nuclei, n_genes). None takes 1 - exp(-umi), that of a Poisson count.
+        P(expressed), dense or sparse, (n_nuclei, n_genes). None uses 1 - exp(-umi), as for Poisson counts.
     threshold
         A gene is called expressed where prob >= threshold; one number or (n_genes,).
     """
@@ -52,7 +52,7 @@ class SectionScores:
     Attributes
     ----------
     summary
-        Metrics by their names in metrics.json without the prefix; NaN where one is not defined. `n_genes` counts all genes of the panel,
+        Metrics by their names in metrics.json without the prefix; NaN if undefined. `n_genes` counts all genes of the panel,
         `n_constant_genes` those that are constant in the section and left out of every mean.
     per_gene
         One row per gene: the columns of per_gene.csv (`gene, mean_counts, pcc, spearman, rmse, skill, auroc, auprc, ceiling, constant`),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Matching:
-    """Counts of a matching. Add those of several images for their joint score."""
+    """Counts of a matching. Add the counts of several images for a joint score."""
 
     true_positives: int
     n_predicted: int

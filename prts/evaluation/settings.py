@@ -10,7 +10,7 @@ from prts.errors import ParameterError
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How confidence intervals are made.
+    """How confidence intervals are computed.
 
     Parameters
     ----------

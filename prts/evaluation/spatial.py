@@ -1,6 +1,6 @@
 """Compare predicted maps with measured maps: spatial autocorrelation of each gene (Moran's I) and local structure (SSIM).
 
-Both are on log1p(UMI) over the nuclei of ONE section.
+Both are computed on log1p(UMI) over the nuclei of one section.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def morans_i(values: Matrix, weights: sp.csr_matrix) -> NDArray[np.float64]:
 
     Returns
     -------
-    (n_genes,); NaN where a gene is constant.
+    (n_genes,); NaN if a gene is constant.
     """
     rows = GeneRows(values, "values")
     moran = np.full(rows.shape[1], np.nan)
@@ -90,7 +90,7 @@ def map_ssim(
     """Structural similarity of the measured and the predicted map of each gene (Wang et al. 2004).
 
     A map's pixel is the mean log1p(UMI) of the nuclei in it. Pixels without a nucleus are in no window (the Gaussian weights of the
-    others are normalized to 1) and get no SSIM; the rest are averaged. The dynamic range is that of the measured map.
+    others are normalized to 1) and get no SSIM; the rest are averaged. The dynamic range is taken from the measured map.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def map_ssim(
 
     Returns
     -------
-    (n_genes,); NaN where the measured map is constant.
+    (n_genes,); NaN if the measured map is constant.
     """
     cell = np.floor((xy_um - xy_um.min(axis=0)) / um_per_px).astype(np.intp)
     width, height = cell.max(axis=0) + 1

@@ -35,7 +35,7 @@ def spot_pcc(
     Parameters
     ----------
     predicted
-        Expected UMI of ALL nuclei of the section, (n_nuclei, n_genes).
+        Expected UMI of all nuclei of the section, (n_nuclei, n_genes).
     xy_px
         Their centers in full-resolution pixels, (n_nuclei, 2).
     spots
@@ -49,13 +49,13 @@ def spot_pcc(
     mean
         Mean PCC over genes that vary over the spots.
     per_gene
-        `gene`, `mean_counts` (measured, a spot), `pcc` (NaN where constant over spots), `constant`; a gene that was not
+        `gene`, `mean_counts` (measured, per spot), `pcc` (NaN if constant over spots), `constant`; a gene that was not
         measured counts as constant. `attrs` holds `n_spots` and `n_empty_spots`.
 
     Raises
     ------
     InputError
-        If no spot holds a nucleus or none of the genes was measured.
+        If no spot contains a nucleus, or none of the genes was measured.
     """
     measured, summed = sum_in_spots(predicted, xy_px, spots, genes, gene_ids)
     scores = expression_per_gene(measured, summed)
@@ -74,12 +74,12 @@ def sum_in_spots(
 ) -> tuple[sp.csr_matrix, Matrix]:
     """Measured spots and the predicted nuclei summed inside each, both (n_spots, n_genes), for spots that hold a nucleus.
 
-    Parameters and errors are those of `spot_pcc`.
+    Parameters and errors are as for `spot_pcc`.
     """
     pairs = cKDTree(spots.xy).sparse_distance_matrix(cKDTree(xy_px), spots.radius_px, output_type="coo_matrix")
     inside = sp.csr_matrix((np.ones(pairs.nnz), (pairs.row, pairs.col)), shape=pairs.shape)
     occupied = np.diff(inside.indptr) > 0
     if not occupied.any():
         raise InputError("spots: no predicted nucleus is inside a spot; give spots in pixels of the same image")
-    logger.info("spots: %d hold nuclei, %d do not and are left out", occupied.sum(), (~occupied).sum())
+    logger.info("spots: %d contain nuclei, %d do not and are left out", occupied.sum(), (~occupied).sum())
     return align_genes(spots.counts, genes, gene_ids, "spots")[occupied], inside[occupied] @ predicted

@@ -22,9 +22,9 @@ class Parts:
     Parameters
     ----------
     folder
-        Where to keep them. Chunks of another identity found there are deleted.
+        Folder to keep them in. Chunks with another identity found there are deleted.
     sizes
-        How many numbers each chunk has.
+        Number of values in each chunk.
     identity
         Fingerprint of everything that the numbers depend on.
     """
@@ -33,17 +33,17 @@ class Parts:
         self.folder, self.sizes = folder, sizes
         label = folder / "fingerprint"
         if folder.is_dir() and not (label.is_file() and label.read_text() == identity):
-            logger.info("%s: left by a run with other inputs or settings, starting over", folder)
+            logger.info("%s: left by a run with different inputs or settings, starting over", folder)
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(label) as temporary:
             temporary.write_text(identity)
 
     def missing(self) -> list[int]:
-        """Indices of the chunks that are still to be made."""
+        """Indices of the missing chunks."""
         todo = [k for k, size in enumerate(self.sizes) if not self._is_whole(k, size)]
         if (done := len(self.sizes) - len(todo)) > 0:
-            logger.info("%s: %d of %d chunks were done before", self.folder, done, len(self.sizes))
+            logger.info("%s: %d of %d chunks are already done", self.folder, done, len(self.sizes))
         return todo
 
     def write(self, k: int, values: NDArray[np.float32]) -> None:
@@ -57,7 +57,7 @@ class Parts:
         return values
 
     def delete(self) -> None:
-        """Delete all: the store is complete."""
+        """Delete all chunks, once the store is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, k: int) -> Path:

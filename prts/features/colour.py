@@ -1,4 +1,4 @@
-"""Twelve numbers of color: the features of a baseline that knows the stain around a nucleus and nothing of its structure.
+"""Twelve color statistics: the features of a baseline that sees the stain around a nucleus but not its structure.
 
 The columns are mean and standard deviation of the optical density (-log10 of transmitted light) of red, green and blue, in the 128 um
 tile (`global`, 6) and within the nucleus (`local`, 6; its central pixel, if it is too small to contain one).
@@ -20,25 +20,25 @@ COLUMNS = tuple(f"{channel}_{figure}" for figure in ("mean", "sd") for channel i
 
 
 class ColourStats(Encoder):
-    """Mean and spread of color in tile and nucleus, as an encoder, so that its store is written, found and resumed like any other.
+    """Mean and spread of color in tile and nucleus, as an encoder, so that extraction and caching work as for any other.
 
     Parameters
     ----------
     batch_size
-        Nuclei computed at once.
+        Nuclei per batch.
     """
 
     name = "colour"
     global_width = len(COLUMNS)
     local_width = len(COLUMNS)
-    # Raised when a column changes.
+    # Increased when a column changes.
     version = 1
 
     def __init__(self, batch_size: int = 32) -> None:
         self.batch_size = batch_size
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the numbers."""
+        """Everything that affects the features."""
         return {"name": self.name, "version": self.version, "mpp": self.mpp, "tile": self.tile_px}
 
     def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
@@ -52,7 +52,7 @@ class ColourStats(Encoder):
 
 
 def _mean_and_sd(density: torch.Tensor, weight: torch.Tensor) -> Floats:
-    """Of the pixels with weight 1: (b, 3, rows, columns) and (b, 1, rows, columns) -> (b, 6)."""
+    """Mean and standard deviation over the pixels with weight 1: (b, 3, rows, columns) and (b, 1, rows, columns) -> (b, 6)."""
     mean = tx.weighted(density, weight)
     deviation = density - mean[:, 0, :, None, None]
     sd = tx.weighted(deviation * deviation, weight).sqrt()

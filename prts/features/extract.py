@@ -1,4 +1,4 @@
-"""Features of every nucleus of a slide, in chunks that survive a kill."""
+"""Extract features of every nucleus of a slide, in chunks, so that a killed run can resume."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Tiles. At most this much is lost when a run is killed: about 15 s of a ViT on two CPU cores.
+# In tiles. At most this much is lost when a run is killed: about 15 s of a ViT on two CPU cores.
 CHUNK = 512
-# Batches cut ahead of the encoder, so that a band is read while the one before is encoded.
+# Batches cut ahead of the encoder, so that a band is read while the previous one is encoded.
 _BATCHES_AHEAD = 8
 
 
@@ -46,9 +46,9 @@ def extract(
 ) -> None:
     """Extract the features of all nuclei into a store.
 
-    Finished chunks are kept in `<out>.parts/` until the store is complete. A run that was killed resumes from them and ends with the same
-    bytes as one that was not, if it resumes on the same machine: it forms the same batches. With other batches, or on another processor,
-    features differ by rounding. Parts of other nuclei, another encoder or another image are discarded.
+    Finished chunks are kept in `<out>.parts/` until the store is complete. A killed run resumes from them and, on the same machine, ends
+    with the same bytes as an uninterrupted run, because it forms the same batches. With other batches, or on another processor, features
+    differ by rounding. Parts of other nuclei, another encoder or another image are discarded.
 
     Parameters
     ----------
@@ -61,7 +61,7 @@ def extract(
     out
         The store to write.
     provenance
-        As JSON, kept as the attribute `provenance` of the store.
+        Stored as JSON in the attribute `provenance` of the store.
 
     Raises
     ------
@@ -69,13 +69,13 @@ def extract(
         If there are no nuclei, a nucleus is outside the tile around its own centroid, or the encoder's weights are wrong.
     """
     if len(nuclei) == 0:
-        raise InputError(f"{out.name}: no nuclei to extract features of; check the nuclei file or the segmentation")
+        raise InputError(f"{out.name}: no nuclei to extract features from; check the nuclei file or the segmentation")
     started = time.perf_counter()
     settings = encoder.settings()
     plan = encoder.plan(nuclei, slide.mpp)
     cell_ids = nuclei["cell_id"].to_numpy(dtype=object)[plan.order]
     _check_reach(plan, cell_ids)
-    encoder.load()  # before anything is written: the weights may be wrong
+    encoder.load()  # before anything is written, in case the weights are wrong
     encoder.compile_for(len(plan.origin))
     chunks = _Chunks(plan, encoder)
     identity = _identity(slide, nuclei, encoder)
@@ -120,7 +120,7 @@ def _check_reach(plan: TilePlan, cell_ids: NDArray[np.object_]) -> None:
 
 
 def _identity(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> str:
-    """Fingerprint of everything that the numbers, their order and their rounding depend on."""
+    """Fingerprint of everything that affects the values, their order or their rounding."""
     digest = hashlib.sha256(json.dumps(nuclei["cell_id"].tolist()).encode())
     _, coordinates, offsets = shapely.to_ragged_array(np.asarray(nuclei.geometry.array, dtype=object))
     for array in (coordinates, *offsets):
@@ -140,7 +140,7 @@ def _identity(slide: Slide, nuclei: GeoDataFrame, encoder: Encoder) -> str:
 
 
 class _Chunks:
-    """The tiles of a plan in chunks of some hundred. A chunk holds their global vectors and the local vectors of the nuclei in them."""
+    """The tiles of a plan in chunks of a few hundred. A chunk has their global vectors and the local vectors of the nuclei in them."""
 
     def __init__(self, plan: TilePlan, encoder: Encoder) -> None:
         n = len(plan.origin)
@@ -150,7 +150,7 @@ class _Chunks:
 
     @property
     def sizes(self) -> list[int]:
-        """How many numbers each chunk has."""
+        """Number of values in each chunk."""
         return [self._n_global(k) + _length(nuclei) * self.widths[1] for k, nuclei in enumerate(self.nuclei)]
 
     def count(self, chunks: Sequence[int]) -> tuple[int, int]:
@@ -165,7 +165,7 @@ class _Chunks:
         for source in np.unique(wanted // CHUNK):
             here = wanted // CHUNK == source
             vectors[here] = self._vectors(parts, source)[wanted[here] - source * CHUNK]
-        # In the order of the corners, not of the tiles: the same sum to the last bit.
+        # In the order of the corners, not of the tiles, so that sums are identical to the last bit.
         index, weight = index.reshape(self.plan.around[nuclei].shape), self.plan.weight[nuclei]
         pooled = weight[:, :1] * vectors[index[:, 0]]
         for corner in range(1, weight.shape[1]):
@@ -211,7 +211,7 @@ def _encode(
 
 
 def _ahead(items: Iterator[T], n: int) -> Generator[T]:
-    """The same items, up to n of them made ahead in another thread."""
+    """The same items, with up to n prepared ahead in another thread."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="tiles") as pool:
         pending = deque(pool.submit(next, items, None) for _ in range(n))
         try:

@@ -34,8 +34,8 @@ class InputReader:
         Blocks in the order of the network's input: `local` and `global` of the store, `morphology` (21 columns) of the polygons, `context`
         (42). Larger nuclei have more UMIs, and the size of a nucleus is hardly visible to an encoder of tiles.
     nuclei
-        Returns ALL nuclei of the section, in training and in prediction: those that fail quality control are neighbors, too. Only called
-        if `use` includes `morphology`.
+        Returns all nuclei of the section, both in training and in prediction, since nuclei that fail quality control are neighbors, too.
+        Only called if `use` includes `morphology`.
     mpp
         um per full-resolution pixel.
     context

@@ -1,4 +1,4 @@
-"""Tiles on a lattice, shared by the nuclei near them: the work grows with the area of tissue, not with the number of nuclei.
+"""Tiles on a lattice, shared by nearby nuclei, so that the work grows with the area of tissue, not with the number of nuclei.
 
 The centers of the tiles are at multiples of `stride` px of the rescaled slide. A nucleus takes its global vector from the four tiles around
 its center, weighted bilinearly, and its local vector from the tokens of the tile whose center is nearest. Tiles that no nucleus needs are
@@ -18,15 +18,15 @@ from prts.features.tiles import Ints, TilePlan, center_pixel, in_tile
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
-# The tiles around a point, as steps to the right and down from the one above and left of it.
+# The tiles around a point, as steps to the right and down from the tile at its upper left.
 _CORNERS = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
 
 
 def plan_grid(nuclei: GeoDataFrame, slide_mpp: float, mpp: float, tile_px: int, stride: int) -> TilePlan:
-    """Choose the tiles of the lattice that the nuclei need, row by row, and what each nucleus takes from which.
+    """Choose the tiles of the lattice that the nuclei need, row by row, and assign them to nuclei.
 
-    A nucleus' center is the pixel nearest to its centroid, as in exact extraction: where it is also the center of a tile, the nucleus takes
-    all from that tile, and has the same vectors as in exact extraction.
+    The center of a nucleus is the pixel nearest to its centroid, as in exact extraction. If it is also the center of a tile, the nucleus
+    uses only that tile and has the same vectors as in exact extraction.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ def plan_grid(nuclei: GeoDataFrame, slide_mpp: float, mpp: float, tile_px: int, 
     around = node[:, None] + _CORNERS
     nearest = np.take_along_axis(around, weight.argmax(axis=1)[:, None, None], axis=1)[:, 0]
     nearest = _within_reach(geometry, nearest, scale, tile_px, stride)
-    # A corner of weight 0 needs no tile: that of the local vector takes its place.
+    # A corner of weight 0 needs no tile, so the tile of the local vector takes its place.
     around = np.where(weight[..., None] > 0, around, nearest[:, None])
 
     # Row by row and so band by band, as tiles are cut: sorted by y, then x.
@@ -74,7 +74,7 @@ def plan_grid(nuclei: GeoDataFrame, slide_mpp: float, mpp: float, tile_px: int, 
 
 
 def _within_reach(geometry: NDArray[np.object_], nearest: Ints, scale: float, tile_px: int, stride: int) -> Ints:
-    """Lattice points (n, 2) of tiles that share an area with the nucleus: for a crescent or ring, that nearest to a point inside it."""
+    """Lattice points (n, 2) of tiles that overlap the nucleus; for a crescent or ring, the one nearest to a point inside it."""
     moved = in_tile(geometry, scale, nearest * stride - tile_px // 2)
     outside = ~shapely.relate_pattern(moved, shapely.box(0, 0, tile_px, tile_px), "T********")
     inner = shapely.get_coordinates(shapely.point_on_surface(geometry[outside])) * scale

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
 RADII_UM = (25.0, 50.0, 100.0)
-_TILE_MPP = 0.5  # um per pixel of the polygons that `shape_columns` takes
+_TILE_MPP = 0.5  # um per pixel of the polygons that `shape_columns` expects
 
 
 def morphology(nuclei: GeoDataFrame, mpp: float) -> NDArray[np.float32]:
@@ -24,7 +24,7 @@ def morphology(nuclei: GeoDataFrame, mpp: float) -> NDArray[np.float32]:
     Parameters
     ----------
     nuclei
-        ALL nuclei of a section, n polygons in full-resolution pixels: those that fail quality control are neighbors, too.
+        All nuclei of a section, n polygons in full-resolution pixels; nuclei that fail quality control are neighbors, too.
     mpp
         um per full-resolution pixel.
 

@@ -1,4 +1,4 @@
-"""From patch tokens to the local vector of a nucleus: which patches it overlaps, their mean, and half the channels."""
+"""Pool patch tokens into the local vector of a nucleus: find the patches it overlaps, average them, and halve the channels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Polygons = NDArray[np.object_]
 
 
 def patch_overlap(polygons: Polygons, tile: int = 256, patch: float = 16) -> Bools:
-    """Which patches of its tile each nucleus overlaps.
+    """Find the patches of its tile that each nucleus overlaps.
 
     A patch counts if its interior meets the interior of the polygon, that is, if they share an area: a nucleus that only touches a patch's
-    edge does not overlap it. What is outside the tile is clipped. (Paper, Methods: "patches that overlap the nucleus".)
+    edge does not overlap it. Parts outside the tile are clipped. (Paper, Methods: "patches that overlap the nucleus".)
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def pool_local(tokens: torch.Tensor, overlap: torch.Tensor) -> torch.Tensor:
 
 
 def patches_around(centers: NDArray[np.float64], tile: int, patch: float) -> Bools:
-    """The four patches around each point, for a nucleus anywhere in its tile; `center2x2` if it is in the middle.
+    """The four patches around each point, for a nucleus anywhere in its tile; the same as `center2x2` at the tile's center.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def patches_around(centers: NDArray[np.float64], tile: int, patch: float) -> Boo
 
 
 def pool_shared(tokens: torch.Tensor, chosen: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
-    """As `pool_local`, for several nuclei in a tile: reads the chosen tokens only, not a tile for each nucleus.
+    """Like `pool_local`, for several nuclei per tile: reads only the chosen tokens, not a tile for each nucleus.
 
     Parameters
     ----------

@@ -83,7 +83,7 @@ def write_store(
 
 
 class StoreReader:
-    """Reader of a feature store, for repeated use: the index of nuclei is read once.
+    """Reader of a feature store for repeated use, which reads the index of nuclei once.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class StoreReader:
         return self._widths[block]
 
     def read(self, cell_ids: Sequence[str] | NDArray[np.object_] | None, use: Sequence[str]) -> Floats:
-        """As `read_features`. A call reads each row of the store at most once, so ask for many nuclei at a time."""
+        """As `read_features`. A call reads each row of the store at most once, so request many nuclei at a time."""
         if cell_ids is None:
             target = np.arange(len(self.known))
         else:
@@ -156,7 +156,7 @@ def read_features(
     cell_ids
         Keys of the n nuclei; None for all, in the order of the store.
     use
-        Which vectors, concatenated in this order: z = (local, global) in the paper.
+        Vectors to concatenate, in this order; (local, global) in the paper.
 
     Returns
     -------

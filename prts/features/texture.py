@@ -1,6 +1,6 @@
-"""Stain and texture of image batches: the array operations that the classical encoder is made of.
+"""Stain and texture of image batches: the array operations of the classical encoder.
 
-All take float32 tensors of shape (b, c, rows, columns) and compute each image on its own.
+All take float32 tensors of shape (b, c, rows, columns) and process each image separately.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def bins(x: torch.Tensor, low: float, high: float, n: int) -> torch.Tensor:
 def weighted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Weighted mean over the last two axes: x (b, c, rows, columns), weight (b, r, rows, columns) -> (b, r, c).
 
-    One product per image, so that rounding does not depend on the place in the batch.
+    One product per image, so that rounding does not depend on the position in the batch.
     """
     weight = weight.flatten(2)
     return torch.bmm(weight, x.flatten(2).transpose(1, 2)) / weight.sum(dim=2, keepdim=True)
@@ -148,7 +148,7 @@ def percentiles(x: torch.Tensor, inside: torch.Tensor | None, at: tuple[float, .
     x
         Values.
     inside
-        Pixels that count, at least one an image; None takes all.
+        Pixels to include, at least one per image; None includes all.
     at
         Percentiles, 0 to 100.
     """
@@ -174,7 +174,7 @@ def dilate(mask: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def rings(size: int, edges: tuple[float, ...]) -> torch.Tensor:
-    """Which pixels of a size x size image lie in each ring around its center, (1, n, size, size) float; edges in px, ascending."""
+    """Which pixels of a size x size image are in each ring around its center, (1, n, size, size) float; edges in px, ascending."""
     axis = torch.arange(size) + 0.5 - size / 2
     radius = (axis[:, None] ** 2 + axis**2).sqrt()
     return torch.stack([(radius >= a) & (radius < b) for a, b in itertools.pairwise(edges)]).float()[None]

@@ -1,4 +1,4 @@
-"""Tiles around nuclei, each pixel of the slide read once.
+"""Cut tiles around nuclei, reading each pixel of the slide once.
 
 The nuclei are visited in row bands of the slide, rescaled to the encoder's um/px. A band is 512 px high, or the next multiple for larger
 tiles. Its tiles need the band and as many rows above it as a tile has, so a buffer of those rows (768 for tiles of 256 px) is all that is
@@ -31,7 +31,7 @@ Ints = NDArray[np.int64]
 
 
 class TilePlan(NamedTuple):
-    """Where the tiles are, in the order in which they are cut, and which of them each nucleus takes its vectors from.
+    """Positions of the tiles, in the order in which they are cut, and the tiles that each nucleus takes its vectors from.
 
     Attributes
     ----------
@@ -69,8 +69,8 @@ class TilePlan(NamedTuple):
 def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float, tile_px: int) -> TilePlan:
     """Lay a tile around each nucleus, band by band and left to right, for one pass down the slide.
 
-    The tile's center is the pixel of the rescaled slide that is nearest to the nucleus' centroid, so that every tile is an exact window of
-    the rescaled slide.
+    The tile's center is the pixel of the rescaled slide that is nearest to the centroid of the nucleus, so that every tile is an exact
+    window of the rescaled slide.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def plan_tiles(nuclei: GeoDataFrame, slide_mpp: float, mpp: float, tile_px: int)
 
 
 def center_pixel(xy: NDArray[np.float64]) -> Ints:
-    """The pixel nearest to each point (n, 2): where a nucleus' tile has its center."""
+    """The pixel nearest to each point (n, 2), at which the tile of a nucleus is centered."""
     return np.floor(xy + 0.5).astype(np.int64)
 
 
@@ -115,7 +115,7 @@ def in_tile(polygons: NDArray[np.object_], scale: float, origin: Ints) -> NDArra
 
 
 def _band_rows(tile_px: int) -> int:
-    """Height of a band: at least that of a tile, which then needs no more than two bands."""
+    """Height of a band: at least the height of a tile, so that a tile spans at most two bands."""
     return -(-tile_px // BAND) * BAND
 
 
@@ -136,9 +136,9 @@ def cut_tiles(
     mpp
         um per pixel of the tiles.
     plan
-        All tiles of the slide. Requests follow from the whole plan, not from the groups asked for.
+        All tiles of the slide. Read requests depend on the whole plan, not on the requested groups.
     groups
-        Ascending slices of the plan, such as the batches that are still to be encoded.
+        Ascending slices of the plan, such as the batches still to be encoded.
     device
         Where to put the tiles; main memory by default.
 
@@ -205,7 +205,7 @@ class _BandBuffer:
         width = columns.stop - columns.start
         return self.slide.read_region(self.left + columns.start, stripe * self.rows, width, self.rows, mpp=self.mpp)
 
-    # numpy, not torch, in main memory: this runs in its own thread, and torch would start more that compete with the encoder's
+    # numpy, not torch, in main memory: this runs in its own thread, and torch would start more threads that compete with the encoder
 
     def _empty(self, shape: tuple[int, ...]) -> Any:
         return np.empty(shape, dtype=np.uint8)
@@ -222,7 +222,7 @@ class _BandBuffer:
 
 
 class _DeviceBandBuffer(_BandBuffer):
-    """The same in the memory of an accelerator."""
+    """The same buffer in the memory of an accelerator."""
 
     def __init__(self, slide: Slide, mpp: float, origin: Ints, tile_px: int, device: torch.device) -> None:
         self.device = device

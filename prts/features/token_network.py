@@ -59,8 +59,8 @@ def attend_plainly(network: torch.nn.Module) -> None:
 
 
 def plain_attention_is_faster(precision: str, device: torch.device) -> bool:
-    """Whether attention as plain products beats the fused kernel.
+    """Whether attention as plain products is faster than the fused kernel.
 
-    In bf16 the fused kernel is fast on AMX and on GPUs only: with AVX-512 alone it is slower than the products (docs/speed.md).
+    In bf16 the fused kernel is fast only on AMX and GPUs; with AVX-512 alone it is slower than the products (docs/speed.md).
     """
     return precision == "bf16" and device.type == "cpu" and not cpu_has("_is_amx_tile_supported")

@@ -1,4 +1,4 @@
-"""Weights files: find them, read them without running code, and fit them to the network."""
+"""Weights files: find them, read them without running code, and load them into the network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, tor
     Parameters
     ----------
     path
-        A `.safetensors` file or what `torch.save` wrote. Only tensors, containers and `argparse.Namespace` (which DINO keeps its
+        A `.safetensors` file, or one written by `torch.save`. Only tensors, containers and `argparse.Namespace` (which DINO keeps its
         arguments in) are unpickled: a file with anything else is refused.
     checkpoint_key
         Entry that holds the network, if the file has several ("teacher" in DINO's). A file that holds only tensors needs none.
@@ -72,7 +72,7 @@ def _read_checkpoint(path: Path, checkpoint_key: str | None) -> dict[str, torch.
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on an arbitrary file the unpickler may raise anything
+    except Exception as error:  # the unpickler may raise anything on an arbitrary file
         reason = str(error).partition(".")[0]
         raise ParameterError(
             "encoder", "weights", f"{path}: not a checkpoint that can be read safely ({reason})"
@@ -123,7 +123,7 @@ def dino_position_embedding(embedding: torch.Tensor, grid: int) -> torch.Tensor:
     """Interpolate a position embedding to another grid as DINO's and HIPT's own `interpolate_pos_encoding` does.
 
     Bicubic, with the scale taken from grid + 0.1. Timm's resampling (antialiased, scale from the sizes) would change the [CLS] token by
-    about 1 %; the weights were trained with this one.
+    about 1%; the weights were trained with this one.
 
     Parameters
     ----------
@@ -146,12 +146,12 @@ def dino_position_embedding(embedding: torch.Tensor, grid: int) -> torch.Tensor:
 
 
 def pretrained_config(model_name: str) -> PretrainedCfg | None:
-    """Timm's record of a model; None for a model of the hub (`hf-hub:owner/name`), which brings its own.
+    """Timm's record of a model; None for a model on the hub (`hf-hub:owner/name`), which includes its own.
 
     Raises
     ------
     ParameterError
-        If timm does not know the model; names the nearest ones.
+        If timm does not know the model; the message suggests similar names.
     """
     import timm
     from timm.models import get_pretrained_cfg
@@ -186,7 +186,7 @@ def hub_weights(model_name: str) -> Path:
     Raises
     ------
     ParameterError
-        If the hub cannot be reached or does not have the file; says how to go without it.
+        If the hub cannot be reached or does not have the file; the message says how to do without it.
     """
     from huggingface_hub import hf_hub_download, hf_hub_url
 
@@ -201,7 +201,7 @@ def hub_weights(model_name: str) -> Path:
             head = urllib.request.Request(hf_hub_url(repository, names[0]), method="HEAD")
             urllib.request.urlopen(head, timeout=_HUB_TIMEOUT).close()
         except urllib.error.HTTPError:
-            pass  # it answers; the client below reports what
+            pass  # it answers; the client below reports the error
         except OSError as error:
             raise ParameterError(
                 "encoder", "weights", f"{model_name} is not in the cache and the hub cannot be reached; {instead}"
@@ -217,12 +217,12 @@ def hub_weights(model_name: str) -> Path:
 
 
 def _hub_files(model_name: str) -> tuple[str, list[str]]:
-    """Repository of a model on the hub, and the names its weights may have there."""
+    """Repository of a model on the hub, and the possible names of its weights file."""
     config = pretrained_config(model_name)
     repository = _hub_id(model_name) if config is None else config.hf_hub_id
     if not repository:
         raise ParameterError(
-            "encoder", "weights", f"timm has no published weights of {model_name}; give a file as `weights`"
+            "encoder", "weights", f"timm has no published weights for {model_name}; give a file as `weights`"
         )
     return repository, [(config and config.hf_hub_filename) or "model.safetensors", "pytorch_model.bin"]
 

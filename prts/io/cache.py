@@ -23,7 +23,7 @@ from prts.errors import InputError, chain, full_disk
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
-_PATIENCE_S = 5.0  # before a waiting process says so
+_PATIENCE_S = 5.0  # until a waiting process reports it
 _in_progress: set[Path] = set()  # temporary names of this process
 
 
@@ -66,7 +66,7 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
 
 
 def default_cache(cache_dir: Path | str | None = None) -> Path:
-    """The folder of the cache: the one given, else `$PRTS_CACHE`, else `cache` in the working folder."""
+    """The cache folder: the given one, else `$PRTS_CACHE`, else `cache` in the working folder."""
     return Path(cache_dir if cache_dir is not None else os.environ.get("PRTS_CACHE") or "cache")
 
 
@@ -85,7 +85,7 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises
     ------
     InputError
-        If `path` cannot be written: the disk is full, or its folder cannot be created or is deleted meanwhile.
+        If `path` cannot be written: the disk is full, or its folder cannot be created or is deleted in the meantime.
     """
     path = Path(path)
     try:
@@ -155,7 +155,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold the lock of a cache file while building it; other processes wait, say for whom, and then find it built.
+    """Hold the lock of a cache file while building it; other processes wait, report who is building it, and then find it built.
 
     The operating system releases the lock when the process ends, however it ends.
 
@@ -175,7 +175,7 @@ def lock(path: Path) -> Iterator[None]:
         )
         raise InputError(f"{path}: {why}") from error
     try:
-        with contextlib.suppress(OSError):  # on a full disk: only informs those who wait
+        with contextlib.suppress(OSError):  # on a full disk; this only informs waiting processes
             Path(held.lock_file).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
@@ -194,12 +194,12 @@ def _acquire(held: filelock.FileLock, path: Path) -> None:
 
 @contextmanager
 def reading(cache: Path) -> Iterator[None]:
-    """Explain a missing file of the cache: it was deleted meanwhile, as on a scratch disk that is purged.
+    """Explain a missing cache file: it was deleted in the meantime, as on a scratch disk that is purged.
 
     Raises
     ------
     InputError
-        Instead of a FileNotFoundError about a file of the cache.
+        Instead of a FileNotFoundError about a file in the cache.
     """
     try:
         yield
@@ -214,7 +214,7 @@ def reading(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
-    """Name the folder that was written where an error says only that the disk is full, as those of loggers do.
+    """Name the folder in errors that say only that the disk is full, such as those of loggers.
 
     Raises
     ------

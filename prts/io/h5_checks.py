@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What h5py raises for a damaged file; SystemError if it loses its own error.
 DAMAGED = (OSError, RuntimeError, LookupError, ValueError, TypeError, SystemError)
 
-# Deflate, the densest of HDF5's own filters, expands one byte to at most 1,032; a few megabytes may come from nothing.
+# Deflate, the densest of HDF5's own filters, expands one byte to at most 1,032; 16 MiB of values that were never written are accepted.
 _MAX_RATIO = 1100
 _FREE_BYTES = 16 << 20
 

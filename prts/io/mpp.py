@@ -1,4 +1,4 @@
-"""um/px of an image: all sources that state it, and the value on which they must agree.
+"""um/px of an image: the value that the user gives, else the one on which all metadata must agree.
 
 It is never guessed: a wrong magnification raises no error later, it only makes every prediction worse.
 """
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 # Name of a source of um/px, and its value.
 MppSource = tuple[str, float]
+# The name of the value that the user gives.
+GIVEN = "mpp="
 
 # Microscopes are within this range; the 72 and 96 dpi (353 and 265 um/px) that many programs write are not.
 MPP_RANGE = (0.05, 5.0)
@@ -52,29 +54,39 @@ def agree(one: float, other: float) -> bool:
     return max(one, other) <= min(one, other) * (1 + MPP_TOLERANCE)
 
 
-def resolve_mpp(name: object, sources: Sequence[MppSource]) -> MppSource:
-    """The um/px on which all sources agree.
+def resolve_mpp(name: object, sources: Sequence[MppSource], given: float | None = None) -> MppSource:
+    """The um/px that the user gives, else the one on which all sources agree.
+
+    Programs leave stale tags behind when they reduce or convert an image, so a value that the user gives wins over metadata, with a
+    warning.
 
     Parameters
     ----------
     name
         The file, for messages.
     sources
-        Sources in order of precedence; values outside 0.05-5 um/px are ignored.
+        Metadata in order of precedence; values outside 0.05-5 um/px are ignored.
+    given
+        The value that the user gives.
 
     Returns
     -------
-    The first source: its name and value.
+    The name of the source, `mpp=` for the given value, and the value.
 
     Raises
     ------
     InputError
-        If there is no source, or two of them differ by more than 2 %.
+        If there is no source, or no value is given and two sources differ by more than 2 %.
     """
     for where, value in sources:
         if not is_plausible(value):
             logger.info("%s: %.4g um/px in %s is out of range and ignored", name, value, where)
     used = [source for source in sources if is_plausible(source[1])]
+    if given is not None:
+        other = ", ".join(f"{value:.4g} in {where}" for where, value in used if not agree(value, given))
+        if other:
+            logger.warning("%s: um/px is %.4g in %s but %s; %s is used", name, given, GIVEN, other, GIVEN)
+        return GIVEN, given
     if not used:
         raise InputError(
             f"{name}: the um per pixel are unknown; set mpp to the value of the scanner (about 0.25 for a 40x scan, 0.5 for 20x)"
@@ -89,7 +101,7 @@ def require_agreement(name: object, sources: Sequence[MppSource]) -> None:
         if not agree(a, b):
             raise InputError(
                 f"{name}: um/px is {a:.4g} in {one} but {b:.4g} in {other}; "
-                "they must agree within 2 %: correct the wrong one, or use the matching image"
+                "they must agree within 2 %: correct the wrong one, set mpp to the right value, or use the matching image"
             )
 
 
@@ -111,7 +123,7 @@ def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[MppSou
     page
         The page of the full-resolution image.
     """
-    sources = _ome_sources(tif.ome_metadata) if tif.is_ome else []
+    sources = _ome_sources(tif.ome_metadata, page.imagewidth, page.imagelength) if tif.is_ome else []
     description = page.description or ""
     if description.startswith("Aperio") and (match := re.search(r"\bMPP\s*=\s*([0-9.eE+-]+)", description)):
         sources += from_axes("the Aperio description", _number(match[1]), None)
@@ -120,7 +132,7 @@ def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[MppSou
         unit = str((tif.imagej_metadata or {}).get("unit", "")).encode().decode("unicode_escape", "ignore")
         return sources + _resolution_sources(page, _um_per_unit(unit), "the ImageJ resolution")
     tag = page.tags.get("ResolutionUnit")
-    um = _UM_PER_RESOLUTION_UNIT.get(int(tag.value) if tag is not None else 2)
+    um = _UM_PER_RESOLUTION_UNIT.get(int(_scalar(tag.value) or 0) if tag is not None else 2)
     return sources + _resolution_sources(page, um, "the TIFF resolution tags")
 
 
@@ -130,17 +142,29 @@ def _resolution_sources(page: tifffile.TiffPage, um_per_unit: float | None, wher
     values: list[float | None] = []
     for name in ("XResolution", "YResolution"):
         tag = page.tags.get(name)
-        numerator, denominator = tag.value if tag is not None else (0, 0)
-        values.append(um_per_unit * denominator / numerator if numerator else None)
+        pixels = None if tag is None else _scalar(tag.value)
+        values.append(um_per_unit / pixels if pixels else None)
     return from_axes(where, values[0], values[1])
 
 
-def _ome_sources(xml: str | None) -> list[MppSource]:
+def _scalar(value: object) -> float | None:
+    """The value of a tag: a rational, or the plain number that some programs write instead."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return value[0] / value[1] if value[1] else None
+    if isinstance(value, tuple) and len(value) == 1:
+        value = value[0]
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _ome_sources(xml: str | None, width: int, height: int) -> list[MppSource]:
+    """um/px of the image with this size: the first one in the file may be a label or a macro image."""
     try:
         root = ElementTree.fromstring(xml or "")
     except ElementTree.ParseError:
         return []
-    pixels = root.find("./{*}Image/{*}Pixels")
+    images = root.findall("./{*}Image/{*}Pixels")
+    same = [each for each in images if (each.get("SizeX"), each.get("SizeY")) == (str(width), str(height))]
+    pixels = next(iter(same or images), None)
     if pixels is None:
         return []
     values: list[float | None] = []

@@ -14,6 +14,7 @@ import shapely
 from prts.errors import InputError
 from prts.io.cache import atomic
 from prts.io.nuclei_formats import NUCLEI_FORMATS, ImageSize, read_table, reader_of
+from prts.io.nuclei_parts import one_each, without_regions
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUCLEI_COLUMNS = ("cell_id", "geometry", "area_um2", "score")
+# Only if the file that was read has classes; categorical.
+CLASSIFICATION = "classification"
 # A median area below this is too small: a section through a lymphocyte has about 25 um2.
 _SMALL_UM2 = 8.0
 
@@ -31,6 +34,7 @@ def make_nuclei(
     *,
     cell_id: ArrayLike | None = None,
     score: ArrayLike | None = None,
+    classification: ArrayLike | None = None,
     source: str = "nuclei",
 ) -> gpd.GeoDataFrame:
     """Make nuclei from shapes of any kind, repairing or dropping invalid ones; counts are logged in one line.
@@ -45,20 +49,19 @@ def make_nuclei(
     mpp
         um per full-resolution pixel.
     cell_id
-        (n,) keys, converted to str; row numbers of `geometry` by default.
+        (n,) keys, converted to str; row numbers of `geometry` by default. The second of two different polygons with the key `a`
+        gets `a-2`, with a warning.
     score
         (n,) confidences; NaN by default.
+    classification
+        (n,) names of classes, None for nuclei without one.
     source
         Name for log lines and errors.
 
     Returns
     -------
-    Columns `cell_id` (str, unique), `geometry` (valid Polygon, full-resolution px), `area_um2`, `score`; possibly without rows.
-
-    Raises
-    ------
-    InputError
-        If two different polygons have the same id.
+    Columns `cell_id` (str, unique), `geometry` (valid Polygon, full-resolution px), `area_um2`, `score`, and `classification`
+    (categorical) if given; possibly without rows.
     """
     shapes = np.array(geometry, dtype=object, ndmin=1).ravel()
     n = len(shapes)
@@ -71,19 +74,18 @@ def make_nuclei(
     frame["wkb"] = shapely.to_wkb(shapely.normalize(shapes[kept]))
     n_before = len(frame)
     frame = frame.drop_duplicates(["cell_id", "wkb"])
-    twice = frame["cell_id"].duplicated()
-    if twice.any():
-        raise InputError(
-            f"{source}: several polygons have the id {frame['cell_id'][twice].iloc[0]!r} "
-            f"({int(twice.sum())} such rows); give every nucleus a unique id"
-        )
     frame = frame.drop_duplicates("wkb")
+    frame["cell_id"] = _unique(frame["cell_id"].to_numpy(object), source)
     log["exact duplicates dropped"] = n_before - len(frame)
 
-    polygons = shapes[frame["row"].to_numpy()]
+    rows = frame["row"].to_numpy()
+    polygons = shapes[rows]
     said = "".join(f", {count:,} {what}" for what, count in log.items() if count)
     logger.info("%s: %s nuclei of %s shapes%s", source, f"{len(frame):,}", f"{n:,}", said)
-    return _frame(frame["cell_id"].to_numpy(object), polygons, mpp, frame["score"].to_numpy(float))
+    nuclei = _frame(frame["cell_id"].to_numpy(object), polygons, mpp, frame["score"].to_numpy(float))
+    if classification is not None:
+        nuclei[CLASSIFICATION] = pd.Categorical(np.asarray(classification, dtype=object)[rows])
+    return nuclei
 
 
 def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: int | None = None) -> gpd.GeoDataFrame:
@@ -91,7 +93,8 @@ def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: 
 
     Formats: GeoJSON of QuPath (the nucleus of each cell) or Space Ranger 4 (`nucleus_segmentations.geojson`), also gzipped; GeoParquet;
     shapefile; CSV or TSV with a WKT column; TIFF or PNG label image of the same size as the image. Ids are taken from a property or column
-    `cell_id`, else `id`, else from the feature id of QuPath, else they are row numbers; labels are their own ids.
+    `cell_id`, else `id`, else from the feature id of QuPath, `cell`, or the index of a GeoParquet file, else they are row numbers; labels
+    are their own ids. Multipolygons that hold many nuclei are taken apart, and regions larger than any nucleus are left out.
 
     Parameters
     ----------
@@ -111,14 +114,22 @@ def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: 
     Raises
     ------
     InputError
-        If the file has none of these formats, contains no nuclei, has duplicate ids or ids for only some nuclei, or if more than half of
-        the centroids are outside the image (another unit, another image).
+        If the file has none of these formats, contains no nuclei, has ids for only some nuclei, or if more than half of the centroids
+        are outside the image (another unit, another image).
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give {NUCLEI_FORMATS}")
-    geometry, cell_id, score = reader_of(path)(path, ImageSize(height, width, max_pixels))
-    nuclei = make_nuclei(geometry, mpp, cell_id=cell_id, score=score, source=str(path))
+    shapes = reader_of(path)(path, ImageSize(height, width, max_pixels))
+    shapes = without_regions(one_each(shapes, str(path), mpp), str(path), mpp)
+    nuclei = make_nuclei(
+        shapes.geometry,
+        mpp,
+        cell_id=shapes.ids,
+        score=shapes.score,
+        classification=shapes.classification,
+        source=str(path),
+    )
     if not len(nuclei):
         raise InputError(f"{path}: contains no nuclei; give polygons in full-resolution pixels of the image")
     return _inside_image(nuclei, path, mpp, width, height)
@@ -127,7 +138,8 @@ def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: 
 def write_nuclei(nuclei: gpd.GeoDataFrame, path: Path) -> None:
     """Write nuclei as GeoParquet, whole or not at all."""
     with atomic(Path(path)) as temporary:
-        nuclei.loc[:, list(NUCLEI_COLUMNS)].to_parquet(temporary, index=False)
+        columns = [*NUCLEI_COLUMNS, *(name for name in (CLASSIFICATION,) if name in nuclei)]
+        nuclei.loc[:, columns].to_parquet(temporary, index=False)
 
 
 def load_nuclei(path: Path) -> gpd.GeoDataFrame:
@@ -141,7 +153,7 @@ def load_nuclei(path: Path) -> gpd.GeoDataFrame:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; give nuclei written by prts")
     frame = read_table(gpd.read_parquet, Path(path))
-    if list(frame.columns) != list(NUCLEI_COLUMNS):
+    if [name for name in frame.columns if name != CLASSIFICATION] != list(NUCLEI_COLUMNS):
         raise InputError(
             f"{path}: has the columns {list(frame.columns)}, not {list(NUCLEI_COLUMNS)}; give nuclei written by prts"
         )
@@ -158,6 +170,28 @@ def _frame(cell_id: NDArray[Any], polygons: NDArray[Any], mpp: float, score: NDA
     area = shapely.area(polygons).astype(float) * mpp**2
     columns = {"cell_id": pd.Series(cell_id, dtype=object), "geometry": polygons, "area_um2": area, "score": score}
     return gpd.GeoDataFrame(columns, geometry="geometry", crs=None)
+
+
+def _unique(ids: NDArray[Any], source: str) -> NDArray[Any]:
+    """Ids with a suffix for all but the first nucleus that has one, such as the nuclei of one cell."""
+    number = pd.Series(ids).groupby(ids).cumcount().to_numpy() + 1
+    repeated = np.flatnonzero(number > 1)
+    if not len(repeated):
+        return ids
+    taken, unique = set(ids), ids.copy()
+    for row in repeated:
+        i = int(number[row])
+        while (name := f"{ids[row]}-{i}") in taken:
+            i += 1
+        taken.add(name)
+        unique[row] = name
+    logger.warning(
+        "%s: %s nuclei share their id with another one and get a suffix, such as %r",
+        source,
+        f"{len(repeated):,}",
+        unique[repeated[0]],
+    )
+    return unique
 
 
 def _as_str(ids: ArrayLike) -> NDArray[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import logging
 import re
 import zlib
@@ -18,6 +17,8 @@ import shapely
 from numpy.typing import NDArray
 
 from prts.errors import InputError
+from prts.io.geojson import read_features, read_text
+from prts.io.nuclei_parts import Shapes
 from prts.io.outlines import labels_to_polygons
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet, shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
-# Object types of QuPath that are regions, not nuclei.
-_QUPATH_REGIONS = ("annotation", "tile", "root", "tma core")
-
-# Geometries (n,), ids (n,) or None, scores (n,) or None, as in the file.
-Shapes = tuple[NDArray[Any], Any, Any]
+# Object types of QuPath that are regions, not nuclei; annotations are nuclei if nothing else is there.
+_NEVER_NUCLEI = ("tile", "root", "tmacore")
+_QUPATH_REGIONS = ("annotation", *_NEVER_NUCLEI)
+# Types that some versions and converters write in place of an id.
+_TYPE_WORDS = r"Path\w*Object|TMACoreObject|tmaCore|PathRoot\w*"
 
 
 class ImageSize(NamedTuple):
@@ -58,19 +59,13 @@ def reader_of(path: Path) -> Callable[[Path, ImageSize], Shapes]:
         return _from_shapefile
     if head[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+") or head.startswith(b"\x89PNG"):
         return _from_label_image
+    if head.startswith((b"\x93NUMPY", b"PK\x03\x04")):
+        raise InputError(f"{path}: a NumPy file or an archive; save its labels with tifffile.imwrite, or give polygons")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
         return _from_geojson
     if head and b"\0" not in head:
         return _from_wkt_table
     raise InputError(f"{path}: unknown format of nuclei; give {NUCLEI_FORMATS}")
-
-
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); give {NUCLEI_FORMATS}") from error
 
 
 def _choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
@@ -93,39 +88,52 @@ def _choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
 
 
 def _from_geojson(path: Path, _size: ImageSize) -> Shapes:
-    try:
-        document = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error}); export it again") from error
-    features = document.get("features", [document]) if isinstance(document, dict) else document
-    if not isinstance(features, list) or not all(_is_feature(item) for item in features):
-        raise InputError(f"{path}: JSON, but not GeoJSON; give a FeatureCollection or a list of features")
-    properties = [feature.get("properties") or {} for feature in features]
-    if not all(isinstance(item, dict) for item in properties):
-        raise InputError(f"{path}: not GeoJSON: the properties of a feature must be an object; export it again")
-    pairs = list(zip(features, properties, strict=True))
-    kinds = np.array([str(feature.get("objectType") or item.get("objectType")).lower() for feature, item in pairs])
+    features = read_features(path)
+    kinds = np.array([_kind(feature) for feature in features], dtype=object)
     region = np.isin(kinds, _QUPATH_REGIONS)
+    if (kinds == "annotation").sum() == len(kinds) - np.isin(kinds, _NEVER_NUCLEI).sum():  # nuclei that somebody drew
+        region &= kinds != "annotation"
     if region.any() and not region.all():
-        logger.info("%s: %d QuPath annotations that are not nuclei ignored", path, region.sum())
-        pairs = [pair for pair, left_out in zip(pairs, region, strict=True) if not left_out]
-    features, properties = [feature for feature, _ in pairs], [item for _, item in pairs]
+        logger.info("%s: %d QuPath annotations that are not nuclei left out", path, region.sum())
+        features = [feature for feature, left_out in zip(features, region, strict=True) if not left_out]
+    properties = [feature["properties"] for feature in features]
 
     geometry = _geojson_shapes([feature.get("nucleusGeometry") or feature.get("geometry") for feature in features])
     ids = {
-        name: pd.Series([item.get(key) for item in source], dtype=object)
+        name: pd.Series([None if _is_type(item.get(key)) else item.get(key) for item in source], dtype=object)
         for name, source, key in (
             ("cell_id", properties, "cell_id"),
             ("id", properties, "id"),
             ("feature id", features, "id"),
+            ("cell", properties, "cell"),
         )
     }
     score = pd.to_numeric(pd.Series([item.get("score") for item in properties], dtype=object), errors="coerce")
-    return geometry, _choose_id(ids, path), score
+    return Shapes(geometry, _choose_id(ids, path), score, _classification(properties))
 
 
-def _is_feature(item: Any) -> bool:
-    return isinstance(item, dict) and item.get("type") == "Feature"
+def _word(text: Any) -> str:
+    return re.sub(r"[^a-z]|^path|object$", "", str(text).lower())
+
+
+def _kind(feature: dict[str, Any]) -> str:
+    """The type of a QuPath object; older versions write it as the id, such as `PathDetectionObject`."""
+    kind = feature.get("objectType") or feature["properties"].get("objectType")
+    return _word(kind or (feature.get("id") if _is_type(feature.get("id")) else ""))
+
+
+def _is_type(identifier: Any) -> bool:
+    return isinstance(identifier, str) and re.fullmatch(_TYPE_WORDS, identifier) is not None
+
+
+def _classification(properties: list[dict[str, Any]]) -> Any:
+    """The class of each shape, if any: its name, or text."""
+    found = []
+    for item in properties:
+        value = item.get("classification", item.get("class"))
+        value = value.get("name") if isinstance(value, dict) else value
+        found.append(value if isinstance(value, str) and value else None)
+    return np.array(found, dtype=object) if any(value is not None for value in found) else None
 
 
 def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
@@ -178,15 +186,24 @@ def read_table(reader: Callable[..., Any], path: Path) -> Any:
     return frame
 
 
-def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any]:
-    """Ids and scores of a table."""
-    ids = _choose_id({name: frame[name] for name in ("cell_id", "id") if name in frame}, path)
-    return ids, pd.to_numeric(frame["score"], errors="coerce") if "score" in frame else None
+def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any, Any]:
+    """Ids, scores and classes of a table."""
+    candidates = {name: frame[name] for name in ("cell_id", "id") if name in frame}
+    index = frame.index
+    if not isinstance(index, pd.MultiIndex | pd.RangeIndex) and (
+        pd.api.types.is_string_dtype(index) or index.is_unique
+    ):
+        candidates["index"] = index.to_series()  # as SpatialData writes shapes
+    ids = _choose_id(candidates, path)
+    score = pd.to_numeric(frame["score"], errors="coerce") if "score" in frame else None
+    named = next((frame[name] for name in ("classification", "class") if name in frame), pd.Series(dtype=object))
+    text = named.map(lambda value: value if isinstance(value, str) and value else None).astype(object)
+    return ids, score, text.to_numpy(object) if text.notna().any() else None
 
 
 def _from_geoparquet(path: Path, _size: ImageSize) -> Shapes:
     frame = read_table(gpd.read_parquet, path)
-    return (frame.geometry.to_numpy(), *_columns(frame, path))
+    return Shapes(frame.geometry.to_numpy(), *_columns(frame, path))
 
 
 def _from_shapefile(path: Path, _size: ImageSize) -> Shapes:
@@ -198,11 +215,11 @@ def _from_shapefile(path: Path, _size: ImageSize) -> Shapes:
             f"{path}: truncated, {path.stat().st_size} bytes instead of {n_bytes} as stated in its header; get a complete copy"
         )
     frame = read_table(gpd.read_file, path)
-    return (frame.geometry.to_numpy(), *_columns(frame, path))
+    return Shapes(frame.geometry.to_numpy(), *_columns(frame, path))
 
 
 def _from_wkt_table(path: Path, _size: ImageSize) -> Shapes:
-    text = _text(path)
+    text = read_text(path)
     header = text.split("\n", 1)[0]
     separator = max("\t;,", key=header.count)
     try:
@@ -214,7 +231,7 @@ def _from_wkt_table(path: Path, _size: ImageSize) -> Shapes:
         if len(filled) and re.match(r"\s*(SRID=\d+;)?\s*(MULTI)?POLYGON", filled.iloc[0], re.IGNORECASE):
             wkt = table[name].fillna("").str.replace(r"^\s*SRID=\d+;", "", regex=True)
             shapes = shapely.from_wkt(wkt.to_numpy(object), on_invalid="ignore")
-            return (np.asarray(shapes, dtype=object), *_columns(table, path))
+            return Shapes(np.asarray(shapes, dtype=object), *_columns(table, path))
     raise InputError(
         f"{path}: no column with WKT polygons among {', '.join(map(str, table.columns[:8]))}; give {NUCLEI_FORMATS}"
     )
@@ -232,7 +249,7 @@ def _from_label_image(path: Path, size: ImageSize) -> Shapes:
         logger.info("%s: %d smaller parts of labels dropped", path, n_parts)
     if len(label) == 1 and n_parts > 1:
         raise InputError(f"{path}: a mask, one label in {n_parts + 1} parts; give one label per nucleus")
-    return polygons, label if names is None else names[label], None
+    return Shapes(polygons, label if names is None else names[label])
 
 
 def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
@@ -246,7 +263,7 @@ def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
         check_pixels((width, height), what, size.max_pixels, cure="give polygons", n_bytes=dtype.itemsize)
 
     def require(shape: tuple[int, ...], dtype: np.dtype[Any], low: int = 0) -> None:
-        if len(shape) != 2 or not np.issubdtype(dtype, np.integer) or low < 0:
+        if len(shape) != 2 or dtype.kind not in "iuf" or low < 0:
             raise InputError(
                 f"not a label image (shape {shape}, type {dtype}); give one channel of whole numbers, 0 outside nuclei"
             )
@@ -272,9 +289,22 @@ def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
                 height, width = series.keyframe.tilelength, series.keyframe.tilewidth
                 check(width, height, "a tile of a label image", series.dtype)
                 labels = np.squeeze(series.asarray())
+        if labels.dtype.kind == "f":
+            labels = _whole(labels)
         require(labels.shape, labels.dtype, labels.min(initial=0))
         return labels
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except Exception as error:  # decoders raise many classes of errors
         raise InputError(f"{path}: the image cannot be read ({error}); get a complete copy") from error
+
+
+def _whole(labels: NDArray[Any]) -> NDArray[Any]:
+    """Labels that ImageJ stored as floating point numbers."""
+    # beyond 2^24, float32 cannot tell consecutive labels apart
+    top = 2.0 ** min(np.finfo(labels.dtype).nmant + 1, 53)
+    if not (np.isfinite(labels).all() and (np.trunc(labels) == labels).all() and labels.max(initial=0) <= top):
+        raise InputError(
+            f"not a label image (type {labels.dtype} with fractions); give one channel of whole numbers, 0 outside nuclei"
+        )
+    return labels.astype(np.int64)

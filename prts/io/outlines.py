@@ -18,7 +18,7 @@ _CORNER = np.array([[0, 0], [0, 1], [1, 1], [1, 0]])
 
 
 def labels_to_polygons(labels: NDArray[Any], *, band: int = 512) -> tuple[NDArray[np.int64], NDArray[Any], int]:
-    """Outlines of a label image along pixel edges: rasterizing a polygon gives back exactly its pixels.
+    """Outlines of a label image along pixel edges, so that rasterizing a polygon restores exactly its pixels.
 
     The largest 4-connected part of each label is kept, with its holes. The image is processed in bands of rows; each label is outlined
     with the band in which it starts.

@@ -10,7 +10,8 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from prts.errors import ParameterError
+from prts.errors import InputError, ParameterError
+from prts.io.geojson import read_features
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -95,9 +96,10 @@ def _polygons(path: Path) -> BaseGeometry:
             "does not exist; give a GeoJSON file with polygons, a box [x0,y0,x1,y1] or a polygon [[x,y],[x,y],[x,y]]",
         )
     try:
-        found = shapely.from_geojson(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, shapely.errors.ShapelyError) as error:
-        reason = str(error).splitlines()[0]
+        features = read_features(path)
+        found = shapely.from_geojson([json.dumps(feature.get("geometry")) for feature in features])
+    except (InputError, TypeError, shapely.errors.ShapelyError) as error:
+        reason = str(error).removeprefix(f"{path}: ").splitlines()[0]
         raise _error(path, f"is not GeoJSON ({reason}); draw polygons in QuPath and export them") from error
     parts = shapely.get_parts(shapely.get_parts(found))
     areas = parts[np.isin(shapely.get_type_id(parts), (3, 6))]

@@ -31,6 +31,14 @@ _BLOCK = 256
 _MAX_SOURCE = 4096
 # A level up to 1 % too coarse is accepted: a pyramid of 0.2506 um/px provides 0.5 from its level 1.
 _LEVEL_TOLERANCE = 1.01
+_NOT_READ = {
+    ".vsi": "Olympus VSI, whose pixels are in a folder next to it,",
+    ".ets": "Olympus ETS",
+    ".czi": "Zeiss CZI",
+    ".lif": "Leica LIF",
+    ".nd2": "Nikon ND2",
+    ".isyntax": "Philips iSyntax",
+}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -268,13 +276,13 @@ def open_slide(
     Returns
     -------
     The slide. Its `mpp` is the first one of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF resolution or dpi tags. Metadata
-    outside 0.05-5 um/px, such as a default of 72 dpi, is ignored.
+    outside 0.05-5 um/px, such as a default of 72 dpi, is ignored. If metadata contradicts `mpp`, a warning names both.
 
     Raises
     ------
     InputError
-        If the file is missing, truncated, or not an RGB or gray image; if no source states um/px, or two of them differ by more
-        than 2 %.
+        If the file is missing, truncated, or not an RGB or gray image; if nothing states um/px, or `mpp` is None and two sources
+        differ by more than 2 %.
     """
     path = Path(path)
     if mpp is not None and not is_plausible(mpp):
@@ -283,8 +291,7 @@ def open_slide(
         )
     reader = _open_reader(path, max_pixels)
     try:
-        given: list[MppSource] = [] if mpp is None else [("mpp=", mpp)]
-        source, value = resolve_mpp(path, [*given, *sources, *_metadata_sources(path, reader)])
+        source, value = resolve_mpp(path, [*sources, *_metadata_sources(path, reader, mpp)], mpp)
     except BaseException:
         reader.close()
         raise
@@ -294,11 +301,35 @@ def open_slide(
     return slide
 
 
-def _metadata_sources(path: Path, reader: Reader) -> list[MppSource]:
+def reopen_slide(
+    path: Path, mpp: MppSource, *, orientation: Orientation = UPRIGHT, max_pixels: int | None = None
+) -> Slide:
+    """Open an image whose um/px is settled, without comparing it with the metadata again.
+
+    Parameters
+    ----------
+    path
+        The image.
+    mpp
+        The source of its um/px, and the value.
+    orientation, max_pixels
+        As for `open_slide`.
+    """
+    slide = Slide(path, _open_reader(path, max_pixels), mpp[1], mpp[0], orientation)
+    slide.max_pixels = max_pixels
+    return slide
+
+
+def _metadata_sources(path: Path, reader: Reader, given: float | None) -> list[MppSource]:
     try:
         return reader.mpp_sources()
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # tags may contain anything
-        raise InputError(f"{path}: its um/px tags cannot be read ({_reason(error)}); save the image again") from error
+        if given is None:
+            raise InputError(
+                f"{path}: its um/px tags cannot be read ({_reason(error)}); set mpp to the value of the scanner"
+            ) from error
+        logger.warning("%s: its um/px tags cannot be read (%s); mpp=%.4g is used", path, _reason(error), given)
+        return []
 
 
 def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
@@ -318,7 +349,8 @@ def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
 
 def _open_reader(path: Path, max_pixels: int | None) -> Reader:
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; give the image file")
+        inside = "one of its .dcm files" if next(path.glob("*.dcm"), None) else "the image file"
+        raise InputError(f"{path}: is a folder; give {inside}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an H&E image")
     try:
@@ -326,6 +358,7 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
             magic = handle.read(4)
         if not magic:
             raise InputError("empty file; get a complete copy")
+        _refuse_thumbnail(path)
         vendor = openslide.OpenSlide.detect_format(str(path))
         if vendor not in (None, "generic-tiff"):
             if magic in _TIFF_MAGIC:
@@ -344,6 +377,19 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
         raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:
         raise InputError(f"{path}: the image cannot be read ({_reason(error)}); get a complete copy") from error
+
+
+def _refuse_thumbnail(path: Path) -> None:
+    """Refuse a file that holds only a picture of the slide, whose pixels are in a folder next to it or that prts cannot read."""
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs" and not path.with_suffix("").joinpath("Slidedat.ini").is_file():
+        raise InputError(
+            f"holds only a thumbnail; put the slide's folder {path.stem}, with Slidedat.ini, next to it, or give an OME-TIFF"
+        )
+    if suffix in _NOT_READ:
+        raise InputError(
+            f"{_NOT_READ[suffix]} cannot be read; convert the slide to OME-TIFF, such as with QuPath (Export images)"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -5,6 +5,8 @@ For TIFF see `slide_tiff`.
 
 from __future__ import annotations
 
+import functools
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,22 @@ from PIL import Image
 from prts.errors import InputError
 from prts.io.limits import check_pixels
 from prts.io.mpp import UM_PER_INCH, MppSource, from_axes
+
+logger = logging.getLogger(__name__)
+
+# Of the tag of TIFF and EXIF, and what to set to see the image upright.
+ORIENTATION_TAG = 274
+_UPRIGHT_BY = {
+    2: "`flip` to horizontal",
+    3: "`rotate` to 180",
+    4: "`flip` to vertical",
+    5: "`rotate` to 90 and `flip` to vertical",
+    6: "`rotate` to 270",
+    7: "`rotate` to 90 and `flip` to horizontal",
+    8: "`rotate` to 90",
+}
+# Bits of a camera that are stored in 16.
+_CAMERA_BITS = (8, 10, 12, 14)
 
 _PILLOWS_LIMIT = threading.Lock()
 _PIXELS_AT_ONCE = 1 << 22
@@ -74,7 +92,36 @@ def to_uint8(pixels: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     if pixels.dtype.kind not in "bu" or bits > 16:
         raise InputError(f"contains {pixels.dtype} pixels; give an RGB image with 8 or 16 bits")
     top = (1 << bits) - 1
+    pixels = np.minimum(pixels, top)
     return ((pixels.astype(np.uint32) * 255 + top // 2) // top).astype(np.uint8)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn of something in a file, which is opened many times, once per process."""
+    logger.warning(text)
+
+
+def warn_transparent(path: Path) -> None:
+    """Warn that the opacity of an image is ignored."""
+    warn_once(f"{path}: is transparent everywhere (alpha 0), so its transparency is ignored")
+
+
+def warn_of_orientation(path: Path, tag: object) -> None:
+    """Warn that the orientation tag of a file is not applied."""
+    if isinstance(tag, int) and tag in _UPRIGHT_BY:
+        warn_once(
+            f"{path}: its orientation tag ({int(tag)}) is not applied, pixels are read as stored; to predict it upright, set "
+            f"{_UPRIGHT_BY[tag]}"
+        )
+
+
+def used_bits(path: Path, top: int, bits: int) -> int:
+    """Bits of samples with a largest value of `top`: cameras store 10, 12 or 14 bits in 16 without scaling them."""
+    found = next((n for n in _CAMERA_BITS if 0 < top < 1 << n), bits) if bits == 16 else bits
+    if found < bits:
+        warn_once(f"{path}: uses only {found} of {bits} bits (its largest value is {top}) and is scaled")
+    return found
 
 
 class OpenSlideReader:
@@ -147,7 +194,8 @@ def read_pillow(path: Path, max_pixels: int | None = None) -> ArrayReader:
     with open_pillow(path) as image:
         check_pixels(image.size, f"a {image.format}", max_pixels, n_bytes=7)  # 4 in Pillow, 3 in the array
         dpi = image.info.get("dpi")
-        pixels = _pillow_rgb(image)
+        warn_of_orientation(path, image.getexif().get(ORIENTATION_TAG))
+        pixels = _pillow_rgb(image, path)
     x, y = (UM_PER_INCH / float(v) if v else None for v in dpi) if dpi else (None, None)
     return ArrayReader(pixels, from_axes("the dpi of the image", x, y))
 
@@ -166,18 +214,23 @@ def open_pillow(path: Path) -> Iterator[Image.Image]:
         yield image
 
 
-def _pillow_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def _pillow_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
     if image.mode.startswith("I"):  # 16-bit gray; older files open as "I"
-        grey = to_uint8(np.asarray(image).astype(np.uint16), 16)
+        samples = np.asarray(image).astype(np.uint16)
+        grey = to_uint8(samples, used_bits(path, int(samples.max(initial=0)), 16))
         return np.repeat(grey[..., None], 3, axis=2)
     if image.mode == "F":
         raise InputError("contains floating point pixels; give an RGB image with 8 or 16 bits")
+    transparent = image.has_transparency_data
+    if "A" in image.getbands() and image.getchannel("A").getextrema() == (0, 0):
+        warn_transparent(path)
+        transparent = False
     pixels = np.empty((image.height, image.width, 3), np.uint8)
     # in bands: converting and copying the whole image at once would take several times its memory
     n_rows = max(1, _PIXELS_AT_ONCE // image.width)
     for top in range(0, image.height, n_rows):
         rows = image.crop((0, top, image.width, min(top + n_rows, image.height)))
-        if image.has_transparency_data:
+        if transparent:
             rgba = np.asarray(rows.convert("RGBA"))
             pixels[top : top + n_rows] = composite(rgba[..., :3], rgba[..., 3])
         else:

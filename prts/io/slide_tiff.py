@@ -14,7 +14,20 @@ from PIL import Image
 from prts.errors import InputError
 from prts.io.limits import check_pixels
 from prts.io.mpp import MppSource, tiff_sources
-from prts.io.slide_readers import ArrayReader, Level, Reader, composite, to_uint8
+from prts.io.slide_readers import (
+    ArrayReader,
+    Level,
+    Reader,
+    composite,
+    to_uint8,
+    used_bits,
+    warn_of_orientation,
+    warn_once,
+    warn_transparent,
+)
+
+# Tiles that are looked at to see which bits are used and whether anything is opaque.
+_PEEKED = 64
 
 # Uncompressed images are read in strips of about this size, regardless of the strips in the file.
 _STRIP_BYTES = 1 << 21
@@ -35,10 +48,19 @@ class _Plane:
     samples: int
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """How the samples of a page are to be understood."""
+
+    bits: int
+    opaque: bool = False  # whether to ignore alpha
+
+
 class TiffReader:
     """The largest image of a TIFF and its pyramid, if any (SubIFDs, or pages of decreasing size)."""
 
     def __init__(self, path: Path, max_pixels: int | None = None) -> None:
+        self._path = path
         # without companion files that OME-XML may name
         self._tif = tifffile.TiffFile(path, _multifile=False)
         try:
@@ -63,22 +85,54 @@ class TiffReader:
         for level, grid, in_rows in zip(self._planes, self.levels, self._in_rows, strict=True):
             if not all(_is_complete(plane, grid, in_rows, size) for plane in level):
                 raise InputError("truncated, some pixels are missing; get a complete copy")
+        self._meaning = self._peek()
+
+    def _peek(self) -> _Samples:
+        """Look at tiles of the coarsest level for what the tags do not tell."""
+        page, level = self._series.keyframe, len(self.levels) - 1
+        warn_of_orientation(self._path, _tag(page, "Orientation"))
+        _warn_of_stack(self._path, self._series)
+        if page.bitspersample != 16 and not _has_alpha(page):
+            return _Samples(page.bitspersample)
+        grid = self.levels[level]
+        n_rows, n_columns = -(-grid.height // grid.tile_height), -(-grid.width // grid.tile_width)
+        parts = []
+        for index in np.unique(np.linspace(0, n_rows * n_columns - 1, _PEEKED).astype(int)):
+            try:
+                part = self._samples(level, *divmod(int(index), n_columns))
+            except Exception:  # noqa: BLE001  (named with its row and column when it is read)
+                continue
+            if part is not None:
+                parts.append(part)
+        return _meaning(self._path, page, parts)
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """See `Reader`."""
+        shape = self._shape(level, row, column)
+        samples = self._samples(level, row, column)
+        if samples is None:
+            return np.full((*shape, 3), 255, np.uint8)  # sparse files omit empty glass
+        rgb = _to_rgb(self._planes[level][0].page, samples, self._meaning)
+        if rgb.shape != (*shape, 3):
+            raise ValueError("a tile has other samples than its page")
+        return rgb
+
+    def _shape(self, level: int, row: int, column: int) -> tuple[int, int]:
         grid = self.levels[level]
         top, left = row * grid.tile_height, column * grid.tile_width
-        shape = (min(grid.tile_height, grid.height - top), min(grid.tile_width, grid.width - left))
+        return min(grid.tile_height, grid.height - top), min(grid.tile_width, grid.width - left)
+
+    def _samples(self, level: int, row: int, column: int) -> NDArray[Any] | None:
+        """The samples (h, w, n) of a tile as they are stored; None if the file omits it."""
+        grid, shape = self.levels[level], self._shape(level, row, column)
+        top = row * grid.tile_height
         index = row * -(-grid.width // grid.tile_width) + column
         planes = self._planes[level]
         parts = [self._rows(p, top, shape) if self._in_rows[level] else self._segment(p, index, shape) for p in planes]
         found = [part for part in parts if part is not None]
         if len(found) < len(parts):
-            return np.full((*shape, 3), 255, np.uint8)  # sparse files omit empty glass
-        rgb = _to_rgb(planes[0].page, found[0] if len(found) == 1 else np.concatenate(found, axis=2))
-        if rgb.shape != (*shape, 3):
-            raise ValueError("a tile has other samples than its page")
-        return rgb
+            return None
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=2)
 
     def _rows(self, plane: _Plane, top: int, shape: tuple[int, int]) -> NDArray[Any]:
         dtype = np.dtype(plane.page.parent.byteorder + plane.page.dtype.char)
@@ -161,12 +215,53 @@ def open_tiff(path: Path, max_pixels: int | None = None) -> Reader:
         return _read_whole(path, max_pixels)
 
 
+def _axes(series: tifffile.TiffPageSeries) -> str:
+    """Axes of an image; a stack of three gray images is taken for red, green and blue, as ImageJ saves them."""
+    stack = [axis for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 and axis not in "YXSC"]
+    page: Any = series.keyframe
+    if len(stack) != 1 or page.samplesperpixel != 1 or series.shape[series.axes.index(stack[0])] != 3:
+        return series.axes
+    if any(n > 1 for axis, n in zip(series.axes, series.shape, strict=True) if axis in "SC"):
+        return series.axes
+    return series.axes.replace("C", "_").replace(stack[0], "C")
+
+
+def _warn_of_stack(path: Path, series: tifffile.TiffPageSeries) -> None:
+    if _axes(series) != series.axes:
+        warn_once(f"{path}: its three gray images are read as red, green and blue; save it as RGB if they are not")
+
+
+def _tag(page: Any, name: str) -> object:
+    tag = page.tags.get(name)
+    return None if tag is None else tag.value
+
+
+def _has_alpha(page: Any) -> bool:
+    return bool(page.extrasamples) and page.extrasamples[-1] in (_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA)
+
+
+def _meaning(path: Path, page: Any, parts: list[NDArray[Any]]) -> _Samples:
+    """How to understand samples, from some of them, (h, w, n) each."""
+    alpha = _has_alpha(page) and all(part.shape[2] in (2, 4) for part in parts)
+    opaque = alpha and bool(parts) and not any(part[..., -1].any() for part in parts)
+    if opaque:
+        warn_transparent(path)
+    bits = page.bitspersample
+    if bits == 16 and page.dtype == np.uint16 and page.photometric not in (_PALETTE, _CMYK):
+        colours = [part[..., :-1] if alpha else part for part in parts]
+        bits = used_bits(path, max((int(part.max(initial=0)) for part in colours), default=0), bits)
+    return _Samples(bits, opaque)
+
+
 def _planes(level: tifffile.TiffPageSeries) -> list[_Plane] | None:
     """Planes whose samples together are the pixels of a level; None if it must be read whole."""
-    sizes = {axis: n for axis, n in zip(level.axes, level.shape, strict=True) if n > 1}
+    axes = _axes(level)
+    sizes = {axis: n for axis, n in zip(axes, level.shape, strict=True) if n > 1}
     stack = {axis: n for axis, n in sizes.items() if axis not in "YXSC"}
     if stack:
-        raise InputError(f"a stack of {np.prod(list(stack.values()))} images; give one H&E image")
+        raise InputError(
+            f"a stack of {np.prod(list(stack.values()))} images; give one H&E image, saved as RGB (in ImageJ: Image, Type, RGB Color)"
+        )
     page: Any = level.keyframe
     channels, samples = sizes.get("C", 1), page.samplesperpixel
     n = channels * samples if "S" in sizes or samples == 1 else channels
@@ -177,7 +272,7 @@ def _planes(level: tifffile.TiffPageSeries) -> list[_Plane] | None:
         return None
     pages = list(level.pages)
     if channels > 1:
-        if samples > 1 or len(pages) != channels or any(p is None for p in pages) or level.axes[-2:] != "YX":
+        if samples > 1 or len(pages) != channels or any(p is None for p in pages) or axes[-2:] != "YX":
             return None
         return [_Plane(p.aspage(), 0, 0, 1) for p in pages if p is not None]
     if len(pages) != 1:
@@ -213,12 +308,15 @@ def _is_complete(plane: _Plane, grid: Level, in_rows: bool, file_size: int) -> b
     return all(offset + n_bytes <= file_size for offset, n_bytes in zip(offsets, byte_counts, strict=False))
 
 
-def _to_rgb(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8]:
+def _to_rgb(page: Any, samples: NDArray[Any], meaning: _Samples) -> NDArray[np.uint8]:
     """Convert samples (h, w, n) of a page to RGB on white."""
     if page.photometric == _PALETTE:
         table = to_uint8(np.asarray(page.colormap, np.uint16), 16).T
         return np.asarray(table[samples[..., 0]])
-    pixels = to_uint8(samples, page.bitspersample)
+    n_alpha = 1 if _has_alpha(page) and samples.shape[2] in (2, 4) else 0
+    pixels = to_uint8(samples, meaning.bits)
+    if meaning.bits < page.bitspersample and n_alpha:  # alpha has all bits
+        pixels[..., -1:] = to_uint8(samples[..., -1:], page.bitspersample)
     n = pixels.shape[2]
     if page.photometric == _CMYK and n == 4:
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels), "CMYK").convert("RGB"))
@@ -227,9 +325,8 @@ def _to_rgb(page: Any, samples: NDArray[Any]) -> NDArray[np.uint8]:
     if page.photometric == _MINISWHITE:
         pixels = 255 - pixels
     rgb = np.repeat(pixels[..., :1], 3, axis=2) if n < 3 else pixels[..., :3]
-    extra = page.extrasamples[-1] if page.extrasamples and n in (2, 4) else None
-    if extra in (_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA):
-        return composite(rgb, pixels[..., -1], premultiplied=extra == _ASSOCIATED_ALPHA)
+    if n_alpha and not meaning.opaque:
+        return composite(rgb, pixels[..., -1], premultiplied=page.extrasamples[-1] == _ASSOCIATED_ALPHA)
     return np.ascontiguousarray(rgb)
 
 
@@ -238,9 +335,12 @@ def _read_whole(path: Path, max_pixels: int | None) -> ArrayReader:
         series = max(tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
         page = series.keyframe
         check_pixels((page.imagewidth, page.imagelength), "an unusual layout", max_pixels)
-        pixels = series.asarray()
-        order = [axis for axis in series.axes if axis in "YXCS"]
-        pixels = pixels.reshape([n for axis, n in zip(series.axes, series.shape, strict=True) if axis in order])
+        warn_of_orientation(path, _tag(page, "Orientation"))
+        _warn_of_stack(path, series)
+        axes, pixels = _axes(series), series.asarray()
+        order = [axis for axis in axes if axis in "YXCS"]
+        pixels = pixels.reshape([n for axis, n in zip(axes, series.shape, strict=True) if axis in order])
         last = [order.index(axis) for axis in "YXCS" if axis in order]
         pixels = pixels.transpose(last).reshape(*(pixels.shape[i] for i in last[:2]), -1)
-        return ArrayReader(_to_rgb(series.keyframe, pixels), tiff_sources(tif, series.keyframe))
+        rgb = _to_rgb(page, pixels, _meaning(path, page, [pixels]))
+        return ArrayReader(rgb, tiff_sources(tif, series.keyframe))

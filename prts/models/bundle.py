@@ -1,7 +1,7 @@
 """A trained model as a folder: `model.safetensors` (every tensor) and `model.json` (everything else). No pickle, no code.
 
-A bundle holds all that prediction needs except the encoder's weights, which it identifies by SHA-256. It names architecture and likelihood
-by what is registered, so opening a stranger's bundle never imports what the file says.
+A bundle has everything that prediction needs except the encoder's weights, which it identifies by SHA-256. It refers to the likelihood by
+its registered name, so opening an untrusted bundle never imports code named in the file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Bundle(Predictor):
     metadata
         All of `model.json`.
     folder
-        Where it was read.
+        Folder it was read from.
     ood
         Scores how unusual a nucleus is; None in bundles of older versions.
     baselines
@@ -63,7 +63,7 @@ class Bundle(Predictor):
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of `model.json`, which holds that of the weights: it identifies the model."""
+        """SHA-256 of `model.json`, which contains the hash of the weights: it identifies the model."""
         return sha256_file(self.folder / "model.json")
 
     @property
@@ -88,17 +88,17 @@ class Bundle(Predictor):
 
     @property
     def val_pcc(self) -> NDArray[np.float64]:
-        """(g,) PCC of each gene on validation, NaN where it was constant or is unknown."""
+        """(g,) PCC of each gene on validation; NaN if it was constant or is unknown."""
         return self._per_gene("pcc")
 
     @property
     def ceiling(self) -> NDArray[np.float64]:
-        """(g,) noise ceiling of each gene's PCC on validation, NaN where unknown."""
+        """(g,) noise ceiling of each gene's PCC on validation; NaN if unknown."""
         return self._per_gene("ceiling")
 
     @property
     def predictable(self) -> NDArray[np.bool_] | None:
-        """(g,) genes predicted on validation beyond chance and the baselines; None in bundles of older versions."""
+        """(g,) genes predicted better than chance and the baselines on validation; None in bundles of older versions."""
         flags = self.metadata["validation"].get("predictable")
         return None if flags is None else np.array(flags, dtype=bool)
 
@@ -199,7 +199,7 @@ def load_bundle(folder: Path) -> Bundle:
     Parameters
     ----------
     folder
-        What `save_bundle` wrote.
+        Folder written by `save_bundle`.
 
     Raises
     ------
@@ -221,7 +221,7 @@ def load_bundle(folder: Path) -> Bundle:
 def _build(
     path: Path, metadata: dict[str, Any], about: Description
 ) -> tuple[PRTSNet, Likelihood, OutputRule, MahalanobisOOD | None, ShippedBaselines | None]:
-    """Everything that holds tensors, without memory behind them (the weights file brings it), and the rule."""
+    """Build everything with tensors, without allocating memory (the weights file provides it), and the rule."""
     if about.architecture.name not in ARCHITECTURES:
         raise InputError(
             f"{path}: architecture {about.architecture.name!r} is not one of {', '.join(ARCHITECTURES)}; use a newer prts"
@@ -229,7 +229,7 @@ def _build(
     if about.likelihood.name not in likelihoods:
         raise InputError(
             f"{path}: likelihood {about.likelihood.name!r} is not one of {', '.join(likelihoods.names())}; "
-            "install the package that offers it"
+            "install the package that provides it"
         )
     width = sum(about.input.widths.get(block, 0) for block in about.input.use)
     architecture = {key: value for key, value in metadata["architecture"].items() if key != "name"}
@@ -294,9 +294,7 @@ def _load_weights(path: Path, about: Description, parts: Mapping[str, nn.Module]
                 f"{tensor.dtype} {tuple(tensor.shape)}; the two files do not belong together"
             )
     if sha256_file(path) != about.weights_sha256:
-        raise InputError(
-            f"{path}: has another SHA-256 than model.json says; it was damaged or comes from another bundle"
-        )
+        raise InputError(f"{path}: its SHA-256 differs from the one in model.json; get a complete copy of the bundle")
     for prefix, module in parts.items():
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         module.load_state_dict(state, assign=True)
@@ -305,7 +303,7 @@ def _load_weights(path: Path, about: Description, parts: Mapping[str, nn.Module]
 def _parts(
     net: nn.Module, likelihood: nn.Module, ood: nn.Module | None, baselines: nn.Module | None
 ) -> dict[str, nn.Module]:
-    """Everything with tensors, by the prefix of their names."""
+    """Everything with tensors, by name prefix."""
     parts = {"net.": net, "likelihood.": likelihood, "ood.": ood, "baselines.": baselines}
     return {prefix: module for prefix, module in parts.items() if module is not None}
 

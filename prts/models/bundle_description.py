@@ -15,7 +15,7 @@ from prts.io.mpp import is_plausible
 FORMAT_VERSION = 3
 READABLE = (1, 2, 3)
 
-# What `target` of formats 1 and 2 means.
+# Meaning of `target` in formats 1 and 2.
 _LIKELIHOODS: dict[Any, dict[str, str]] = {
     **{target: {"name": "paper", "target": target} for target in ("minmax", "log1p", "counts")},
     "log_rate": {"name": "poisson", "offset": "none"},
@@ -61,7 +61,7 @@ class _Intervals(_Part):
 
 
 class _Given(_Part):
-    """What the caller of `save_bundle` gives."""
+    """Metadata that the caller of `save_bundle` provides."""
 
     encoder: dict[str, Any]
     encoder_weights: str | None
@@ -97,7 +97,7 @@ class Description(_Given):
     versions: dict[str, Any]
 
 
-# What the caller of `save_bundle` must give, and what it must not.
+# Metadata that the caller of `save_bundle` must provide, and must not.
 GIVEN_KEYS = tuple(name for name, each in _Given.model_fields.items() if each.is_required())
 OWN_KEYS = tuple(name for name in Description.model_fields if name not in _Given.model_fields)
 
@@ -107,7 +107,7 @@ def read_description(path: Path) -> tuple[dict[str, Any], Description]:
 
     Returns
     -------
-    All that it holds, in the words of the newest format, and the same with the types that bundles rely on.
+    Its contents in the newest format, and the same with the types that bundles rely on.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def read_description(path: Path) -> tuple[dict[str, Any], Description]:
 
 
 def edited(path: Path, detail: str) -> InputError:
-    """The error for a file that prts did not write like this."""
+    """The error for a file with a layout that prts does not write."""
     return InputError(f"{path}: is not laid out as prts writes it ({detail}); the file was edited")
 
 

@@ -1,4 +1,4 @@
-"""Resume an interrupted run: a checkpoint at the start of every epoch, from which training ends with the same weights."""
+"""Resume an interrupted run from a checkpoint at the start of an epoch, and end with the same weights."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class EpochCheckpoint(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add identity and random states, and count the epoch that has begun as not begun."""
-        # of every process of a DDP job: their last batches differ in size, so they draw differently for dropout
+        """Add identity and random states, and count the epoch that has just begun as not begun."""
+        # of every process of a DDP job, since their last batches differ in size and so use different numbers of random draws
         random: list[Any] = [_random_state()] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(random, random[0])
@@ -75,7 +75,7 @@ class EpochCheckpoint(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the random state for later: Lightning draws from the generator before the first batch."""
+        """Save the random state, because Lightning draws from the generator before the first batch."""
         random = checkpoint["prts"]["random"]
         if len(random) != trainer.world_size:
             raise InputError(
@@ -95,7 +95,7 @@ class _InPlace(TorchCheckpointIO):
     """Lightning itself writes to the system's temporary folder first, where a killed process leaves the file behind."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        # through a Python file: torch's own writer does not report a full disk
+        # through a Python file, because torch's own writer does not report a full disk
         with Path(path).open("wb") as file:
             torch.save(checkpoint, file)
 

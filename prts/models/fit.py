@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from prts.errors import ParameterError
 from prts.models.likelihoods.base import Likelihood
 from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
-from prts.models.module import KeepBest, PRTSModule
+from prts.models.module import KeepBest, PRTSModule, quiet_lightning
 from prts.models.network import PRTSNet
 from prts.models.output import OutputSettings
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train a model. Checked when it is made, so that a mistake does not surface after hours of preparation.
+    """How to train a model. It is checked on construction, so that mistakes surface before hours of preparation.
 
     Parameters
     ----------
@@ -73,6 +73,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        quiet_lightning()
         if self.baseline is not None:
             check_linear(self.baseline)
             return
@@ -105,9 +106,9 @@ class Fitted(NamedTuple):
     output
         How its gate and threshold are to be chosen.
     best_epoch
-        The epoch whose weights it has; None if it was fitted without epochs.
+        The epoch of its weights; None if it was fitted without epochs.
     is_global_zero
-        Whether this process is the one that writes results; the others of a DDP job only train.
+        Whether this process writes the results; other processes of a DDP job only train.
     """
 
     net: PRTSNet
@@ -136,7 +137,7 @@ def fit(
     start_loggers
         Opens the run's loggers and returns them for Lightning's Trainer.
     checkpoint
-        Writes what an interrupted run resumes from. A linear model needs none.
+        Writes checkpoints for resuming an interrupted run. Linear models need none.
     resume_from
         A checkpoint to resume from.
 

@@ -26,7 +26,7 @@ LIKELIHOOD = Paper(w_0=1.0, alpha_w=1.0, lambda_2=0.0, target="log1p")
 
 _CHUNK = 4096
 _NEWTON_STEPS = 12
-# Of slope and offset, in units of nuclei. Without it, a gene that all nuclei or none express has no finite solution.
+# Penalty on slope and offset, in units of nuclei. Without it, a gene expressed in all or no nuclei has no finite solution.
 _PRIOR = 1e-2
 
 

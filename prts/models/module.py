@@ -23,12 +23,17 @@ from prts.models.pearson import GenePearson
 logger = logging.getLogger(__name__)
 
 
+def quiet_lightning() -> None:
+    """Keep Lightning's notices and hints out of the log; its warnings stay."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy, torch and the workers of data loaders, and keep Lightning's hints for developers out of the log."""
-    # With the workspace that cuBLAS chooses, sums can differ from run to run. Lightning sets this too, but cuBLAS reads it at first use,
+    # With cuBLAS's default workspace, sums can differ from run to run. Lightning sets this too, but cuBLAS reads it at first use,
     # and the encoder may have used CUDA by then. A value set by the user is kept.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet_lightning()
     pl.seed_everything(seed, workers=True, verbose=False)
 
 
@@ -114,7 +119,7 @@ class PRTSModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
     def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        # float32 even where the network ran in bf16: the loss sums over half a million pairs
+        # float32 even if the network ran in bf16, because the loss sums over half a million pairs
         outputs = tuple(output.float() for output in self.net(batch.features))
         return self.likelihood.loss(outputs, batch.counts), outputs
 
@@ -125,7 +130,7 @@ class PRTSModule(pl.LightningModule):
         return taken
 
     def _over_processes(self, pearson: GenePearson) -> GenePearson:
-        """Merge the correlations of all processes, each of which has seen a part of the section."""
+        """Merge the correlations of all processes, each of which has seen part of the section."""
         if self.trainer.world_size == 1:
             return pearson
         n, state = pearson.state
@@ -149,7 +154,7 @@ class KeepBest(pl.Callback):
     Attributes
     ----------
     best_epoch, best_value
-        The epoch whose weights were restored, and its metric.
+        The epoch of the restored weights, and its metric.
     """
 
     @checked("keep_best")

@@ -36,7 +36,7 @@ class PRTSNet(nn.Module):
         gives the 4.0 million parameters that the paper states.
     standardize
         Whether the input is first centered and scaled by fixed values, set with `set_input_scaling` from training nuclei.
-        The paper does not.
+        The paper does not do this.
     outputs
         Names of the outputs, as in `Likelihood.outputs`. The first is the level.
 
@@ -89,7 +89,7 @@ class PRTSNet(nn.Module):
                 self.logit_slope = nn.Parameter(torch.ones(n_genes))
                 self.logit_offset = nn.Parameter(torch.zeros(n_genes))
             elif hasattr(self, name):
-                raise ParameterError("network", "outputs", f"{name!r} is taken; choose another name")
+                raise ParameterError("network", "outputs", f"{name!r} is already in use; choose another name")
             else:
                 self.add_module(name, nn.Linear(widths[-1], n_genes))
         if standardize:
@@ -147,7 +147,7 @@ class PRTSNet(nn.Module):
 
 
 def _in_float32(block: nn.Module, features: Tensor) -> Tensor:
-    """A block on raw features without autocast: bfloat16 has too few digits for a small spread on a large mean."""
+    """A block on raw features without autocast, because bfloat16 has too few digits for a small spread around a large mean."""
     with torch.autocast(features.device.type, enabled=False):
         hidden: Tensor = block(features)
     return hidden

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 COMPONENTS = 64
 _QUANTILES = 201
 _CHUNK = 4096
-# A nucleus above this is called unusual, as one in twenty held-out nuclei is.
+# A nucleus above this is called unusual; one in twenty held-out nuclei is.
 STRANGE = 0.95
-# Shares of unusual nuclei from which a slide is partly, or altogether, unlike the training slides.
+# Shares of unusual nuclei above which a slide is partly, or entirely, unlike the training slides.
 PARTLY, _ALTOGETHER = 0.15, 0.5
-# Share of nuclei on artifacts that is worth a warning: clean slides have 1 to 4 %.
+# Share of nuclei on artifacts that warrants a warning: clean slides have 1% to 4%.
 SPOILT = 0.1
 
 
@@ -52,7 +52,7 @@ class MahalanobisOOD(nn.Module):
         self.register_buffer("mean", torch.zeros(n_features))
         self.register_buffer("scale", torch.ones(n_features))
         self.register_buffer("axes", torch.zeros(components, n_features))
-        self.register_buffer("variance", torch.ones(components + 1))  # the last: of each remaining direction
+        self.register_buffer("variance", torch.ones(components + 1))  # the last entry is for each remaining direction
         self.register_buffer("quantiles", torch.zeros(_QUANTILES))
 
     def settings(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class MahalanobisOOD(nn.Module):
         train
             Training nuclei.
         held_out
-            Nuclei to calibrate the distances on: those of validation.
+            Validation nuclei, on which the distances are calibrated.
         """
         mean, scale = feature_moments(train)
         n, d = sum(map(len, train)), len(mean)

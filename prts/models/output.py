@@ -1,4 +1,4 @@
-"""From a likelihood's mean to the UMI that prts writes: the gate and the threshold of "expressed", both chosen on validation."""
+"""Turn a likelihood's mean into the UMI that prts writes, with a gate and a threshold for "expressed" chosen on validation."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class OutputRule:
     Parameters
     ----------
     gate
-        `none`: the mean (paper, equation 4). `soft`: P x mean (ours). `hard`: 0 where P is below `threshold` or the mean below `min_umi`,
-        else the mean (released code).
+        `none`: the mean (paper, equation 4). `soft`: P x mean (not in the paper). `hard`: 0 if P is below `threshold` or the mean is
+        below `min_umi`, else the mean (released code).
     threshold
         A gene counts as expressed in a nucleus where P is at least this, with any gate.
     min_umi
@@ -44,7 +44,7 @@ class OutputRule:
     Raises
     ------
     ParameterError
-        For an unknown gate, a threshold outside [0, 1] or a negative `min_umi`.
+        If the gate is unknown, or for a threshold outside [0, 1] or a negative `min_umi`.
 
     Examples
     --------
@@ -149,7 +149,7 @@ def choose_output(
     val_sets
         Validation nuclei.
     settings
-        What is given instead of chosen.
+        Values to use instead of choosing them.
     batch_size
         Nuclei at a time.
     """
@@ -160,7 +160,7 @@ def choose_output(
     gates = likelihood.allowed_gates if settings.gate == "auto" else (settings.gate,)
     tried = {name: settings.rule(name, threshold) for name in gates}
     scores = _scores(net, likelihood, val_sets, tried, batch_size)
-    best = max(tried, key=lambda name: scores[name])  # the first of equals
+    best = max(tried, key=lambda name: scores[name])  # the first among equals
     rule = tried[best]
     logger.info("output: gate %s, threshold %.4g (validation PCC: %s)", best, rule.threshold, scores)
     return OutputRule(best, rule.threshold, rule.min_umi, scores)

@@ -1,4 +1,4 @@
-"""Pearson correlation per gene from batches, without keeping the predictions."""
+"""Pearson correlation per gene from batches, without storing the predictions."""
 
 from __future__ import annotations
 

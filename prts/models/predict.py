@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _THUMBNAIL_PX = 2000
-# Features held at a time. Each helping is one pass over the store, whose nuclei stand in another order than the file's: with helpings of a
-# chunk, the work would grow with the square of the nuclei.
+# Features held in memory at a time. Each batch is one pass over the store, which may be in a different order than the file: with batches
+# as small as a chunk, the work would grow with the square of the number of nuclei.
 _HELD_BYTES = 512 << 20
 
 
 class Chunk(NamedTuple):
-    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei, and how unusual each is (b,), where the bundle knows."""
+    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei and, if the bundle can tell, how unusual each is (b,)."""
 
     umi: NDArray[np.float32]
     prob: NDArray[np.float32]
@@ -62,9 +62,9 @@ def predict_store(
     store
         Features of these nuclei and maybe others; None if the model needs no encoder.
     nuclei
-        (n,) the nuclei, in the order wanted.
+        (n,) the nuclei, in the order of the output.
     mpp
-        um a full-resolution pixel.
+        um per full-resolution pixel.
     chunk
         Nuclei at a time.
     among
@@ -76,15 +76,15 @@ def predict_store(
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
 
-    def helping(features: NDArray[np.float32]) -> Iterator[Chunk]:
+    def batch(features: NDArray[np.float32]) -> Iterator[Chunk]:
         for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
             part = features[i * chunk : (i + 1) * chunk]
             yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
 
     def chunks() -> Iterator[Chunk]:
         for start in range(0, len(cell_ids), held):
-            # no name here: it would keep one helping while the next is read
-            yield from helping(read(cell_ids[start : start + held]))
+            # unnamed, or one batch would be kept while the next is read
+            yield from batch(read(cell_ids[start : start + held]))
 
     yield from track(chunks(), "predict", total=-(-len(cell_ids) // chunk))
 
@@ -107,33 +107,33 @@ def write_prediction(
     out
         The `.h5ad` file.
     bundle
-        The model that predicted.
+        The model that was used.
     section
-        Whose image was read.
+        The section that was predicted.
     nuclei
-        (n,) the predicted nuclei, in pixels of the image as it lies in its file; columns such as `artefact` go into `obs`.
+        (n,) the predicted nuclei, in pixels of the image file; columns such as `artefact` go into `obs`.
     chunks
         Their predictions in order, as `predict_store` yields them.
     store
         The feature store, for provenance; None if the model needs no encoder.
     intervals
-        Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them where the bundle has any.
+        Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them if the bundle has any.
     provenance
-        More of it, JSON-like.
+        Additional provenance, JSON-like.
 
     Returns
     -------
-    The verdict on the slide (`prts.models.ood.verdict`), which the file holds too; None where the bundle cannot give one.
+    The verdict on the slide (`prts.models.ood.verdict`), which is also in the file; None if the bundle cannot give one.
 
     Raises
     ------
     InputError
-        If intervals are asked of a bundle that has none, or the file cannot be written.
+        If intervals are requested from a bundle that has none, or the file cannot be written.
     """
     ranges = None if intervals is False else bundle.intervals
     if intervals and ranges is None:
         raise InputError(
-            "intervals: this bundle has none, since an older prts trained it; leave it away, or train again"
+            "intervals: not available, since this bundle was trained with an older prts; omit the option, or train again"
         )
     table = None if ranges is None else ranges.table()
     genes = bundle.per_gene()

@@ -61,7 +61,7 @@ class Predictor:
         Raises
         ------
         InputError
-            If the features are not as wide as those of training.
+            If the features do not have the width used in training.
         """
         if features.shape[1] != self.net.in_features:
             raise InputError(

@@ -96,7 +96,7 @@ def ridge(
     train = [_moments(nuclei, mean, scale) for nuclei in train_sets]
     n = sum(moments.n for moments in train)
     intercept = sum(moments.n * moments.y_mean for moments in train) / n
-    # about the means over all training sections; that of the features is 0 by construction
+    # about the means over all training sections; the mean of the features is 0 by construction
     gram = sum(moments.xx + moments.n * np.outer(moments.x_mean, moments.x_mean) for moments in train) / n
     cross = sum(moments.xy + moments.n * np.outer(moments.x_mean, moments.y_mean - intercept) for moments in train) / n
 
@@ -128,8 +128,8 @@ def ridge(
 def permuted(sets: Sequence[NucleusSet], *, seed: int = 0) -> list[NucleusSet]:
     """The same nuclei with the counts of each gene permuted independently.
 
-    For the regression of one gene this amounts to permuting the rows of the features. With one permutation for all genes, they would
-    share its chance direction, and their mean PCC would scatter around 0 as widely as that of a single gene. (Each gene's permutation is
+    For the regression of one gene, this amounts to permuting the rows of the features. With a single permutation, all genes would
+    share its chance direction, and their mean PCC would scatter around 0 as widely as the PCC of one gene. (Each gene's permutation is
     one random order rotated by a random offset, which costs no more than the non-zero counts.)
 
     Parameters
@@ -177,7 +177,7 @@ def _moments(nuclei: NucleusSet, mean: NDArray[np.float64], scale: NDArray[np.fl
         y_sum += np.asarray(y.sum(axis=0)).ravel()
         yy += np.asarray(y.multiply(y).sum(axis=0)).ravel()
         xx += x.T @ x
-        xy += (y.T @ x).T  # sparse: at a density of 10 % twice as fast as the dense product
+        xy += (y.T @ x).T  # sparse: at a density of 10%, twice as fast as the dense product
     n = len(nuclei)
     x_mean, y_mean = x_sum / n, y_sum / n
     return _Moments(

@@ -1,4 +1,4 @@
-"""Check um/px by comparing the nuclei of a slide with those of training, in size and density.
+"""Check um/px by comparing the size and density of a slide's nuclei with the training nuclei.
 
 A wrong um/px raises no error elsewhere: the encoder gets tiles of the wrong magnification and the network predicts anyway.
 """
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 # Half or twice the true um/px makes nuclei look a quarter or four times as large, and somewhat less after segmentation.
 GROSS = 2.5
-# The smallest factor that is worth a warning, and the power of the training sections' own spread that is.
+# Warn above this factor at least, and above this power of the spread between training sections.
 _LEAST, _POWER = 1.3, 2
 _NEIGHBOURS = 5
 _COARSER = 1.5
@@ -62,7 +62,7 @@ def describe_nuclei(nuclei: Mapping[str, GeoDataFrame], mpp: Mapping[str, float]
 def check_scale(
     nuclei: GeoDataFrame, section: Section, model_mpp: float, training: Mapping[str, Any] | None, *, refuse: bool
 ) -> dict[str, Any]:
-    """Compare the nuclei of a slide with those of training.
+    """Compare the nuclei of a slide with the training nuclei.
 
     Parameters
     ----------
@@ -100,13 +100,13 @@ def check_scale(
     found |= {"training_median_area_um2": usual, "training_density_per_mm2": float(training["density_per_mm2"])}
     ratio = max(area / usual, usual / area)
     text = (
-        f"is {section.mpp:.4g} um/px ({section.mpp_source}) right? The median nucleus has {area:.0f} um2 here and {usual:.0f} in training "
-        f"({density:.0f} and {training['density_per_mm2']:.0f} nuclei per mm2); they would agree at "
+        f"{section.mpp:.4g} um/px ({section.mpp_source}) may be wrong: the median nucleus has {area:.0f} um2, but {usual:.0f} in training "
+        f"({density:.0f} vs. {training['density_per_mm2']:.0f} nuclei per mm2), and they would match at "
         f"{section.mpp * np.sqrt(usual / area):.2g} um/px"
     )
     if ratio > GROSS and refuse:
         raise InputError(
-            f"{section.image}: {text}; give the right `mpp`, or turn `check_scale` off if these nuclei are as expected"
+            f"{section.image}: {text}; give the correct `mpp`, or set `check_scale` to false if these nuclei are as expected"
         )
     if ratio > training["factor"]:
         logger.warning("%s: %s", section.image, text)

@@ -1,4 +1,4 @@
-"""The linear baselines of a run, small enough to travel with its model, so that any later prediction can be compared with them."""
+"""Linear baselines of a run, small enough to be stored in its bundle, so that any later prediction can be compared with them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ShippedBaselines(nn.Module):
 
     @classmethod
     def from_fitted(cls, fitted: Mapping[str, LinearBaseline]) -> Self:
-        """Take over fitted baselines of the same genes."""
+        """Create from fitted baselines of the same genes."""
         n_genes = len(next(iter(fitted.values())).intercept)
         shipped = cls({name: len(baseline.weights) for name, baseline in fitted.items()}, n_genes)
         for name, baseline in fitted.items():

@@ -145,7 +145,7 @@ def calibrate_intervals(
     n = len(counts) * pooled(np.ones(len(total)))
     # this share of the n calibration counts must be inside for the next count to be inside with probability `level`
     wanted = np.minimum(np.ceil((n + 1) * level) / n, 1.0)
-    # never less than the nominal mass: otherwise a rare gene would have the bound 0 even where it is expected
+    # never less than the nominal mass, or a rare gene would have the bound 0 even if it is expected
     low, high = np.full(len(total), level), np.full(len(total), _MAX_MASS)
     place = _place(expected)
     at = np.arange(len(total))
@@ -162,7 +162,7 @@ def calibrate_intervals(
     enough = covers(low)
     high = np.where(enough, low, high)
     for _ in range(0 if enough.all() else _HALVINGS):
-        middle = 1 - np.sqrt((1 - low) * (1 - high))  # halves the ratio of what is left out
+        middle = 1 - np.sqrt((1 - low) * (1 - high))  # halves the share outside the interval
         enough = covers(middle)
         low, high = np.where(enough, low, middle), np.where(enough, middle, high)
     return CountIntervals(level, scale, dispersion, high)

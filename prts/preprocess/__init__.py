@@ -1,1 +1,1 @@
-"""From pixels and bins to counts per nucleus: segmentation, aggregation, quality control, gene panel."""
+"""From bins and pixels to counts per nucleus: aggregation, quality control, gene panel, stain, artifacts."""

@@ -15,7 +15,7 @@ import shapely
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, without_black
 from prts.progress import track
 from prts.segmentation.segment import blocks
 
@@ -83,7 +83,7 @@ def log_artefacts(section: str, kinds: pd.Series) -> dict[str, int]:
     """Log the number of nuclei of each kind, and return it."""
     counts = {kind: int((kinds == kind).sum()) for kind in KINDS[1:]}
     said = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n) or "none"
-    logger.info("%s: artefacts among %d nuclei: %s", section, len(kinds), said)
+    logger.info("%s: artifacts among %d nuclei: %s", section, len(kinds), said)
     return counts
 
 
@@ -99,6 +99,7 @@ def _measure(slide: Slide, polygons: NDArray[Any]) -> pd.DataFrame:
             continue
         left, top = block.x0 - _MARGIN, block.y0 - _MARGIN
         rgb = slide.read_region(left, top, block.x1 - left + _MARGIN, block.y1 - top + _MARGIN, _MPP)
+        rgb = without_black(rgb)
         x, y = (at[inside] - [left, top]).T
         out[inside] = np.stack([values[y, x] for values in _maps(rgb)], axis=1)
     return pd.DataFrame(out, columns=list(_STATISTICS))

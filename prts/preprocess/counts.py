@@ -1,4 +1,4 @@
-"""Counts per nucleus as training and evaluation use them: measured by any platform, registered if asked, and quality controlled."""
+"""Counts per nucleus for training and evaluation: from any platform, registered on request, after quality control."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class QCSettings:
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> QCSettings:
-        """Settings from a prediction or a bundle, whose files omit what is not limited."""
+        """Settings from a prediction or a bundle, whose files omit limits that are None."""
         return cls(
             **{**dict.fromkeys(asdict(cls())), **{key: np.asarray(value).item() for key, value in stored.items()}}
         )
@@ -74,7 +74,7 @@ def measured_counts(
     qc: QCSettings | None = None,
     report_shift: bool = False,
 ) -> AnnData:
-    """Count what a section measured in some nuclei; preparation, evaluation, analysis and reports all count with this function.
+    """Sum a section's measured counts in nuclei; preparation, evaluation, analysis and reports all use this function.
 
     Parameters
     ----------
@@ -85,11 +85,11 @@ def measured_counts(
     species
         "human" or "mouse".
     register
-        Measure the shift between counts and nuclei and take it back. Platforms that cannot measure it are counted as they are.
+        Measure and correct the shift between counts and nuclei. If the platform cannot measure it, nothing is corrected.
     qc
         Limits of quality control; the paper's if None.
     report_shift
-        Measure the shift even if it is not taken back. It is a pass over all counts.
+        Measure the shift even if it is not corrected, which takes one pass over all counts.
 
     Returns
     -------
@@ -112,7 +112,7 @@ def measured_counts(
             registration = measurement.register(nuclei, section.mpp)
         elif register:
             logger.warning(
-                "%s: the shift of %s counts cannot be measured; they are counted as they are",
+                "%s: the shift of %s counts cannot be measured; nothing is corrected",
                 section.name,
                 measurement.name,
             )
@@ -140,24 +140,24 @@ def required_measurement(section: Section) -> Measurement:
 def count_nuclei(
     measurement: Measurement, nuclei: gpd.GeoDataFrame, *, species: str, registration: Registration | None = None
 ) -> AnnData:
-    """Count all nuclei and all genes, with the figures that quality control needs.
+    """Count all genes in all nuclei, with the statistics that quality control needs.
 
     Parameters
     ----------
     measurement
-        What the section measured.
+        The section's measurement.
     nuclei
         Nuclei with `cell_id`, `geometry` in full-resolution pixels and `area_um2`, (n_nuclei,).
     species
         "human" or "mouse": which genes are mitochondrial (`MT-` or `mt-`).
     registration
-        Shift to take back.
+        Shift to correct.
 
     Returns
     -------
     (n_nuclei, n_genes) with `X` CSR int32; `obs_names` = cell_id; obs `area_um2`, `total_counts`, `n_genes_by_counts`,
     `pct_counts_mt` (percent; 0 without counts); `var` with `gene_id` and `symbol`; `obsm["spatial"]` centroids in full-resolution
-    pixels; figures of the counting in `uns["prts"]`.
+    pixels; statistics of the counting in `uns["prts"]`.
 
     Raises
     ------
@@ -186,7 +186,7 @@ def add_quality_figures(counts: AnnData, species: str, source: Path) -> None:
     Raises
     ------
     ParameterError
-        If the mitochondrial genes are those of another species.
+        If the mitochondrial genes are from another species.
     """
     mitochondrial = _mitochondrial(counts.var, species, source)
     X = counts.X
@@ -249,7 +249,7 @@ def quality_control(counts: AnnData, settings: QCSettings, *, mpp: float) -> Ann
 
 
 def _mitochondrial(var: pd.DataFrame, species: str, path: Path) -> NDArray[np.bool_]:
-    """Which genes are mitochondrial; counts that have only those of another species are refused."""
+    """Which genes are mitochondrial; counts with only those of another species are refused."""
     of = {name: var["symbol"].str.startswith(prefix).to_numpy(bool) for name, prefix in MITOCHONDRIAL_PREFIX.items()}
     for other, genes in of.items():
         if genes.any() and not of[species].any():
@@ -260,6 +260,8 @@ def _mitochondrial(var: pd.DataFrame, species: str, path: Path) -> NDArray[np.bo
                 f"{MITOCHONDRIAL_PREFIX[other]}...; choose {other}",
             )
     if not of[species].any():
-        logger.warning("%s has no mitochondrial gene (%s...): their share is 0", path, MITOCHONDRIAL_PREFIX[species])
+        logger.warning(
+            "%s has no mitochondrial genes (%s...), so their share is 0", path, MITOCHONDRIAL_PREFIX[species]
+        )
     chosen: NDArray[np.bool_] = of[species]
     return chosen

@@ -41,7 +41,7 @@ class Panel:
     method
         How they were chosen: "paper", "top" or "file".
     steps
-        The number of nuclei, genes or clusters that each step of the method kept.
+        Number of nuclei, genes or clusters kept by each step of the method.
     """
 
     genes: tuple[str, ...]
@@ -122,9 +122,9 @@ class PaperPanel:
 
     normalize_total, log1p, highly variable genes (seurat flavor), PCA, neighbors, Leiden, Wilcoxon of each cluster against
     the rest; kept are the highly variable genes with adjusted p and |log2 fold change| beyond the limits in any cluster. All
-    steps are scanpy's. Only the highly variable genes are tested: their p values are those of a test of all genes, and
-    Benjamini-Hochberg adjusts for the hypotheses that are tested. Clusters of one nucleus have no variance and are
-    excluded from the test, as scanpy requires.
+    steps are scanpy's. Only the highly variable genes are tested: their p values are the same as in a test of all genes, and
+    Benjamini-Hochberg adjusts for the tested hypotheses only. Clusters of one nucleus have no variance and are excluded from
+    the test, as scanpy requires.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ class PaperPanel:
         self.seed = seed
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the panel apart from the counts."""
+        """Everything that determines the panel apart from the counts."""
         return {"method": "paper", **vars(self)}
 
     def __call__(self, counts: Sequence[AnnData]) -> Panel:
@@ -254,13 +254,13 @@ class PaperPanel:
 class TopPanel:
     """The most variable genes: highest variance of log-normalized counts over the training nuclei.
 
-    Genes seen in few nuclei are excluded: their variance is that of a few counts, and no metric could judge a prediction.
+    Genes seen in few nuclei are excluded: their variance rests on a few counts, and no metric could judge a prediction.
     Ties are broken by `gene_id`.
 
     Parameters
     ----------
     n_genes
-        Genes to choose.
+        Number of genes.
     min_nuclei, min_share
         A gene must have a count in at least `min_nuclei` nuclei and in at least this share of them.
     """
@@ -277,7 +277,7 @@ class TopPanel:
         self.min_share = min_share
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the panel apart from the counts."""
+        """Everything that determines the panel apart from the counts."""
         return {"method": "top", **vars(self)}
 
     def __call__(self, counts: Sequence[AnnData]) -> Panel:
@@ -317,7 +317,7 @@ class TopPanel:
 
 
 class FilePanel:
-    """The genes of a list: text with one per line, a table (comma, semicolon, tab), or JSON (a list, or a panel of prts).
+    """Genes from a list: text with one per line, a table (comma, semicolon, tab), or JSON (a list, or a panel of prts).
 
     Entries are gene ids, or symbols that name exactly one gene. In a table with a header the column of ids
     (`gene_id`, `id`, ...) or names (`gene`, `symbol`, ...) is read, in any other table the first column. Lines that start
@@ -333,7 +333,7 @@ class FilePanel:
         self.path = path
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the panel apart from the counts."""
+        """Everything that determines the panel apart from the counts."""
         return {"method": "file", "file": file_identity(self._file())}
 
     def __call__(self, counts: Sequence[AnnData]) -> Panel:
@@ -351,7 +351,7 @@ class FilePanel:
         Raises
         ------
         InputError
-            If the list cannot be read, names a symbol of several genes, or no gene that all training sections measure.
+            If the list cannot be read, has a symbol shared by several genes, or has no gene that all training sections measure.
         """
         path = self._file()
         return _listed(read_gene_list(path), counts, str(path))
@@ -391,7 +391,7 @@ def _listed(listed: Sequence[str], counts: Sequence[AnnData], source: str) -> Pa
     var = _shared_genes(counts)
     symbols = pd.Index(var["symbol"].to_numpy(dtype=object))
     ambiguous = symbols.duplicated(keep=False)
-    own = np.append(np.flatnonzero(~ambiguous), -1)  # so that -1, not found, stays -1
+    own = np.append(np.flatnonzero(~ambiguous), -1)  # so that -1 (not found) stays -1
     by_id, by_name = pd.Index(var["gene_id"]).get_indexer(wanted), var.index.get_indexer(wanted)
     by_symbol = own[symbols[own[:-1]].get_indexer(wanted)]
     at = np.where(by_id >= 0, by_id, np.where(by_name >= 0, by_name, by_symbol))

@@ -83,7 +83,7 @@ def measured_blocks(counts: sp.csr_matrix, rows: NDArray[np.intp], n_nuclei: int
     counts
         UMI, (n_measured, n_genes).
     rows
-        Index of each measured nucleus among all nuclei, (n_measured,). Other nuclei get the largest value that fits, for "missing".
+        Index of each measured nucleus among all nuclei, (n_measured,). Other nuclei get the largest possible value, which means "missing".
     n_nuclei
         Number of all nuclei.
     """

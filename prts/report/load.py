@@ -130,8 +130,7 @@ def load_prediction(
     path
         The prediction (.h5ad).
     image
-        The image it was made from.
-    section_folder
+        The image that was predicted.    section_folder
         Folder of the section with its bins, if it was measured.
     analysis
         analysis.h5ad of `prts analyze`; its columns can be shown on the map.

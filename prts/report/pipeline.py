@@ -98,7 +98,7 @@ def report_prediction(
     prediction
         Prediction (.h5ad), with its polygons next to it (.nuclei.parquet).
     image
-        The image it was made from.
+        The image that was predicted.
     out
         Output folder.
     section

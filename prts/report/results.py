@@ -1,6 +1,6 @@
 """Write the test sections of a training run into the run folder: predictions, figures and pages.
 
-Files of the first section have plain names; those of further sections end in the section's name.
+Files of the first section have plain names; files of further sections end in the section's name.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ def _bar_figure(done: pd.DataFrame, settings: pd.DataFrame, best: dict[str, str]
     few = "" if len(shown) == len(settings) else f" Only the {_MOST_BARS} best by validation are shown."
     caption = (
         "PCC of log1p(UMI), averaged over genes and seeds; error bars: mean 95% block-bootstrap interval (not available for several test "
-        f"sections). ★ and dark blue: best by validation; baselines and noise ceiling are those of this setting.{few}"
+        f"sections). ★ and dark blue: best by validation; baselines and noise ceiling are for this setting.{few}"
     )
     return _figure("Test PCC by setting", bars(table, seeds, lines, best), caption)
 

@@ -1,4 +1,4 @@
-"""Find nuclei in an H&E image, or read those that another tool found.
+"""Find nuclei in an H&E image, or read nuclei from another tool.
 
 A segmenter is one module with a class that follows `prts.segmentation.segment.Segmenter`, registered by name:
 

@@ -1,4 +1,4 @@
-"""Nuclei that another tool segmented."""
+"""Nuclei segmented by another tool."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Polygons:
     hint: ClassVar[str] = "give another file"
 
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
-        """Nuclei of the file, checked against the slide."""
+        """Read the nuclei and check them against the slide."""
         width, height = slide.file_size
         nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height, max_pixels=slide.max_pixels)
         return slide.orientation.nuclei(nuclei, slide.file_size)

@@ -40,14 +40,14 @@ class Segmenter(Protocol):
     """The optional dependencies (`pip install "prts[<extra>]"`) that it needs; None if it needs none."""
 
     hint: ClassVar[str]
-    """What a user may change if no nucleus is found."""
+    """What a user can change if no nucleus is found."""
 
     def __call__(self, slide: Slide) -> gpd.GeoDataFrame:
         """Nuclei of the slide, as `prts.io.nuclei.make_nuclei` returns them."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """Everything but the slide that decides the result, JSON-like, with the `name`: the fingerprint of the nuclei."""
+        """Everything except the slide that affects the result, JSON-like, with the `name`: the fingerprint of the nuclei."""
         ...
 
 
@@ -68,7 +68,7 @@ def segment(slide: Slide, segmenter: Segmenter) -> gpd.GeoDataFrame:
     Raises
     ------
     InputError
-        If there are none.
+        If no nucleus is found.
 
     Examples
     --------
@@ -87,7 +87,7 @@ def segment(slide: Slide, segmenter: Segmenter) -> gpd.GeoDataFrame:
 
 
 def recorded_segmenter(recorded: Mapping[str, Any]) -> Segmenter | None:
-    """The segmenter that training used, as a bundle records it; None if it used given nuclei.
+    """The segmenter used in training, as recorded in a bundle; None if nuclei came from a file.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def recorded_segmenter(recorded: Mapping[str, Any]) -> Segmenter | None:
 
 
 def describe_segmenter(segmenter: Segmenter) -> dict[str, Any]:
-    """How a bundle records the segmenter of training: its name and the arguments to build it again.
+    """The record of a segmenter in a bundle: its name and the arguments to rebuild it.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def blocks(width: int, height: int, size: int) -> list[Block]:
 
 
 def owned(polygons: NDArray[Any], block: Block) -> NDArray[np.bool_]:
-    """Which polygons (grid px) belong to a block: those with their centroid in it, so that each belongs to one block."""
+    """Which polygons (grid px) have their centroid in a block, so that each belongs to exactly one block."""
     xy = shapely.get_coordinates(shapely.centroid(polygons))
     return np.asarray(((xy >= [block.x0, block.y0]) & (xy < [block.x1, block.y1])).all(axis=1))
 

@@ -1,4 +1,4 @@
-"""Segmentation of nuclei by StarDist, over slides of any size."""
+"""Segment nuclei with StarDist, in slides of any size."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from pydantic import Field
 from prts.errors import InputError, ParameterError
 from prts.io.cache import file_identity
 from prts.io.nuclei import make_nuclei
+from prts.io.optical_density import without_black
 from prts.segmentation import segmenters
 from prts.segmentation.segment import sample
 
@@ -159,9 +160,9 @@ def _load(name: str) -> Any:
         raise ParameterError(
             "segmenter",
             "model",
-            f"{name} is neither a model folder nor a pretrained model for H&E; give a folder or {', '.join(PRETRAINED_MPP)}",
+            f"{name} is neither a model folder nor a pretrained H&E model; give a folder or {', '.join(PRETRAINED_MPP)}",
         )
-    # TensorFlow's log has nothing that users could act on, and torch needs memory of the same GPU
+    # TensorFlow's log contains nothing that users could act on, and torch needs memory on the same GPU
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
@@ -212,13 +213,13 @@ class _LazyImage:
         rows, columns = (part.indices(side) for part, side in zip(key[:2], self.shape, strict=False))
         region = self.slide.read_region(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0], self.mpp)
         table = (np.arange(256, dtype=np.float32) - self.low) / (self.high - self.low)
-        return np.asarray(table.astype(np.float32)[region])
+        return np.asarray(table.astype(np.float32)[without_black(region)])
 
 
 def _percentiles(slide: Slide, mpp: float, percentiles: tuple[float, float]) -> tuple[float, float]:
     """Gray levels at the percentiles over all channels of the slide's sample."""
     count = np.zeros(256, np.int64)
-    for window in sample(slide, mpp):
+    for window in map(without_black, sample(slide, mpp)):
         count += np.bincount(window.ravel(), minlength=256)
     low, high = np.searchsorted(np.cumsum(count), np.asarray(list(percentiles), dtype=float) / 100 * count.sum())
     return float(low), float(high)

@@ -50,7 +50,7 @@ def draw_counts(
 ) -> BinCounts:
     """Draw every UMI of the section and put it into a bin.
 
-    The UMIs of a nucleus are negative binomial around `true_rates` and start in a bin whose center is inside the nucleus. Those of its
+    The UMIs of a nucleus are negative binomial around `true_rates` and start in a bin whose center is inside the nucleus. UMIs of its
     cytoplasm follow the same rates and start in a bin outside all nuclei that is closest to it. Both then diffuse. Ambient UMIs land
     anywhere in the tissue.
 

@@ -74,7 +74,7 @@ def draw_gene_programs(genes: int, *, species: str = "human", program_seed: int 
     Parameters
     ----------
     genes
-        Number of genes: 13 mitochondrial ones (fewer below 260 genes), 1.5 % markers per cell type (at least 2), and the rest, named
+        Number of genes: 13 mitochondrial ones (fewer below 260 genes), 1.5% markers per cell type (at least 2), and the rest, named
         SIM0001, SIM0002, ...
     species
         `human` (MT-ND1) or `mouse` (mt-Nd1).

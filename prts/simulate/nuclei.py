@@ -137,7 +137,7 @@ def place_nuclei(layout: Layout, cells: int, rng: np.random.Generator) -> Simula
 
     Returns
     -------
-    Nuclei, of which neighbors touch but hardly overlap.
+    Nuclei; neighbors may touch but barely overlap.
     """
     xy_um = _quasi_random(layout, cells, rng)
     domain = sample_field(layout.domain, GRID_UM, xy_um).astype(np.int8)

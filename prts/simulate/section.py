@@ -189,7 +189,7 @@ def _parameters(settings: SimulationSettings, folder: Path) -> dict[str, Any]:
     """The settings as `truth.h5ad` records them."""
     parameters = asdict(settings)
     parameters["name"] = folder.name if settings.name is None else str(settings.name)
-    if not settings.artefacts:  # sections without artifacts keep the bytes they had before there were any
+    if not settings.artefacts:  # sections without artifacts keep the bytes they had before artifacts existed
         del parameters["artefacts"]
     return parameters
 

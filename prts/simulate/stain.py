@@ -58,7 +58,7 @@ class Stain:
 
 
 def shifted_stain(shift: float) -> Stain:
-    """The stain on another day, in another laboratory, or with another scanner.
+    """The stain on a different day, in a different laboratory, or with a different scanner.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Segment, count and compute features for every section of a tissue. Submit it again if it ran out of time: it resumes.
+# Segment, count and compute features for every section of a tissue. If it runs out of time, submit it again: it resumes.
 #   sbatch scripts/slurm/prepare.sh tissue=lung encoder.weights=vit256_small_dino.pth
 #SBATCH --job-name=prts-prepare
 #SBATCH --output=%x-%j.log

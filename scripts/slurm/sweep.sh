@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training per seed: the index of the array task is the seed. Finished runs are skipped, killed ones resume.
+# One training run per seed: the index of the array task is the seed. Finished runs are skipped; killed ones resume.
 #   sbatch --array=1-5 scripts/slurm/sweep.sh tissue=lung encoder.weights=vit256_small_dino.pth
 # Each run leaves metrics.json and report.html in multirun/slurm/<hash of the arguments>/<seed>; SWEEP=DIR names another folder.
 #SBATCH --job-name=prts-sweep

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One training. Submit it again with the same arguments if it was killed: it resumes from its last epoch.
+# One training run. If it is killed, submit it again with the same arguments: it resumes from its last epoch.
 #   sbatch scripts/slurm/train.sh tissue=lung encoder.weights=vit256_small_dino.pth
 #   RUN=outputs/lung/wide sbatch scripts/slurm/train.sh tissue=lung 'model.net.hidden=[512,512]'
 #   sbatch --gres=gpu:4 --ntasks-per-node=4 scripts/slurm/train.sh tissue=lung     # DDP on one node

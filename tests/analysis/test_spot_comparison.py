@@ -71,7 +71,7 @@ def test_spots_outside_the_limits_are_left_out() -> None:
 def test_no_nucleus_in_a_spot_is_refused() -> None:
     prediction, spots = make()
     prediction.obsm["spatial"] = prediction.obsm["spatial"] + 1e6
-    with pytest.raises(InputError, match="no predicted nucleus lies in any spot"):
+    with pytest.raises(InputError, match="no predicted nucleus is inside a spot"):
         compare_spots(prediction, spots, None, SETTINGS)
 
 

@@ -186,7 +186,7 @@ WRONG_SPOTS: dict[str, tuple[Callable[[ad.AnnData], object], str]] = {
     "no radius": (lambda s: s.uns.pop("spot_radius_px"), "spot_radius_px"),
     "radius of nought": (lambda s: s.uns.update(spot_radius_px=0.0), "spot_radius_px"),
     "spot twice": (lambda s: setattr(s, "obs_names", ["s1", "s1"]), "duplicate names"),
-    "off the image": (lambda s: s.obsm.update(spatial=s.obsm["spatial"] + 10**6), "lie outside"),
+    "off the image": (lambda s: s.obsm.update(spatial=s.obsm["spatial"] + 10**6), "are outside"),
     "other um/px": (lambda s: s.uns.update(mpp=0.25), "must agree within 2 %"),
 }
 

@@ -97,7 +97,7 @@ def test_a_mistyped_argument_is_one_line_and_exit_2(arguments, words, capsys):
         ("train", "tissue=[]", "tissue.name: is required"),
         ("train", "tissue=5", "tissue=5: is not the name of a choice"),
         ("train", "hydra.run.dir=null", "hydra.run.dir=null"),
-        ("train", "seed=1,2", "seed=1,2: has commas"),
+        ("train", "seed=1,2", "seed=1,2: contains commas"),
         ("train", "+nonsense=1", "nonsense: no such key"),
         ("train", "~seed", "seed: is required"),
         ("train", "tissue.name=${nothing}", "tissue.name: "),

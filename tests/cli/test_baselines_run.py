@@ -36,7 +36,7 @@ def test_a_random_split_has_a_position_baseline_and_a_warning(tmp_path):
     for name in names - {"gene_mean", "permuted"}:
         assert metrics[f"baseline/{name}/pcc_mean"] > 0.05, name
     assert abs(metrics["baseline/permuted/pcc_mean"]) < 0.06
-    assert metrics["warning/split"] == "neighbouring nuclei share tiles between parts"
+    assert metrics["warning/split"] == "neighboring nuclei in different parts share tiles"
     for figure in ("hvg50_pcc_mean", "hvg200_pcc_mean", "moran_agreement", "ssim_mean"):
         assert np.isfinite(metrics[f"test/{figure}"]), figure
     assert list((tmp_path / "cache/demo/train").glob("colour-????????.h5"))

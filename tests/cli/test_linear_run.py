@@ -29,5 +29,5 @@ def test_ridge_as_a_model_scores_as_ridge_beside_a_model(tmp_path):
     assert metrics["test/pcc_mean"] == pytest.approx(metrics["baseline/ridge/pcc_mean"], abs=1e-4)
     assert metrics["test/auroc"] > 0.55
     model = json.loads((tmp_path / "run" / "model" / "model.json").read_text())
-    assert (model["baseline"], model["loss"], model["target"]["name"]) == ("ridge", None, "log1p")
+    assert (model["baseline"], model["likelihood"]["target"]) == ("ridge", "log1p")
     assert "linear model" in (tmp_path / "run" / "report.html").read_text()

@@ -102,5 +102,5 @@ def test_a_failing_job_spoils_nothing_and_what_is_done_is_not_done_again(tmp_pat
 
     written = (sweep / "0" / "metrics.json").stat().st_mtime_ns
     again = subprocess.run([*command, "data.batch_size=64"], capture_output=True, text=True, check=False)
-    assert again.stdout.count("is done already") == 1
+    assert again.stdout.count("is already done") == 1
     assert (sweep / "0" / "metrics.json").stat().st_mtime_ns == written

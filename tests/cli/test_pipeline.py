@@ -148,7 +148,7 @@ def test_evaluate_agrees_with_the_runs_test(trained, predicted, test_section, tm
 def test_what_is_prepared_is_not_made_again(cache, trained):
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     stopwatch = Stopwatch()
-    preparation(composed(cache), stopwatch)()
+    preparation(composed(cache))[0](stopwatch)
     after = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
     assert {p: t for p, t in after.items() if not p.name.endswith(".lock")} == {
         p: t for p, t in before.items() if not p.name.endswith(".lock")

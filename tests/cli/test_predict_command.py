@@ -42,7 +42,7 @@ def config(*overrides: str) -> DictConfig:
 
 
 def bundle(**metadata: object) -> Bundle:
-    return SimpleNamespace(metadata=metadata)
+    return SimpleNamespace(metadata=metadata, folder=Path("model"))
 
 
 def write_bundle(folder: Path) -> Path:
@@ -264,7 +264,7 @@ def test_artefacts_are_said_and_none_is_left_out(slide: Slide, capsys: pytest.Ca
     write_nuclei(slide.nuclei, slide.folder / "file.parquet")
     nuclei = f"nuclei={slide.folder / 'file.parquet'}"
     found, _ = slide.predict(file, "found", nuclei)
-    assert "inked: artefacts among" in capsys.readouterr().out
+    assert "inked: artifacts among" in capsys.readouterr().out
     assert list(found.obs["artefact"].cat.categories) == list(KINDS)
     under = found.obsm["spatial"][:, 0] < side // 4 - 10
     beside = found.obsm["spatial"][:, 0] > side // 4 + 10

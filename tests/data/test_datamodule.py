@@ -311,7 +311,7 @@ def test_a_nucleus_without_a_polygon_is_refused_not_given_anothers(
         known = store["cell_id"].asstr()[:]
     read = InputReader(prepared.features, use, lambda: make_polygons(list(known[1:])), 0.5)
     assert read(known[1:3]).shape == (2, width)
-    with pytest.raises(InputError, match=rf"the polygons lack 1 of 2 nuclei \(cell_id '{known[0]}'"):
+    with pytest.raises(InputError, match=rf"polygons lack 1 of 2 nuclei \(cell_id '{known[0]}'"):
         read(known[:2])
 
 

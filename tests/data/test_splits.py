@@ -37,7 +37,8 @@ def test_by_section_gives_every_nucleus_its_sections_role() -> None:
 
 
 @pytest.mark.parametrize(
-    ("roles", "key"), [(Roles(["a"], [], ["b"]), "tissue.val"), (Roles(["a"], ["b"], []), "tissue.test")]
+    ("roles", "key"),
+    [(Roles(["a"], [], ["b"]), "section for validation"), (Roles(["a"], ["b"], []), "section for test")],
 )
 def test_by_section_without_a_role_names_the_way_out(roles: Roles, key: str) -> None:
     with pytest.raises(InputError, match=f"{key}.*split=blocks"):
@@ -122,7 +123,7 @@ def test_split_report_counts_parts_and_refuses_an_empty_one() -> None:
     assert report["sections"]["s"] == report["n"]
     assert report["split"]["guard_um"] == 128
     tiny = splitter({"s": uniform(300, side_um=100.0)}, Roles(["s"], [], []))
-    with pytest.raises(InputError, match="split=blocks: leaves no nucleus for"):
+    with pytest.raises(InputError, match="split=blocks: leaves no nuclei for"):
         split_report(splitter, tiny)
 
 

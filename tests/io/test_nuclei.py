@@ -51,12 +51,15 @@ def test_repairs_and_drops_with_counts(caplog):
     )
 
 
-def test_duplicates_are_dropped_and_ambiguous_ids_refused():
+def test_duplicates_are_dropped_and_shared_ids_get_a_suffix(caplog):
     nuclei = make_nuclei([SHAPES[0], SHAPES[0], SHAPES[1]], 1.0, cell_id=["a", "b", "c"])
     assert list(nuclei["cell_id"]) == ["a", "c"]
     assert list(make_nuclei([SHAPES[0], SHAPES[0]], 1.0, cell_id=[7, 7])["cell_id"]) == ["7"]
-    with pytest.raises(InputError, match="several polygons have the id 'b'"):
-        make_nuclei([SHAPES[0], SHAPES[0], SHAPES[1]], 1.0, cell_id=["a", "b", "b"])
+    assert not caplog.records
+    shared = make_nuclei([*SHAPES, box(0, 0, 1, 1)], 1.0, cell_id=["b", "b", "b-2", "b"])
+    assert list(shared["cell_id"]) == ["b", "b-3", "b-2", "b-4"]
+    assert "2 nuclei share their id with another one and get a suffix, such as 'b-3'" in caplog.text
+    assert list(make_nuclei(SHAPES, 1.0, cell_id=[5, 5, 5])["cell_id"]) == ["5", "5-2", "5-3"]
 
 
 def test_no_shapes_give_an_empty_frame():
@@ -94,6 +97,109 @@ def test_qupath_nuclei_ids_and_annotations(tmp_path):
     assert_read(write_json(tmp_path / "q.geojson", document), ["3f-1", "3f-2", "3f-3"])
     only_annotations = [feature(s, {"objectType": "annotation"}, id=str(i)) for i, s in enumerate(SHAPES)]
     assert_read(write_json(tmp_path / "a.geojson", only_annotations), ["0", "1", "2"])
+
+
+GRID = [box(20 * x + 1, 20 * y + 1, 20 * x + 1 + 8 + y, 20 * y + 11) for x in range(10) for y in range(5)]
+
+
+@pytest.mark.parametrize("geometry", [MultiPolygon, shapely.GeometryCollection])
+@pytest.mark.parametrize("bare", [True, False])
+def test_shapes_that_hold_a_class_are_taken_apart(tmp_path, geometry, bare, caplog):
+    classes = {"Neoplastic": GRID[:30], "Dead": GRID[30:48], "Stroma": GRID[48:]}  # the last: two adjacent nuclei
+    features = [
+        feature(geometry(s), {"classification": {"name": n, "color": [0, 1, 2]}}, id=n) for n, s in classes.items()
+    ]
+    features.append(feature(box(181, 61, 183, 62), {"classification": "Tiny"}, id="Tiny"))
+    document = features if bare else {"type": "FeatureCollection", "features": features}
+    with caplog.at_level(logging.INFO):
+        nuclei = read_nuclei(write_json(tmp_path / "c.geojson", document), **SIZE)
+    assert nuclei["classification"].value_counts().to_dict() == {"Neoplastic": 30, "Dead": 18, "Stroma": 2, "Tiny": 1}
+    assert list(nuclei["cell_id"][:2]) == ["Neoplastic-1", "Neoplastic-2"] and nuclei["cell_id"].iloc[-1] == "Tiny"
+    assert "3 shapes that hold many nuclei taken apart into 50" in caplog.text
+    write_nuclei(nuclei, tmp_path / "n.parquet")
+    pd.testing.assert_frame_equal(pd.DataFrame(load_nuclei(tmp_path / "n.parquet")), pd.DataFrame(nuclei))
+
+
+def test_tables_with_a_row_for_each_class_are_taken_apart(tmp_path):
+    frame = gpd.GeoDataFrame({"class": ["a", "b"]}, geometry=[MultiPolygon(GRID[::2]), MultiPolygon(GRID[1::2])])
+    frame.to_parquet(tmp_path / "n.parquet")
+    nuclei = read_nuclei(tmp_path / "n.parquet", **SIZE)
+    assert len(nuclei) == 50 and (nuclei["classification"] == "a").sum() == 25 and nuclei["cell_id"].is_unique
+    pd.DataFrame({"class": frame["class"], "wkt": frame.geometry.to_wkt()}).to_csv(tmp_path / "n.csv", index=False)
+    assert len(read_nuclei(tmp_path / "n.csv", **SIZE)) == 50
+
+
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("PathCellObject", True),
+        ("PathDetectionObject", True),
+        ("PathAnnotationObject", False),
+        ("TMACoreObject", False),
+        ("PathTileObject", False),
+    ],
+)
+def test_type_words_of_qupath_are_not_ids(tmp_path, word, kept):
+    features = [feature(s, id="PathCellObject") for s in GRID] + [feature(box(181, 61, 189, 69), id=word)]
+    nuclei = read_nuclei(write_json(tmp_path / "q.geojson", features), **SIZE)
+    assert list(nuclei["cell_id"]) == [str(i) for i in range(50 + kept)]
+
+
+@pytest.mark.parametrize("kind", ["annotation", "tmaCore", "tma core", "TMA core", None])
+@pytest.mark.parametrize("region", [box(1, 1, 199, 99), shapely.Point(100, 50).buffer(45), box(100, 0, 200, 100)])
+def test_regions_among_nuclei_are_left_out(tmp_path, kind, region, caplog):
+    about = {} if kind is None else {"objectType": kind}
+    nucleus = {"objectType": "annotation"} if kind == "annotation" else {}
+    features = [feature(s, nucleus, id=f"n{i}") for i, s in enumerate(GRID)] + [feature(region, about, id="ROI")]
+    size = {**SIZE, "mpp": 1.0}
+    with caplog.at_level(logging.INFO):
+        nuclei = read_nuclei(write_json(tmp_path / "q.geojson", features), **size)
+    assert list(nuclei["cell_id"]) == [f"n{i}" for i in range(50)]
+    assert sum("left out" in record.getMessage() for record in caplog.records) == 1
+    assert len(read_nuclei(write_json(tmp_path / "q.geojson", features[:1] + features[-1:]), **size)) == 1
+    assert (
+        len(read_nuclei(write_json(tmp_path / "q.geojson", features[-1:]), **size)) == 1
+    )  # alone, it is what was given
+
+
+def test_the_index_of_geoparquet_holds_ids(tmp_path):
+    frame = gpd.GeoDataFrame(geometry=SHAPES, index=["aaaa-1", "aaab-1", "aaac-1"])
+    for name in (None, "cell_id", "instance_id"):
+        frame.rename_axis(name).to_parquet(tmp_path / "n.parquet")
+        assert_read(tmp_path / "n.parquet", list(frame.index))
+    frame.set_index(pd.Index([7, 3, 12])).to_parquet(tmp_path / "n.parquet")
+    assert_read(tmp_path / "n.parquet", ["7", "3", "12"])
+    frame.set_index(pd.Index([0, 1, 0])).to_parquet(tmp_path / "n.parquet")  # two tables joined: not ids
+    assert_read(tmp_path / "n.parquet", ["0", "1", "2"])
+
+
+@pytest.mark.parametrize("pack", [lambda data: data, lambda data: b"\xef\xbb\xbf" + data, gzip.compress])
+def test_a_collection_of_geometries(tmp_path, pack):
+    geometries = [{**shapely.geometry.mapping(s), "cell": 10 * i} for i, s in enumerate(SHAPES)]
+    for document in ({"type": "GeometryCollection", "geometries": geometries}, geometries):
+        (tmp_path / "b.json").write_bytes(pack(json.dumps(document).encode()))
+        assert_read(tmp_path / "b.json", ["0", "10", "20"])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_labels_may_be_whole_floating_point_numbers(tmp_path, dtype):
+    labels = np.zeros((100, 200), dtype)
+    labels[20:40, 10:20], labels[50:60, 50:55] = 300, 7
+    tifffile.imwrite(tmp_path / "l.tif", labels)
+    assert set(read_nuclei(tmp_path / "l.tif", **SIZE)["cell_id"]) == {"300", "7"}
+    for wrong in (0.5, np.nan, np.inf, -1, 1e30):
+        labels[0, 0] = np.minimum(wrong, np.finfo(dtype).max)
+        tifffile.imwrite(tmp_path / "l.tif", labels)
+        with pytest.raises(InputError, match=r"l\.tif: not a label image"):
+            read_nuclei(tmp_path / "l.tif", **SIZE)
+
+
+def test_arrays_of_numpy_are_named(tmp_path):
+    np.save(tmp_path / "cells_seg.npy", np.zeros((3, 3), int))
+    np.savez(tmp_path / "labels.npz", np.zeros((3, 3), int))
+    for name in ("cells_seg.npy", "labels.npz"):
+        with pytest.raises(InputError, match=rf"{name}: a NumPy file or an archive; save its labels with tifffile"):
+            read_nuclei(tmp_path / name, **SIZE)
 
 
 def test_precedence_of_ids(tmp_path):

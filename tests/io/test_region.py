@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def test_polygons_of_a_file_are_united(tmp_path: Path) -> None:
     np.testing.assert_array_equal(taken, (x + y < 60) | ((x > 80) & (y > 80)))
     path.write_text(json.dumps(feature(shapely.MultiPolygon([triangle, square]))))
     np.testing.assert_array_equal(inside(read_region(str(path), 100, 100), nuclei()), taken)
+
+
+@pytest.mark.parametrize("pack", [bytes, lambda data: b"\xef\xbb\xbf" + data, gzip.compress])
+@pytest.mark.parametrize(
+    "nest", [lambda f: [f], lambda f: {"type": "FeatureCollection", "features": [f]}, lambda f: f["geometry"]]
+)
+def test_regions_are_read_from_the_same_files_as_nuclei(tmp_path: Path, pack, nest) -> None:
+    path = tmp_path / "roi.geojson"
+    path.write_bytes(pack(json.dumps(nest(feature(shapely.box(0, 0, 20, 40)))).encode()))
+    assert inside(read_region(str(path), 100, 100), nuclei()).sum() == 8
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from prts.errors import InputError
+from prts.io.orientation import Orientation
 from prts.io.slide import open_slide
 from prts.io.slide_readers import composite
 
@@ -192,11 +194,126 @@ def test_png_of_all_kinds(tmp_path: Path) -> None:
     grey = IMAGE[..., 0]
     Image.fromarray(IMAGE).save(tmp_path / "rgb.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "grey16.png")
-    Image.fromarray(np.dstack([IMAGE, np.zeros_like(grey)])).save(tmp_path / "clear.png")
+    clear = np.zeros_like(grey)
+    clear[5, 5] = 1  # not transparent everywhere
+    Image.fromarray(np.dstack([IMAGE, clear])).save(tmp_path / "clear.png")
     expected = {"rgb.png": IMAGE, "grey16.png": np.dstack([grey] * 3), "clear.png": np.full_like(IMAGE, 255)}
     for name, pixels in expected.items():
         with open_slide(tmp_path / name, mpp=0.5) as slide:
-            assert np.array_equal(slide.read_region(0, 0, 403, 301), pixels), name
+            assert np.abs(slide.read_region(0, 0, 403, 301).astype(int) - pixels).max() <= (name == "clear.png"), name
+
+
+def saved(path: Path, pixels: np.ndarray, **how) -> Path:
+    if path.suffix == ".png":
+        Image.fromarray(pixels).save(path)
+    else:
+        tifffile.imwrite(path, pixels, **how)
+    return path
+
+
+RGBA = np.dstack([IMAGE, np.zeros(IMAGE.shape[:2], np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "how"),
+    [
+        ("a.png", RGBA, {}),
+        ("grey.png", RGBA[..., [0, 3]], {}),
+        ("tiled.tif", RGBA, {"photometric": "rgb", "extrasamples": ["unassalpha"], "tile": (64, 64)}),
+        ("strips.tif", RGBA, {"photometric": "rgb", "extrasamples": ["assocalpha"], "compression": "zlib"}),
+        (
+            "planar.tif",
+            np.moveaxis(RGBA, -1, 0),
+            {"photometric": "rgb", "extrasamples": ["unassalpha"], "planarconfig": "separate"},
+        ),
+        (
+            "deep.tif",
+            RGBA.astype(np.uint16) * 257,
+            {"photometric": "rgb", "extrasamples": ["unassalpha"], "tile": (64, 64)},
+        ),
+    ],
+)
+def test_an_image_that_is_transparent_everywhere_shows_its_colors(name, pixels, how, tmp_path: Path, caplog) -> None:
+    expected = np.dstack([IMAGE[..., 0]] * 3) if name == "grey.png" else IMAGE
+    with open_slide(saved(tmp_path / name, pixels, **how), mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 403, 301), expected)
+    assert f"{name}: is transparent everywhere (alpha 0)" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+@pytest.mark.parametrize("how", [{"tile": (64, 64)}, {"compression": "zlib", "rowsperstrip": 7}, {}])
+def test_fewer_bits_than_stored_are_scaled(bits: int, how: dict, tmp_path: Path, caplog) -> None:
+    samples = IMAGE.astype(np.uint32) * ((1 << bits) - 1) // 255
+    path = saved(tmp_path / "a.tif", samples.astype(np.uint16), photometric="rgb", **how)
+    with open_slide(path, mpp=0.5) as slide:
+        assert difference(slide.read_region(0, 0, 403, 301), IMAGE) <= 1
+    assert f"a.tif: uses only {bits} of 16 bits" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"photometric": "minisblack", "compression": "zlib"},
+        {"photometric": "minisblack", "metadata": {"axes": "TYX"}},
+        {"imagej": True, "metadata": {"axes": "ZYX"}},
+        {"imagej": True, "metadata": {"axes": "CYX", "mode": "composite"}},
+        {"ome": True, "photometric": "minisblack", "metadata": {"axes": "ZYX"}},
+    ],
+)
+def test_three_gray_pages_are_red_green_and_blue(dtype, how: dict, tmp_path: Path, caplog) -> None:
+    samples = np.moveaxis(IMAGE, -1, 0).astype(dtype) * (1 if dtype == np.uint8 else 257)
+    with open_slide(saved(tmp_path / "a.tif", samples, **how), mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 403, 301), IMAGE)
+    if "C" not in how.get("metadata", {}).get("axes", ""):
+        assert "three gray images are read as red, green and blue" in caplog.text
+
+
+def test_a_stack_of_other_images_is_refused_with_the_cure(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.tif", np.zeros((5, 30, 40), np.uint8), photometric="minisblack")
+    with pytest.raises(InputError, match=r"a stack of 5 images; give one H&E image, saved as RGB"):
+        open_slide(path, mpp=0.5)
+
+
+@pytest.mark.parametrize("tag", [2, 3, 4, 5, 6, 7, 8])
+def test_an_orientation_tag_names_what_shows_the_image_upright(tag: int, tmp_path: Path, caplog) -> None:
+    exif = Image.Exif()
+    exif[274] = tag
+    Image.fromarray(IMAGE).save(tmp_path / f"{tag}.png", exif=exif)
+    with Image.open(tmp_path / f"{tag}.png") as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    tifffile.imwrite(tmp_path / f"{tag}.tif", IMAGE, photometric="rgb", extratags=[(274, "H", 1, tag, True)])
+    for name in (f"{tag}.png", f"{tag}.tif"):
+        caplog.clear()
+        open_slide(tmp_path / name, mpp=0.5).close()
+        (said,) = caplog.messages
+        rotate, flip = re.search(r"`rotate` to (\d+)", said), re.search(r"`flip` to (\w+)", said)
+        turned = Orientation(int(rotate[1]) if rotate else 0, flip[1] if flip else "none")
+        with open_slide(tmp_path / name, mpp=0.5, orientation=turned) as slide:  # the advice works
+            np.testing.assert_array_equal(slide.read_region(0, 0, slide.width, slide.height), upright)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        ("lone.mrxs", "put the slide's folder lone, with Slidedat.ini, next to it"),
+        ("scan.vsi", "convert the slide to OME-TIFF"),
+        ("Scan.VSI", "convert the slide to OME-TIFF"),
+        ("frame.ets", "convert the slide to OME-TIFF"),
+        ("slide.czi", "convert the slide to OME-TIFF"),
+    ],
+)
+def test_a_thumbnail_is_never_taken_for_the_slide(name: str, cure: str, tmp_path: Path) -> None:
+    with (tmp_path / name).open("wb") as file:
+        Image.fromarray(IMAGE).save(file, "TIFF" if name.lower().endswith("vsi") else "JPEG")
+    with pytest.raises(InputError, match=rf"{name}: .*{cure}"):
+        open_slide(tmp_path / name, mpp=0.5)
+
+
+def test_a_folder_of_dicom_files_is_named(tmp_path: Path) -> None:
+    (tmp_path / "1.dcm").touch()
+    with pytest.raises(InputError, match=r"is a folder; give one of its \.dcm files"):
+        open_slide(tmp_path, mpp=0.5)
 
 
 def test_float_pixels_are_refused(tmp_path: Path) -> None:
@@ -413,16 +530,44 @@ def test_precedence_and_contradiction(tmp_path: Path) -> None:
         assert (slide.mpp, slide.mpp_source) == (0.502, "scalefactors_json.json")
     with open_slide(path, sources=[("scalefactors_json.json", 12.0)]) as slide:  # implausible, so ignored
         assert slide.mpp == 0.5
-    with pytest.raises(InputError, match=r"0\.25 in mpp= but 0\.5 in the OME metadata"):
-        open_slide(path, mpp=0.25)
-    # each within 2 % of the explicit one, but not of each other
-    with pytest.raises(InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME"):
-        open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)])
+    with pytest.raises(
+        InputError, match=r"0\.515 in scalefactors_json\.json but 0\.5 in the OME.*set mpp to the right value"
+    ):
+        open_slide(path, sources=[("scalefactors_json.json", 0.515)])
+    with open_slide(path, mpp=0.507, sources=[("scalefactors_json.json", 0.515)]) as slide:  # the advice works
+        assert slide.mpp == 0.507
     with pytest.raises(InputError, match=r"mpp: 0\.01 is out of range"):
         open_slide(path, mpp=0.01)
     ome(path, 0.5, "µm", y=0.6)
     with pytest.raises(InputError, match=r"OME metadata along x.*along y"):
         open_slide(path)
+
+
+@pytest.mark.parametrize(
+    ("write", "stale"),
+    [
+        (lambda path: ome(path, 1.0, "µm"), "1 in the OME metadata"),
+        (lambda path: aperio(path, "0.25"), "0.25 in the Aperio description"),
+        (lambda path: resolution(path, 1e4, "CENTIMETER"), "1 in the TIFF resolution tags"),
+        (lambda path: ome(path, 0.5, "µm", y=0.6), "0.5 in the OME metadata along x, 0.6 in the OME metadata along y"),
+    ],
+)
+def test_a_given_um_per_pixel_wins_over_stale_metadata(write, stale: str, tmp_path: Path, caplog) -> None:
+    path = tmp_path / "a.tif"
+    write(path)
+    with open_slide(path, mpp=0.4) as slide:
+        assert (slide.mpp, slide.mpp_source) == (0.4, "mpp=")
+    assert f"a.tif: um/px is 0.4 in mpp= but {stale}; mpp= is used" in caplog.text
+
+
+def test_the_ome_image_that_is_read_gives_its_own_um_per_pixel(tmp_path: Path) -> None:
+    path = tmp_path / "macro_first.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for pixels, mpp in ((IMAGE[::8, ::8], 4.0), (IMAGE, 0.5)):
+            size = {"PhysicalSizeX": mpp, "PhysicalSizeY": mpp}
+            writer.write(pixels, photometric="rgb", metadata={"axes": "YXS", **size})
+    with open_slide(path) as slide:
+        assert (slide.mpp, slide.width) == (0.5, IMAGE.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -435,15 +580,29 @@ def test_other_files_are_refused(content: bytes, tmp_path: Path) -> None:
         open_slide(path, mpp=0.5)
 
 
-def test_tags_of_unexpected_types_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [(2, 3), (2, 2), (4, 0), (4, 3)])  # another type; none or three values
+def test_resolution_tags_that_are_not_one_ratio_need_mpp(change: tuple[int, int], tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     resolution(path, 20_000, "CENTIMETER")
     data = bytearray(path.read_bytes())
-    entry = data.index(b"\x1a\x01\x05\x00\x01\x00\x00\x00")  # XResolution: one ratio
-    data[entry + 4] = 3
+    for tag in (b"\x1a", b"\x1b"):
+        entry = data.index(tag + b"\x01\x05\x00\x01\x00\x00\x00")  # XResolution, YResolution: one ratio
+        data[entry + change[0]] = change[1]
     path.write_bytes(data)
-    with pytest.raises(InputError, match=r"a\.tif: its um/px tags cannot be read"):
+    with pytest.raises(InputError, match=r"a\.tif: .*set mpp to"):
         open_slide(path)
+    with open_slide(path, mpp=0.5) as slide:  # the advice works
+        assert slide.mpp == 0.5
+
+
+def test_resolution_tags_may_be_plain_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, IMAGE, photometric="rgb", resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    with tifffile.TiffFile(path, mode="r+b") as tif:
+        for name in ("XResolution", "YResolution"):
+            tif.pages[0].tags[name].overwrite(20_000.0, dtype="f")
+    with open_slide(path) as slide:
+        assert slide.mpp == 0.5
 
 
 def test_tiles_too_large_to_decode_are_refused(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ DAMAGE = {
     ),
     "other likelihood": (
         edit_json(lambda j: j["likelihood"].update(name="zinb")),
-        "likelihood 'zinb' is not one of .*; install the package that offers it",
+        "likelihood 'zinb' is not one of .*; install the package that provides it",
     ),
     "odd likelihood": (
         edit_json(lambda j: j["likelihood"].update(rank=1)),
@@ -206,9 +206,9 @@ DAMAGE = {
         edit_tensors(lambda t: t.update({"net.level.bias": torch.zeros(3).half()})),
         "net.level.bias is torch.float16",
     ),
-    "tensor value": (edit_tensors(lambda t: t["net.level.bias"].add_(1)), "another SHA-256"),
+    "tensor value": (edit_tensors(lambda t: t["net.level.bias"].add_(1)), "its SHA-256 differs"),
     "cut short": (truncate, "damaged or cut short"),
-    "bit flipped": (flip_a_bit, "another SHA-256"),
+    "bit flipped": (flip_a_bit, "its SHA-256 differs"),
 }
 
 

@@ -93,8 +93,14 @@ def test_a_baseline_needs_no_epoch(poisson_nuclei: Draw) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"likelihood": Hurdle(), "network": partial(PRTSNet, heads="single")}, "network heads: 'single' does not go"),
-        ({"likelihood": Hurdle(), "output": OutputSettings("hard")}, "output gate: 'hard' does not go with the hurdle"),
+        (
+            {"likelihood": Hurdle(), "network": partial(PRTSNet, heads="single")},
+            "network heads: 'single' does not go",
+        ),
+        (
+            {"likelihood": Hurdle(), "output": OutputSettings("hard")},
+            "output gate: 'hard' does not go with the hurdle",
+        ),
         ({"network": partial(PRTSNet, hidden=5)}, "network hidden: 5 is not accepted"),
         ({"network": partial(PRTSNet, dropout=1.0)}, "network dropout: 1.0 is not accepted"),
         ({"optimizer": partial(torch.optim.AdamW, lr=-1)}, "optimizer: Invalid learning rate: -1"),

@@ -38,12 +38,16 @@ def test_what_a_bundle_keeps_of_its_nuclei() -> None:
 
 def test_a_slide_at_half_its_um_per_px_is_refused_in_one_line_that_names_the_right_one() -> None:
     """The nuclei of training, read at 0.25 um/px: a quarter of the area."""
-    with pytest.raises(InputError, match=r"slide.tif: is 0.25 um/px \(mpp=\) right\?") as caught:
+    with pytest.raises(InputError, match=r"slide.tif: 0.25 um/px \(mpp=\) may be wrong") as caught:
         check_scale(lattice(3.6, 10), section(0.25), 0.5, TRAINING, refuse=True)
     message = str(caught.value)
-    assert "13 um2 here and 53 in training" in message and "at 0.5 um/px" in message and "`check_scale` off" in message
+    assert (
+        "13 um2, but 53 in training" in message
+        and "at 0.5 um/px" in message
+        and "set `check_scale` to false" in message
+    )
     assert "\n" not in message
-    with pytest.raises(InputError, match="210 um2 here"):
+    with pytest.raises(InputError, match="210 um2, but 53 in training"):
         check_scale(lattice(14.5, 40), section(1.0), 0.5, TRAINING, refuse=True)
 
 
@@ -52,10 +56,10 @@ def test_a_difference_beyond_that_of_the_training_sections_is_a_warning(caplog: 
         check_scale(lattice(8), section(), 0.5, TRAINING, refuse=True)
         assert not caplog.records
         found = check_scale(lattice(9), section(), 0.5, TRAINING, refuse=True)
-        assert "81 um2 here and 53 in training" in caplog.text
+        assert "81 um2, but 53 in training" in caplog.text
         caplog.clear()
         check_scale(lattice(3.6), section(), 0.5, TRAINING, refuse=False)
-        assert "right?" in caplog.text
+        assert "may be wrong" in caplog.text
     assert (found["median_area_um2"], found["training_median_area_um2"]) == (81, 52.62)
 
 

@@ -139,7 +139,7 @@ def test_prepare_measures_warns_and_corrects(tmp_path: Path, caplog):
             )
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            return preparation(cfg, Stopwatch())().sections["train"]
+            return preparation(cfg)[0](Stopwatch()).sections["train"]
 
     import anndata as ad
 

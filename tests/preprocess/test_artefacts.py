@@ -80,7 +80,7 @@ def test_prepare_marks_them_and_leaves_them_out_of_training(tmp_path: Path, capl
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         plain = compose("prepare", [*small, *rest])
         looked = compose("prepare", [*small, *rest, "preprocess.artefacts=true"])
-    before, after = preparation(plain, Stopwatch())(), preparation(looked, Stopwatch())()
+    before, after = (preparation(cfg)[0](Stopwatch()) for cfg in (plain, looked))
     without, counts = (ad.read_h5ad(p.sections["train"].counts) for p in (before, after))
     assert "artefact" not in without.obs
     assert list(counts.obs_names) == list(without.obs_names)

@@ -103,7 +103,11 @@ def test_a_bundle_without_reference_and_an_unknown_method_are_refused_in_one_lin
     tifffile.imwrite(tmp_path / "x.tif", np.full((64, 64, 3), 255, np.uint8), photometric="rgb")
     section = open_section("x", tmp_path / "x.tif", mpp=0.5)
     for method, reference, said in (
-        ("reinhard", None, r"stain: the model has no colors of its training section for reinhard; choose none"),
+        (
+            "reinhard",
+            None,
+            r"stain: the model has no color statistics of its training section for reinhard; choose none",
+        ),
         ("vahadane", None, r"stain: 'vahadane' is not a method; choose one of none, histogram, macenko, reinhard"),
         ("macenko", known(mixture()), "too few to match colors; choose none"),
     ):

@@ -74,7 +74,7 @@ def test_models_that_are_none(slide, tmp_path):
         (tmp_path / "model/config.json").write_text(json.dumps(config))
         return StarDist(model=str(tmp_path / "model"))
 
-    with pytest.raises(InputError, match="neither a model folder nor a pretrained model"):
+    with pytest.raises(InputError, match="neither a model folder nor a pretrained H&E model"):
         StarDist(model="2D_versatile_hee")(slide)
     with pytest.raises(InputError, match=r"not a StarDist model folder \(config.json"):
         StarDist(model=str(tmp_path))(slide)

@@ -7,8 +7,8 @@ An encoder is one file of this package (or of another one, through the entry poi
 >>> encoders.names()
 ['classical', 'dino_vits16', 'timm', 'vit256']
 
-Every registered encoder is also an attribute of this module, so that `prts.encoders.vit256("vit256.pth")` makes one. For that reason a file
-must not be called like the encoder that it defines: importing it would hide the encoder.
+Every registered encoder is also an attribute of this module, as in `prts.encoders.vit256("vit256.pth")`. For this reason, a file must not
+have the same name as its encoder: importing it would hide the encoder.
 
 >>> from prts.features import encoders as module
 >>> module.classical(tile_px=128).tile_px
@@ -56,7 +56,7 @@ __all__ = [
 
 encoders: Registry[Encoder] = Registry("encoder", package=__name__, group="prts.encoders")
 
-# Imported on first use: these modules import torch, and a list of encoders should not wait for it.
+# Imported on first use, because these modules import torch, which listing the encoders does not need.
 _LAZY = {
     "ViT256": "hipt",
     "DinoViTS16": "dino",
@@ -77,26 +77,26 @@ def __getattr__(name: str) -> Any:
 
 
 def encoder_from_settings(settings: Mapping[str, Any], weights: Path | None = None, **runtime: Any) -> Encoder:
-    """Rebuild the encoder that `Encoder.settings` described, such as that of a bundle.
+    """Rebuild an encoder from its `Encoder.settings`, such as the encoder of a bundle.
 
     Parameters
     ----------
     settings
-        What `Encoder.settings` returned.
+        Result of `Encoder.settings`.
     weights
         The weights file, for encoders that need one.
     runtime
-        `device`, `batch_size` and `compile`, which do not belong to the settings. Encoders without such an argument ignore it.
+        `device`, `batch_size` and `compile`, which are not part of the settings. Encoders without such an argument ignore it.
 
     Returns
     -------
-    The encoder, not loaded yet. If the settings say bf16 and this processor does not compute in bf16, the encoder uses fp32 and logs a
-    warning: features then differ by bf16's rounding, about 1 %.
+    The encoder, not loaded yet. If the settings say bf16 and this processor does not support it, the encoder uses fp32 and logs a
+    warning: features then differ by bf16's rounding, about 1%.
 
     Raises
     ------
     ParameterError
-        If the encoder is not registered or another version, its settings are incomplete, or the weights file is missing or not the same.
+        If the encoder is not registered or has another version, its settings are incomplete, or the weights file is missing or differs.
     """
     try:
         return _class_of(settings).from_settings(settings, weights, **runtime)
@@ -109,14 +109,14 @@ def encoder_from_settings(settings: Mapping[str, Any], weights: Path | None = No
 
 
 def weights_status(settings: Mapping[str, Any], file: str | None = None) -> WeightsStatus:
-    """Whether the weights that a bundle's encoder needs are on this machine.
+    """Whether the weights of a bundle's encoder are on this machine.
 
     Parameters
     ----------
     settings
         The encoder's settings in the bundle.
     file
-        The weights file that training read, or None.
+        The weights file used in training, or None.
     """
     return _class_of(settings).weights_status(settings, file)
 

@@ -36,7 +36,7 @@ E = TypeVar("E", bound="type[Encoder]")
 
 
 class WeightsStatus(NamedTuple):
-    """Whether an encoder's weights are on this machine, and a sentence that says where or how to get them."""
+    """Whether an encoder's weights are on this machine, and a sentence on where they are or how to get them."""
 
     found: bool
     text: str
@@ -59,7 +59,7 @@ class TileSettings:
 
 
 class Encoder(ABC):
-    """What extraction, bundles and the command line need from an encoder.
+    """The interface that extraction, bundles and the command line need from an encoder.
 
     The defaults describe an encoder that runs in main memory, needs no weights, and sees one tile around each nucleus.
 
@@ -120,7 +120,7 @@ class Encoder(ABC):
 
     @abstractmethod
     def encode(self, tiles: NDArray[np.uint8], polygons: Polygons) -> tuple[Floats, Floats]:
-        """Encode nuclei, each in the middle of its own tile.
+        """Encode nuclei, each at the center of its own tile.
 
         Parameters
         ----------
@@ -135,10 +135,10 @@ class Encoder(ABC):
         """
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the features, as JSON.
+        """Everything that affects the features, as JSON.
 
-        An encoder with more arguments adds them under the names of its constructor, and a `version` to raise whenever the same arguments
-        give other features.
+        An encoder with more arguments adds them under the names of its constructor, and a `version` to increase whenever the same
+        arguments give different features.
         """
         return {
             "name": self.name,
@@ -153,7 +153,7 @@ class Encoder(ABC):
         """Read the weights; does nothing after the first call."""
 
     def compile_for(self, n_tiles: int) -> None:  # noqa: B027
-        """Decide whether to compile the network, given how many tiles are to be encoded."""
+        """Decide whether to compile the network, given the number of tiles to encode."""
 
     def plan(self, nuclei: GeoDataFrame, slide_mpp: float) -> TilePlan:
         """Choose the tiles that the nuclei need: one around each.
@@ -170,7 +170,7 @@ class Encoder(ABC):
         return plan_tiles(nuclei, slide_mpp, self.mpp, self.tile_px)
 
     def encode_planned(self, tiles: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Encode consecutive tiles of the plan; to be overridden along with `plan` or `device`.
+        """Encode consecutive tiles of the plan; override it along with `plan` or `device`.
 
         Parameters
         ----------
@@ -189,9 +189,9 @@ class Encoder(ABC):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], weights: Path | None = None, **runtime: Any) -> Encoder:
-        """Rebuild the encoder that `settings` described.
+        """Rebuild an encoder from its `settings`.
 
-        By default, each argument of the constructor takes the setting of the same name, `tile_px` that called `tile`.
+        By default, each argument of the constructor takes the setting of the same name; `tile_px` takes `tile`.
 
         Parameters
         ----------
@@ -205,7 +205,7 @@ class Encoder(ABC):
         Raises
         ------
         ParameterError
-            If the encoder cannot be made the same as before.
+            If the same encoder cannot be rebuilt.
         """
         given = {**settings, "tile_px": settings.get("tile", TileSettings.tile_px), "weights": weights, **runtime}
         parameters = inspect.signature(cls).parameters
@@ -239,7 +239,7 @@ class Encoder(ABC):
         settings
             What `settings` returned.
         file
-            The weights file that training read, or None.
+            The weights file used in training, or None.
         """
         sha256 = settings.get("weights_sha256")
         if sha256 is None:
@@ -254,12 +254,12 @@ class Encoder(ABC):
 
     @classmethod
     def find_weights(cls, settings: Mapping[str, Any]) -> Path | None:
-        """Where the weights for these settings usually are on this machine, if they are there."""
+        """The usual path of the weights for these settings, if they are on this machine."""
         return None
 
     @classmethod
     def weights_hint(cls, settings: Mapping[str, Any]) -> str:
-        """How to get weights that were not found; continues the sentence 'the file with sha256 ...'."""
+        """How to get missing weights; completes the sentence 'the file with sha256 ...'."""
         return "is not here; give it at prediction as the encoder's weights"
 
 

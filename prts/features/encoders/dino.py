@@ -18,7 +18,7 @@ _WIDTH = 384
 
 @dataclass(frozen=True, kw_only=True)
 class DinoViTS16Settings(TokenSettings):
-    """Settings of `DinoViTS16`: those that differ from or come on top of `TokenSettings`."""
+    """Settings of `DinoViTS16` that differ from or extend `TokenSettings`."""
 
     mean: RGB | None = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] | None = IMAGENET_STD

@@ -1,4 +1,4 @@
-"""The encoder `classical`, without weights: stain, texture and shape statistics that a person could name.
+"""The encoder `classical`: interpretable stain, texture and shape statistics, without weights.
 
 Lengths below are for the default tile of 256 px at 0.5 um. With another `mpp`, those of texture, rings and crop scale with it (they are
 numbers of pixels), while areas, densities and the shape stay in um. With another `tile_px`, the squares and rings divide the tile alike.
@@ -80,8 +80,8 @@ class Classical(Encoder):
     Parameters
     ----------
     settings
-        `mpp`, `tile_px` (a multiple of 32 from 64), `pooling` (only `nucleus`: the local vector describes the nucleus' own pixels) and
-        `batch_size` (nuclei computed at once).
+        `mpp`, `tile_px` (a multiple of 32 from 64), `pooling` (only `nucleus`: the local vector describes the pixels of the nucleus) and
+        `batch_size` (nuclei per batch).
 
     Examples
     --------
@@ -89,15 +89,17 @@ class Classical(Encoder):
     (384, 192)
     """
 
-    # Raised when a column changes.
+    # Increased when a column changes.
     version = 1
 
     def __init__(self, **settings: Any) -> None:
         given = checked(Classical, ClassicalSettings, **settings)
-        # five levels of half the size each, and a central crop
+        # five levels, each half the size of the previous one, and a central crop
         if given.tile_px % 32 or given.tile_px < CROP:
             raise ParameterError(
-                "encoder", "tile_px", f"{given.tile_px} is not a multiple of 32 from {CROP}; choose such as 128 or 256"
+                "encoder",
+                "tile_px",
+                f"{given.tile_px} is not a multiple of 32 from {CROP}; choose a multiple such as 128 or 256",
             )
         self.mpp, self.tile_px = given.mpp, given.tile_px
         self.pooling, self.batch_size = given.pooling, given.batch_size
@@ -118,7 +120,7 @@ class Classical(Encoder):
         return _names(GLOBAL_BLOCKS), _names(LOCAL_BLOCKS)
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the features."""
+        """Everything that affects the features."""
         return {**super().settings(), "version": self.version}
 
     def encode(self, tiles: NDArray[np.uint8], polygons: Polygons) -> tuple[Floats, Floats]:

@@ -22,7 +22,7 @@ _SOURCE = "https://github.com/mahmoodlab/HIPT"
 
 @dataclass(frozen=True, kw_only=True)
 class ViT256Settings(TokenSettings):
-    """Settings of `ViT256`: those that differ from or come on top of `TokenSettings`."""
+    """Settings of `ViT256` that differ from or extend `TokenSettings`."""
 
     mean: RGB | None = (0.5, 0.5, 0.5)
     std: tuple[Positive, Positive, Positive] | None = (0.5, 0.5, 0.5)
@@ -76,7 +76,7 @@ class ViT256(TokenEncoder):
 
     @classmethod
     def weights_hint(cls, settings: Mapping[str, Any]) -> str:
-        """That the file must be given."""
+        """Say that the file must be given."""
         return "must be given at prediction as the encoder's weights"
 
     @classmethod

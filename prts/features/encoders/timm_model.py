@@ -1,4 +1,4 @@
-"""Any network of timm, or of the Hugging Face hub in timm's format."""
+"""Any timm network, or one on the Hugging Face hub in timm's format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prts.features.weights import cached_hub_weights, hub_weights, pretrained_co
 
 @dataclass(frozen=True, kw_only=True)
 class TimmSettings(TokenSettings):
-    """Settings of `Timm`: those on top of `TokenSettings`."""
+    """Settings of `Timm` that extend `TokenSettings`."""
 
     model_name: str
     pair_channels: bool = True
@@ -28,7 +28,7 @@ class TimmSettings(TokenSettings):
 @encoders.register("timm")
 @signature_of(TimmSettings)
 class Timm(TokenEncoder):
-    """Any network of timm, or of the Hugging Face hub in timm's format, that has patch tokens or a feature map.
+    """Any network in timm, or on the Hugging Face hub in timm's format, that has patch tokens or a feature map.
 
     Position embeddings are interpolated to the tile by timm. If `tile_px` is not a multiple of the patch, tiles are resized to the next
     smaller multiple: 256 to 252 px for patches of 14 px.
@@ -42,7 +42,7 @@ class Timm(TokenEncoder):
     pair_channels
         Average adjacent channels of the local vector, instead of keeping all.
     settings
-        The other settings of `TokenSettings`. `mean` and `std` default to what the model was published with.
+        The other settings of `TokenSettings`. `mean` and `std` default to the published values.
 
     Raises
     ------
@@ -62,7 +62,7 @@ class Timm(TokenEncoder):
         self.model_name = given.model_name
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the features."""
+        """Everything that affects the features."""
         return {**super().settings(), "model_name": self.model_name}
 
     @classmethod
@@ -72,7 +72,7 @@ class Timm(TokenEncoder):
 
     @classmethod
     def weights_hint(cls, settings: Mapping[str, Any]) -> str:
-        """That the hub has them, if it still does."""
+        """Say that the hub may have them."""
         return f"is not here; prediction downloads {settings['model_name']} from the hub, or takes a file as the encoder's weights"
 
     @classmethod
@@ -81,7 +81,7 @@ class Timm(TokenEncoder):
 
     @cached_property
     def _config(self) -> dict[str, Any]:
-        """What the model was published with: normalization, name of the classifier."""
+        """The published configuration: normalization, name of the classifier."""
         config = pretrained_config(self.model_name)
         if config is not None:
             return dict(vars(config))
@@ -122,7 +122,7 @@ class Timm(TokenEncoder):
             except TypeError as error:
                 if "img_size" not in str(error):
                     raise
-                network = timm.create_model(self.model_name, **options)  # convolutional: takes any size
+                network = timm.create_model(self.model_name, **options)  # convolutional networks accept any size
         except RuntimeError as error:
             reason = str(error).partition("\n")[2] or str(error)
             raise ParameterError(

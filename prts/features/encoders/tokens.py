@@ -1,7 +1,7 @@
-"""What the encoders with patch tokens share: a timm network in the right precision, from uint8 tiles to pooled vectors.
+"""Base of the encoders with patch tokens: a timm network in the right precision, from uint8 tiles to pooled vectors.
 
 The global vector is the network's class token (or its own pooling), the local vector the mean of the patch tokens that the nucleus
-overlaps. Where the weights come from and how the network is built is up to each encoder.
+overlaps. Each encoder defines where its weights come from and how its network is built.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RGB = tuple[float, float, float]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Compiling takes half a minute and saves a tenth to a quarter of each tile (docs/speed.md): from here on it pays on slow processors too.
+# Compiling takes half a minute and saves 10% to 25% per tile (docs/speed.md): from here on it pays off on slow processors, too.
 _COMPILE_FROM = 20_000
 
 
@@ -57,23 +57,23 @@ class TokenSettings(TileSettings):
     weights
         Weights file, `.pth` or `.safetensors`; None for the encoder's own source.
     mean, std
-        Normalization of red, green and blue, on a scale from 0 to 1; None for what the network was published with.
+        Normalization of red, green and blue, on a scale from 0 to 1; None for the published values.
     checkpoint_key
         Entry of the weights file that holds the network, if it has several.
     pooling
-        Which patch tokens make the local vector: `nucleus`, those that the nucleus overlaps (paper), or `center2x2` (released code).
+        Patch tokens of the local vector: `nucleus`, the ones that the nucleus overlaps (paper), or `center2x2` (released code).
     sampling
         `exact`, a tile around each nucleus (paper), or `grid`, a tile every `stride` px, shared by the nuclei near it.
     stride
         px between the tiles of the grid, from 16 to `tile_px`.
     precision
-        `bf16`, `fp32`, or `auto`: bf16 if the processor computes in it.
+        `bf16`, `fp32`, or `auto`: bf16 if the processor supports it.
     device
-        `auto` (CUDA if available), or a device of torch.
+        `auto` (CUDA if available), or a torch device.
     batch_size
         Tiles at a time; None for 16 on a CPU and 128 elsewhere.
     compile
-        Whether torch compiles the network first; `auto`: on a CPU, if there are enough tiles for it to pay.
+        Whether torch compiles the network first; `auto`: on a CPU, if there are enough tiles to make it worthwhile.
     """
 
     weights: str | Path | None = None
@@ -82,7 +82,7 @@ class TokenSettings(TileSettings):
     checkpoint_key: str | None = None
     pooling: Literal["nucleus", "center2x2"] = "nucleus"
     sampling: Literal["exact", "grid"] = "exact"
-    stride: Annotated[int, Field(ge=16)] = 128  # denser tiles than patches tell nothing new
+    stride: Annotated[int, Field(ge=16)] = 128  # a grid finer than the patches adds no information
     precision: Precision = "auto"
     device: str = "auto"
     batch_size: Annotated[int, Field(ge=1)] | None = None
@@ -154,7 +154,7 @@ class TokenEncoder(Encoder):
         return self.weights
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the features."""
+        """Everything that affects the features."""
         return {
             "name": self.name,
             "weights_sha256": self.weights_sha256,
@@ -211,7 +211,7 @@ class TokenEncoder(Encoder):
         Parameters
         ----------
         n_tiles
-            How many tiles are to be encoded in all. `compile="auto"` depends on nothing else, so that a resumed run decides the same.
+            Total number of tiles to encode. `compile="auto"` depends on nothing else, so that a resumed run makes the same choice.
 
         Raises
         ------
@@ -220,7 +220,7 @@ class TokenEncoder(Encoder):
         """
         self.load()
         if self.compile == "auto":
-            # On a GPU it takes an hour of work to pay: only on request there.
+            # On a GPU it pays off only after an hour of work, so only on request.
             self.compiled = self.device.type == "cpu" and n_tiles >= _COMPILE_FROM
         else:
             self.compiled = self.compile
@@ -241,14 +241,14 @@ class TokenEncoder(Encoder):
                     "compile",
                     f"torch cannot compile here ({reason}); install a C++ compiler, or set it to false",
                 ) from error
-            logger.warning("encoder %s: compiling fails here (%s), continuing without", self.name, reason)
+            logger.warning("encoder %s: compiling failed (%s), continuing without it", self.name, reason)
             self.compile, self.compiled = False, False
             return
         self._compiled = compiled
         logger.info("encoder %s: compiled in %.0f s", self.name, time.perf_counter() - started)
 
     def plan(self, nuclei: GeoDataFrame, slide_mpp: float) -> TilePlan:
-        """Lay a tile around each nucleus, or choose those of the grid that the nuclei need."""
+        """Lay a tile around each nucleus, or choose the tiles of the grid that the nuclei need."""
         from prts.features.grid import plan_grid
 
         if self.sampling == "grid":
@@ -262,7 +262,7 @@ class TokenEncoder(Encoder):
         return self.encode(tiles, polygons)
 
     def encode(self, tiles: Tiles, polygons: Polygons) -> tuple[Floats, Floats]:
-        """Encode nuclei, each in the middle of its own tile.
+        """Encode nuclei, each at the center of its own tile.
 
         Parameters
         ----------
@@ -273,8 +273,8 @@ class TokenEncoder(Encoder):
 
         Returns
         -------
-        (b, global_width) and (b, local_width) float32. A nucleus' vectors do not depend on the others but for rounding: kernels may add in
-        another order elsewhere in a batch.
+        (b, global_width) and (b, local_width) float32. The vectors of a nucleus do not depend on the other nuclei, except for rounding:
+        kernels may add in a different order at other positions in a batch.
         """
         self.load()
         parts = []
@@ -284,7 +284,7 @@ class TokenEncoder(Encoder):
         return self._joined(parts)
 
     def encode_shared(self, tiles: Tiles, polygons: Polygons, tile: NDArray[np.int64]) -> tuple[Floats, Floats]:
-        """Encode tiles, and nuclei anywhere in them.
+        """Encode tiles, and nuclei anywhere inside them.
 
         Parameters
         ----------
@@ -315,13 +315,13 @@ class TokenEncoder(Encoder):
 
     @torch.inference_mode()
     def _encode_batch(self, tiles: Tiles, polygons: Polygons, tile: NDArray[np.int64] | None) -> tuple[Floats, Floats]:
-        """Vectors of a batch of tiles; `tile` says which of them each polygon is in, None: one in the middle of each."""
+        """Vectors of a batch of tiles; `tile` is the tile of each polygon, or None if each tile has one at its center."""
         network = self._compiled if self.compiled else self._network
         assert network is not None
         n = len(tiles)
         batch = torch.as_tensor(tiles, device=self.device)
         if n < self.batch_size:
-            # Always a full batch: kernels are chosen by shape, and another kernel rounds otherwise.
+            # Always a full batch, because kernels are chosen by shape and round differently.
             batch = torch.cat([batch, batch.new_zeros((self.batch_size - n, *batch.shape[1:]))])
         pooled, patches = network(batch)
         local = self._local(patches[:n], polygons, tile)
@@ -344,14 +344,14 @@ class TokenEncoder(Encoder):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], weights: Path | None = None, **runtime: Any) -> TokenEncoder:
-        """Rebuild the encoder that `settings` described; bf16 becomes fp32, with a warning, on a processor without bf16."""
+        """Rebuild an encoder from its `settings`; on a processor without bf16, it uses fp32 and warns."""
         given: dict[str, Any] = dict(
             weights=weights,
             mean=settings["mean"],
             std=settings["std"],
             checkpoint_key=settings["checkpoint_key"],
             pooling=settings["pooling"],
-            # bundles from before there was a choice have none of these
+            # bundles from before these options existed lack them
             mpp=settings.get("mpp", 0.5),
             tile_px=settings.get("tile", 256),
             sampling=settings.get("sampling", "exact"),
@@ -364,7 +364,7 @@ class TokenEncoder(Encoder):
         encoder._require_weights(settings["weights_sha256"])
         if encoder.precision != settings["precision"]:
             logger.warning(
-                "encoder: the model was trained on features in %s, which %s does not compute in; using %s, features differ by about 1 %%",
+                "encoder: the model was trained on features in %s, which %s does not support; using %s, features differ by about 1%%",
                 settings["precision"],
                 encoder.device,
                 encoder.precision,
@@ -378,7 +378,7 @@ class TokenEncoder(Encoder):
 
     @abstractmethod
     def _build(self) -> tuple[torch.nn.Module, int]:
-        """The network with its weights, and the side in px that tiles are resized to before it."""
+        """The network with its weights, and the side in px to which tiles are resized first."""
 
     @abstractmethod
     def _default_weights(self) -> Path:
@@ -394,7 +394,7 @@ class TokenEncoder(Encoder):
 
 
 def torch_device(device: str) -> torch.device:
-    """The torch device of that name; `auto` is CUDA if available.
+    """The torch device with this name; `auto` is CUDA if available.
 
     Raises
     ------
@@ -407,7 +407,7 @@ def torch_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ParameterError(
-            "encoder", "device", f"{device!r} is not a device of torch; choose auto, cpu or cuda"
+            "encoder", "device", f"{device!r} is not a torch device; choose auto, cpu or cuda"
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ParameterError("encoder", "device", f"{device}: torch finds no CUDA device; choose auto or cpu")
@@ -415,7 +415,7 @@ def torch_device(device: str) -> torch.device:
 
 
 def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Resolve `auto`: bf16 if the processor has instructions for it (half the time), not where it is emulated."""
+    """Resolve `auto`: bf16 if the processor has instructions for it (twice as fast), but not if it would be emulated."""
     if precision != "auto":
         return precision
     return "bf16" if computes_bf16(device) else "fp32"

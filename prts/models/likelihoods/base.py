@@ -25,9 +25,9 @@ PositiveWeight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Likelihood(nn.Module):
     """Explains UMI counts by the network's outputs: the loss for training and the expected UMI for prediction.
 
-    A subclass implements `loss` and `mean`, and stores every constructor argument as an attribute of the same name. What it learns per gene
-    is a buffer or parameter created in `allocate`, so that it moves to the device and into the bundle with the network. Parameters are
-    trained along with those of the network.
+    A subclass implements `loss` and `mean`, and stores every constructor argument as an attribute of the same name. Per-gene values that it
+    learns are buffers or parameters created in `allocate`, so that they move to the device and into the bundle with the network. Parameters
+    are trained along with the network.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class Likelihood(nn.Module):
         Parameters
         ----------
         heads
-            The network's kind of heads.
+            The `heads` of the network.
         gate
             The gate of the output, or `auto`.
 
@@ -136,7 +136,7 @@ class Likelihood(nn.Module):
         return f"{value!r} does not go with the {self.name} likelihood; use {' or '.join(allowed)}"
 
     def allocate(self, n_genes: int) -> Self:
-        """Create what is learned per gene, for example before the tensors of a bundle are loaded."""
+        """Create the per-gene buffers and parameters, for example before the tensors of a bundle are loaded."""
         self.n_genes = n_genes
         return self
 

@@ -17,7 +17,7 @@ from prts.models.likelihoods.base import MAX_LOG_UMI, Likelihood, Outputs, Posit
 
 @likelihoods.register("poisson")
 class Poisson(Likelihood):
-    """lambda_1 x Poisson deviance of the counts under a log link + lambda_2 x binary cross-entropy (ours).
+    """lambda_1 x Poisson deviance of the counts under a log link + lambda_2 x binary cross-entropy (not in the paper).
 
     Without an offset the network predicts the log of the expected UMI, depth included. With `offset=library`, training adds the log of the
     nucleus's measured UMI over the panel, so that the network learns each gene's share and not how deeply the nucleus was sequenced. The

@@ -1,4 +1,4 @@
-"""Make a slide look like the training slide, by matching the statistics of their colors.
+"""Match the colors of a slide to the training slide.
 
 A stain method is one module with a class that follows `prts.preprocess.stains.base.StainMethod`, registered by name:
 

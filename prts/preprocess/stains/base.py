@@ -1,7 +1,7 @@
-"""The interface of a stain method, the statistics that bundles keep of the training section, and matching a slide to them.
+"""The interface of a stain method, the color statistics stored in bundles, and how a slide is matched to them.
 
 A model has seen the colors of one laboratory and scanner. The bundle has the statistics of the training section's tissue for every
-method; those of a new slide are computed when it is predicted, and its pixels are recolored as they are read, before segmentation
+method; a new slide's are computed when it is predicted, and its pixels are recolored as they are read, before segmentation
 and features.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts.errors import ParameterError, did_you_mean
-from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, without_black
 from prts.preprocess.stains import stains
 from prts.segmentation.segment import sample
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 
 MIN_PIXELS = 1000
-"""Fewer sampled pixels say too little about the colors."""
+"""With fewer sampled pixels, color statistics are unreliable."""
 
 _MPP = 1.0  # of the pixels that statistics are computed from
 _WINDOW, _PER_WINDOW, _ALL = 512 * 512, 20_000, 500_000
@@ -51,13 +51,13 @@ class StainMethod(Protocol):
     """Name of the method; set by `stains.register`."""
 
     uses: ClassVar[tuple[str, ...]]
-    """The keys of the reference that decide the colors: the method's name, and `white` if it depends on the glass."""
+    """The keys of the reference that affect the colors: the method's name, and `white` if it depends on the glass."""
 
     def __init__(self, reference: Mapping[str, Any], own: Mapping[str, Any]) -> None: ...
 
     @staticmethod
     def statistics(sample: TissueSample) -> Any:
-        """What the method needs to know about a slide, JSON-like and small."""
+        """Compute the statistics that the method needs, JSON-like and small."""
         ...
 
     def __call__(self, rgb: Pixels) -> Pixels:
@@ -86,7 +86,7 @@ class StainMatching:
         object.__setattr__(self, "_recolor", stains[self.method](self.reference, self.own))
 
     def settings(self) -> dict[str, Any]:
-        """What decides the colors apart from the slide itself."""
+        """Everything that determines the colors apart from the slide itself."""
         return {"method": self.method, "reference": {key: self.reference[key] for key in self._recolor.uses}}
 
     def __call__(self, rgb: Pixels) -> Pixels:
@@ -95,7 +95,7 @@ class StainMatching:
 
 
 def statistics(sampled: TissueSample) -> dict[str, Any]:
-    """What all methods need to know about a slide, JSON-like and small.
+    """Compute the statistics that all methods need, JSON-like and small.
 
     Parameters
     ----------
@@ -125,7 +125,7 @@ def sample_slides(slides: Iterable[Slide]) -> TissueSample:
     tissue, glass = [np.empty((0, 3), np.uint8)], [np.empty((0, 3), np.uint8)]
     for slide in slides:
         for window in sample(slide, max(_MPP, slide.mpp)):
-            pixels = window.reshape(-1, 3)
+            pixels = without_black(window).reshape(-1, 3)
             # a small slide comes as one window, a large one as 64
             n = min(len(pixels), _PER_WINDOW if len(pixels) <= _WINDOW else _ALL)
             some = pixels[rng.integers(0, len(pixels), n)]
@@ -138,12 +138,12 @@ def sample_slides(slides: Iterable[Slide]) -> TissueSample:
 
 
 def match_stain(section: Section, method: str, reference: Mapping[str, Any] | None) -> Section:
-    """The section with its image read in the colors of training.
+    """The section, with its image read in the colors of the training section.
 
     Parameters
     ----------
     section
-        The section to be predicted.
+        The section to predict.
     method
         A name in `prts.preprocess.stains.stains`, or `none`.
     reference
@@ -163,7 +163,9 @@ def match_stain(section: Section, method: str, reference: Mapping[str, Any] | No
         )
     if reference is None or not set(stains[method].uses) <= set(reference):
         raise ParameterError(
-            "stain", "", f"the model has no colors of its training section for {method}; choose none, or train again"
+            "stain",
+            "",
+            f"the model has no color statistics of its training section for {method}; choose none, or train again",
         )
     with section.open_slide() as slide:
         own = statistics(sample_slides([slide]))

@@ -17,7 +17,7 @@ _PERCENTILES = np.r_[0.1, 0.5, np.arange(1, 100), 99.5, 99.9]
 
 @stains.register("histogram")
 class Histogram:
-    """Maps the tissue's percentiles to those of the reference, channel by channel; glass and black stay as they are.
+    """Maps the tissue's percentiles to those of the reference, channel by channel; glass and black are unchanged.
 
     Parameters
     ----------

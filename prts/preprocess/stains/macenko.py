@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @stains.register("macenko")
 class Macenko:
-    """Separates the slide's stains, scales their amounts, and renders them in the reference's stains; glass stays glass.
+    """Separates the slide's stains, scales their amounts, and renders them in the reference's stains; glass stays white.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ def _density(sample: TissueSample) -> NDArray[np.float64]:
 def _stain_vectors(sample: TissueSample) -> NDArray[np.float64]:
     """Hematoxylin and eosin, (2, 3) unit vectors: the robust ends of the fan of colors in the plane that contains most of them.
 
-    The steps and their two constants are those of Macenko et al. 2009: density above 0.15, 1st and 99th percentile.
+    Steps and constants as in Macenko et al. 2009: density above 0.15, 1st and 99th percentile.
     """
     density = _density(sample)
     dense = density[(density > 0.15).all(axis=1)]

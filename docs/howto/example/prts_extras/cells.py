@@ -1,4 +1,4 @@
-"""Cells that another tool has counted, as AnnData."""
+"""Cells counted by another tool, as AnnData."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from prts.platforms.base import counts_table
 @platforms.register("cells")
 @dataclass(frozen=True)
 class Cells:
-    """Counts of cells, each given to the nucleus that contains its center.
+    """Counts of cells, each assigned to the nucleus that contains its center.
 
     Parameters
     ----------
@@ -45,15 +45,15 @@ class Cells:
         return cls(path) if path.is_file() else None
 
     def identity(self):
-        """What decides the counts, for the cache."""
+        """Everything that affects the counts, for the cache."""
         return {"cells": file_identity(self.path)}
 
     def mpp_sources(self):
-        """The file does not know the um/px of the image."""
+        """The file does not state the um/px of the image."""
         return []
 
     def check(self, image: Path, width: int, height: int, mpp) -> None:
-        """The cells must be on the image."""
+        """Check that the cells are on the image."""
         if not self.path.is_file():
             raise InputError(f"{self.path}: not found; give an .h5ad file of cells")
         xy = ad.read_h5ad(self.path, backed="r").obsm["spatial"]

@@ -1,4 +1,4 @@
-"""A segmenter that takes dark spots for nuclei."""
+"""A segmenter that treats dark spots as nuclei."""
 
 from dataclasses import asdict, dataclass
 from typing import ClassVar
@@ -34,7 +34,7 @@ class DarkSpots:
     hint: ClassVar[str] = "raise `max_level`"  # shown if no nucleus is found
 
     def settings(self):
-        """Everything that decides the result, for caches and bundles."""
+        """Everything that affects the result, for caches and bundles."""
         return {"name": self.name, **asdict(self)}
 
     def __call__(self, slide):

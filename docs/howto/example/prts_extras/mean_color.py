@@ -23,7 +23,7 @@ class MeanColor(Encoder):
         self.margin_um = margin_um
 
     def settings(self):
-        """Everything that changes the features, for caches and bundles."""
+        """Everything that affects the features, for caches and bundles."""
         return {**super().settings(), "margin_um": self.margin_um}
 
     def encode(self, tiles, polygons):

@@ -1,0 +1,69 @@
+"""All that decides what a training run learns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from prts.evaluation.settings import EvaluationSettings
+from prts.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from prts.data.prepare import PreparedTissue, PrepareSettings
+    from prts.models.fit import Recipe
+
+Prepare = Callable[[Stopwatch], "PreparedTissue"]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What the network sees of a nucleus, and in what portions.
+
+    Parameters
+    ----------
+    use
+        Blocks of features in the order of the network's input: `local`, `global`, `morphology` and `context`.
+    permute
+        Shuffle features among training nuclei: what remains is knowledge of no image.
+    batch_size
+        Nuclei per batch.
+    num_workers
+        Processes that gather batches.
+    """
+
+    use: tuple[str, ...] = ("local", "global", "morphology")
+    permute: bool = False
+    batch_size: int = 256
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All that decides what a run learns.
+
+    Parameters
+    ----------
+    prepare
+        Prepares the sections, or finds them prepared.
+    preparation
+        How they are prepared.
+    data
+        What the network sees.
+    recipe
+        Network, likelihood, optimizer and trainer.
+    evaluation
+        How validation and test are scored.
+    markers
+        Genes whose mean PCC is reported separately.
+    config
+        The settings as the user wrote them, for config.yaml and provenance; JSON-like.
+    """
+
+    prepare: Prepare
+    preparation: PrepareSettings
+    data: DataSettings
+    recipe: Recipe
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    markers: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
