@@ -200,7 +200,9 @@ class PRTSDataModule(pl.LightningDataModule):
         if not self.use or len(set(self.use)) != len(self.use) or not set(self.use) <= set(BLOCKS):
             raise ParameterError("data", "use", f"{list(use)} must list some of {', '.join(BLOCKS)}, each once")
         if batch_size < 2:
-            raise ParameterError("data", "batch_size", f"{batch_size} is too small for batch normalization; use 2 or more")
+            raise ParameterError(
+                "data", "batch_size", f"{batch_size} is too small for batch normalization; use 2 or more"
+            )
         self.permute = permute
         self.batch_size = batch_size
         self.seed = seed

@@ -131,11 +131,15 @@ class Blocks:
         if self.folds < 2:
             raise ParameterError("split", "folds", f"{self.folds} is too few; use 2 or more")
         if not 0 <= self.fold < self.folds:
-            raise ParameterError("split", "fold", f"{self.fold} does not exist; folds are numbered 0 to {self.folds - 1}")
+            raise ParameterError(
+                "split", "fold", f"{self.fold} does not exist; folds are numbered 0 to {self.folds - 1}"
+            )
         if self.blocks_per_fold < 1:
             raise ParameterError("split", "blocks_per_fold", f"{self.blocks_per_fold} is too few; use 1 or more")
         if self.guard_um < TILE_UM:
-            raise ParameterError("split", "guard_um", f"{self.guard_um:g} is less than the tile; use {TILE_UM:g} um or more")
+            raise ParameterError(
+                "split", "guard_um", f"{self.guard_um:g} is less than the tile; use {TILE_UM:g} um or more"
+            )
 
     def settings(self) -> dict[str, Any]:
         """All parameters."""
@@ -155,7 +159,7 @@ class Blocks:
             raise ParameterError(
                 "split",
                 "folds",
-                f"{self.folds} leave nothing to train on once validation and test are held out; use 3 or more"
+                f"{self.folds} leave nothing to train on once validation and test are held out; use 3 or more",
             )
         parts = _whole_sections(xy_um, roles)
         for name in roles.train:
@@ -190,7 +194,9 @@ class Random:
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 0.5:
-            raise ParameterError("split", "fraction", f"{self.fraction:g} is out of range; use a value between 0 and 0.5")
+            raise ParameterError(
+                "split", "fraction", f"{self.fraction:g} is out of range; use a value between 0 and 0.5"
+            )
 
     def settings(self) -> dict[str, Any]:
         """All parameters."""
