@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from prts.api.predict import EncoderRuntime, build_encoder
+from prts.api.predict import EncoderRuntime, build_encoder, uses_bins
 from prts.data.nucleus_set import NucleusSet
 from prts.data.prepare import prepare_features
 from prts.evaluation.against_baselines import score_baselines
 from prts.evaluation.scored_section import ScoredSection, Scoring
-from prts.features.colour import ColourStats
+from prts.features.colour import colour_reader
 from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
@@ -131,7 +131,7 @@ class _Features:
         return np.empty((len(self._ids), 0), np.float32)
 
     def colour(self) -> Floats:
-        return read_features(self._stored(ColourStats(), "colour"), self._ids)
+        return read_features(self._stored(colour_reader(bins=uses_bins(self._bundle)), "colour"), self._ids)
 
     def morphology(self) -> Floats:
         columns: Floats = morphology(self._everywhere, self._seen.mpp)[self._rows]

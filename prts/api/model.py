@@ -189,7 +189,8 @@ class Model:
         species
             `"human"` or `"mouse"`, for the mitochondrial share; None: what the gene names say.
         nuclei
-            A segmenter or its name; None: a section's own nuclei if it has some, else StarDist.
+            A segmenter or its name, `"bins"` for square bins; None: bins if the sections were read with `units="bins"`, else a section's
+            own nuclei if it has some, else StarDist.
         genes
             How many of the most variable genes to predict, or a list of genes, or a file with one, or a panel builder.
         out
@@ -267,7 +268,8 @@ class Model:
             The full-resolution H&E image (TIFF, BigTIFF, OME-TIFF, SVS, NDPI, MRXS, PNG, JPEG), or an open section.
         nuclei
             The name of a segmenter (`"stardist"`, `"watershed"`), a file of polygons, a GeoDataFrame of polygons in full-resolution
-            pixels, or a segmenter; None: the segmenter that training used.
+            pixels, or a segmenter; None: the segmenter that training used. `"bins"`, and None for a model that was trained on bins, tiles
+            the tissue with squares; a section that was read with `units="bins"` has its own.
         mpp
             um per pixel of the image, if its metadata do not say. It is never guessed.
         out

@@ -1,16 +1,19 @@
-"""Predict the expression of every nucleus in an H&E image from a trained bundle; needs no bins.
+"""Predict the expression of every nucleus, or square bin, in an H&E image from a trained bundle; needs no measured bins.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
+                    [units=nuclei|bins] [bin_um=8]
                     [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [rotate=0|90|180|270]
                     [flip=none|horizontal|vertical] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
 
 Nuclei come from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image), else from the segmenter given, else from
-the one used in training. The image's um/px comes from `mpp=` or its own metadata and is never guessed. The encoder's weights come
-from `encoder.weights=`, else from where training read them; encoder and network run on the GPU if there is one, or where
-`encoder.device=` says. `stain=` reads the slide in the colours of the training section. `rotate=` (degrees counter-clockwise), then
-`flip=`, read it as the tissue of training lay; coordinates, given and written, stay pixels of the image as it lies in its file.
-Nuclei more than 2.5 times as large, or as small, as in training stop the command, since um/px is then hardly right;
-check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are predicted, to the same values (but for rounding).
+the one used in training. `units=bins`, the default of a bundle trained on bins, tiles the tissue with squares of `bin_um=` um
+instead; glass is left out, and ids are written like 10x's barcodes. The image's um/px comes from `mpp=` or its own metadata and
+is never guessed. The encoder's weights come from `encoder.weights=`, else from where training read them; encoder and network run
+on the GPU if there is one, or where `encoder.device=` says. `stain=` reads the slide in the colours of the training section.
+`rotate=` (degrees counter-clockwise), then `flip=`, read it as the tissue of training lay; coordinates, given and written, stay
+pixels of the image as it lies in its file. Nuclei more than 2.5 times as large, or as small, as in training stop the command,
+since um/px is then hardly right; check_scale=false goes on. With `roi=` only nuclei whose centre lies in the region are
+predicted, to the same values (but for rounding).
 
 Writes FILE.h5ad (nuclei x genes: expected UMI in X, P(expressed) in layers["prob"], the counts that 90 % of such nuclei have in
 layers["lower"] and layers["upper"] unless intervals=false; obs["artefact"] says which nuclei lie on glass, in a fold, under a bubble or
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.api.predict import NucleiSource
+    from prts.models.bundle import Bundle
 
 
 def main(cfg: DictConfig) -> None:
@@ -52,22 +56,38 @@ def main(cfg: DictConfig) -> None:
         "max_pixels",
     )
     given = plain(cfg)
+    bundle = load_bundle(Path(cfg.bundle))
     predict_slide(
-        load_bundle(Path(cfg.bundle)),
+        bundle,
         cfg.image,
         cfg.out,
-        nuclei=_nuclei(given),
+        nuclei=_nuclei(given, bundle),
         settings=SlideSettings(**{name: given[name] for name in names}),
         encoder=EncoderRuntime(**given["encoder"]),
         cache_dir=cfg.paths.cache_dir,
     )
 
 
-def _nuclei(given: dict[str, object]) -> NucleiSource:
-    """The nuclei file, or the segmenter that was asked for; None means that of training."""
+def _nuclei(given: dict[str, object], bundle: Bundle) -> NucleiSource:
+    """The nuclei file, the segmenter that was asked for, or bins; None means that of training."""
+    from prts.api.predict import uses_bins
     from prts.segmentation import segmenters
 
     node, file = given.get("segmentation"), given["nuclei"]
+    if given["units"] == "bins":
+        for key, value in (("nuclei", file), ("segmentation", node)):
+            if value is not None:
+                raise ParameterError("", key, "says where nuclei are, and the units are bins; omit one of them")
+    if given["units"] == "bins" or given["bin_um"] is not None:
+        recorded = bundle.metadata["segmentation"]["arguments"] if uses_bins(bundle) else {}
+        if given["units"] == "nuclei" or (given["units"] is None and not recorded):
+            raise ParameterError("", "bin_um", "is the size of bins; give units=bins, too")
+        asked = {} if given["bin_um"] is None else {"bin_um": given["bin_um"]}
+        return segmenters.build({"name": "bins", **recorded, **asked})
+    if given["units"] == "nuclei" and uses_bins(bundle) and node is None and file is None:
+        raise ParameterError(
+            "", "units", "nuclei, but this model was trained on bins; give nuclei=FILE or segmentation=NAME, too"
+        )
     if node is None:
         return None if file is None else Path(str(file))
     assert isinstance(node, dict)

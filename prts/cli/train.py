@@ -1,6 +1,7 @@
 """Prepare if needed, fit, choose output rule and threshold on validation, test beside the baselines.
 
-usage: prts train [tissue=demo|her2st|brain|lung|breast] [ablation=full|local_only|global_only] [encoder=...] [seed=0]
+usage: prts train [tissue=demo|her2st|brain|lung|breast|kidney] [units=nuclei|bins] [bin_um=8]
+                  [ablation=full|local_only|global_only] [encoder=...] [seed=0]
 
 Makes a run folder outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (first test section; further
 ones in predictions-<section>.h5ad), figures/, report.html (`report=false` leaves it out), the model bundle model/, config.yaml and
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prts.cli.app import plain
-from prts.cli.prepare import preparation
+from prts.cli.prepare import preparation, with_units
 from prts.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
@@ -62,11 +63,13 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 def training_plan(cfg: DictConfig) -> TrainingPlan:
     """All that a config says of a run, as objects; refused here, before any work, if it makes no sense."""
+    from prts.api.plan import usable_features
     from prts.api.train import DataSettings, TrainingPlan
     from prts.evaluation.settings import EvaluationSettings
 
-    cfg = settled(cfg)
+    cfg = settled(with_units(cfg))
     prepare, settings = preparation(cfg)
+    cfg.data.use = list(usable_features(cfg.data.use, settings.segmenter))
     data = plain(cfg.data)
     del data["target"]  # the likelihood's
     return TrainingPlan(

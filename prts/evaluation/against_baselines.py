@@ -58,7 +58,7 @@ class RunBaselines:
 
     def shipped(self) -> ShippedBaselines:
         """Those worth comparing with on any later slide, for the bundle."""
-        return ShippedBaselines.from_fitted({name: self.fitted[name].linear for name in SHIPPED})
+        return ShippedBaselines.from_fitted({name: self.fitted[name].linear for name in SHIPPED if name in self.fitted})
 
 
 def compare_with_baselines(

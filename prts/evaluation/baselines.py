@@ -5,7 +5,7 @@
 | gene_mean | nothing |
 | position | position among the training nuclei of the same section (absent if the section has none) |
 | colour | 12 color statistics of tile and nucleus |
-| morphology | shape and crowding of the polygons |
+| morphology | shape and crowding of the polygons (absent if the units are bins) |
 | ridge | the model's features |
 | permuted | the same features, with counts permuted among training nuclei: its PCC is 0 unless information leaks into the test |
 """
@@ -85,7 +85,9 @@ def fit_baselines(
         Seed of the permutations.
     """
     fitted = {"gene_mean": FittedBaseline(gene_mean(train))}
-    for name, described in (("colour", with_colour), ("morphology", with_morphology)):
+    # bins are squares of one size: nothing to learn from their shape
+    inputs = {"colour": with_colour} if tissue.bins else {"colour": with_colour, "morphology": with_morphology}
+    for name, described in inputs.items():
         describe = partial(described, tissue=tissue)
         fitted[name] = FittedBaseline(ridge(describe(train), describe(val), name=name), describe)
     fitted["ridge"] = FittedBaseline(ridge(train, val))
