@@ -190,8 +190,9 @@ def test_from_training_to_scores(folders, configs, tmp_path, capsys):
     assert run("export", [f"prediction={out}", "format=parquet", f"out={tmp_path}/table.parquet"]) == 0
     capsys.readouterr()
 
-    for option, message in {"bin_um=16": "bin_um: 16 is not the size", "units=nuclei": "units: nuclei, but"}.items():
-        assert run("predict", [*predict, option]) == 2
+    wrong = {("units=bins", "bin_um=16"): "bin_um: 16 is not the size", ("units=nuclei",): "units: nuclei, but"}
+    for options, message in wrong.items():
+        assert run("predict", [*predict, *options]) == 2
         assert message in capsys.readouterr().err
 
     model = prts.Model.load(folder / "model")

@@ -73,18 +73,18 @@ def _nuclei(given: dict[str, object], bundle: Bundle) -> NucleiSource:
     from prts.api.predict import uses_bins
     from prts.segmentation import segmenters
 
-    node, file = given.get("segmentation"), given["nuclei"]
-    if given["units"] == "bins":
+    node, file, units = given.get("segmentation"), given["nuclei"], given.get("units")
+    if units == "bins":
         for key, value in (("nuclei", file), ("segmentation", node)):
             if value is not None:
                 raise ParameterError("", key, "says where nuclei are, and the units are bins; omit one of them")
-    if given["units"] == "bins" or given["bin_um"] is not None:
+    if units == "bins" or given["bin_um"] is not None:
         recorded = bundle.metadata["segmentation"]["arguments"] if uses_bins(bundle) else {}
-        if given["units"] == "nuclei" or (given["units"] is None and not recorded):
+        if units == "nuclei" or (units is None and not recorded):
             raise ParameterError("", "bin_um", "is the size of bins; give units=bins, too")
         asked = {} if given["bin_um"] is None else {"bin_um": given["bin_um"]}
         return segmenters.build({"name": "bins", **recorded, **asked})
-    if given["units"] == "nuclei" and uses_bins(bundle) and node is None and file is None:
+    if units == "nuclei" and uses_bins(bundle) and node is None and file is None:
         raise ParameterError(
             "", "units", "nuclei, but this model was trained on bins; give nuclei=FILE or segmentation=NAME, too"
         )

@@ -277,7 +277,6 @@ class Predict:
     bundle: FilePath
     image: FilePath
     out: FilePath
-    units: Units | None
     bin_um: BinUm | None
     nuclei: FilePath | None
     mpp: Mpp | None
@@ -300,6 +299,8 @@ class Predict:
     max_pixels: Annotated[int, Field(ge=1)] | None
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
+    units: Units | None = None
+    qc: QualityControl | None = None
 
 
 @dataclass
