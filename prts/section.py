@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prts.errors import InputError, ParameterError
 from prts.io.mpp import require_agreement
@@ -14,6 +15,7 @@ from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
+from prts.platforms.base import HasUnits
 
 if TYPE_CHECKING:
     from prts.platforms.base import Measurement
@@ -125,6 +127,8 @@ def read_visium_hd(
     mpp: float | None = None,
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
+    units: Literal["nuclei", "bins"] = "nuclei",
+    bin_um: int | None = None,
     max_pixels: int | None = None,
 ) -> Section:
     """Read a Visium HD section.
@@ -132,7 +136,7 @@ def read_visium_hd(
     Parameters
     ----------
     path
-        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs` or `binned_outputs/square_002um`.
+        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs` or `binned_outputs/square_NNNum`.
     image
         The full-resolution H&E image; if None, the only `tissue_image.*` in the section's folder.
     name
@@ -143,6 +147,10 @@ def read_visium_hd(
         Nuclei from another tool, in any format that `prts.io.nuclei` reads; if None, Space Ranger's segmentation if it is there.
     spots
         Measured spots (.h5ad); if None, `spots.h5ad` if it is there.
+    units
+        What is trained on and predicted: `"nuclei"`, in which 2 um bins are summed, or `"bins"`, with the counts of the matrix.
+    bin_um
+        Side of the bins with `units="bins"`, 8 by default.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
@@ -161,6 +169,10 @@ def read_visium_hd(
     >>> section.mpp  # doctest: +SKIP
     0.2738
     """
+    if units not in ("nuclei", "bins"):
+        raise ParameterError("", "units", f"{units!r} is not known; choose nuclei or bins")
+    if units == "nuclei" and bin_um is not None:
+        raise ParameterError("", "bin_um", "belongs to units='bins'; omit it, or choose those units")
     path = Path(path)
     folder = _section_folder(path)
     measurement = platforms["visium_hd"].find(path)
@@ -168,6 +180,8 @@ def read_visium_hd(
         raise InputError(
             f"{path}: contains no Visium HD bins; give Space Ranger's outs folder with binned_outputs/square_002um"
         )
+    if units == "bins" and isinstance(measurement, HasUnits):
+        measurement = measurement.with_units(8 if bin_um is None else bin_um)
     return open_section(
         _name(folder) if name is None else name,
         _image(folder) if image is None else image,
@@ -369,8 +383,8 @@ def _section_folder(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give Space Ranger's outs, or its binned_outputs/square_002um")
     folder = path.resolve()
-    for inner in ("square_002um", "binned_outputs", "outs"):
-        if folder.name == inner:
+    for inner in (r"square_\d{3}um", "binned_outputs", "outs"):
+        if re.fullmatch(inner, folder.name):
             folder = folder.parent
     return folder
 

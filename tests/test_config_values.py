@@ -50,7 +50,7 @@ MEANT = {
     r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mean|std|min_cells|min_umi|model_mpp|mpp|name"
     r"|nms_thresh|nuclei|obo|orthologs|out|path|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section|segmentation"
     r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|optimizer\.fused)"
-    r"|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)",
+    r"|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
     "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
     "flag": r"encoder\.compile|intervals|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
     r"|model\.optimizer\.fused",
@@ -60,7 +60,7 @@ MEANT = {
     "mapping": r"callbacks|logger|.*\.md5",
 }
 # wandb takes what it likes; `download` reads nothing of the choices that a tissue makes for training
-ANYTHING = r"logger\.wandb\.(group|mode|settings.*)|download:(segmentation|panel|encoder|split).*"
+ANYTHING = r"logger\.wandb\.(group|mode|settings.*)|download:(segmentation|panel|encoder|split|qc|units|bin_um).*"
 
 
 @cache

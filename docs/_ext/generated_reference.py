@@ -21,6 +21,7 @@ GROUPS = {
     "experiment": "Complete recipes: loss, network, optimizer and stopping rule together.",
     "ablation": "One change to a recipe, to see what a part is worth.",
     "encoder": "The network that turns the image around a nucleus into numbers.",
+    "units": "What is predicted: nuclei, or square bins.",
     "segmentation": "How nuclei are found.",
     "qc": "Which nuclei are kept.",
     "panel": "Which genes are predicted.",

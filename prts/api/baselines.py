@@ -12,12 +12,12 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from prts.api.predict import EncoderRuntime, build_encoder
+from prts.api.predict import EncoderRuntime, build_encoder, uses_bins
 from prts.data.nucleus_set import NucleusSet
 from prts.data.prepare import prepare_context, prepare_features, prepare_input
 from prts.evaluation.against_baselines import score_baselines
 from prts.evaluation.scored_section import ScoredSection, Scoring
-from prts.features.colour import ColourStats
+from prts.features.colour import colour_reader
 from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
@@ -143,7 +143,8 @@ class _Features:
         return np.empty((len(self._ids), 0), np.float32)
 
     def colour(self) -> Floats:
-        store = prepare_features(self._folder, self._seen, self._nuclei, ColourStats(), self._source, kind="colour")
+        reader = colour_reader(bins=uses_bins(self._bundle))
+        store = prepare_features(self._folder, self._seen, self._nuclei, reader, self._source, kind="colour")
         return read_features(store, self._ids)
 
     def context(self) -> Floats:

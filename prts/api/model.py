@@ -190,7 +190,8 @@ class Model:
         species
             `"human"` or `"mouse"`, for the mitochondrial share; None: inferred from the gene names.
         nuclei
-            A segmenter or its name; None: a section's own nuclei if it has some, else StarDist.
+            A segmenter or its name, `"bins"` for square bins; None: bins if the sections were read with `units="bins"`, else a section's
+            own nuclei if it has some, else StarDist.
         genes
             Number of most variable genes to predict, a list of genes, a file with such a list, or a panel builder.
         out
@@ -268,7 +269,8 @@ class Model:
             The full-resolution H&E image (TIFF, BigTIFF, OME-TIFF, SVS, NDPI, MRXS, PNG, JPEG), or an open section.
         nuclei
             The name of a segmenter (`"stardist"`, `"watershed"`), a file of polygons, a GeoDataFrame of polygons in full-resolution
-            pixels, or a segmenter; None: the segmenter that training used.
+            pixels, or a segmenter; None: the segmenter that training used. `"bins"`, and None for a model that was trained on bins, tiles
+            the tissue with squares; a section that was read with `units="bins"` has its own.
         mpp
             um per pixel of the image, if its metadata lack it. It is never guessed.
         out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from prts.preprocess.counts import QCSettings
     from prts.section import Section
     from prts.segmentation.segment import Segmenter
+
+logger = logging.getLogger(__name__)
 
 # The values of configs/experiment/best.yaml; a test compares them.
 NETWORK: dict[str, Any] = {
@@ -72,11 +75,12 @@ class SectionSettings:
     Parameters
     ----------
     nuclei
-        A segmenter or its name; None: a section's own nuclei if it has some, else StarDist.
+        A segmenter or its name; None: bins if the sections were read with `units="bins"`, else a section's own nuclei if it has some,
+        else StarDist.
     genes
         The panel: a number (the most variable genes), a list of genes, a file with one, or a panel builder.
     qc
-        Limits of quality control; None: the paper's.
+        Limits of quality control; None: the paper's, or `QCSettings.for_bins`.
     register
         Correct the shift between bins and nuclei. It is measured and reported either way.
     artefacts
@@ -108,6 +112,34 @@ def check_features(features: Sequence[str]) -> tuple[str, ...]:
         hint = did_you_mean(unknown[0], BLOCKS) if unknown and not isinstance(features, str) else ""
         raise ParameterError("", "features", f"{features!r} must list some of {', '.join(BLOCKS)}, each once{hint}")
     return tuple(features)
+
+
+def usable_features(features: Sequence[str], segmenter: Segmenter) -> tuple[str, ...]:
+    """The blocks of features that tell units apart: not the morphology of bins.
+
+    Parameters
+    ----------
+    features
+        Some of `FEATURES`.
+    segmenter
+        What finds the units.
+
+    Raises
+    ------
+    ParameterError
+        If nothing is left.
+    """
+    from prts.segmentation.bins import Bins
+
+    if not isinstance(segmenter, Bins) or "morphology" not in features:
+        return tuple(features)
+    kept = tuple(name for name in features if name != "morphology")
+    if not kept:
+        raise ParameterError(
+            "data", "use", "morphology alone does not tell bins apart, which are equal squares; add local or global"
+        )
+    logger.info("bins are equal squares: without the features of morphology")
+    return kept
 
 
 def split_settings(given: Mapping[str, Any]) -> tuple[FitSettings, SectionSettings]:
@@ -285,13 +317,14 @@ def make_plan(
     from prts.data.prepare import PrepareSettings, prepare_sections
     from prts.features.no_encoder import needed_encoder
     from prts.preprocess.counts import QCSettings
-    from prts.segmentation import segmenters
+    from prts.segmentation.bins import Bins
 
-    segmenter = preparation.nuclei or "stardist"
+    segmenter = _segmenter(preparation.nuclei, sections.values())
+    bins = isinstance(segmenter, Bins)
     prepare = PrepareSettings(
-        segmenter=segmenters.build({"name": segmenter}) if isinstance(segmenter, str) else segmenter,
-        prefer_given=preparation.nuclei is None,
-        qc=preparation.qc or QCSettings(),
+        segmenter=segmenter,
+        prefer_given=preparation.nuclei is None and not bins,
+        qc=preparation.qc or (QCSettings.for_bins() if bins else QCSettings()),
         register=preparation.register,
         artefacts=preparation.artefacts,
         splitter=splitter,
@@ -303,6 +336,22 @@ def make_plan(
     return TrainingPlan(
         prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),
         preparation=prepare,
-        data=DataSettings(use=tuple(features), batch_size=settings.batch_size),
+        data=DataSettings(use=usable_features(features, segmenter), batch_size=settings.batch_size),
         recipe=recipe,
     )
+
+
+def _segmenter(nuclei: Segmenter | str | None, sections: Iterable[Section]) -> Segmenter:
+    """The segmenter that a user means; None: the sections' bins if they were read as units, else StarDist."""
+    from prts.platforms.base import HasUnits
+    from prts.segmentation import segmenters
+
+    if nuclei is not None and not isinstance(nuclei, str):
+        return nuclei
+    sizes = {part.bin_um if isinstance(part := section.measurement, HasUnits) else None for section in sections}
+    if nuclei == "bins" or (nuclei is None and sizes != {None}):
+        if len(sizes) > 1:
+            raise InputError("sections: their units differ; read all of them with the same `units` and `bin_um`")
+        (bin_um,) = sizes
+        return segmenters.build({"name": "bins"} if bin_um is None else {"name": "bins", "bin_um": bin_um})
+    return segmenters.build({"name": nuclei or "stardist"})

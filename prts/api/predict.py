@@ -28,6 +28,7 @@ from prts.preprocess.artefacts import log_artefacts
 from prts.preprocess.stains.base import match_stain
 from prts.section import Section, read_section
 from prts.segmentation import segmenters
+from prts.segmentation.bins import Bins
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import recorded_segmenter
 from prts.stopwatch import Stopwatch, peak_rss_mb
@@ -250,6 +251,11 @@ class _GivenNuclei:
         return ids
 
 
+def uses_bins(bundle: Bundle) -> bool:
+    """Whether a model was trained on bins."""
+    return bool(bundle.metadata["segmentation"]["name"] == Bins.name)
+
+
 def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segmenter:
     """The segmenter for a slide, from the user's choice.
 
@@ -265,8 +271,21 @@ def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segm
     Raises
     ------
     InputError
-        If there is no such segmenter or file, or training used nuclei from a file and this section has none.
+        If there is no such segmenter or file, training used nuclei from a file and this section has none, or the bins have another size.
     """
+    chosen = _chosen_segmenter(nuclei, bundle, section)
+    if isinstance(chosen, Bins) and uses_bins(bundle):
+        trained_on = bundle.metadata["segmentation"]["arguments"]["bin_um"]
+        if chosen.bin_um != trained_on:
+            raise ParameterError(
+                "",
+                "bin_um",
+                f"{chosen.bin_um} is not the size of the bins that this model was trained on, and counts grow with it; give {trained_on}",
+            )
+    return chosen
+
+
+def _chosen_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segmenter:
     if nuclei is None:
         try:
             trained = recorded_segmenter(bundle.metadata["segmentation"])

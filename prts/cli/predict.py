@@ -1,16 +1,18 @@
-"""Predict the expression of every nucleus in an H&E image with a trained model.
+"""Predict the expression of every nucleus, or square bin, in an H&E image with a trained model.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
+                    [units=nuclei|bins] [bin_um=8]
                     [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [rotate=0|90|180|270]
                     [flip=none|horizontal|vertical] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
 
 Nuclei are read from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image) or found with `segmentation=`, by default the
-segmenter used in training. um/px comes from `mpp=` or the image's metadata and is never guessed. The encoder's weights are read from
-`encoder.weights=`, by default from the path used in training. Encoder and network run on `encoder.device=`, by default a GPU if there is
-one. `stain=` matches the slide's colors to the training section. `rotate=` (degrees counterclockwise), then `flip=`, match its orientation
-to the training tissue; coordinates in input and output still refer to the image file. `roi=` predicts only nuclei centered in a region.
-If nuclei are more than 2.5 times larger or smaller than in training, um/px is probably wrong and the command stops; check_scale=false
-continues anyway.
+segmenter used in training. `units=bins`, the default of a model trained on bins, tiles the tissue with squares of `bin_um=` um instead;
+glass is left out, and ids are written like 10x's barcodes. um/px comes from `mpp=` or the image's metadata and is never guessed. The
+encoder's weights are read from `encoder.weights=`, by default from the path used in training. Encoder and network run on
+`encoder.device=`, by default a GPU if there is one. `stain=` matches the slide's colors to the training section. `rotate=` (degrees
+counterclockwise), then `flip=`, match its orientation to the training tissue; coordinates in input and output still refer to the image
+file. `roi=` predicts only nuclei centered in a region. If nuclei are more than 2.5 times larger or smaller than in training, um/px is
+probably wrong and the command stops; check_scale=false continues anyway.
 
 Writes FILE.h5ad (nuclei x genes) and FILE.nuclei.parquet (polygons). X is the expected UMI, layers["prob"] is P(expressed), layers["lower"]
 and layers["upper"] are the 90% interval of the count (omitted with intervals=false), and obs["artefact"] flags nuclei on glass, in a fold,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.api.predict import NucleiSource
+    from prts.models.bundle import Bundle
 
 
 def main(cfg: DictConfig) -> None:
@@ -52,22 +55,38 @@ def main(cfg: DictConfig) -> None:
         "max_pixels",
     )
     given = plain(cfg)
+    bundle = load_bundle(Path(cfg.bundle))
     predict_slide(
-        load_bundle(Path(cfg.bundle)),
+        bundle,
         cfg.image,
         cfg.out,
-        nuclei=_nuclei(given),
+        nuclei=_nuclei(given, bundle),
         settings=SlideSettings(**{name: given[name] for name in names}),
         encoder=EncoderRuntime(**given["encoder"]),
         cache_dir=cfg.paths.cache_dir,
     )
 
 
-def _nuclei(given: dict[str, object]) -> NucleiSource:
-    """The nuclei file or the requested segmenter; None means the segmenter of training."""
+def _nuclei(given: dict[str, object], bundle: Bundle) -> NucleiSource:
+    """The nuclei file, the requested segmenter, or bins; None means the segmenter of training."""
+    from prts.api.predict import uses_bins
     from prts.segmentation import segmenters
 
-    node, file = given.get("segmentation"), given["nuclei"]
+    node, file, units = given.get("segmentation"), given["nuclei"], given.get("units")
+    if units == "bins":
+        for key, value in (("nuclei", file), ("segmentation", node)):
+            if value is not None:
+                raise ParameterError("", key, "says where nuclei are, and the units are bins; omit one of them")
+    if units == "bins" or given["bin_um"] is not None:
+        recorded = bundle.metadata["segmentation"]["arguments"] if uses_bins(bundle) else {}
+        if units == "nuclei" or (units is None and not recorded):
+            raise ParameterError("", "bin_um", "is the size of bins; give units=bins, too")
+        asked = {} if given["bin_um"] is None else {"bin_um": given["bin_um"]}
+        return segmenters.build({"name": "bins", **recorded, **asked})
+    if units == "nuclei" and uses_bins(bundle) and node is None and file is None:
+        raise ParameterError(
+            "", "units", "nuclei, but this model was trained on bins; give nuclei=FILE or segmentation=NAME, too"
+        )
     if node is None:
         return None if file is None else Path(str(file))
     assert isinstance(node, dict)

@@ -1,6 +1,6 @@
 """Segment, count, choose genes and compute features for every section of a tissue.
 
-usage: prts prepare tissue=NAME [segmentation=...] [encoder=...] [panel=...] [preprocess.register=true]
+usage: prts prepare tissue=NAME [units=nuclei|bins] [bin_um=8] [segmentation=...] [encoder=...] [panel=...] [preprocess.register=true]
 
 Writes everything that training needs to the cache (paths.cache_dir). Steps that are up to date are skipped, a killed run resumes where it
 stopped, and parallel runs can share a cache. `prts train` runs this step automatically. The shift between bins and nuclei is measured in
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain
+from prts.errors import ParameterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +47,7 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     from prts.features.no_encoder import needed_encoder
     from prts.preprocess.counts import QCSettings
 
-    segmenter, prefer_given = chosen_segmenter(plain(cfg.segmentation))
+    segmenter, prefer_given = chosen_segmenter(plain(with_units(cfg).segmentation))
     settings = PrepareSettings(
         segmenter=segmenter,
         prefer_given=prefer_given,
@@ -61,6 +62,26 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     )
     tissue = parse_tissue(plain(cfg.tissue))
     return lambda stopwatch: prepare_tissue(tissue, settings, stopwatch), settings
+
+
+def with_units(cfg: DictConfig) -> DictConfig:
+    """The config with bins in place of a segmentation, if they are the units: a tissue may name a segmenter of its own.
+
+    Raises
+    ------
+    ParameterError
+        If the segmentation is bins but the units are nuclei.
+    """
+    from prts.segmentation.bins import Bins
+
+    if cfg.units == "bins":
+        cfg = cfg.copy()
+        cfg.segmentation = {"name": Bins.name, "prefer_given": False, "bin_um": cfg.bin_um}
+    elif cfg.segmentation.name == Bins.name:
+        raise ParameterError(
+            "", "segmentation", "bins are chosen with units=bins, which sets their quality control, too"
+        )
+    return cfg
 
 
 def chosen_segmenter(node: dict[str, Any]) -> tuple[Segmenter, bool]:

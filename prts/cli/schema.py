@@ -31,6 +31,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 NotNegative = Annotated[float, Field(ge=0, le=1e9)]
 Mpp = Annotated[float, Field(ge=0.05, le=5)]
+Units = Literal["nuclei", "bins"]
+BinUm = Annotated[int, Field(ge=2, le=512)]
 Species = Literal["human", "mouse"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:1")]
 
@@ -230,6 +232,8 @@ class Prepare:
     preprocess: Preprocess
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    units: Units
+    bin_um: BinUm
 
 
 @dataclass
@@ -273,6 +277,7 @@ class Predict:
     bundle: FilePath
     image: FilePath
     out: FilePath
+    bin_um: BinUm | None
     nuclei: FilePath | None
     mpp: Mpp | None
     stain: Name
@@ -294,6 +299,8 @@ class Predict:
     max_pixels: Annotated[int, Field(ge=1)] | None
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
+    units: Units | None = None
+    qc: QualityControl | None = None
 
 
 @dataclass
@@ -430,6 +437,9 @@ class Download:
     panel: Any = None
     encoder: Any = None
     split: Any = None
+    qc: Any = None
+    units: Any = None
+    bin_um: Any = None
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Train a model, and test it next to baselines.
 
-usage: prts train [tissue=demo|her2st|brain|lung|breast] [ablation=full|local_only|global_only] [encoder=...] [seed=0]
+usage: prts train [tissue=demo|her2st|brain|lung|breast|kidney] [units=nuclei|bins] [bin_um=8]
+                  [ablation=full|local_only|global_only] [encoder=...] [seed=0]
 
 Prepares the sections if needed, fits the network, chooses output rule and threshold on validation, and scores the test sections.
 Writes outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (further test sections in
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prts.cli.app import plain
-from prts.cli.prepare import preparation
+from prts.cli.prepare import preparation, with_units
 from prts.errors import InputError, ParameterError
 
 if TYPE_CHECKING:
@@ -64,11 +65,13 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
 def training_plan(cfg: DictConfig) -> TrainingPlan:
     """All that a config says of a run, as objects; refused here, before any work, if it makes no sense."""
+    from prts.api.plan import usable_features
     from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.evaluation.settings import EvaluationSettings
 
-    cfg = settled(cfg)
+    cfg = settled(with_units(cfg))
     prepare, settings = preparation(cfg)
+    cfg.data.use = list(usable_features(cfg.data.use, settings.segmenter))
     data = plain(cfg.data)
     del data["target"]  # the likelihood's
     return TrainingPlan(

@@ -19,15 +19,17 @@ from prts.data.prepare_input import STAGE_VERSION, build, prepare_context, prepa
 from prts.data.prepared import PanelBuilder, PreparedSection, PreparedTissue, PrepareSettings
 from prts.data.resolve import resolve_section
 from prts.data.splits import TRAIN, Roles
-from prts.features.colour import ColourStats
+from prts.errors import InputError
+from prts.features.colour import colour_reader
 from prts.features.no_encoder import NoEncoder
 from prts.io.cache import file_identity, fingerprint
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
-from prts.platforms.base import WARN_UM, Registration
+from prts.platforms.base import WARN_UM, HasUnits, Registration
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
 from prts.preprocess.counts import measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
+from prts.segmentation.bins import Bins, measured_bins
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import segment
 from prts.stopwatch import Stopwatch
@@ -121,6 +123,9 @@ def prepare_sections(
     if not settings.prefer_given:
         settings.segmenter.settings()
 
+    bins = isinstance(settings.segmenter, Bins)
+    if isinstance(settings.segmenter, Bins):
+        sections = {key: _with_units(section, settings.segmenter.bin_um) for key, section in sections.items()}
     nuclei: dict[str, Path] = {}
     counts: dict[str, Path] = {}
     passing: dict[str, str] = {}
@@ -145,7 +150,7 @@ def prepare_sections(
             if not isinstance(settings.encoder, NoEncoder):
                 features = prepare_features(root / key, section, kept, settings.encoder, passing[key])
         with watch("colour"):
-            colour = prepare_features(root / key, section, kept, ColourStats(), passing[key], kind="colour")
+            colour = prepare_features(root / key, section, kept, colour_reader(bins=bins), passing[key], kind="colour")
         with watch("context"):
             around = prepare_context(root / key, section, kept, passing[key])
         prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, around, registration[key])
@@ -158,7 +163,20 @@ def prepare_sections(
         test=list(roles.test),
         panel=panel,
         register=settings.register,
+        bins=bins,
     )
+
+
+def _with_units(section: Section, bin_um: int) -> Section:
+    """The section with its bins of this size as units, checked against its image."""
+    measurement = required_measurement(section)
+    if not isinstance(measurement, HasUnits):
+        raise InputError(
+            f"{measurement.path}: {measurement.name} has no bins that could be units; predict nuclei, or give Visium HD"
+        )
+    measurement = measurement.with_units(bin_um)
+    measurement.check(section.image, section.width, section.height, (section.mpp_source, section.mpp))
+    return replace(section, measurement=measurement)
 
 
 def prepare_nuclei(
@@ -184,7 +202,10 @@ def prepare_nuclei(
     InputError
         If the image is not H&E, no nucleus is found, or the nuclei file does not fit the image.
     """
-    used = Polygons(section.nuclei) if segmenter is None or (prefer_given and section.nuclei is not None) else segmenter
+    if segmenter is None or (prefer_given and section.nuclei is not None):
+        used: Segmenter = Polygons(section.nuclei)
+    else:
+        used = measured_bins(section, segmenter) or segmenter
     settings = {
         "version": STAGE_VERSION["nuclei"],
         "image": file_identity(section.image),

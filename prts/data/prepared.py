@@ -106,7 +106,7 @@ class PreparedSection:
 
 @dataclass(frozen=True)
 class PreparedTissue:
-    """A tissue whose sections are ready for training; `register` says whether their counts were corrected."""
+    """A tissue whose sections are ready; `register` says whether their counts were corrected, `bins` whether bins are the units."""
 
     name: str
     species: str
@@ -116,3 +116,4 @@ class PreparedTissue:
     test: list[str]
     panel: Path
     register: bool = False
+    bins: bool = False

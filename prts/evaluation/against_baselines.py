@@ -58,7 +58,7 @@ class RunBaselines:
 
     def shipped(self) -> ShippedBaselines:
         """The baselines to store in the bundle, which apply to any later slide."""
-        return ShippedBaselines.from_fitted({name: self.fitted[name].linear for name in SHIPPED})
+        return ShippedBaselines.from_fitted({name: self.fitted[name].linear for name in SHIPPED if name in self.fitted})
 
 
 def compare_with_baselines(

@@ -6,7 +6,7 @@
 | position | position among the training nuclei of the same section (absent if the section has none) |
 | colour | 12 color statistics of tile and nucleus |
 | context | 42 color statistics around the nucleus, at seven scales |
-| morphology | shape and crowding of the polygons |
+| morphology | shape and crowding of the polygons (absent if the units are bins) |
 | ridge | the model's features |
 | permuted | the same features, with counts permuted among training nuclei: its PCC is 0 unless information leaks into the test |
 """
@@ -86,7 +86,9 @@ def fit_baselines(
         Seed of the permutations.
     """
     fitted = {"gene_mean": FittedBaseline(gene_mean(train))}
-    described_by = {"colour": with_colour, "context": with_context, "morphology": with_morphology}
+    described_by = {"colour": with_colour, "context": with_context}
+    if not tissue.bins:  # bins are squares of one size: nothing to learn from their shape
+        described_by["morphology"] = with_morphology
     for name, described in described_by.items():
         describe = partial(described, tissue=tissue)
         fitted[name] = FittedBaseline(ridge(describe(train), describe(val), name=name), describe)

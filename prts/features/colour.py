@@ -26,6 +26,8 @@ class ColourStats(Encoder):
     ----------
     batch_size
         Nuclei per batch.
+    mpp, tile_px
+        The tile, at least 64 px wide.
     """
 
     name = "colour"
@@ -34,8 +36,8 @@ class ColourStats(Encoder):
     # Increased when a column changes.
     version = 1
 
-    def __init__(self, batch_size: int = 32) -> None:
-        self.batch_size = batch_size
+    def __init__(self, batch_size: int = 32, *, mpp: float = Encoder.mpp, tile_px: int = Encoder.tile_px) -> None:
+        self.batch_size, self.mpp, self.tile_px = batch_size, mpp, tile_px
 
     def settings(self) -> dict[str, Any]:
         """Everything that affects the features."""
@@ -49,6 +51,17 @@ class ColourStats(Encoder):
         nucleus, _ = nucleus_masks(polygons, edge)
         everywhere = torch.ones((len(tiles), 1, self.tile_px, self.tile_px))
         return _mean_and_sd(density, everywhere), _mean_and_sd(central, nucleus[:, None].float())
+
+
+def colour_reader(*, bins: bool) -> ColourStats:
+    """The color statistics of nuclei, or of bins: a section has ten times as many, which are seen at 2 um per pixel.
+
+    Parameters
+    ----------
+    bins
+        Whether the units are bins.
+    """
+    return ColourStats(batch_size=256, mpp=2.0, tile_px=64) if bins else ColourStats()
 
 
 def _mean_and_sd(density: torch.Tensor, weight: torch.Tensor) -> Floats:

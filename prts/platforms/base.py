@@ -133,6 +133,36 @@ class Registrable(Protocol):
         ...
 
 
+@runtime_checkable
+class HasUnits(Protocol):
+    """A measurement in regular bins, which can be the units in place of nuclei."""
+
+    @property
+    def bin_um(self) -> int | None:
+        """Side of the bins that are the units, um; None if the measurement counts nuclei."""
+        ...
+
+    def with_units(self, bin_um: int) -> Self:
+        """The same measurement with its bins of this size as units.
+
+        Raises
+        ------
+        InputError
+            If it has none of this size.
+        """
+        ...
+
+    def units(self, mpp: float) -> gpd.GeoDataFrame:
+        """All measured bins as squares, in the columns of nuclei: `cell_id` is the barcode, `geometry` in full-resolution pixels.
+
+        Parameters
+        ----------
+        mpp
+            um per full-resolution pixel.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Registration:
     """The displacement of the measured positions against the nuclei.

@@ -105,12 +105,7 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
         If the matrix has bins without a position.
     """
     row, col = matrix.array_row, matrix.array_col
-    unlisted = int(np.count_nonzero(~grid.lists(row, col)))
-    if unlisted:
-        raise InputError(
-            f"{matrix.path}: {unlisted} of {len(row)} bins are not in spatial/tissue_positions.parquet; give matrix and "
-            "positions of one run of Space Ranger"
-        )
+    require_positions(matrix, grid)
     # the residual is the largest along one axis
     nucleus, at_row, at_col = lattice_points_within(
         polygons, grid.affine, grid.n_cols, grid.n_rows, xy=grid.xy, residual=1.5 * grid.residual_px
@@ -122,6 +117,22 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
     owner[place[owner[place] != nucleus]] = _SHARED
     of_bin: NDArray[np.int32] = owner[row.astype(np.int64) * grid.n_cols + col]
     return of_bin
+
+
+def require_positions(matrix: BinMatrix, grid: BinGrid) -> None:
+    """Refuse a matrix that has bins without a position.
+
+    Raises
+    ------
+    InputError
+        If it has some.
+    """
+    unlisted = int(np.count_nonzero(~grid.lists(matrix.array_row, matrix.array_col)))
+    if unlisted:
+        raise InputError(
+            f"{matrix.path}: {unlisted} of {matrix.n_bins} bins are not in spatial/tissue_positions.parquet; give matrix and "
+            "positions of one run of Space Ranger"
+        )
 
 
 def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tuple[csr_matrix, dict[str, int]]:

@@ -17,19 +17,32 @@ from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
 from prts.io.h5_checks import DAMAGED, fits_in_file
+from prts.platforms.bin_positions import bin_size, bins_folder
 
-_BARCODE = b"s_002um_00000_00000-1"
 _ROW, _COLUMN = slice(8, 13), slice(14, 19)
 _BARCODES_AT_ONCE = 1 << 21
 
 
+def barcode(bin_um: int, row: int, col: int) -> str:
+    """The barcode of one bin, as 10x writes it.
+
+    Examples
+    --------
+    >>> barcode(8, 12, 34)
+    's_008um_00012_00034-1'
+    """
+    return f"s_{bin_um:03d}um_{row:05d}_{col:05d}-1"
+
+
 class BinMatrix:
-    """`filtered_feature_bc_matrix.h5` of the 2 um bins; a context manager.
+    """`filtered_feature_bc_matrix.h5` of the bins of one size; a context manager.
 
     Attributes
     ----------
     path
         The file.
+    bin_um
+        Side of the bins, which the folder states (`prts.platforms.bin_positions.bin_size`).
     gene_ids, gene_names
         (n_genes,) object arrays of str: Ensembl ids (unique) and symbols (not always unique). Only features of the type
         "Gene Expression" are included.
@@ -49,6 +62,7 @@ class BinMatrix:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.bin_um = bin_size(self.path.parent)
         if not self.path.is_file():
             raise InputError(f"{self.path}: no such file; give Space Ranger's filtered_feature_bc_matrix.h5")
         try:
@@ -180,12 +194,12 @@ class BinMatrix:
             )
 
     def _bins(self, barcodes: h5py.Dataset) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Rows and columns of the array, from the digits of `s_002um_<row>_<column>-1`."""
+        """Rows and columns of the array, from the digits of `s_<size>um_<row>_<column>-1`."""
         if len(barcodes.shape) != 1 or barcodes.dtype.kind not in "SO":
             raise InputError(f"{self.path}: matrix/barcodes must be text; give the file of Space Ranger")
         rows = np.empty(barcodes.shape[0], np.int32)
         columns = np.empty_like(rows)
-        pattern = np.frombuffer(_BARCODE, np.uint8)
+        pattern = np.frombuffer(barcode(self.bin_um, 0, 0).encode(), np.uint8)
         is_digit = (pattern >= ord("0")) & (pattern <= ord("9"))
         is_digit[:8] = False  # the bin size is fixed
         place = 10 ** np.arange(4, -1, -1)
@@ -206,17 +220,18 @@ class BinMatrix:
         if (key[1:] == key[:-1]).any():
             twice = int(key[1:][key[1:] == key[:-1]][0])
             raise InputError(
-                f"{self.path}: barcode s_002um_{twice // 100_000:05}_{twice % 100_000:05}-1 occurs twice; "
+                f"{self.path}: barcode {barcode(self.bin_um, *divmod(twice, 100_000))} occurs twice; "
                 "give a matrix with one column per bin"
             )
         return rows, columns
 
-    def _refuse_barcode(self, barcode: str) -> None:
-        size = re.match(r"s_0*(\d+)um_", barcode)
-        what = f"bins of {size[1]} um" if size and size[1] != "2" else "not a 2 um bin of Visium HD"
+    def _refuse_barcode(self, text: str) -> None:
+        size = re.match(r"s_0*(\d+)um_", text)
+        other = size is not None and size[1] != str(self.bin_um)
+        what = f"bins of {size[1]} um" if size and other else f"not a {self.bin_um} um bin of Visium HD"
         raise InputError(
-            f"{self.path}: barcode {barcode!r}: {what}; give the matrix of binned_outputs/square_002um, with barcodes such as "
-            f"{_BARCODE.decode()!r}"
+            f"{self.path}: barcode {text!r}: {what}; give the matrix of binned_outputs/{bins_folder(self.bin_um)}, with barcodes such "
+            f"as {barcode(self.bin_um, 0, 0)!r}"
         )
 
     def _strings(self, group: h5py.Group, name: str) -> NDArray[Any]:

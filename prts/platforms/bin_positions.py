@@ -1,12 +1,14 @@
-"""Scale factors and positions of the 2 um bins of a Visium HD section, as Space Ranger writes them.
+"""Scale factors and positions of the bins of a Visium HD section, as Space Ranger writes them.
 
-`bins` is always the folder `binned_outputs/square_002um` of Space Ranger's output.
+`bins` is always a folder `binned_outputs/square_NNNum` of Space Ranger's output; its name states the size of the bins. A folder with
+another name is taken for the 2 um bins.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 from prts.errors import InputError
 
 BIN_SIZE_UM = 2.0
-_FOLDER = "square_002um"
+_FOLDER = re.compile(r"square_(\d{3})um")
 SCALEFACTORS = "spatial/scalefactors_json.json"
 POSITIONS = "spatial/tissue_positions.parquet"
 MATRIX = "filtered_feature_bc_matrix.h5"
@@ -90,6 +92,29 @@ class BinGrid:
         return float(outside[asked].mean())
 
 
+def bins_folder(bin_um: int) -> str:
+    """Name of the folder of bins of this size.
+
+    Examples
+    --------
+    >>> bins_folder(8)
+    'square_008um'
+    """
+    return f"square_{bin_um:03d}um"
+
+
+def bin_size(bins: Path) -> int:
+    """Side (um) of the bins in a folder, by its name; 2 if the name does not say."""
+    named = _FOLDER.fullmatch(Path(bins).absolute().name)
+    return int(named[1]) if named and int(named[1]) else int(BIN_SIZE_UM)
+
+
+def bins_folders(parent: Path) -> dict[int, Path]:
+    """The folders of bins in `binned_outputs` by the size of the bins (um), the smallest first."""
+    found = (path for path in parent.glob("square_*um") if _FOLDER.fullmatch(path.name) and path.is_dir())
+    return {bin_size(path): path for path in sorted(found)}
+
+
 def matrix_path(bins: Path) -> Path:
     """The matrix of a folder of bins."""
     return _file(Path(bins), MATRIX)
@@ -101,17 +126,18 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     Parameters
     ----------
     bins
-        The folder `square_002um`.
+        The folder `square_NNNum`.
 
     Returns
     -------
-    Its numbers by name: `bin_size_um` (2), and if given `microns_per_pixel` (um per full-resolution pixel),
+    Its numbers by name: `bin_size_um`, and if given `microns_per_pixel` (um per full-resolution pixel),
     `tissue_hires_scalef` and others.
 
     Raises
     ------
     InputError
-        If the folder is another one, the file is missing or not a JSON object of positive numbers, or the bins are not 2 um.
+        If the folder is another one, the file is missing or not a JSON object of positive numbers, or the bins are not of the size that the
+        folder is named after.
     """
     path = _file(Path(bins), SCALEFACTORS)
     try:
@@ -130,8 +156,11 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
             raise InputError(f"{path}: {key} is {content[key]!r}; give a positive number")
     if "bin_size_um" not in factors:
         raise InputError(f"{path}: bin_size_um is missing; give the scale factors of Visium HD bins")
-    if factors["bin_size_um"] != BIN_SIZE_UM:
-        raise InputError(f"{path}: bins of {factors['bin_size_um']:g} um; give those of 2 um, in {_FOLDER}")
+    expected = bin_size(bins)
+    if factors["bin_size_um"] != expected:
+        raise InputError(
+            f"{path}: bins of {factors['bin_size_um']:g} um; give those of {expected} um, in {bins_folder(expected)}"
+        )
     return factors
 
 
@@ -141,7 +170,7 @@ def read_positions(bins: Path) -> BinGrid:
     Parameters
     ----------
     bins
-        The folder `square_002um`.
+        The folder `square_NNNum`.
 
     Raises
     ------
@@ -176,12 +205,13 @@ def _file(bins: Path, name: str) -> Path:
     path = bins / name
     if path.is_file():
         return path
+    folder = bins_folder(bin_size(bins))
     if not bins.is_dir():
-        raise InputError(f"{bins}: no such folder; give the folder {_FOLDER} of Space Ranger's binned outputs")
-    for inner in (bins / _FOLDER, bins / "binned_outputs" / _FOLDER, bins / "outs" / "binned_outputs" / _FOLDER):
-        if inner.is_dir():
-            raise InputError(f"{bins}: is not the folder of the 2 um bins; give {inner}")
-    raise InputError(f"{path}: no such file; get it from Space Ranger's binned_outputs/{_FOLDER}")
+        raise InputError(f"{bins}: no such folder; give the folder {folder} of Space Ranger's binned outputs")
+    for parent in (bins, bins / "binned_outputs", bins / "outs" / "binned_outputs"):
+        for size, inner in bins_folders(parent).items():
+            raise InputError(f"{bins}: is not the folder of the {size} um bins; give {inner}")
+    raise InputError(f"{path}: no such file; get it from Space Ranger's binned_outputs/{folder}")
 
 
 def _float(value: float) -> float:

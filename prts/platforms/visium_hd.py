@@ -1,10 +1,12 @@
-"""Visium HD: 2 um bins in a regular array, as Space Ranger writes them."""
+"""Visium HD: square bins in a regular array, as Space Ranger writes them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from prts.errors import InputError
 from prts.io.cache import file_identity
@@ -18,11 +20,15 @@ from prts.platforms.bin_positions import (
     MATRIX,
     POSITIONS,
     SCALEFACTORS,
+    bin_size,
+    bins_folder,
+    bins_folders,
     matrix_path,
     read_positions,
     read_scalefactors,
 )
 from prts.platforms.bin_registration import corrected, register_bins
+from prts.platforms.bin_units import bin_um_of, count_squares, measured_squares
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -31,27 +37,33 @@ if TYPE_CHECKING:
 
 # Bins at the edge may extend beyond an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
-_FOLDERS = ("square_002um", "binned_outputs/square_002um", "outs/binned_outputs/square_002um")
+_PARENTS = ("", "binned_outputs", "outs/binned_outputs")
+
+BinUm = Annotated[int, Field(ge=1, le=999)]
 
 
 @platforms.register("visium_hd")
 @dataclass(frozen=True)
 class VisiumHD:
-    """The 2 um bins of a Visium HD section.
+    """The bins of a Visium HD section.
 
     Parameters
     ----------
     bins
-        Folder `binned_outputs/square_002um` of Space Ranger's output.
+        Folder `binned_outputs/square_NNNum` of Space Ranger's output.
+    bin_um
+        Side of the bins that are the units, from the folder of their size next to `bins`; None: the 2 um bins are summed in nuclei.
     """
 
     bins: Path | str
+    bin_um: BinUm | None = None
     name: ClassVar[str]
 
     @property
     def path(self) -> Path:
         """The folder of bins."""
-        return Path(self.bins)
+        bins = Path(self.bins)
+        return bins if self.bin_um is None else _of_size(bins, self.bin_um)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -60,10 +72,31 @@ class VisiumHD:
 
     @classmethod
     def find(cls, folder: Path) -> VisiumHD | None:
-        """The bins in a section's folder, in Space Ranger's `outs` or `binned_outputs`, or the folder of bins itself."""
-        if folder.resolve().name == _FOLDERS[0] or (folder / POSITIONS).is_file():
-            return cls(folder)
-        return next((cls(folder / inner) for inner in _FOLDERS if (folder / inner).exists()), None)
+        """The bins in a section's folder, in Space Ranger's `outs` or `binned_outputs`, or the folder of bins itself.
+
+        Of several sizes, the smallest; bins that are larger than 2 um are units themselves.
+        """
+        if bins_folder(bin_size(folder)) == folder.absolute().name or (folder / POSITIONS).is_file():
+            found: Path | None = folder
+        else:
+            found = next((path for inner in _PARENTS for path in bins_folders(folder / inner).values()), None)
+        if found is None:
+            return None
+        size = bin_size(found)
+        return cls(found, None if size == BIN_SIZE_UM else size)
+
+    def with_units(self, bin_um: int) -> VisiumHD:
+        """The same section with its bins of this size as units."""
+        if not _of_size(Path(self.bins), bin_um).exists():
+            there = ", ".join(map(str, bins_folders(Path(self.bins).parent))) or "none"
+            raise InputError(
+                f"{self.bins}: {bins_folder(bin_um)} is not next to it; set `bin_um` to a size that is there ({there})"
+            )
+        return VisiumHD(self.bins, bin_um)
+
+    def units(self, mpp: float) -> gpd.GeoDataFrame:
+        """The bins of the matrix as squares."""
+        return measured_squares(self.path, mpp)
 
     def identity(self) -> dict[str, Any]:
         """Identities of matrix and positions."""
@@ -84,7 +117,7 @@ class VisiumHD:
         matrix_path(self.path)
         grid = read_positions(self.path)
         spacing = [
-            (f"the spacing of bins along {axis} of the array in {self.path / POSITIONS}", BIN_SIZE_UM / px)
+            (f"the spacing of bins along {axis} of the array in {self.path / POSITIONS}", bin_size(self.path) / px)
             for axis, px in zip(("rows", "columns"), grid.pitch_px, strict=True)
         ]
         require_agreement(image, [mpp, *spacing])
@@ -97,9 +130,29 @@ class VisiumHD:
 
     def register(self, nuclei: gpd.GeoDataFrame, mpp: float) -> Registration:
         """Measure the shift of the bins by the density of UMIs in and around the nuclei."""
+        self._require_small()
         return register_bins(self.path, nuclei, mpp)
 
     def counts(self, nuclei: gpd.GeoDataFrame, *, registration: Registration | None = None) -> AnnData:
-        """Sum the bins whose center is within exactly one nucleus."""
+        """Sum the bins whose center is within exactly one nucleus; bins that are the units themselves keep their counts."""
+        bin_um = bin_um_of(nuclei)
+        if bin_um is None:
+            self._require_small()
+        elif _of_size(Path(self.bins), bin_um).is_dir():
+            exact = count_squares(_of_size(Path(self.bins), bin_um), nuclei)
+            if exact is not None:
+                return exact
         grid = None if registration is None else corrected(read_positions(self.path), registration)
         return count_bins(self.path, nuclei, grid)
+
+    def _require_small(self) -> None:
+        """Refuse to sum bins in nuclei that are hardly larger."""
+        if (size := bin_size(self.path)) != BIN_SIZE_UM:
+            raise InputError(
+                f"{self.path}: bins of {size} um are too large to be summed in nuclei; give those of 2 um, or take the bins as units"
+            )
+
+
+def _of_size(bins: Path, bin_um: int) -> Path:
+    """The folder of bins of another size, next to a folder of bins."""
+    return bins if bin_size(bins) == bin_um else bins.parent / bins_folder(bin_um)

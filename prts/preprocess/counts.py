@@ -12,6 +12,7 @@ from pydantic import Field
 
 from prts.errors import InputError, ParameterError
 from prts.platforms.base import Registrable
+from prts.platforms.bin_units import bin_um_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,6 +50,11 @@ class QCSettings:
     max_area_um2: Annotated[float, Field(gt=0)] | None = 150.0
     max_area_px: Annotated[float, Field(gt=0)] | None = None
     max_pct_mt: Annotated[float, Field(gt=0)] | None = 15.0
+
+    @classmethod
+    def for_bins(cls) -> QCSettings:
+        """Limits for bins: their size is given, and their mitochondrial share depends on the tissue (kidney: 16 % in the median)."""
+        return cls(min_umi=10, max_area_um2=None, max_pct_mt=None)
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Any]) -> QCSettings:
@@ -108,7 +114,13 @@ def measured_counts(
     measurement = required_measurement(section)
     registration: Registration | None = None
     if register or report_shift:
-        if isinstance(measurement, Registrable):
+        if bin_um_of(nuclei) is not None:
+            if register:
+                logger.warning(
+                    "%s: the shift of bins that are units cannot be measured; they are counted as they are",
+                    section.name,
+                )
+        elif isinstance(measurement, Registrable):
             registration = measurement.register(nuclei, section.mpp)
         elif register:
             logger.warning(

@@ -4,7 +4,7 @@ A segmenter is one module with a class that follows `prts.segmentation.segment.S
 
 >>> from prts.segmentation import segmenters
 >>> segmenters.names()
-['polygons', 'stardist', 'watershed']
+['bins', 'polygons', 'stardist', 'watershed']
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def prepared(folder: Path, name: str, n: int, seed: int) -> tuple[SimpleNamespac
 
 def test_each_baseline_predicts_what_it_sees_and_nothing_else(tmp_path: Path) -> None:
     made = {name: prepared(tmp_path, name, 600, seed) for seed, name in enumerate(("train", "val", "test"))}
-    tissue = SimpleNamespace(sections={name: section for name, (section, _) in made.items()})
+    tissue = SimpleNamespace(sections={name: section for name, (section, _) in made.items()}, bins=False)
     test = made["test"][1]
     fitted = fit_baselines([made["train"][1]], [made["val"][1]], tissue)
     assert list(fitted) == ["gene_mean", "colour", "context", "morphology", "ridge", "permuted"]
