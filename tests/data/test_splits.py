@@ -137,7 +137,7 @@ def test_split_report_counts_parts_and_refuses_an_empty_one() -> None:
     ],
 )
 def test_blocks_refuses_values_outside_its_limits(arguments: dict[str, int], key: str) -> None:
-    with pytest.raises(InputError, match=rf"split\.{key}:"):
+    with pytest.raises(InputError, match=rf"split {key}:"):
         Blocks(**arguments)
 
 
