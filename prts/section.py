@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A nucleus of 6 um has 3 px at this um/px: the images of a CytAssist (about 4.6 um/px) and of previews show none. Bins need 3 px, too.
-_COARSEST_MPP = 2.0
-_PX_PER_BIN = 3
-
 # Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
 
@@ -302,12 +298,6 @@ def open_section(
             max_pixels=max_pixels,
         )
     if measurement is not None:
-        bin_um = measurement.bin_um if isinstance(measurement, HasUnits) else None
-        if section.mpp > max(_COARSEST_MPP, (bin_um or 0) / _PX_PER_BIN):
-            raise InputError(
-                f"{image}: {section.mpp:.4g} um/px is too coarse to show nuclei, like the image of a CytAssist; give the microscope "
-                "image that Space Ranger was run with as `--image`, or run it again with that option"
-            )
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
     if section.spots is not None:
         _check_spots(section, section.spots)

@@ -42,6 +42,12 @@ _PARENTS = ("", "binned_outputs", "outs/binned_outputs")
 BinUm = Annotated[int, Field(ge=1, le=999)]
 
 
+# A nucleus of 6 um has 3 px at this um/px: the images of a CytAssist (about 4.6 um/px) and of previews show none. Larger bins may be the
+# units of a coarser image, as long as they have 3 px, too.
+_COARSEST_MPP = 2.0
+_PX_PER_BIN = 3
+
+
 @platforms.register("visium_hd")
 @dataclass(frozen=True)
 class VisiumHD:
@@ -113,8 +119,13 @@ class VisiumHD:
             return matrix.var()
 
     def check(self, image: Path, width: int, height: int, mpp: MppSource) -> None:
-        """Check that the matrix is there, and that spacing and positions of the bins fit the image."""
+        """Check that the matrix is there, that the image is fine enough, and that spacing and positions of the bins fit it."""
         matrix_path(self.path)
+        if mpp[1] > max(_COARSEST_MPP, bin_size(self.path) / _PX_PER_BIN):
+            raise InputError(
+                f"{image}: {mpp[1]:.4g} um/px is too coarse to show nuclei, like the image of a CytAssist; give the microscope "
+                "image that Space Ranger was run with as `--image`, or run it again with that option"
+            )
         grid = read_positions(self.path)
         spacing = [
             (f"the spacing of bins along {axis} of the array in {self.path / POSITIONS}", bin_size(self.path) / px)
