@@ -116,8 +116,8 @@ class Model:
         --------
         >>> import prts
         >>> model = prts.Model.load(demo_model)
-        >>> model.genes[:2]
-        ['EPI01', 'EPI02']
+        >>> model.per_gene.columns.tolist()
+        ['gene_id', 'val_pcc', 'ceiling', 'predictable']
         """
         bundle = load_bundle(Path(path))
         model = cls.__new__(cls)
@@ -214,9 +214,9 @@ class Model:
         Examples
         --------
         >>> import prts
-        >>> section = prts.read_visium_hd(demo_section)
+        >>> section, other = prts.read_visium_hd(demo_section), prts.read_visium_hd(other_section)
         >>> model = prts.Model("classical")
-        >>> history = model.train([section], nuclei="watershed", genes=100, max_epochs=2)
+        >>> history = model.train([section], validation=[other], nuclei="watershed", genes=60, max_epochs=2)
         >>> history["epoch"].tolist()
         [0, 1]
         """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
-from pathlib import Path
 
 import pytest
 
@@ -23,8 +22,13 @@ def names(trained, sections, tmp_path_factory) -> dict[str, str]:
     """What examples may refer to: a model, a section and its slide on disk."""
     model = tmp_path_factory.mktemp("examples") / "model"
     trained.save(model)
-    section = Path(sections["third"].image).parent
-    return {"demo_model": str(model), "demo_section": str(section), "demo_slide": str(sections["third"].image)}
+    demo, other = sections["third"].image, sections["second"].image
+    return {
+        "demo_model": str(model),
+        "demo_section": str(demo.parent),
+        "demo_slide": str(demo),
+        "other_section": str(other.parent),
+    }
 
 
 @pytest.mark.parametrize("module", MODULES)
