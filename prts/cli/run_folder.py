@@ -23,17 +23,21 @@ class RunFolder(Callback):
     run: ClassVar[Path | None] = None
     # contents of the run folder before; None if it did not exist
     before: ClassVar[frozenset[str] | None] = None
+    # folders that did not exist, from the run folder outward
+    made: ClassVar[tuple[Path, ...]] = ()
 
     @classmethod
     def forget(cls) -> None:
         """Start a new command."""
         cls.sweep = cls.run = cls.before = None
+        cls.made = ()
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the folder of a run and what is in it."""
         run = Path(config.hydra.run.dir).absolute()
         type(self).run = run
         type(self).before = frozenset(path.name for path in run.iterdir()) if run.is_dir() else None
+        type(self).made = tuple(path for path in (run, *run.parents) if not path.exists())
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Note the folder of a multirun."""
@@ -42,14 +46,16 @@ class RunFolder(Callback):
 
 def remove_bare_run() -> None:
     """Remove what Hydra created for a run that ended without results, but nothing that existed before."""
-    folder, before = RunFolder.run, RunFolder.before
-    if folder is None or not folder.is_dir() or before:
+    folder = RunFolder.run
+    if folder is None or not folder.is_dir() or RunFolder.before:
         return
     if {path.name for path in folder.iterdir()} <= {".hydra", "train.log"}:
         shutil.rmtree(folder / ".hydra", ignore_errors=True)
         (folder / "train.log").unlink(missing_ok=True)
-        if before is None:
-            folder.rmdir()
+        for path in RunFolder.made:
+            if any(path.iterdir()):  # another run uses it
+                break
+            path.rmdir()
 
 
 def remove_bare_sweep() -> bool:

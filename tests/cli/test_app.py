@@ -241,3 +241,11 @@ def test_no_log_handler_outlives_its_command(tmp_path):
     before = logging.getLogger().handlers[:]
     assert run("train", ["tissue=lung", f"paths.data_dir={tmp_path}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
     assert logging.getLogger().handlers == before
+
+
+def test_a_refused_run_leaves_no_empty_folders(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    assert run("train", ["trainer.max_epochs=0"]) == 2
+    assert "trainer.max_epochs" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["outputs"]
