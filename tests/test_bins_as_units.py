@@ -206,6 +206,8 @@ def test_from_training_to_scores(folders, configs, tmp_path, capsys):
 def test_bins_cannot_be_trained_on_morphology_alone(configs, capsys):
     assert run("train", [*configs, *COMMON, "units=bins", "data.use=[morphology]"]) == 2
     assert "data.use: morphology alone does not tell bins apart" in capsys.readouterr().err
+    assert run("train", [*configs, *COMMON, "units=bins", "segmentation=watershed"]) == 2
+    assert "segmentation: has no effect on bins" in capsys.readouterr().err
     assert run("train", [*configs, *COMMON, "segmentation=bins"]) == 2
     assert "units=bins" in capsys.readouterr().err
 

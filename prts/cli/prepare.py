@@ -70,11 +70,15 @@ def with_units(cfg: DictConfig) -> DictConfig:
     Raises
     ------
     ParameterError
-        If the segmentation is bins but the units are nuclei.
+        If the segmentation is bins but the units are nuclei, or a segmentation was asked for and the units are bins.
     """
     from prts.segmentation.bins import Bins
 
     if cfg.units == "bins":
+        if any(given.startswith("segmentation") for given in _overrides()):
+            raise ParameterError(
+                "", "segmentation", "has no effect on bins, which are not segmented; omit it, or use units=nuclei"
+            )
         cfg = cfg.copy()
         cfg.segmentation = {"name": Bins.name, "prefer_given": False, "bin_um": cfg.bin_um}
     elif cfg.segmentation.name == Bins.name:
@@ -82,6 +86,13 @@ def with_units(cfg: DictConfig) -> DictConfig:
             "", "segmentation", "bins are chosen with units=bins, which sets their quality control, too"
         )
     return cfg
+
+
+def _overrides() -> list[str]:
+    """What was given on the command line."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def chosen_segmenter(node: dict[str, Any]) -> tuple[Segmenter, bool]:
