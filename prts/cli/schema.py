@@ -144,6 +144,7 @@ class NetworkLimits:
     """Ranges of `model.net`."""
 
     hidden: list[Annotated[int, Field(ge=1, le=65_536)]]
+    rank: Annotated[int, Field(ge=1, le=65_536)] | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -213,6 +214,7 @@ class Data:
 
     use: Annotated[list[Literal["local", "global", "morphology", "context"]], Field(min_length=1)]
     target: Name
+    scale: Literal["training", "slide"]
     permute: bool
     batch_size: Count
     num_workers: Annotated[int, Field(ge=0, le=1024)]
@@ -249,7 +251,7 @@ class Train(Prepare):
     seed: Seed
     report: bool
     resume: bool
-    patch_pooling: Literal["nucleus", "center2x2"]
+    patch_pooling: Literal["nucleus", "center2x2", "bilinear"]
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
 
 
