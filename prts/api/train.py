@@ -156,6 +156,7 @@ class _Training:
             lambda: plan.prepare(self.watch),
             plan.preparation.splitter,
             use=plan.data.use,
+            scale=plan.data.scale,
             permute=plan.data.permute,
             batch_size=plan.data.batch_size,
             num_workers=plan.data.num_workers,
@@ -218,6 +219,7 @@ class _Training:
             genes=list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True)),
             ood=MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets),
             baselines=self._baselines.shipped(),
+            slide_scale=datamodule.slide_scale,
             metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
         )
         # read back, so that the tested model is the one on disk
