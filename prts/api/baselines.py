@@ -14,11 +14,11 @@ import shapely
 
 from prts.api.predict import EncoderRuntime, build_encoder, uses_bins
 from prts.data.nucleus_set import NucleusSet
-from prts.data.prepare import prepare_context, prepare_features, prepare_input
+from prts.data.prepare import prepare_colour, prepare_context, prepare_input
 from prts.data.slide_scale import FEWEST
 from prts.evaluation.against_baselines import score_baselines
 from prts.evaluation.scored_section import ScoredSection, Scoring
-from prts.features.colour import colour_reader
+from prts.features.colour import colour_tile
 from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
@@ -145,8 +145,8 @@ class _Features:
         return np.empty((len(self._ids), 0), np.float32)
 
     def colour(self) -> Floats:
-        reader = colour_reader(bins=uses_bins(self._bundle))
-        store = prepare_features(self._folder, self._seen, self._nuclei, reader, self._source, kind="colour")
+        tile = colour_tile(bins=uses_bins(self._bundle))
+        store = prepare_colour(self._folder, self._seen, self._nuclei, tile, self._source)
         return read_features(store, self._ids)
 
     def context(self) -> Floats:
