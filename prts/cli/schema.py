@@ -162,6 +162,7 @@ class SchedulerLimits:
 
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Whole
+    max_lr: Annotated[float, Field(gt=0, le=1e3)]
 
 
 @dataclass

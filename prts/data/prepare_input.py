@@ -16,7 +16,7 @@ from prts.features import context
 from prts.features.colour import ColourTile, colour
 from prts.features.extract import extract
 from prts.features.feature_reader import STORED
-from prts.features.store import Rows, write_store
+from prts.features.store import Rows, join_stores, write_store
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 
 if TYPE_CHECKING:
@@ -102,7 +102,14 @@ def prepare_features(folder: Path, section: Section, nuclei: GeoDataFrame, encod
     if not path.exists():
         with lock(path):
             if not path.exists():
-                # not through `_build`: extract keeps its own finished chunks, so that a killed run resumes
+                # not through `build`: extract keeps its own finished chunks, so that a killed run resumes
+                if encoder.scales:
+                    encoder.load()
+                    alone = [encoder.at(mpp) for mpp in encoder.scales]
+                    join_stores(
+                        [prepare_features(folder, section, nuclei, each, source) for each in alone], path, settings
+                    )
+                    return path
                 with section.open_slide() as slide:
                     extract(slide, nuclei, encoder, path, provenance=settings)
     return path

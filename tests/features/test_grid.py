@@ -258,6 +258,34 @@ def test_stores_of_each_mode_have_names_of_their_own_and_old_ones_keep_theirs(ca
     assert names[0] == f"features-timm-{fingerprint(settings)}.h5"
 
 
+def test_several_scales_are_the_vectors_of_each_side_by_side(case, vit, tmp_path):
+    slide, nuclei = case
+    half = SimpleNamespace(**{**vars(slide), "rescaled": slide.rescaled[::2, ::2]})
+
+    def read_region(*box, mpp):
+        return type(slide).read_region(slide if mpp == 0.5 else half, *box, mpp=0.5)
+
+    half.reads, fine = half.reads[::2, ::2].copy(), SimpleNamespace(**{**vars(slide), "read_region": read_region})
+    section = SimpleNamespace(
+        image=slide.path, mpp=slide.mpp, reading=dict, open_slide=lambda: contextlib.nullcontext(fine)
+    )
+
+    def prepared(**options):
+        path = prepare_features(tmp_path, section, nuclei, vit(**options), "counts-1")
+        return path, read_features(path, nuclei["cell_id"].to_numpy(), ("local", "global"))
+
+    (_, coarse), (_, fine_alone) = prepared(mpp=1.0), prepared()
+    path, both = prepared(scales=[1.0, 0.5])
+    local = coarse.shape[1] - vit().global_width
+    expected = [coarse[:, :local], fine_alone[:, :local], coarse[:, local:], fine_alone[:, local:]]
+    np.testing.assert_array_equal(both, np.hstack(expected))
+    assert not np.array_equal(coarse, fine_alone)
+    settings = read_store_attrs(path)["settings"]
+    assert settings["scales"] == [1.0, 0.5] and encoder_from_settings(settings, vit.path).settings() == settings
+    with pytest.raises(InputError, match=r"encoder.scales: \[1.0, 1.0\] lists one twice"):
+        vit(scales=[1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -24,7 +24,7 @@ from pydantic import Field, StrictBool
 
 import prts._torchvision  # noqa: F401  (must come before timm, which imports torchvision)
 from prts.errors import ParameterError
-from prts.features.encoders.base import Encoder, Floats, Polygons, TileSettings
+from prts.features.encoders.base import Encoder, Floats, Mpp, Polygons, TileSettings
 from prts.features.pooling import (
     center2x2,
     channel_pairs,
@@ -62,6 +62,8 @@ class TokenSettings(TileSettings):
 
     Parameters
     ----------
+    scales
+        um per pixel of several tiles in place of `mpp`, one pass each; their vectors are concatenated.
     weights
         Weights file, `.pth` or `.safetensors`; None for the encoder's own source.
     mean, std
@@ -87,12 +89,13 @@ class TokenSettings(TileSettings):
         Whether torch compiles the network first; `auto`: on a CPU, if there are enough tiles to make it worthwhile.
     """
 
+    scales: Annotated[tuple[Mpp, ...], Field(min_length=1)] | None = None
     weights: str | Path | None = None
     mean: RGB | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     checkpoint_key: str | None = None
     pooling: Literal["nucleus", "center2x2", "bilinear"] = "nucleus"
-    layer: Annotated[int, Field(ge=1)] | None = None
+    layer: Annotated[int, Field(ge=1, le=1000)] | None = None
     sampling: Literal["exact", "grid"] = "exact"
     stride: Annotated[int, Field(ge=16)] = 128  # a grid finer than the patches adds no information
     precision: Precision = "auto"
@@ -119,7 +122,10 @@ class TokenEncoder(Encoder):
                 "stride",
                 f"{given.stride} leaves gaps between tiles of {given.tile_px} px; choose 16 to {given.tile_px}",
             )
-        self.mpp, self.tile_px = given.mpp, given.tile_px
+        self.scales = tuple(given.scales or ())
+        if len(set(self.scales)) < len(self.scales):
+            raise ParameterError("encoder", "scales", f"{list(self.scales)} lists one twice; give each um/px once")
+        self.mpp, self.tile_px = (self.scales or (given.mpp,))[0], given.tile_px
         self.weights = None if given.weights is None else Path(given.weights)
         self._mean, self._std = given.mean, given.std
         self.checkpoint_key, self.pair_channels = given.checkpoint_key, pair_channels
@@ -182,6 +188,7 @@ class TokenEncoder(Encoder):
             "sampling": self.sampling,
             **({"stride": self.stride} if self.sampling == "grid" else {}),
             **({} if self.layer is None else {"layer": self.layer}),
+            **({"scales": list(self.scales)} if self.scales else {}),
         }
 
     def load(self) -> None:
@@ -372,6 +379,7 @@ class TokenEncoder(Encoder):
             checkpoint_key=settings["checkpoint_key"],
             pooling=settings["pooling"],
             layer=settings.get("layer"),
+            scales=settings.get("scales"),
             # bundles from before these options existed lack them
             mpp=settings.get("mpp", 0.5),
             tile_px=settings.get("tile", 256),
