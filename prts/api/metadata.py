@@ -70,6 +70,7 @@ def bundle_metadata(
         "segmentation": _segmentation(plan, datamodule),
         "qc": preparation.qc.settings(),
         "register": preparation.register,
+        "counting": preparation.counting.settings(),
         "tissue": datamodule.tissue.name,
         "species": datamodule.tissue.species,
         "train_sections": _train_sections(datamodule),

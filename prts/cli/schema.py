@@ -72,6 +72,15 @@ class Preprocess:
 
 
 @dataclass
+class Counts:
+    """`counts` of `prepare` and `train`."""
+
+    expand_um: Annotated[float, Field(ge=0, le=100)]
+    shared: Literal["drop", "nearest", "split"]
+    sigma_um: Annotated[float, Field(gt=0, le=100)]
+
+
+@dataclass
 class Simulation:
     """The arguments of a simulated section."""
 
@@ -231,6 +240,7 @@ class Prepare:
     split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
+    counts: Counts
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
     units: Units

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from prts.io.mpp import MppSource
+    from prts.platforms.bin_owners import CountSettings
 
 WARN_UM = 2.0
 """Displacement beyond which transcripts of one nucleus are counted for its neighbor or for none."""
@@ -63,7 +64,8 @@ class Measurement(Protocol):
     def identity(self) -> dict[str, Any]:
         """Everything that decides the counts apart from the nuclei, JSON-like: file identities and settings.
 
-        Part of the fingerprint of cached counts, so the keys must not be `version`, `nuclei`, `qc`, `species` or `registered`.
+        Part of the fingerprint of cached counts, so the keys must not be `version`, `nuclei`, `qc`, `species`, `registered` or
+        `counting`.
         """
         ...
 
@@ -159,6 +161,44 @@ class HasUnits(Protocol):
         ----------
         mpp
             um per full-resolution pixel.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsBins(Protocol):
+    """A measurement in bins so small that it is a matter of choice which of them are counted for a nucleus."""
+
+    def counts_by(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> AnnData:
+        """Count the transcripts of each nucleus as in `Measurement.counts`, with another choice of bins.
+
+        Parameters
+        ----------
+        nuclei, registration
+            As for `Measurement.counts`.
+        counting
+            How far nuclei grow, and what happens to bins in several.
+        """
+        ...
+
+    def write_bin_table(
+        self,
+        path: Path,
+        nuclei: gpd.GeoDataFrame,
+        counting: CountSettings,
+        *,
+        registration: Registration | None = None,
+    ) -> None:
+        """Write which bins are counted for which nucleus, in the columns of Space Ranger's `barcode_mappings.parquet`.
+
+        Parameters
+        ----------
+        path
+            The file.
+        nuclei, counting, registration
+            As for `counts_by`.
         """
         ...
 

@@ -13,13 +13,15 @@ from prts.io.cache import file_identity
 from prts.io.mpp import MppSource, require_agreement
 from prts.platforms import platforms
 from prts.platforms.base import Registration
-from prts.platforms.bin_counts import count_bins
+from prts.platforms.bin_counts import count_bins, write_bin_table
 from prts.platforms.bin_matrix import BinMatrix
+from prts.platforms.bin_owners import CountSettings
 from prts.platforms.bin_positions import (
     BIN_SIZE_UM,
     MATRIX,
     POSITIONS,
     SCALEFACTORS,
+    BinGrid,
     bin_size,
     bins_folder,
     bins_folders,
@@ -145,7 +147,13 @@ class VisiumHD:
         return register_bins(self.path, nuclei, mpp)
 
     def counts(self, nuclei: gpd.GeoDataFrame, *, registration: Registration | None = None) -> AnnData:
-        """Sum the bins whose center is within exactly one nucleus; bins that are the units themselves keep their counts."""
+        """Sum the bins whose center is within exactly one nucleus."""
+        return self.counts_by(nuclei, CountSettings(), registration=registration)
+
+    def counts_by(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> AnnData:
+        """Sum the bins of each nucleus; bins that are the units themselves keep their counts."""
         bin_um = bin_um_of(nuclei)
         if bin_um is None:
             self._require_small()
@@ -153,8 +161,22 @@ class VisiumHD:
             exact = count_squares(_of_size(Path(self.bins), bin_um), nuclei)
             if exact is not None:
                 return exact
-        grid = None if registration is None else corrected(read_positions(self.path), registration)
-        return count_bins(self.path, nuclei, grid)
+        return count_bins(self.path, nuclei, self._grid(registration), counting if bin_um is None else None)
+
+    def write_bin_table(
+        self,
+        path: Path,
+        nuclei: gpd.GeoDataFrame,
+        counting: CountSettings,
+        *,
+        registration: Registration | None = None,
+    ) -> None:
+        """Write which bins are summed in which nucleus."""
+        write_bin_table(path, self.path, nuclei, self._grid(registration), counting)
+
+    def _grid(self, registration: Registration | None) -> BinGrid | None:
+        """The corrected positions of the bins; None: those of the files."""
+        return None if registration is None else corrected(read_positions(self.path), registration)
 
     def _require_small(self) -> None:
         """Refuse to sum bins in nuclei that are hardly larger."""
