@@ -87,6 +87,7 @@ class Simulation:
     species: Species
     artefacts: Annotated[int, Field(ge=0, le=100)]
     program_seed: Annotated[int, Field(ge=0, lt=2**63)]
+    layout: Name
 
 
 @dataclass

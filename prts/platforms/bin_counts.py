@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.geometry import lattice_points_within
 from prts.platforms.base import counts_table
 from prts.platforms.bin_matrix import BinMatrix
+from prts.platforms.bin_owners import NO_UNIT, SHARED, assign_bins
 from prts.platforms.bin_positions import BinGrid, matrix_path, read_positions
 from prts.progress import track
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_NNZ = 20_000_000
-_NO_NUCLEUS, _SHARED = -1, -2
 
 
 def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None) -> AnnData:
@@ -66,7 +65,7 @@ def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None
     report = {
         "n_bins": len(owner),
         "n_bins_assigned": int(np.count_nonzero(owner >= 0)),
-        "n_bins_shared_dropped": int(np.count_nonzero(owner == _SHARED)),
+        "n_bins_shared_dropped": int(np.count_nonzero(owner == SHARED)),
         **umi,
     }
     if umi["umi_total"] == 0:
@@ -104,18 +103,8 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
     InputError
         If the matrix has bins without a position.
     """
-    row, col = matrix.array_row, matrix.array_col
     require_positions(matrix, grid)
-    # the residual is the largest along one axis
-    nucleus, at_row, at_col = lattice_points_within(
-        polygons, grid.affine, grid.n_cols, grid.n_rows, xy=grid.xy, residual=1.5 * grid.residual_px
-    )
-    place = at_row * grid.n_cols + at_col
-    owner = np.full(grid.n_rows * grid.n_cols, _NO_NUCLEUS, dtype=np.int32)
-    owner[place] = nucleus
-    # a nucleus claims a bin once, so a nucleus that is not the owner shares the bin with another
-    owner[place[owner[place] != nucleus]] = _SHARED
-    of_bin: NDArray[np.int32] = owner[row.astype(np.int64) * grid.n_cols + col]
+    of_bin: NDArray[np.int32] = assign_bins(polygons, grid).unit[matrix.array_row, matrix.array_col]
     return of_bin
 
 
@@ -159,8 +148,8 @@ def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tupl
         bin_umi = np.asarray(chunk.sum(axis=1), dtype=np.int64).ravel()
         umi["umi_total"] += int(bin_umi.sum())
         umi["umi_assigned"] += int(bin_umi[nucleus >= 0].sum())
-        umi["umi_shared_dropped"] += int(bin_umi[nucleus == _SHARED].sum())
-        umi["umi_outside"] += int(bin_umi[nucleus == _NO_NUCLEUS].sum())
+        umi["umi_shared_dropped"] += int(bin_umi[nucleus == SHARED].sum())
+        umi["umi_outside"] += int(bin_umi[nucleus == NO_UNIT].sum())
         bins = np.flatnonzero(nucleus >= 0)
         ones = np.ones(len(bins), dtype=np.int32)
         selector = csr_matrix((ones, (nucleus[bins], bins)), shape=(n_nuclei, stop - start))
