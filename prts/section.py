@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
-from prts.platforms.base import HasUnits
+from prts.platforms.base import HasOutlines, HasUnits
 
 if TYPE_CHECKING:
     from prts.platforms.base import Measurement
@@ -282,8 +281,11 @@ def open_section(
         if path is not None and not path.exists():
             raise InputError(f"{path}: no such file; give the {key} of section {name}, or omit them")
     sources = [] if measurement is None else measurement.mpp_sources()
+    # outlines were registered to the image, and `check` can say what is wrong with the registration
+    registered = isinstance(measurement, HasOutlines)
+    stated, fallback = ([], sources) if registered else (sources, [])
     image = Path(image)
-    with open_slide(image, mpp=mpp, sources=sources, max_pixels=max_pixels) as slide:
+    with open_slide(image, mpp=mpp, sources=stated, fallback=fallback, max_pixels=max_pixels) as slide:
         section = Section(
             name=name,
             image=image,
@@ -359,14 +361,13 @@ def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> M
     ParameterError
         If there is no such platform, or it does not accept these settings.
     """
-    kind: Any = platforms[platform]
+    from prts.arguments import checked_call  # imports pydantic, which is not needed to open bins
+
+    kind = platforms[platform]
     try:
-        inspect.signature(kind).bind(**settings)
-    except TypeError as error:
-        raise ParameterError(
-            "section", section, f"the platform {platform} does not accept these settings ({error})"
-        ) from error
-    made: Measurement = kind(**settings)
+        made: Measurement = checked_call(kind, settings, "section")
+    except ParameterError as error:
+        raise ParameterError("section", f"{section}.{error.name}", error.problem) from error
     return made
 
 

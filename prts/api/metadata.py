@@ -16,6 +16,7 @@ from prts.evaluation.summaries import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.scale import describe_nuclei
+from prts.platforms.base import HasOutlines
 from prts.preprocess.stains.base import sample_slides, statistics
 from prts.segmentation.segment import describe_segmenter
 
@@ -130,6 +131,9 @@ def _nuclei(datamodule: PRTSDataModule) -> dict[str, Any]:
 def _segmentation(plan: TrainingPlan, datamodule: PRTSDataModule) -> dict[str, Any]:
     """The segmenter of the training nuclei by its registered name, so that prediction finds nuclei in the same way."""
     sections = datamodule.tissue.sections
-    if plan.preparation.prefer_given and any(sections[name].section.nuclei for name in _train_sections(datamodule)):
+    given = (sections[name].section for name in _train_sections(datamodule))
+    if plan.preparation.prefer_given and any(
+        section.nuclei or isinstance(section.measurement, HasOutlines) for section in given
+    ):
         return {"name": "given", "arguments": {}}
     return describe_segmenter(plan.preparation.segmenter)

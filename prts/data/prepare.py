@@ -30,6 +30,7 @@ from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_ar
 from prts.preprocess.counts import measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
 from prts.segmentation.bins import Bins, measured_bins
+from prts.segmentation.measured import measured_outlines
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import segment
 from prts.stopwatch import Stopwatch
@@ -206,10 +207,13 @@ def prepare_nuclei(
     InputError
         If the image is not H&E, no nucleus is found, or the nuclei file does not fit the image.
     """
-    if segmenter is None or (prefer_given and section.nuclei is not None):
-        used: Segmenter = Polygons(section.nuclei)
+    used: Segmenter
+    outlined = measured_outlines(section)
+    given = prefer_given or segmenter is None
+    if given and (section.nuclei is not None or outlined is not None):
+        used = Polygons(section.nuclei) if section.nuclei is not None or outlined is None else outlined
     else:
-        used = measured_bins(section, segmenter) or segmenter
+        used = measured_bins(section, segmenter) or segmenter or Polygons(None)
     settings = {
         "version": STAGE_VERSION["nuclei"],
         "image": file_identity(section.image),

@@ -50,7 +50,7 @@ class PrepareSettings:
     cache_dir
         Folder for `<tissue>/<section>/...`.
     prefer_given
-        Use a section's own nuclei file, if it has one, instead of segmenting.
+        Use a section's own nuclei, if it has any, instead of segmenting: a file, or the outlines of its platform.
     qc
         Limits of quality control.
     register

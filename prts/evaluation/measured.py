@@ -113,6 +113,7 @@ def measure_training(
     panel
         The same nuclei x the genes of the prediction.
     """
+    from prts.segmentation.measured import measured_outlines
     from prts.segmentation.segment import segment
 
     about = _about(prediction)
@@ -122,9 +123,9 @@ def measure_training(
         found = read_nuclei(
             path, mpp=section.mpp, width=section.width, height=section.height, max_pixels=section.max_pixels
         )
-    elif segmenter is not None:
+    elif (source := measured_outlines(section) or segmenter) is not None:
         with section.open_slide() as slide:
-            found = segment(slide, segmenter)
+            found = segment(slide, source)
     else:
         raise ParameterError(
             "",

@@ -203,6 +203,29 @@ class CountsBins(Protocol):
         ...
 
 
+@runtime_checkable
+class HasOutlines(Protocol):
+    """A measurement of cells or nuclei that its files outline: these are a section's nuclei unless others are given.
+
+    Its `mpp_sources` are used only if nothing else states the um/px; `check` compares them, and says what is wrong with a registration.
+    """
+
+    def outlines(self, mpp: float) -> gpd.GeoDataFrame:
+        """The cells or nuclei that were counted, in the columns of nuclei: `geometry` in full-resolution pixels.
+
+        Parameters
+        ----------
+        mpp
+            um per full-resolution pixel.
+
+        Raises
+        ------
+        InputError
+            If a file is damaged.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Registration:
     """The displacement of the measured positions against the nuclei.
