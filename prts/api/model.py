@@ -201,7 +201,7 @@ class Model:
         settings
             Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `seed`, `trainer`, ...) and of
             `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
-            `counting`, `check_image`).
+            `counting`, `exposure`, `check_image`).
 
         Returns
         -------

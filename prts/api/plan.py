@@ -89,6 +89,8 @@ class SectionSettings:
     counting
         Which bins are counted for a nucleus (`prts.platforms.bin_owners.CountSettings`), such as those of Space Ranger 4's cells;
         None: those in the nucleus.
+    exposure
+        Model rows and columns of the array that capture more or fewer UMIs as an offset of the Poisson likelihood.
     check_image
         Refuse images that cannot be H&E.
     """
@@ -99,6 +101,7 @@ class SectionSettings:
     register: bool = False
     artefacts: bool = False
     counting: CountSettings | None = None
+    exposure: bool = False
     check_image: bool = True
 
 
@@ -334,6 +337,7 @@ def make_plan(
         register=preparation.register,
         artefacts=preparation.artefacts,
         counting=preparation.counting or CountSettings(),
+        exposure=preparation.exposure,
         splitter=splitter,
         panel=panel_builder(preparation.genes),
         encoder=needed_encoder(encoder, features),

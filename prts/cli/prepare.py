@@ -50,11 +50,14 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     from prts.preprocess.counts import QCSettings
 
     segmenter, prefer_given = chosen_segmenter(plain(with_units(cfg).segmentation))
+    counts = plain(cfg.counts)
+    exposure = counts.pop("exposure")
     settings = PrepareSettings(
         segmenter=segmenter,
         prefer_given=prefer_given,
         qc=QCSettings(**plain(cfg.qc)),
-        counting=CountSettings(**plain(cfg.counts), seed=cfg.get("seed", 0)),
+        counting=CountSettings(**counts, seed=cfg.get("seed", 0)),
+        exposure=exposure,
         **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),

@@ -78,6 +78,7 @@ class Counts:
     expand_um: Annotated[float, Field(ge=0, le=100)]
     shared: Literal["drop", "nearest", "split"]
     sigma_um: Annotated[float, Field(gt=0, le=100)]
+    exposure: bool
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Simulation:
     species: Species
     artefacts: Annotated[int, Field(ge=0, le=100)]
     program_seed: Annotated[int, Field(ge=0, lt=2**63)]
+    stripes: Annotated[float, Field(ge=0, le=1)]
     layout: Name
 
 

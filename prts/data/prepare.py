@@ -27,7 +27,7 @@ from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.platforms.base import WARN_UM, CountsBins, HasUnits, Registration
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
-from prts.preprocess.counts import measured_counts, required_measurement
+from prts.preprocess.counts import counted_in_bins, measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
 from prts.segmentation.bins import Bins, measured_bins
 from prts.segmentation.measured import measured_outlines
@@ -36,6 +36,7 @@ from prts.segmentation.segment import segment
 from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from geopandas import GeoDataFrame
 
     from prts.data.tissue import Tissue
@@ -265,6 +266,8 @@ def _counts(
             counting=settings.counting,
         )
         kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
+        if settings.exposure:
+            _add_exposure(kept, section, polygons, settings)
         if settings.artefacts:
             with section.open_slide() as slide:
                 kind = pd.Series(find_artefacts(slide, polygons), index=polygons["cell_id"])
@@ -275,7 +278,19 @@ def _counts(
     decides = {**decides, "registration": STAGE_VERSION["registration"]}
     if settings.artefacts:
         decides["artefacts"] = STAGE_VERSION["artefacts"]
+    if settings.exposure:
+        decides["exposure"] = STAGE_VERSION["exposure"]
     return build(folder / f"counts-{fingerprint(decides)}.h5ad", make, what=f"{section.name}: counts of nuclei")
+
+
+def _add_exposure(kept: AnnData, section: Section, nuclei: GeoDataFrame, settings: PrepareSettings) -> None:
+    """Add `exposure` to the nuclei that passed quality control."""
+    measurement = counted_in_bins(required_measurement(section))
+    report = kept.uns["prts"].get("registration")
+    shift = Registration.from_report(report) if settings.register and report is not None else None
+    exposure, effects = measurement.exposure(nuclei, settings.counting, registration=shift)
+    kept.obs["exposure"] = pd.Series(exposure, index=nuclei["cell_id"]).loc[kept.obs_names].to_numpy()
+    kept.uns["prts"]["array_effects"] = {**effects.report(), "used": effects.helps}
 
 
 def _bin_table(counts: Path, section: Section, nuclei: Path, settings: PrepareSettings) -> Path | None:

@@ -59,6 +59,8 @@ class PrepareSettings:
         Find artifacts among the nuclei, and choose genes and train without them.
     counting
         Which bins are counted for a nucleus, on platforms that measure in bins.
+    exposure
+        Model rows and columns of the array that capture more or fewer UMIs as exposure of the nuclei.
     check_image
         Refuse images that cannot be H&E.
     max_pixels
@@ -75,6 +77,7 @@ class PrepareSettings:
     register: bool = False
     artefacts: bool = False
     counting: CountSettings = field(default_factory=CountSettings)
+    exposure: bool = False
     check_image: bool = True
     max_pixels: int | None = None
 

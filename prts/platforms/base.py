@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import geopandas as gpd
     import scipy.sparse as sp
     from anndata import AnnData
+    from numpy.typing import NDArray
 
     from prts.io.mpp import MppSource
+    from prts.platforms.array_effects import ArrayEffects
     from prts.platforms.bin_owners import CountSettings
 
 WARN_UM = 2.0
@@ -180,6 +182,25 @@ class CountsBins(Protocol):
             As for `Measurement.counts`.
         counting
             How far nuclei grow, and what happens to bins in several.
+        """
+        ...
+
+    def exposure(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> tuple[NDArray[np.float64], ArrayEffects]:
+        """How much the bins of each nucleus capture relative to the others of the array.
+
+        Parameters
+        ----------
+        nuclei, counting, registration
+            As for `counts_by`.
+
+        Returns
+        -------
+        exposure
+            (n_nuclei,), around 1; all 1 if the effects of rows and columns do not explain bins that they were not fitted on.
+        effects
+            These effects.
         """
         ...
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
+from prts.platforms.array_effects import ArrayEffects, fit_array_effects, umi_of_bins
 from prts.platforms.barcode_mappings import write_barcode_mappings
 from prts.platforms.base import counts_table
 from prts.platforms.bin_matrix import BinMatrix
@@ -139,6 +140,42 @@ def write_bin_table(
     row, col = np.divmod(place, grid.n_cols)
     ids = nuclei["cell_id"].to_numpy(dtype=object)
     write_barcode_mappings(path, row, col, unit, ids, owners.in_nucleus.ravel()[place], share)
+
+
+def exposure_of_nuclei(
+    bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None, settings: CountSettings | None = None
+) -> tuple[NDArray[np.float64], ArrayEffects]:
+    """Mean effect of rows and columns of the array over the bins that `count_bins` counts.
+
+    Parameters
+    ----------
+    bins, nuclei, grid, settings
+        As for `count_bins`.
+
+    Returns
+    -------
+    exposure
+        (n_nuclei,); all 1 if the effects do not explain bins that they were not fitted on.
+    effects
+        The effects of rows and columns.
+    """
+    polygons = np.asarray(nuclei.geometry.array, dtype=object)
+    grid = read_positions(bins) if grid is None else grid
+    with BinMatrix(matrix_path(bins)) as matrix:
+        require_positions(matrix, grid)
+        umi, listed = umi_of_bins(matrix, (grid.n_rows, grid.n_cols))
+    effects = fit_array_effects(umi, listed)
+    said = "stripe index of rows and columns %.4f, %.4f with their effects as exposure%s"
+    logger.info(
+        said,
+        effects.stripes_before,
+        effects.stripes_after,
+        "" if effects.helps else ": no improvement, left off",
+    )
+    if not effects.helps:
+        return np.ones(len(polygons)), effects
+    unit = np.where(listed, assign_bins(polygons, grid, settings).unit, NO_UNIT)
+    return effects.exposure(unit, len(polygons)), effects
 
 
 def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) -> NDArray[np.int32]:

@@ -13,7 +13,7 @@ from prts.io.cache import file_identity
 from prts.io.mpp import MppSource, require_agreement
 from prts.platforms import platforms
 from prts.platforms.base import Registration
-from prts.platforms.bin_counts import count_bins, write_bin_table
+from prts.platforms.bin_counts import count_bins, exposure_of_nuclei, write_bin_table
 from prts.platforms.bin_matrix import BinMatrix
 from prts.platforms.bin_owners import CountSettings
 from prts.platforms.bin_positions import (
@@ -35,8 +35,12 @@ from prts.platforms.spaceranger_outs import SEGMENTED, find_outs
 
 if TYPE_CHECKING:
     import geopandas as gpd
+    import numpy as np
     import pandas as pd
     from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from prts.platforms.array_effects import ArrayEffects
 
 # Bins at the edge may extend beyond an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
@@ -176,6 +180,12 @@ class VisiumHD:
             if exact is not None:
                 return exact
         return count_bins(self.path, nuclei, self._grid(registration), counting if bin_um is None else None)
+
+    def exposure(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> tuple[NDArray[np.float64], ArrayEffects]:
+        """The mean effect of rows and columns over the bins of each nucleus."""
+        return exposure_of_nuclei(self.path, nuclei, self._grid(registration), counting)
 
     def write_bin_table(
         self,

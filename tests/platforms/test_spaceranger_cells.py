@@ -195,7 +195,7 @@ WRONG = {
     "no folder": (shutil.rmtree, "no such folder; give segmented_outputs of Space Ranger 4"),
     "Space Ranger 3": (without_segmentation, "and has no segmented_outputs, which Space Ranger 4 writes; run Space Ranger 4, or count"),
     "spots": (only_spots, "is Visium with spots of 55 um, which has no cells; give the output of Space Ranger 4"),
-    "um in place of px": (lambda f: scale_outlines(f, MPP), "do not cover the bins in tissue; divided by 0.5 um/px they fit: give outlines in full"),
+    "um in place of px": (lambda f: scale_outlines(f, MPP), "do not cover the bins in tissue; divided by 0.5 um/px they fit: give"),
     "another image": (lambda f: scale_outlines(f, 9), "of the cells are outside .*; give the microscope image"),
     "no matrix": (
         lambda f: (f / "outs/segmented_outputs/filtered_feature_cell_matrix.h5").unlink(),
