@@ -74,7 +74,7 @@ class SimulationSettings:
     artefacts
         Number of folds, and as many blurred patches, bubbles and pen strokes, 0 to 100. `truth.obs["artefact"]` marks affected nuclei.
     layout
-        Platform whose files are written: `visium_hd` (Space Ranger 3), `spaceranger4`, or another name in
+        Platform whose files are written: `visium_hd` (Space Ranger 3), `spaceranger4`, `xenium`, or another name in
         `prts.simulate.layouts.layouts`. Image and truth do not depend on it.
 
     Raises
