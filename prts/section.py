@@ -29,7 +29,8 @@ _IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".btf", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm"),
     *(".png", ".jpg", ".jpeg"),
 )
-_IMAGES = ("tissue_image.*", "*_tissue_image.*")
+# As Space Ranger and Xenium name the H&E image.
+_IMAGES = ("tissue_image.*", "*_tissue_image.*", "he_image.ome.tif", "*_he_image.ome.tif")
 # Where Space Ranger and prts write nuclei.
 _NUCLEI = (
     *("nucleus_segmentations.geojson", "nucleus_segmentations.geojson.gz"),
@@ -198,9 +199,11 @@ def read_section(
     mpp: float | None = None,
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
+    platform: str | None = None,
     max_pixels: int | None = None,
+    **files: Any,
 ) -> Section:
-    """Read a section that has an image but no measured counts per nucleus.
+    """Read a section: an image alone, or with the counts of any platform.
 
     Parameters
     ----------
@@ -214,8 +217,13 @@ def read_section(
         Nuclei from another tool, in any format that `prts.io.nuclei` reads.
     spots
         Measured spots (.h5ad).
+    platform
+        What measured the section: `"xenium"`, `"anndata"`, `"spatialdata"`, `"visium_hd"` or another name in
+        `prts.platforms.platforms`; None if nothing did.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
+    **files
+        Arguments of the platform, such as `outs` of `prts.platforms.xenium.Xenium`.
 
     Returns
     -------
@@ -229,9 +237,19 @@ def read_section(
     Examples
     --------
     >>> section = read_section("slide.svs", mpp=0.5)  # doctest: +SKIP
+    >>> section = read_section("he_image.ome.tif", platform="xenium", outs="sample/outs")  # doctest: +SKIP
     """
+    name = Path(image).stem if name is None else name
+    if platform is None and files:
+        raise ParameterError("", "platform", f"is missing; name the platform that {next(iter(files))} belongs to")
     return open_section(
-        Path(image).stem if name is None else name, image, mpp=mpp, nuclei=nuclei, spots=spots, max_pixels=max_pixels
+        name,
+        image,
+        measurement=None if platform is None else make_measurement(name, platform, files),
+        mpp=mpp,
+        nuclei=nuclei,
+        spots=spots,
+        max_pixels=max_pixels,
     )
 
 
@@ -397,7 +415,7 @@ def _image(folder: Path) -> Path:
     images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
-        hint = ""
+        hint = " (or *_he_image.ome.tif)"
         if not images and find_outs(folder) is not None:
             hint = " (the microscope image that Space Ranger was run with as --image, which it does not copy)"
         raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.*{hint}")

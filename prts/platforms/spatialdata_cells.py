@@ -115,13 +115,8 @@ class SpatialDataCells:
                     "the store was made from, or name another one as `image_element`"
                 )
         xy = shapely.get_coordinates(shapely.centroid(self._shapes[1]))
-        others = {
-            "without the transformation they fit: correct it in the store": xy,
-            f"divided by {mpp[1]:g} um/px they fit: the coordinate system must be in px of the image": move(
-                self._to_px, xy
-            )
-            / mpp[1],
-        }
+        fits = f"divided by {mpp[1]:g} um/px they fit: the coordinate system must be in px of the image"
+        others = {fits: move(self._to_px, xy) / mpp[1]}
         otherwise = "name the image or the coordinate system that they fit as `image_element` or `coordinate_system`"
         require_inside(self.path, move(self._to_px, xy), (image, width, height), others, otherwise)
 

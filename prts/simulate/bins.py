@@ -111,9 +111,10 @@ def write_matrix(path: Path, counts: sparse.csr_matrix, barcodes: NDArray[np.byt
     barcodes
         Names of the rows.
     truth
-        The section's genes: names and a column `gene_id`.
+        The section's genes: names and a column `gene_id`, and `feature_type` if some are no genes.
     """
     n = truth.n_vars
+    kinds = truth.var["feature_type"].to_numpy().astype("S") if "feature_type" in truth.var else b"Gene Expression"
     columns = {
         "matrix/barcodes": barcodes,
         "matrix/data": counts.data.astype(np.int32),
@@ -121,7 +122,7 @@ def write_matrix(path: Path, counts: sparse.csr_matrix, barcodes: NDArray[np.byt
         "matrix/indptr": counts.indptr.astype(np.uint32),
         "matrix/shape": np.array([n, len(barcodes)], np.uint32),
         "matrix/features/_all_tag_keys": np.array([b"genome"]),
-        "matrix/features/feature_type": np.full(n, b"Gene Expression"),
+        "matrix/features/feature_type": np.full(n, kinds),
         "matrix/features/genome": np.full(n, GENOME.encode()),
         "matrix/features/id": truth.var["gene_id"].to_numpy().astype("S"),
         "matrix/features/name": truth.var_names.to_numpy().astype("S"),

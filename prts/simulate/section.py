@@ -76,7 +76,7 @@ class SimulationSettings:
     stripes
         Standard deviation of the log of what rows and columns of bins capture, 0 to 1: an effect of the array, drawn from `seed`.
     layout
-        Platform whose files are written: `visium_hd` (Space Ranger 3), `spaceranger4`, or another name in
+        Platform whose files are written: `visium_hd` (Space Ranger 3), `spaceranger4`, `xenium`, or another name in
         `prts.simulate.layouts.layouts`. Image and truth do not depend on it.
 
     Raises
