@@ -21,7 +21,7 @@ _MPP = 0.2738
 
 def run(quick: bool) -> Part:
     part = Part()
-    n, panels, rounds = (QUICK_SIZES[-1], (60,), 1) if quick else (CELLS, GENES, 3)
+    n, panels, rounds = (QUICK_SIZES[-1], (60,), 1) if quick else (CELLS, GENES, 1)
     for genes in panels:
         given = {"n": n, "genes": genes}
         child(make, **given)
