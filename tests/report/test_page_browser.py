@@ -107,7 +107,8 @@ def section() -> dict[str, Any]:
     picture = np.full((400, 400, 3), (238, 210, 224), np.uint8)
     measured = MeasuredCounts(sp.csr_matrix(counts[rows]), rows)
     metrics = {"test/pcc_mean": 0.3, "test/n_genes": 4, "test/n_cells": N}
-    outlines = shapely.box(*(xy - [30, 20]).T, *(xy + [30, 20]).T)
+    half = np.array([30, 20])
+    outlines = shapely.box(*(xy - half).T, *(xy + half).T)
     page = PageContent(prediction, picture, measured, per_gene=per_gene, metrics=metrics, outlines=outlines)
     return {"page": page, "umi": umi, "counts": counts, "rows": rows, "xy": xy, "left": left}
 
