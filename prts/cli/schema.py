@@ -283,6 +283,7 @@ class Predict:
     stain: Name
     rotate: Literal[0, 90, 180, 270]
     flip: Literal["none", "horizontal", "vertical"]
+    tta: Literal[1, 4, 8]
     roi: (
         Annotated[
             Annotated[str, Field(pattern=r"[^-+.\deE]")]  # text that is not a plain number: a file, or a list as typed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,11 +37,31 @@ _HELD_BYTES = 512 << 20
 
 
 class Chunk(NamedTuple):
-    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei and, if the bundle can tell, how unusual each is (b,)."""
+    """Prediction of some nuclei.
+
+    Attributes
+    ----------
+    umi, prob
+        Expected UMI and P(expressed), (b, g).
+    ood
+        How unusual each nucleus is, (b,), if the bundle can tell.
+    spread
+        How much the expected UMI depends on the orientation of the slide, (b,), if it was read in several (`predict_views`).
+    """
 
     umi: NDArray[np.float32]
     prob: NDArray[np.float32]
     ood: NDArray[np.float32] | None = None
+    spread: NDArray[np.float32] | None = None
+
+
+class View(NamedTuple):
+    """A slide as it is read in one orientation: its nuclei (n,) and all nuclei of the section in its pixels, and their input."""
+
+    nuclei: GeoDataFrame
+    among: GeoDataFrame
+    features: Path | None
+    context: Path | None
 
 
 def predict_store(
@@ -72,21 +93,75 @@ def predict_store(
     context
         Context statistics of these nuclei, if the model uses them.
     """
-    read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp, context)
-    cell_ids = nuclei["cell_id"].to_numpy()
-    held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
+    chunks = _predicted(
+        bundle, View(nuclei, nuclei if among is None else among, store, context), mpp, chunk, _HELD_BYTES
+    )
+    yield from track(chunks, "predict", total=-(-len(nuclei) // chunk))
+
+
+def predict_views(bundle: Bundle, views: Sequence[View], mpp: float, chunk: int = CHUNK) -> Iterator[Chunk]:
+    """Average the predictions of a slide that was read in several orientations.
+
+    Views are added up one after the other, so that memory does not grow with their number.
+
+    Parameters
+    ----------
+    bundle
+        The model.
+    views
+        The same nuclei in each orientation, in the same order.
+    mpp
+        um per full-resolution pixel.
+    chunk
+        Nuclei at a time.
+
+    Yields
+    ------
+    Means of the expected UMI and of P(expressed). `spread` is the standard deviation of log1p(expected UMI) over the views, as the root
+    mean square over the genes. `ood` is that of the first view, since its calibration is for a single one.
+    """
+    readings = [_predicted(bundle, view, mpp, chunk, _HELD_BYTES // len(views)) for view in views]
+    chunks = (_averaged(parts) for parts in _in_step(readings))
+    yield from track(chunks, "predict", total=-(-len(views[0].nuclei) // chunk))
+
+
+def _in_step(readings: Sequence[Iterator[Chunk]]) -> Iterator[Iterator[Chunk]]:
+    """For each chunk of nuclei its prediction in every view, made only when it is asked for."""
+    for first in readings[0]:
+        yield itertools.chain([first], (next(reading) for reading in readings[1:]))
+
+
+def _averaged(parts: Iterator[Chunk]) -> Chunk:
+    """The mean over views, with the running variance of Welford (1962)."""
+    first = next(parts)
+    umi, prob, mean = first.umi.copy(), first.prob.copy(), np.log1p(first.umi)
+    squares = np.zeros_like(mean)
+    n = 1
+    for n, part in enumerate(parts, start=2):
+        umi += part.umi
+        prob += part.prob
+        level = np.log1p(part.umi)
+        step = level - mean
+        mean += step / n
+        squares += step * (level - mean)
+    umi /= n
+    prob /= n
+    return Chunk(umi, prob, first.ood, np.sqrt((squares / n).mean(axis=1)))
+
+
+def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: int) -> Iterator[Chunk]:
+    read = InputReader(view.features, bundle.input_use, lambda: view.among, mpp, view.context)
+    cell_ids = view.nuclei["cell_id"].to_numpy()
+    held = max(1, held_bytes // (4 * sum(read.widths.values()) * chunk)) * chunk
 
     def batch(features: NDArray[np.float32]) -> Iterator[Chunk]:
         for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
             part = features[i * chunk : (i + 1) * chunk]
             yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
 
-    def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(cell_ids), held):
-            # unnamed, or one batch would be kept while the next is read
-            yield from batch(read(cell_ids[start : start + held]))
-
-    yield from track(chunks(), "predict", total=-(-len(cell_ids) // chunk))
+    for start in range(0, len(cell_ids), held):
+        # unnamed, or one batch would be kept while the next is read
+        yield from batch(read(cell_ids[start : start + held]))
 
 
 def write_prediction(
@@ -113,7 +188,7 @@ def write_prediction(
     nuclei
         (n,) the predicted nuclei, in pixels of the image file; columns such as `artefact` go into `obs`.
     chunks
-        Their predictions in order, as `predict_store` yields them.
+        Their predictions in order, as `predict_store` or `predict_views` yields them.
     store
         The feature store, for provenance; None if the model needs no encoder.
     intervals
@@ -167,12 +242,16 @@ def write_prediction(
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
     }
     with PredictionWriter(out, genes, nuclei, uns, intervals=ranges is not None) as writer:
-        start, strangeness, said = 0, [], None
-        for umi, prob, ood in chunks:
+        start, strangeness, spreads, said = 0, [], [], None
+        for umi, prob, ood, spread in chunks:
             writer.write(start, umi, prob, None if ranges is None else ranges.bounds(umi, table))
             start += len(umi)
             if ood is not None:
                 strangeness.append(ood)
+            if spread is not None:
+                spreads.append(spread)
+        if spreads:
+            writer.add(obs={"tta_sd": np.concatenate(spreads)}, prts={})
         if strangeness:
             shares = np.concatenate(strangeness)
             said = verdict(shares, bundle.predictable, is_artefact(nuclei))
