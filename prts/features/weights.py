@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -26,6 +27,8 @@ _HUB_TIMEOUT = 10.0
 
 def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
     """Read the tensors of a checkpoint as float32, without the prefixes `module.` and `backbone.` of DINO.
+
+    A DINOv2 network saved by `transformers` gets the names of its original (`as_dinov2`).
 
     Parameters
     ----------
@@ -54,6 +57,52 @@ def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, tor
         while name.startswith(_PREFIXES):
             name = name.split(".", 1)[1]
         out[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return as_dinov2(out) if "embeddings.cls_token" in out else out
+
+
+# Names of `transformers`' Dinov2Model, with and without registers, and of the original, which timm reads.
+_TRANSFORMERS = (
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # before and since version 5
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attention.q."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attention.k."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attention.v."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+)
+_QUERY = re.compile(r"^(blocks\.\d+)\.attention\.q\.(weight|bias)$")
+
+
+def as_dinov2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the tensors of a DINOv2 network that `transformers` saved, and join queries, keys and values.
+
+    Parameters
+    ----------
+    tensors
+        Under the names of `transformers`.
+
+    Returns
+    -------
+    The same under the names of the original code.
+    """
+    renamed = {}
+    for key, tensor in tensors.items():
+        for pattern, name in _TRANSFORMERS:
+            key = re.sub(pattern, name, key)
+        renamed[key] = tensor
+    out = {}
+    for key, tensor in renamed.items():
+        if match := _QUERY.match(key):
+            block, part = match.groups()
+            names = [f"{block}.attention.{name}.{part}" for name in "qkv"]
+            out[f"{block}.attn.qkv.{part}"] = torch.cat([renamed[name] for name in names if name in renamed])
+        elif ".attention." not in key:
+            out[key] = tensor
     return out
 
 
