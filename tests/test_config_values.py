@@ -19,6 +19,7 @@ REQUIRED = {
     "evaluate": ["prediction=p", "section=s", "out=o"],
     "analyze": ["prediction=p", "out=o"],
     "export": ["prediction=p", "format=csv", "out=o"],
+    "bench": ["section=s"],
     "download": ["tissue=lung"],
 }
 CHOICES = [

@@ -20,7 +20,10 @@ from prts.cli.overrides import config_folders, quote_paths, split_flags
 
 __all__ = ["COMMANDS", "command_help", "config_dir", "overview", "plain", "require", "run"]
 
-COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "download", "doctor")
+COMMANDS = (
+    *("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "download"),
+    *("bench", "doctor"),
+)
 
 
 def overview() -> str:

@@ -415,6 +415,24 @@ class Report:
 
 
 @dataclass
+class Bench:
+    """`prts bench`."""
+
+    paths: Paths
+    segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
+    qc: QualityControl
+    units: Units
+    section: FilePath
+    encoders: Annotated[list[Name], Field(min_length=1)]
+    weights: dict[str, FilePath]
+    n: Annotated[int, Field(ge=100, le=2**31 - 1)]
+    genes: Count
+    seed: Seed
+    bin_um: BinUm
+    out: FilePath | None
+
+
+@dataclass
 class Export:
     """`prts export`."""
 
@@ -462,5 +480,6 @@ SCHEMAS: dict[str, type] = {
     "report": Report,
     "export": Export,
     "download": Download,
+    "bench": Bench,
     "doctor": Doctor,
 }
