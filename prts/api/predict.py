@@ -79,6 +79,8 @@ class SlideSettings:
     tta
         Average the predictions of the slide as read in 4 rotations, or in these and their mirror images (8); features take 4 or 8 times as
         long. `obs["tta_sd"]` is then the spread over the views.
+    strict
+        Refuse a slide whose prediction should not be believed, and write nothing.
     """
 
     mpp: float | None = None
@@ -92,6 +94,7 @@ class SlideSettings:
     check_scale: bool = True
     max_pixels: int | None = None
     tta: Literal[1, 4, 8] = 1
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,11 +128,14 @@ class PredictedSlide:
         Whether the slide looks like the training slides, in words; None if the model cannot tell.
     seconds
         By stage.
+    believable
+        False if the slide is so unlike the training slides that its prediction should not be believed; None if the model cannot tell.
     """
 
     out: Path
     verdict: str | None
     seconds: dict[str, float] = field(default_factory=dict)
+    believable: bool | None = None
 
 
 class _Found(NamedTuple):
@@ -228,13 +234,15 @@ def _predict(
             store=readings[0].features,
             intervals=settings.intervals,
             provenance=_provenance(bundle, settings, orientation, found),
+            strict=settings.strict,
         )
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("peak memory %.0f MB", peak_rss_mb())
-    if verdict is not None:
-        logger.info("verdict: %s", verdict)
-    return PredictedSlide(out, verdict, dict(watch.seconds))
+    if verdict is None:
+        return PredictedSlide(out, None, dict(watch.seconds))
+    logger.log(logging.INFO if verdict.believable else logging.WARNING, "verdict: %s", verdict.text)
+    return PredictedSlide(out, verdict.text, dict(watch.seconds), verdict.believable)
 
 
 def _views(bundle: Bundle, orientation: Orientation, tta: int) -> tuple[Orientation, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 
 from prts.api.metadata import bundle_metadata
@@ -29,7 +30,7 @@ from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
-from prts.models.predictor import Predictor
+from prts.models.predictor import LIMIT_MULTIPLE, Predictor, highest_counts
 from prts.models.uncertainty import calibrate_intervals
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
@@ -204,7 +205,8 @@ class _Training:
         rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
         sets = gene_sets(datamodule.train_sets, datamodule.panel, plan.markers)
         self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
-        validation = self._score(Predictor(net, likelihood, rule), datamodule.val_sets, datamodule)
+        limit = torch.from_numpy(highest_counts(datamodule.train_sets)) * LIMIT_MULTIPLE
+        validation = self._score(Predictor(net, likelihood, rule, limit=limit), datamodule.val_sets, datamodule)
         with self.watch("baselines"):
             self._baselines = RunBaselines.fit(datamodule, seed=plan.recipe.seed)
             beside = [self._baselines(part.nuclei.section) for part in validation]

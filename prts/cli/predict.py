@@ -14,7 +14,8 @@ counterclockwise), then `flip=`, match its orientation to the training tissue; c
 file. `tta=4` averages the predictions of the slide in its four rotations, `tta=8` also of their mirror images: features take 4 or 8 times
 as long, and obs["tta_sd"] says how much the prediction of a nucleus depends on its orientation. `roi=` predicts only nuclei centered in a
 region. If nuclei are more than 2.5 times larger or smaller than in training, um/px is probably wrong and the command stops;
-check_scale=false continues anyway.
+check_scale=false continues anyway. With strict=true, a slide that is unlike the training slides is refused, too; otherwise a warning says
+that its prediction should not be believed.
 
 Writes FILE.h5ad (nuclei x genes) and FILE.nuclei.parquet (polygons). X is the expected UMI, layers["prob"] is P(expressed), layers["lower"]
 and layers["upper"] are the 90% interval of the count (omitted with intervals=false), and obs["artefact"] flags nuclei on glass, in a fold,
@@ -56,6 +57,7 @@ def main(cfg: DictConfig) -> None:
         "check_scale",
         "max_pixels",
         "tta",
+        "strict",
     )
     given = plain(cfg)
     bundle = load_bundle(Path(cfg.bundle))

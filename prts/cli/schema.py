@@ -298,6 +298,7 @@ class Predict:
     artefacts: bool
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    strict: bool
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
     units: Units | None = None
@@ -441,6 +442,7 @@ class Export:
     out: FilePath
     genes: Annotated[str | Annotated[list[str], Field(min_length=1)], Field(description="gene names, as [A,B]")] | None
     image: FilePath | None
+    analysis: FilePath | None
     classification: Name | None
     overwrite: bool
     max_pixels: Annotated[int, Field(ge=1)] | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
-from prts.models.ood import verdict
+from prts.models.ood import Verdict, verdict
 from prts.models.predictor import CHUNK
 from prts.preprocess.artefacts import is_artefact
 from prts.progress import track
@@ -45,6 +46,8 @@ class Chunk(NamedTuple):
         Expected UMI and P(expressed), (b, g).
     ood
         How unusual each nucleus is, (b,), if the bundle can tell.
+    capped
+        How many genes of each nucleus are at the bundle's limit, (b,), if the bundle has one.
     spread
         How much the expected UMI depends on the orientation of the slide, (b,), if it was read in several (`predict_views`).
     """
@@ -52,6 +55,7 @@ class Chunk(NamedTuple):
     umi: NDArray[np.float32]
     prob: NDArray[np.float32]
     ood: NDArray[np.float32] | None = None
+    capped: NDArray[np.int32] | None = None
     spread: NDArray[np.float32] | None = None
 
 
@@ -118,7 +122,7 @@ def predict_views(bundle: Bundle, views: Sequence[View], mpp: float, chunk: int 
     Yields
     ------
     Means of the expected UMI and of P(expressed). `spread` is the standard deviation of log1p(expected UMI) over the views, as the root
-    mean square over the genes. `ood` is that of the first view, since its calibration is for a single one.
+    mean square over the genes. `capped` is the most in any view, and `ood` that of the first, since its calibration is for a single one.
     """
     readings = [_predicted(bundle, view, mpp, chunk, _HELD_BYTES // len(views)) for view in views]
     chunks = (_averaged(parts) for parts in _in_step(readings))
@@ -134,7 +138,7 @@ def _in_step(readings: Sequence[Iterator[Chunk]]) -> Iterator[Iterator[Chunk]]:
 def _averaged(parts: Iterator[Chunk]) -> Chunk:
     """The mean over views, with the running variance of Welford (1962)."""
     first = next(parts)
-    umi, prob, mean = first.umi.copy(), first.prob.copy(), np.log1p(first.umi)
+    umi, prob, mean, capped = first.umi.copy(), first.prob.copy(), np.log1p(first.umi), first.capped
     squares = np.zeros_like(mean)
     n = 1
     for n, part in enumerate(parts, start=2):
@@ -144,9 +148,11 @@ def _averaged(parts: Iterator[Chunk]) -> Chunk:
         step = level - mean
         mean += step / n
         squares += step * (level - mean)
+        if capped is not None and part.capped is not None:
+            capped = np.maximum(capped, part.capped)
     umi /= n
     prob /= n
-    return Chunk(umi, prob, first.ood, np.sqrt((squares / n).mean(axis=1)))
+    return Chunk(umi, prob, first.ood, capped, np.sqrt((squares / n).mean(axis=1)))
 
 
 def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: int) -> Iterator[Chunk]:
@@ -154,14 +160,29 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
     cell_ids = view.nuclei["cell_id"].to_numpy()
     held = max(1, held_bytes // (4 * sum(read.widths.values()) * chunk)) * chunk
 
+    limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
+
     def batch(features: NDArray[np.float32]) -> Iterator[Chunk]:
         for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
             part = features[i * chunk : (i + 1) * chunk]
-            yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
+            yield Chunk(
+                umi,
+                prob,
+                None if bundle.ood is None else bundle.ood.share(part),
+                None if limit is None else (umi >= limit).sum(axis=1, dtype=np.int32),
+            )
 
     for start in range(0, len(cell_ids), held):
         # unnamed, or one batch would be kept while the next is read
         yield from batch(read(cell_ids[start : start + held]))
+
+
+def _relative(image: Path, out: Path) -> str | None:
+    """Path of the image from the folder of the prediction, so that both can be moved together; None on another drive."""
+    try:
+        return Path(os.path.relpath(image.resolve(), out.resolve().parent)).as_posix()
+    except ValueError:
+        return None
 
 
 def write_prediction(
@@ -174,7 +195,8 @@ def write_prediction(
     store: Path | None,
     intervals: bool | None = None,
     provenance: Mapping[str, Any] | None = None,
-) -> str | None:
+    strict: bool = False,
+) -> Verdict | None:
     """Write `<out>.h5ad` and `<out>.nuclei.parquet`.
 
     Parameters
@@ -195,6 +217,8 @@ def write_prediction(
         Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them if the bundle has any.
     provenance
         Additional provenance, JSON-like.
+    strict
+        Write nothing if the prediction should not be believed.
 
     Returns
     -------
@@ -203,7 +227,7 @@ def write_prediction(
     Raises
     ------
     InputError
-        If intervals are requested from a bundle that has none, or the file cannot be written.
+        If intervals are requested from a bundle that has none, the file cannot be written, or with `strict`.
     """
     ranges = None if intervals is False else bundle.intervals
     if intervals and ranges is None:
@@ -225,6 +249,7 @@ def write_prediction(
             "image_identity": identity(section.image),
             "section": section.name,
             "image": section.image.name,
+            "image_path": _relative(section.image, out),
             "width": section.width,
             "height": section.height,
             "mpp": section.mpp,
@@ -242,19 +267,28 @@ def write_prediction(
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
     }
     with PredictionWriter(out, genes, nuclei, uns, intervals=ranges is not None) as writer:
-        start, strangeness, spreads, said = 0, [], [], None
-        for umi, prob, ood, spread in chunks:
+        start, strangeness, capped, spreads, said = 0, [], [], [], None
+        for umi, prob, ood, cut, spread in chunks:
             writer.write(start, umi, prob, None if ranges is None else ranges.bounds(umi, table))
             start += len(umi)
             if ood is not None:
                 strangeness.append(ood)
+            if cut is not None:
+                capped.append(cut)
             if spread is not None:
                 spreads.append(spread)
         if spreads:
-            writer.add(obs={"tta_sd": np.concatenate(spreads)}, prts={})
+            writer.add(obs={"tta_sd": np.concatenate(spreads)})
+        counted = np.concatenate(capped) if capped else None
+        if counted is not None:
+            writer.add(obs={"n_capped": counted})
         if strangeness:
             shares = np.concatenate(strangeness)
-            said = verdict(shares, bundle.predictable, is_artefact(nuclei))
-            writer.add(obs={"ood": shares}, prts={"verdict": said})
+            said = verdict(shares, bundle.predictable, is_artefact(nuclei), counted)
+            if strict and not said.believable:
+                raise InputError(
+                    f"{section.image}: {said.text}; train on slides like this one, or set strict=false to write it nevertheless"
+                )
+            writer.add(obs={"ood": shares}, prts={"verdict": said.text, "believable": said.believable})
     logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))
     return said

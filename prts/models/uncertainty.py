@@ -100,11 +100,16 @@ class CountIntervals:
 
         Returns
         -------
-        Smallest and largest count of each interval, both (b, g).
+        Smallest and largest count of each interval, both (b, g); the expected UMI is between them, except that an upper bound of 0 is
+        kept where less than one UMI is expected.
         """
         lower, upper = self.table() if table is None else table
         place, genes = _place(umi), np.arange(umi.shape[1])
-        return lower[genes, place], upper[genes, place]
+        # a miscalibrated sum may move the interval off the expected UMI that is written beside it; below one UMI, 0 is inside
+        whole = np.floor(umi)
+        least = np.minimum(lower[genes, place], whole).astype(np.int32)
+        most = np.maximum(upper[genes, place], np.where(umi < 1, 0, np.ceil(umi))).astype(np.int32)
+        return least, most
 
 
 def calibrate_intervals(

@@ -11,6 +11,8 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import shapely
+import torch
+from PIL import Image
 
 import prts
 from prts.api.polygons import nuclei_of
@@ -147,3 +149,37 @@ def test_the_library_does_not_know_hydra():
         if "cli" not in file.relative_to(root).parts:
             text = file.read_text(encoding="utf-8")
             assert "import hydra" not in text and "from hydra" not in text and "omegaconf" not in text, file
+
+
+@pytest.fixture(scope="module")
+def blue_slide(sections, tmp_path_factory) -> Path:
+    """A slide with red and blue exchanged, like no slide of the training tissue."""
+    pixels = np.asarray(Image.open(sections["third"].image).convert("RGB"))
+    path = tmp_path_factory.mktemp("blue") / "blue.png"
+    Image.fromarray(np.ascontiguousarray(pixels[..., ::-1])).save(path)
+    return path
+
+
+def test_a_prediction_not_to_be_believed_is_a_warning(trained, blue_slide, cache, tmp_path, caplog):
+    arguments = {"nuclei": "watershed", "mpp": 0.5, "cache_dir": cache, "check_image": False, "check_scale": False}
+    out = tmp_path / "blue.h5ad"
+    with pytest.raises(prts.InputError, match=r"blue.png: .*should not be believed.*strict=false"):
+        trained.predict(blue_slide, out=out, strict=True, **arguments)
+    assert not list(tmp_path.iterdir())
+    trained.predict(blue_slide, out=out, **arguments)
+    assert any(
+        record.levelname == "WARNING" and "should not be believed" in record.message for record in caplog.records
+    )
+    adata = ad.read_h5ad(out)
+    assert not adata.uns["prts"]["believable"]
+
+
+def test_expected_counts_have_a_limit(trained, sections, cache):
+    limits = trained.bundle.metadata["limits"]
+    net = trained.bundle.net
+    features = torch.full((4, net.in_features), 1e4)
+    umi, _ = trained.bundle.predict(features)
+    top = torch.tensor(limits["highest"]) * limits["multiple"]
+    assert (umi <= top).all() and (umi == top).any()
+    normal = trained.predict(sections["third"], nuclei="watershed", cache_dir=cache)
+    assert normal.obs["n_capped"].max() == 0

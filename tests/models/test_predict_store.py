@@ -21,6 +21,7 @@ class Copy:
 
     input_use = ("local", "global")
     ood = None
+    limit = None
 
     def predict_chunks(self, features: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(features), chunk):
@@ -122,7 +123,9 @@ def test_views_are_averaged_in_step_and_only_the_first_says_how_strange(tmp_path
     chunks = list(predict_views(Judged(), views, 0.5, 8))
 
     assert [len(chunk.umi) for chunk in chunks] == [8, 8, 4]
-    umi, prob, ood, spread = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    umi, prob, ood, spread = (
+        np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("umi", "prob", "ood", "spread")
+    )
     np.testing.assert_allclose(umi, values.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(prob, values.mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(ood, values[0, :, 0])
