@@ -80,7 +80,7 @@ class Orientation:
         turned = [
             Orientation((self.rotate + degrees) % 360, flip) for flip in (self.flip, mirrored) for degrees in ROTATE
         ]
-        return tuple(turned[:n])
+        return tuple(turned[: int(n)])
 
     @property
     def transposes(self) -> bool:
