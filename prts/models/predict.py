@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts import __version__
+from prts.data.slide_scale import FEWEST
 from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.store import read_store_attrs
@@ -159,6 +160,8 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
     read = InputReader(view.features, bundle.input_use, lambda: view.among, mpp, view.context)
     cell_ids = view.nuclei["cell_id"].to_numpy()
     held = max(1, held_bytes // (4 * sum(read.widths.values()) * chunk)) * chunk
+    parts = [cell_ids[start : start + held] for start in range(0, len(cell_ids), held)]
+    seen = _by_slide(bundle, read, parts, whole=len(view.among) == len(view.nuclei))
 
     limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
 
@@ -172,9 +175,26 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
                 None if limit is None else (umi >= limit).sum(axis=1, dtype=np.int32),
             )
 
-    for start in range(0, len(cell_ids), held):
+    for part in parts:
         # unnamed, or one batch would be kept while the next is read
-        yield from batch(read(cell_ids[start : start + held]))
+        yield from batch(seen(read(part)))
+
+
+def _by_slide(
+    bundle: Bundle, read: InputReader, parts: Sequence[NDArray[np.object_]], *, whole: bool
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What is done to features before they are predicted: nothing, or the slide is matched to training."""
+    matching, n = bundle.slide_scale, sum(map(len, parts))
+    if matching is None:
+        return lambda features: features
+    if not whole or n < FEWEST:
+        logger.warning(
+            "features are used as they are, although this model was trained on those of whole slides, each matched in mean and spread: %s",
+            "only a region is predicted" if not whole else f"{n} nuclei are too few (at least {FEWEST})",
+        )
+        return lambda features: features
+    slide = matching.moments(map(read, parts))
+    return lambda features: matching.match(features, slide)
 
 
 def _relative(image: Path, out: Path) -> str | None:
@@ -257,6 +277,7 @@ def write_prediction(
             "species": meta["species"],
             "qc": meta["qc"],
             "register": meta.get("register", False),
+            "counting": meta.get("counting", {}),
             "threshold": bundle.rule.threshold,
             "interval_level": None if ranges is None else ranges.level,
             "gate": bundle.rule.gate,
