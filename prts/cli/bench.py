@@ -41,9 +41,10 @@ def main(cfg: DictConfig) -> None:
     out = None if given["out"] is None else Path(given["out"])
     if out is not None and out.is_dir():
         raise InputError(f"{out}: is a folder; name a file for the table, such as {out / 'encoders.csv'}")
-    if unused := sorted(set(given["weights"]) - set(given["encoders"])):
+    weights = given["weights"] or {}
+    if unused := sorted(set(weights) - set(given["encoders"])):
         raise ParameterError("", "weights", f"{unused[0]} is not among the encoders; add it, or omit its weights")
-    encoders = {name: _encoder(name, given["weights"].get(name)) for name in given["encoders"]}
+    encoders = {name: _encoder(name, weights.get(name)) for name in given["encoders"]}
     segmenter, prefer_given = chosen_segmenter(plain(with_units(cfg).segmentation))
     table = bench_encoders(
         encoders,

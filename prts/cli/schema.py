@@ -441,7 +441,7 @@ class Bench:
     units: Units
     section: FilePath
     encoders: Annotated[list[Name], Field(min_length=1)]
-    weights: dict[str, FilePath]
+    weights: dict[str, FilePath] | None
     n: Annotated[int, Field(ge=100, le=2**31 - 1)]
     genes: Count
     seed: Seed

@@ -68,18 +68,20 @@ _TRANSFORMERS = (
     (r"^layernorm\.", "norm."),
     (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # before and since version 5
-    (r"\.attention\.(attention\.query|q_proj)\.", ".attention.q."),
-    (r"\.attention\.(attention\.key|k_proj)\.", ".attention.k."),
-    (r"\.attention\.(attention\.value|v_proj)\.", ".attention.v."),
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.qkv.0."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.qkv.1."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.qkv.2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.w12.0."),
+    (r"\.mlp\.up_proj\.", ".mlp.w12.1."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
 )
-_QUERY = re.compile(r"^(blocks\.\d+)\.attention\.q\.(weight|bias)$")
+_PART = re.compile(r"^(blocks\.\d+\.(?:attn\.qkv|mlp\.w12))\.(\d)\.(weight|bias)$")
 
 
 def as_dinov2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename the tensors of a DINOv2 network that `transformers` saved, and join queries, keys and values.
+    """Rename the tensors of a DINOv2 network that `transformers` saved, and join those that the original keeps as one.
 
     Parameters
     ----------
@@ -90,20 +92,17 @@ def as_dinov2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     -------
     The same under the names of the original code.
     """
-    renamed = {}
+    out: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         for pattern, name in _TRANSFORMERS:
             key = re.sub(pattern, name, key)
-        renamed[key] = tensor
-    out = {}
-    for key, tensor in renamed.items():
-        if match := _QUERY.match(key):
-            block, part = match.groups()
-            names = [f"{block}.attention.{name}.{part}" for name in "qkv"]
-            out[f"{block}.attn.qkv.{part}"] = torch.cat([renamed[name] for name in names if name in renamed])
-        elif ".attention." not in key:
+        if match := _PART.match(key):
+            layer, place, kind = match.groups()
+            parts.setdefault(f"{layer}.{kind}", {})[place] = tensor
+        else:
             out[key] = tensor
-    return out
+    return out | {key: torch.cat([part[place] for place in sorted(part)]) for key, part in parts.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -76,8 +76,9 @@ def shifted_stain(shift: float) -> Stain:
 
 def stain_colours(stain: Stain, jitter: NDArray[np.float64] | float = 0.0) -> NDArray[np.float64]:
     """Optical density of hematoxylin, eosin and hemoglobin (rows) in red, green and blue, scaled to length 1; `jitter` is added first."""
-    colours: NDArray[np.float64] = _STAINS + np.array([stain.turn, 0.0, -stain.turn]) + jitter
-    return colours / np.linalg.norm(colours, axis=1, keepdims=True)
+    colours = _STAINS + np.array([stain.turn, 0.0, -stain.turn]) + jitter
+    scaled: NDArray[np.float64] = colours / np.linalg.norm(colours, axis=1, keepdims=True)
+    return scaled
 
 
 class _Tiles(NamedTuple):

@@ -107,6 +107,25 @@ def in_transformers(made: Any) -> dict[str, torch.Tensor]:
     return {**out, "embeddings.mask_token": torch.zeros_like(cls[0])}
 
 
+def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same as version 5 of `transformers` names them."""
+    out = {}
+    for key, tensor in tensors.items():
+        for old, new in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+            key = key.replace(f"attention.attention.{old}", f"attention.{new}")
+        key = key.replace("attention.output.dense", "attention.o_proj").replace("weights_out", "down_proj")
+        if "weights_in" in key:
+            gate, up = tensor.chunk(2)
+            out |= {key.replace("weights_in", "gate_proj"): gate, key.replace("weights_in", "up_proj"): up}
+        else:
+            out[key] = tensor
+    return out
+
+
+def in_transformers_5(made: Any) -> dict[str, torch.Tensor]:
+    return renamed(in_transformers(made))
+
+
 @pytest.mark.parametrize("name", ["phikon_v2", "hibou_b", "hibou_l", "midnight"])
 def test_files_of_transformers_have_every_tensor_of_the_network(name: str) -> None:
     from timm.models.vision_transformer import checkpoint_filter_fn
@@ -148,6 +167,7 @@ def filled(made: torch.nn.Module) -> torch.nn.Module:
         ("phikon_v2", in_transformers, {"depth": 2}),
         ("hibou_b", in_transformers, {"depth": 2}),
         ("midnight", in_transformers, {"depth": 1}),
+        ("hibou_b", in_transformers_5, {"depth": 1}),
         pytest.param("h0_mini", None, {}, marks=pytest.mark.nightly),
         pytest.param("hibou_b", in_transformers, {}, marks=pytest.mark.nightly),
         pytest.param("phikon_v2", in_transformers, {}, marks=pytest.mark.nightly),

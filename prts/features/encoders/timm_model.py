@@ -207,5 +207,9 @@ def _built(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     from prts.features.conv_stem import ConvStem
 
-    layers = {"mlp_layer": lambda name: getattr(timm.layers, name), "embed_layer": lambda name: ConvStem}
-    return {name: layers[name](value) if name in layers else value for name, value in kwargs.items()}
+    built = dict(kwargs)
+    if "mlp_layer" in built:
+        built["mlp_layer"] = getattr(timm.layers, built["mlp_layer"])
+    if "embed_layer" in built:
+        built["embed_layer"] = ConvStem
+    return built
