@@ -55,7 +55,8 @@ class Model:
     likelihood
         Model of the counts: a name (`"poisson"`, `"hurdle"`, `"paper"`, `"released"`) or a likelihood.
     network
-        Arguments of `prts.models.network.PRTSNet` that differ from the defaults: `hidden`, `order`, `dropout`, `heads`, `standardize`.
+        Arguments of `prts.models.network.PRTSNet` that differ from the defaults: `hidden`, `order`, `dropout`, `heads`, `standardize`,
+        `rank`.
     features
         Blocks of features in the order of the network's input: `local` (the nucleus), `global` (its 128 um surroundings) and
         `morphology` (shape and crowding of the polygons) are the default; `context` is color around the nucleus at seven scales. Without
@@ -200,7 +201,7 @@ class Model:
         cache_dir
             Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
         settings
-            Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `seed`, `trainer`, ...) and of
+            Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `scale`, `seed`, `trainer`, ...) and of
             `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
             `counting`, `exposure`, `check_image`).
 
