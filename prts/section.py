@@ -15,6 +15,7 @@ from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
 from prts.platforms.base import HasOutlines, HasUnits
+from prts.platforms.spaceranger_outs import find_outs, has_spots
 
 if TYPE_CHECKING:
     from prts.platforms.base import Measurement
@@ -133,7 +134,8 @@ def read_visium_hd(
     Parameters
     ----------
     path
-        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs` or `binned_outputs/square_NNNum`.
+        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs`, `binned_outputs/square_NNNum` or
+        `segmented_outputs`.
     image
         The full-resolution H&E image; if None, the only `tissue_image.*` in the section's folder.
     name
@@ -172,11 +174,10 @@ def read_visium_hd(
         raise ParameterError("", "bin_um", "belongs to units='bins'; omit it, or choose those units")
     path = Path(path)
     folder = _section_folder(path)
-    measurement = platforms["visium_hd"].find(path)
+    measurement = platforms["visium_hd"].find(path) or platforms["visium_hd"].find(folder)
     if measurement is None:
-        raise InputError(
-            f"{path}: contains no Visium HD bins; give Space Ranger's outs folder with binned_outputs/square_002um"
-        )
+        what = "is Visium with spots of 55 um" if has_spots(path) else "contains no Visium HD bins"
+        raise InputError(f"{path}: {what}; give Space Ranger's outs folder with binned_outputs/square_002um")
     if units == "bins" and isinstance(measurement, HasUnits):
         measurement = measurement.with_units(8 if bin_um is None else bin_um)
     return open_section(
@@ -319,6 +320,8 @@ def open_section(
         )
     if measurement is not None:
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
+        if (outs := find_outs(measurement.path)) is not None:
+            logger.info("section %s: %s", name, outs.sentence())
     if section.spots is not None:
         _check_spots(section, section.spots)
     logger.info(
@@ -330,16 +333,16 @@ def open_section(
 def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixels: int | None = None) -> Section:
     """Open a section's folder as 10x delivers it: `tissue_image.*`, measured counts, and optional files.
 
-    Counts come from the first platform whose files are found, Visium HD first. Nuclei are taken from
-    `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`, spots from
-    `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
+    Counts come from the first platform whose files are found, Visium HD first unless the folder is `segmented_outputs`. Nuclei are
+    taken from `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`,
+    spots from `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
 
     Parameters
     ----------
     folder
-        The section's folder.
+        The section's folder, or Space Ranger's `outs` in it or a folder in that.
     name
-        Name of the section; by default the name of the folder.
+        Name of the section; by default the name of the section's folder.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
@@ -351,10 +354,11 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a section's folder with tissue_image.*")
+    given, folder = folder, folder if find_outs(folder) is None else _section_folder(folder)
     return open_section(
         _name(folder) if name is None else name,
         _image(folder),
-        measurement=_find_measurement(folder),
+        measurement=_find_measurement(given),
         nuclei=_first(folder, *_NUCLEI),
         spots=_first(folder, "spots.h5ad"),
         truth=_first(folder, "truth.h5ad"),
@@ -394,7 +398,7 @@ def _section_folder(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give Space Ranger's outs, or its binned_outputs/square_002um")
     folder = path.resolve()
-    for inner in (r"square_\d{3}um", "binned_outputs", "outs"):
+    for inner in (r"square_\d{3}um", r"(binned|segmented)_outputs", "outs"):
         if re.fullmatch(inner, folder.name):
             folder = folder.parent
     return folder
@@ -411,7 +415,10 @@ def _image(folder: Path) -> Path:
     images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
-        raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.* (or *_he_image.ome.tif)")
+        hint = " (or *_he_image.ome.tif)"
+        if not images and find_outs(folder) is not None:
+            hint = " (the microscope image that Space Ranger was run with as --image, which it does not copy)"
+        raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.*{hint}")
     return images[0]
 
 

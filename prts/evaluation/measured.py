@@ -11,7 +11,8 @@ from prts.errors import InputError, ParameterError
 from prts.evaluation.matching import MatchedNuclei, align_genes, match
 from prts.io.mpp import require_agreement
 from prts.io.nuclei import read_nuclei
-from prts.platforms.base import Registration
+from prts.platforms.base import CountsBins, Registration
+from prts.platforms.bin_owners import CountSettings
 from prts.preprocess.counts import QCSettings, measured_counts, required_measurement
 
 if TYPE_CHECKING:
@@ -154,6 +155,10 @@ def _counted(
         # predictions of older versions do not record it
         register=bool(about.get("register", False)) if register is None else register,
         qc=QCSettings.from_stored(about["qc"]) if qc is None else qc,
+        # the counts of other platforms are those of their units
+        counting=CountSettings.from_stored(about.get("counting", {}))
+        if isinstance(section.measurement, CountsBins)
+        else None,
     )
     if "registration" in counts.uns["prts"]:
         logger.info("%s: %s", section.name, Registration.from_report(counts.uns["prts"]["registration"]).sentence())

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prts.platforms.bin_matrix import bin_barcodes
 from prts.platforms.bin_positions import BIN_SIZE_UM
-from prts.platforms.bin_units import bin_barcodes
 
 if TYPE_CHECKING:
     from pathlib import Path

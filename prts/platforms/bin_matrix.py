@@ -34,6 +34,28 @@ def barcode(bin_um: int, row: int, col: int) -> str:
     return f"s_{bin_um:03d}um_{row:05d}_{col:05d}-1"
 
 
+def bin_names(bin_um: int, row: NDArray[Any], col: NDArray[Any]) -> NDArray[np.object_]:
+    """Barcodes (n,) of bins at these rows and columns of the array.
+
+    Examples
+    --------
+    >>> bin_names(8, np.array([0, 12]), np.array([1, 34])).tolist()
+    ['s_008um_00000_00001-1', 's_008um_00012_00034-1']
+    """
+    return bin_barcodes(bin_um, row, col).astype(str).astype(object)
+
+
+def bin_barcodes(bin_um: int, row: NDArray[Any], col: NDArray[Any]) -> NDArray[np.bytes_]:
+    """Barcodes (n,) as bytes, as 10x's HDF5 files store them."""
+    start = barcode(bin_um, 0, 0).encode()
+    text = np.empty((len(row), len(start)), np.uint8)
+    text[:] = np.frombuffer(start, np.uint8)
+    for at, number in ((8, row), (14, col)):
+        digits = np.asarray(number, np.int64)[:, None] // np.array([10_000, 1_000, 100, 10, 1]) % 10
+        text[:, at : at + 5] += digits.astype(np.uint8)
+    return text.view(f"S{len(start)}").ravel()
+
+
 class BinMatrix:
     """`filtered_feature_bc_matrix.h5` of the bins of one size; a context manager.
 

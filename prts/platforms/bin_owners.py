@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,6 +43,11 @@ class CountSettings:
     shared: Literal["drop", "nearest", "split"] = "drop"
     sigma_um: Annotated[float, Field(gt=0, le=100)] = 4.0
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+
+    @classmethod
+    def from_stored(cls, stored: Mapping[str, Any]) -> CountSettings:
+        """Settings from a prediction or a bundle."""
+        return cls(**{key: np.asarray(value).item() for key, value in stored.items()})
 
     def settings(self) -> dict[str, Any]:
         """What decides the counts beyond the default, JSON-like; nothing for the default, so that its counts keep their name."""

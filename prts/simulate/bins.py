@@ -15,7 +15,7 @@ from PIL import Image
 import prts
 from prts.io.hdf5 import NewFile
 from prts.platforms.barcode_mappings import arrow_strings
-from prts.platforms.bin_units import bin_barcodes
+from prts.platforms.bin_matrix import bin_barcodes
 from prts.simulate.lattice import BIN_UM
 
 if TYPE_CHECKING:

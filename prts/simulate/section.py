@@ -73,6 +73,8 @@ class SimulationSettings:
         Name of the section in `truth.h5ad`; the name of its folder by default.
     artefacts
         Number of folds, and as many blurred patches, bubbles and pen strokes, 0 to 100. `truth.obs["artefact"]` marks affected nuclei.
+    stripes
+        Standard deviation of the log of what rows and columns of bins capture, 0 to 1: an effect of the array, drawn from `seed`.
     layout
         Platform whose files are written: `visium_hd` (Space Ranger 3), `spaceranger4`, `xenium`, or another name in
         `prts.simulate.layouts.layouts`. Image and truth do not depend on it.
@@ -95,12 +97,14 @@ class SimulationSettings:
     species: str = "human"
     name: str | None = None
     artefacts: int = 0
+    stripes: float = 0.0
     layout: str = DEFAULT_LAYOUT
 
     def __post_init__(self) -> None:
         whole = {"cells": (50, 10**7), "genes": (50, 10**6), "artefacts": (0, 100)}
         whole |= dict.fromkeys(("seed", "program_seed"), (0, 2**63))
         real = {"mpp": (0.1, 1.0), "stain": (-2.0, 2.0), "tilt_deg": (-20.0, 20.0), "diffusion_um": (0.0, 20.0)}
+        real["stripes"] = (0.0, 1.0)
         for key, (low, high) in whole.items():
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
@@ -176,7 +180,8 @@ def simulate_section(out: Path, settings: SimulationSettings | None = None, **ke
     programs = draw_gene_programs(given.genes, species=given.species, program_seed=given.program_seed)
     truth = make_truth(nuclei, outlines, programs, rngs[2])
     lattice = make_lattice(tissue, given.tilt_deg, given.shift_um)
-    counts = draw_counts(tissue, nuclei, truth, lattice, given.diffusion_um, rngs[3])
+    capture = _capture(lattice.n_rows, lattice.n_cols, given)
+    counts = draw_counts(tissue, nuclei, truth, lattice, given.diffusion_um, rngs[3], capture)
     shape = (math.ceil(tissue.height_um / given.mpp), math.ceil(tissue.width_um / given.mpp))
     _annotate(truth, nuclei, programs, counts, _parameters(given, folder))
 
@@ -206,7 +211,20 @@ def _parameters(settings: SimulationSettings, folder: Path) -> dict[str, Any]:
     del parameters["layout"]  # the truth is the same in all
     if not settings.artefacts:  # sections without artifacts keep the bytes they had before artifacts existed
         del parameters["artefacts"]
+    if not settings.stripes:
+        del parameters["stripes"]
     return parameters
+
+
+def _capture(
+    n_rows: int, n_cols: int, settings: SimulationSettings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Relative capture of rows and columns; None if all are alike."""
+    if not settings.stripes:
+        return None
+    rng = np.random.default_rng([settings.seed, 6])
+    row, col = (np.exp(settings.stripes * rng.standard_normal(n)) for n in (n_rows, n_cols))
+    return row / row.max(), col / col.max()
 
 
 def _refuse_foreign(out: Path) -> None:

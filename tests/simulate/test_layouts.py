@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import anndata as ad
@@ -67,50 +67,9 @@ def test_the_table_lists_every_bin_with_those_around_it(sections: dict[str, Path
     assert not (mappings["in_nucleus"] & ~mappings["in_cell"]).any()
 
 
-def cells_bin_by_bin(positions: pd.DataFrame, nuclei: np.ndarray, reach: int) -> tuple[dict, dict]:
-    """Cell and nucleus of each bin (row, col), one bin at a time."""
-    xy = {(r, c): (x, y) for r, c, y, x in positions.iloc[:, 2:].itertuples(index=False)}
-    centre = [(point.x, point.y) for point in shapely.centroid(nuclei)]
-
-    def squared(bin_: tuple, nucleus: int) -> float:
-        return (xy[bin_][0] - centre[nucleus][0]) ** 2 + (xy[bin_][1] - centre[nucleus][1]) ** 2
-
-    nucleus_of = {}
-    for bin_, at in xy.items():
-        inside = [k for k, polygon in enumerate(nuclei) if polygon.contains_properly(shapely.Point(at))]
-        if inside:
-            nucleus_of[bin_] = min(inside, key=lambda k, bin_=bin_: squared(bin_, k))
-    cell_of = dict(nucleus_of)
-    for row, col in xy.keys() - nucleus_of.keys():
-        found = [
-            (dy * dy + dx * dx, squared((row, col), nucleus_of[row + dy, col + dx]), nucleus_of[row + dy, col + dx])
-            for dy in range(-reach, reach + 1)
-            for dx in range(-reach, reach + 1)
-            if dy * dy + dx * dx <= reach * reach and (row + dy, col + dx) in nucleus_of
-        ]
-        if found:
-            cell_of[row, col] = min(found)[2]
-    for cell in set(cell_of.values()):
-        left = {bin_ for bin_, owner in cell_of.items() if owner == cell}
-        pieces = []
-        while left:
-            piece, ahead = set(), deque([left.pop()])
-            while ahead:
-                row, col = ahead.popleft()
-                piece.add((row, col))
-                for beside in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
-                    if beside in left:
-                        left.discard(beside)
-                        ahead.append(beside)
-            pieces.append(piece)
-        pieces.sort(key=lambda piece: (-len(piece), min(piece)))
-        for piece in pieces[1:]:
-            for bin_ in piece:
-                del cell_of[bin_]
-    return cell_of, nucleus_of
-
-
-def test_cells_follow_the_definition_bin_by_bin(sections: dict[str, Path], mappings: pd.DataFrame) -> None:
+def test_cells_follow_the_definition_bin_by_bin(
+    sections: dict[str, Path], mappings: pd.DataFrame, cells_bin_by_bin: Callable
+) -> None:
     outs = sections["spaceranger4"] / "outs"
     positions = pd.read_parquet(outs / BINS / "spatial/tissue_positions.parquet")
     nuclei = gpd.read_file(outs / "segmented_outputs/nucleus_segmentations.geojson").geometry.to_numpy()
