@@ -98,6 +98,35 @@ def test_context_and_polygons_need_no_encoder(sections, tmp_path):
     assert scores["test/pcc_mean"] > 0.02
 
 
+def test_a_model_of_matched_slides_matches_a_new_one(sections, cache, predicted, tmp_path, monkeypatch, caplog):
+    for module in ("data.datamodule", "models.predict", "api.baselines"):
+        monkeypatch.setattr(f"prts.{module}.FEWEST", 100)
+    model = prts.Model("classical", network={"hidden": (64,)})
+    options = {"nuclei": "watershed", "cache_dir": cache}
+    model.train(
+        [sections["first"]],
+        validation=[sections["second"]],
+        genes=60,
+        max_epochs=2,
+        scale="slide",
+        trainer={"accelerator": "cpu"},
+        **options,
+    )
+    model.save(tmp_path / "model")
+    loaded = prts.Model.load(tmp_path / "model")
+    assert loaded.bundle.metadata["input"]["scale"] == "slide"
+    caplog.clear()
+    whole = loaded.predict(sections["third"], **options)
+    assert "used as they are" not in caplog.text
+    scores = loaded.evaluate(whole, sections["third"], cache_dir=cache)
+    assert min(scores.summary["test/pcc_mean"], scores.summary["baseline/ridge/pcc_mean"]) > 0
+    edge = 0.7 * sections["third"].width
+    part = loaded.predict(sections["third"], roi=[0, 0, edge, sections["third"].height], **options)
+    assert "only a region is predicted" in caplog.text
+    shared = part.obs_names.intersection(whole.obs_names)
+    assert len(shared) > 100 and not np.allclose(part[shared].X.toarray(), whole[shared].X.toarray(), rtol=0.01)
+
+
 def test_without_validation_sections_blocks_are_held_out(cache, tmp_path):
     simulate_section(tmp_path / "large", cells=1500, genes=100, seed=4)
     model = prts.Model("classical")
