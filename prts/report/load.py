@@ -225,7 +225,8 @@ def _outlines(path: Path, cell_ids: pd.Index) -> NDArray[np.object_] | None:
     if (place < 0).any():
         logger.warning("%s: lacks nuclei of %s; the page shows points instead of outlines", file, path.name)
         return None
-    return nuclei.geometry.to_numpy()[place]
+    outlines: NDArray[np.object_] = nuclei.geometry.to_numpy()[place]
+    return outlines
 
 
 def _picture(section: Section) -> NDArray[np.uint8]:
@@ -283,12 +284,13 @@ def _join_analysis(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
 
 def _score_names(obs: pd.DataFrame) -> dict[str, str]:
     """Readable names of the columns `score_<cluster>`, with the cell type of the cluster if it has one."""
-    clusters = obs["cluster"].dropna().astype(str).unique() if "cluster" in obs else []
+    if "cluster" not in obs:
+        return {}
+    known = obs[obs["cluster"].notna()]
     found = {}
-    for cluster in clusters:
-        name = f"marker score, cluster {cluster}"
-        types = obs.loc[obs["cluster"].astype(str) == cluster, "type"].dropna() if "type" in obs else ()
-        found[f"score_{cluster}"] = f"{name} ({types.iloc[0]})" if len(types) else name
+    for cluster, nuclei in known.groupby(known["cluster"].astype(str)):
+        types = nuclei["type"].dropna().astype(str).tolist() if "type" in nuclei else []
+        found[f"score_{cluster}"] = f"marker score, cluster {cluster}" + (f" ({types[0]})" if types else "")
     return found
 
 
