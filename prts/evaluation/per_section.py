@@ -43,7 +43,9 @@ def section_table(metrics: Mapping[str, Any], roles: Mapping[str, Sequence[str]]
             registration = f"registration/{name}/"
             row |= {key: value for key, value in metrics.items() if key.startswith(registration)}
             rows.append({key.replace(registration, "registration/"): value for key, value in row.items()})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    last = [column for column in table if str(column).startswith("registration/")]
+    return table[[*table.columns.drop(last), *last]]
 
 
 def without_sections(metrics: Mapping[str, Any], roles: Mapping[str, Sequence[str]]) -> dict[str, Any]:
