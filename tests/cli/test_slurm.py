@@ -165,6 +165,8 @@ def slurm():
             start("slurmd", "-D", "-N", "localhost")
             wait_for(lambda: answers("sinfo", "-h", "-o", "%T", expected="idle", env=environment), "slurmctld")
             yield environment
+            subprocess.run(["scancel", "--me"], env=environment, check=False)  # what a failed test left
+            wait_for(lambda: not answers("squeue", "-h", expected="root", env=environment), "the end of its jobs")
 
 
 @pytest.fixture
