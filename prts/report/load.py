@@ -19,6 +19,7 @@ from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
 from prts.evaluation.measured import measure_predicted
+from prts.evaluation.per_section import SECTIONS, with_sections
 from prts.evaluation.scored_section import ScoredSection
 from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
 from prts.evaluation.settings import EvaluationSettings
@@ -87,6 +88,8 @@ def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]
     config: Any = yaml.safe_load(files["config.yaml"].read_text(encoding="utf-8"))
     tissue = parse_tissue(config["tissue"])
     metrics, model = (json.loads(files[name].read_text(encoding="utf-8")) for name in ("metrics.json", "model.json"))
+    if (folder / SECTIONS).is_file():  # older runs have all figures in metrics.json
+        metrics = with_sections(metrics, pd.read_csv(folder / SECTIONS, converters={"section": str}))
     per_gene = pd.read_csv(files["per_gene.csv"], converters={"gene": str})  # a gene may be called NAN
     paths = [files["predictions.h5ad"], *sorted(folder.glob("predictions-*.h5ad"))]
     found = []
@@ -225,7 +228,8 @@ def _outlines(path: Path, cell_ids: pd.Index) -> NDArray[np.object_] | None:
     if (place < 0).any():
         logger.warning("%s: lacks nuclei of %s; the page shows points instead of outlines", file, path.name)
         return None
-    return nuclei.geometry.to_numpy()[place]
+    outlines: NDArray[np.object_] = nuclei.geometry.to_numpy()[place]
+    return outlines
 
 
 def _picture(section: Section) -> NDArray[np.uint8]:
@@ -283,12 +287,13 @@ def _join_analysis(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
 
 def _score_names(obs: pd.DataFrame) -> dict[str, str]:
     """Readable names of the columns `score_<cluster>`, with the cell type of the cluster if it has one."""
-    clusters = obs["cluster"].dropna().astype(str).unique() if "cluster" in obs else []
+    if "cluster" not in obs:
+        return {}
+    known = obs[obs["cluster"].notna()]
     found = {}
-    for cluster in clusters:
-        name = f"marker score, cluster {cluster}"
-        types = obs.loc[obs["cluster"].astype(str) == cluster, "type"].dropna() if "type" in obs else ()
-        found[f"score_{cluster}"] = f"{name} ({types.iloc[0]})" if len(types) else name
+    for cluster, nuclei in known.groupby(known["cluster"].astype(str)):
+        types = nuclei["type"].dropna().astype(str).tolist() if "type" in nuclei else []
+        found[f"score_{cluster}"] = f"marker score, cluster {cluster}" + (f" ({types[0]})" if types else "")
     return found
 
 
