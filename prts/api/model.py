@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from prts.api.evaluate import Scores
-    from prts.api.predict import NucleiSource
+    from prts.api.nuclei_source import NucleiSource
     from prts.data.prepare import PanelBuilder
     from prts.data.splits import Splitter
     from prts.features.encoders import Encoder

@@ -32,7 +32,7 @@ from prts.errors import ParameterError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from prts.api.predict import NucleiSource
+    from prts.api.nuclei_source import NucleiSource
     from prts.models.bundle import Bundle
 
 
@@ -69,7 +69,7 @@ def main(cfg: DictConfig) -> None:
 
 def _nuclei(given: dict[str, object], bundle: Bundle) -> NucleiSource:
     """The nuclei file, the requested segmenter, or bins; None means the segmenter of training."""
-    from prts.api.predict import uses_bins
+    from prts.api.nuclei_source import uses_bins
     from prts.segmentation import segmenters
 
     node, file, units = given.get("segmentation"), given["nuclei"], given.get("units")
