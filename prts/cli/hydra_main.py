@@ -18,12 +18,14 @@ from prts.cli.check import check
 from prts.cli.config import config_dir
 from prts.cli.exit_status import input_error
 from prts.cli.hydra_errors import explained
-from prts.cli.overrides import search_path
+from prts.cli.overrides import MULTIRUN, search_path
 from prts.cli.run_folder import RunFolder, remove_bare_run, remove_bare_sweep
 from prts.errors import InputError, full_disk
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from prts.cohort.cohort import Cohort
 
 
 def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders: Sequence[Path]) -> int:
@@ -44,6 +46,11 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
     -------
     The exit status.
     """
+    cohort: Cohort | None = None
+    if command == "predict" and any(flag in flags for flag in MULTIRUN):
+        from prts.cli.cohort import plan_multirun
+
+        cohort, overrides = plan_multirun(overrides, folders)
     main: Any = importlib.import_module(f"prts.cli.{command}").main
     refused: list[InputError] = []
 
@@ -54,6 +61,10 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
             from prts.cli.jobs import run_job  # imports pandas, which is not needed to print a config
 
             return run_job(command, cfg)
+        if multirun and cfg.get("slides") is not None:
+            from prts.cli.jobs import run_worker
+
+            return run_worker(command, cfg)
         try:
             check(command, cfg)
             return main(cfg)
@@ -86,6 +97,10 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
             from prts.cli.jobs import summarize
 
             status = summarize(RunFolder.sweep)
+        if cohort is not None:
+            from prts.cli.cohort import conclude
+
+            status = conclude(cohort, workers=True)
     if refused:
         raise refused[0]
     return status

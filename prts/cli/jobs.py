@@ -77,6 +77,30 @@ def run_job(command: str, cfg: DictConfig) -> float:
         return _objective(folder)
 
 
+def run_worker(command: str, cfg: DictConfig) -> None:
+    """Run a worker of a cohort in its own process and wait for it; error.txt in its folder says why it ended early.
+
+    Parameters
+    ----------
+    command
+        Whose `main` runs the worker.
+    cfg
+        Its config.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    settings: Any = HydraConfig.get()
+    error = Path(settings.runtime.output_dir) / "error.txt"
+    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    hydra = OmegaConf.to_container(settings, resolve=False, enum_to_str=True)
+    status = _wait({"command": command, "config": config, "hydra": hydra})
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if status and not error.exists():
+        error.write_text(f"{_cause(status)}\n", encoding="utf-8")
+
+
 def summarize(folder: Path) -> int:
     """Write summary.csv and summary.html of a multirun, name the jobs that failed, and return the exit status.
 

@@ -275,7 +275,8 @@ class Predict:
 
     paths: Paths
     bundle: FilePath
-    image: FilePath
+    image: FilePath | None
+    slides: FilePath | None
     out: FilePath
     bin_um: BinUm | None
     nuclei: FilePath | None
@@ -297,6 +298,10 @@ class Predict:
     artefacts: bool
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    page: bool | None
+    patterns: Annotated[list[Name], Field(min_length=1)] | None
+    worker: Whole | None
+    slides_per_job: Count | None
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
     units: Units | None = None
