@@ -31,6 +31,9 @@ TARGETS: dict[str, tuple[str, float] | None] = {
     "segment/mpx_per_second": None,
     "startup/help_seconds": ("<", 1.0),
     "startup/compose_seconds": ("<", 3.0),
+    "whole_slide/seconds": ("<", 600),
+    "whole_slide/peak_gb": ("<", 4),
+    "cohort/overhead": ("<=", 1.1),
 }
 _MARKERS = ("<!-- bench -->", "<!-- /bench -->")
 _SIGNS = {">=": "≥", "<=": "≤", "<": "<"}
