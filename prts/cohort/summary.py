@@ -43,7 +43,7 @@ def summarise(folder: Path, slides: Sequence[CohortSlide]) -> pd.DataFrame:
 
     Returns
     -------
-    One row per slide: `slide, status, error, nuclei, genes, umi_per_nucleus, ood` (share of nuclei unlike the training nuclei),
+    One row per slide: `slide, status, error, nuclei, genes, umi_per_nucleus` (median), `ood` (share of nuclei unlike the training nuclei),
     `artefacts` (share of nuclei), `verdict, seconds, attempts, stage, image, prediction, worker, finished`, and the seconds of each stage.
     `status` is done, wrong input, failed, running, unfinished (its worker was stopped or killed) or waiting.
     """
@@ -107,7 +107,9 @@ def pace(folder: Path, slides: Sequence[CohortSlide]) -> str:
         return text
     workers = {state.worker for state in states if state.status == "running"}
     workers.add(max(ended, key=lambda state: state.finished).worker)
-    rates = [rate for worker in workers if (rate := _rate([state for state in ended if state.worker == worker]))]
+    typical = [state for state in ended if state.status == "done"] or ended  # most bad slides end at once
+    rates = [rate for worker in workers if (rate := _rate([state for state in typical if state.worker == worker]))]
+    rates = rates or [_rate(typical)]
     hourly = float(np.mean(rates)) * len(workers)  # one that has just started is as fast as the others
     return f"{text}, {left} left, {hourly:.0f} slides/h by {_count(len(workers), 'worker')}, ETA {_time(left / hourly)}"
 

@@ -17,17 +17,20 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from scipy.sparse import csr_matrix
 
 import prts
 from prts.cli.app import run
 from prts.cli.cohort import plan_multirun
-from prts.cohort import worker
+from prts.cohort import facts, worker
 from prts.cohort.claims import this_process
 from prts.cohort.cohort import open_cohort
 from prts.cohort.states import SlideState, read_state
 from prts.cohort.summary import pace
 from prts.errors import InputError
 from prts.io.nuclei import load_nuclei
+from prts.io.prediction import spatial_uns
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD = ("photograph", "truncated")
@@ -154,12 +157,11 @@ def test_a_crash_is_recorded_and_the_others_go_on(
     files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slides = files.few(tmp_path / "in", "s0.tif", "s1.tif", "s2.tif", "photograph.tif")
-    facts = worker.read_facts
 
     def crash(out: Path) -> dict[str, Any]:
         if out.stem == "s1":
             raise ZeroDivisionError("by\nzero")
-        return facts(out)
+        return facts.read_facts(out)
 
     monkeypatch.setattr(worker, "read_facts", crash)
     assert run("predict", arguments(files, tmp_path / "out", slides)) == 1
@@ -173,14 +175,22 @@ def test_a_crash_is_recorded_and_the_others_go_on(
     assert states(tmp_path / "out")["s1"].status == "done"
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def interrupt(out: Path) -> None:
+    raise KeyboardInterrupt
+
+
+def terminate(out: Path) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("end", "status"), [(interrupt, 130), (terminate, 143)])
 def test_an_interrupted_worker_gives_its_slides_up(
-    files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
+    files: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: Any, status: int
 ) -> None:
     slides, out = files.few(tmp_path / "in", "s0.tif", "s1.tif"), tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(worker, "cores_given", lambda: 2)  # the second slide is in hand, too
-        patch.setattr(worker, "read_facts", lambda out: os.kill(os.getpid(), number))
+        patch.setattr(worker, "read_facts", end)
         assert run("predict", arguments(files, out, slides)) == status
     assert {name: state.status for name, state in states(out).items()} == dict.fromkeys(("s0", "s1"), "stopped")
     assert not list(out.glob(".*.claim-*"))
@@ -220,13 +230,40 @@ def test_the_summary_says_what_is_in_the_files(files: Any, tmp_path: Path) -> No
     table = model.predict_many(slides, tmp_path / "out", mpp=0.5, cache_dir=tmp_path / "cache").set_index("slide")
     done, bad = table.loc["a<b>&c 1"], table.loc["photograph"]
     adata = ad.read_h5ad(tmp_path / "out" / done["prediction"])
-    assert done["umi_per_nucleus"] == pytest.approx(adata.X.sum() / adata.n_obs, rel=1e-5)
+    assert done["umi_per_nucleus"] == pytest.approx(np.median(adata.X.sum(axis=1)), rel=1e-5)
     assert done["artefacts"] == pytest.approx((adata.obs["artefact"] != "none").mean())
     assert pd.isna(bad["nuclei"]) and "H&E" in bad["error"] and bad["attempts"] == 1
     page = (tmp_path / "out" / "summary.html").read_text(encoding="utf-8")
     assert "<b>&c" not in page and "a&lt;b&gt;&amp;c 1" in page
     assert 'href="a%3Cb%3E%26c%201.html"' in page and (tmp_path / "out" / "a<b>&c 1.html").is_file()
     assert page.count("data:image/jpeg") == 1 and f"{adata.n_obs:,} nuclei" in page
+
+
+def test_the_thumbnail_shows_each_kind_of_nucleus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three nuclei on a white slide of 1,200 x 600 px: usual, unlike training, and one of those on an artifact."""
+    monkeypatch.setattr(facts, "_ROWS", 2)
+    adata = ad.AnnData(
+        csr_matrix(np.array([[1, 2], [0, 0], [4, 0]], np.float32)),
+        obs=pd.DataFrame(
+            {"ood": [0.5, 0.99, 0.99], "artefact": pd.Categorical(["none", "none", "pen"])}, index=list("abc")
+        ),
+        obsm={"spatial": np.array([[200.0, 100], [600, 300], [1199.9, 599.9]])},
+        uns={
+            "prts": {"mpp": 0.5, "width": 1200, "height": 600, "verdict": "fine"},
+            "spatial": spatial_uns("s", np.full((300, 600, 3), 255, np.uint8), 1200, 10.0),
+        },
+    )
+    adata.write_h5ad(tmp_path / "s.h5ad")
+    facts.write_thumbnail(tmp_path / "s.h5ad", tmp_path / "s.jpg")
+    picture = np.asarray(Image.open(tmp_path / "s.jpg")).astype(int)
+    assert picture.shape == (160, 320, 3)
+    for x, y, colour in ((53, 26, facts.USUAL), (160, 80, facts.STRANGE_COLOUR), (319, 159, facts.SPOILT_COLOUR)):
+        assert np.abs(picture[y, x] - (0.8 * np.array(colour) + 0.2 * 255)).max() < 60, (x, y)
+    assert (picture > 240).all(axis=2).mean() > 0.99
+    found = facts.read_facts(tmp_path / "s.h5ad")
+    assert (found["nuclei"], found["genes"], found["umi_per_nucleus"]) == (3, 2, 3.0)
+    assert found["ood"] == pytest.approx(2 / 3) and found["artefacts"] == pytest.approx(1 / 3)
+    assert found["artefact_kinds"] == {"pen": 1}
 
 
 def test_pace_is_slides_an_hour_of_all_workers(files: Any, tmp_path: Path) -> None:
