@@ -21,6 +21,7 @@ from benchmarks.table import into_page, markdown, merge, write
 
 PARTS = (
     "counts",
+    "platforms",
     "extract",
     "grid",
     "train",

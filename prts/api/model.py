@@ -202,7 +202,8 @@ class Model:
             Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
         settings
             Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `seed`, `trainer`, ...) and of
-            `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`, `check_image`).
+            `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
+            `counting`, `exposure`, `check_image`).
 
         Returns
         -------
@@ -261,6 +262,7 @@ class Model:
         check_image: bool = True,
         check_scale: bool = True,
         max_pixels: int | None = None,
+        strict: bool = False,
         cache_dir: Path | str | None = None,
     ) -> AnnData:
         """Predict every nucleus of an H&E image.
@@ -277,7 +279,7 @@ class Model:
             um per pixel of the image, if its metadata lack it. It is never guessed.
         out
             Write the prediction to this `.h5ad` file chunk by chunk, in bounded memory, and the polygons to `<out>.nuclei.parquet`.
-        roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels
+        roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels, strict
             See `prts.api.predict.SlideSettings`.
         cache_dir
             Folder of the cache, where nuclei and features are kept; None: `$PRTS_CACHE`, else `cache`.
@@ -304,7 +306,7 @@ class Model:
         import anndata as ad
 
         settings = SlideSettings(
-            mpp, stain, rotate, flip, roi, intervals, artefacts, check_image, check_scale, max_pixels
+            mpp, stain, rotate, flip, roi, intervals, artefacts, check_image, check_scale, max_pixels, strict
         )
         cache = default_cache(cache_dir)
 
@@ -349,7 +351,7 @@ class Model:
         patterns
             Which files of a folder are slides, such as `["**/*.svs"]`; None: all images directly in it.
         page
-            Whether to write an interactive page for each slide.
+            Write an interactive page for each slide.
         cache_dir
             Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
         settings
@@ -366,7 +368,6 @@ class Model:
 
         Examples
         --------
-        >>> import prts
         >>> model = prts.Model.load(demo_model)
         >>> table = model.predict_many([demo_slide], "predictions", nuclei="watershed", roi=[0, 0, 600, 600], page=False)
         >>> table["status"].tolist()
@@ -375,8 +376,8 @@ class Model:
         from prts.cohort.cohort import open_cohort
         from prts.cohort.worker import predict_cohort
 
-        checked = SlideSettings(**check_settings(SlideSettings, settings, ""))
-        cohort = open_cohort(slides, out, self.bundle, patterns=patterns, nuclei=nuclei, settings=checked, page=page)
+        given = SlideSettings(**check_settings(SlideSettings, settings, ""))
+        cohort = open_cohort(slides, out, self.bundle, patterns=patterns, nuclei=nuclei, settings=given, page=page)
         return predict_cohort(cohort, self.runtime, cache_dir)
 
     def evaluate(self, adata: AnnData, section: Section | Path | str, **settings: Any) -> Scores:

@@ -12,6 +12,7 @@ from prts.errors import InputError, ParameterError
 from prts.io.nuclei import make_nuclei
 from prts.segmentation import segmenters
 from prts.segmentation.bins import Bins
+from prts.segmentation.measured import measured_outlines
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import recorded_segmenter
 
@@ -97,6 +98,8 @@ def _chosen_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) ->
             return trained
         if section.nuclei is not None:
             return Polygons(section.nuclei)
+        if (outlined := measured_outlines(section)) is not None:
+            return outlined
         raise ParameterError(
             "",
             "nuclei",

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prts.errors import InputError, ParameterError, did_you_mean
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prts.features.encoders import Encoder
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
+    from prts.platforms.bin_owners import CountSettings
     from prts.preprocess.counts import QCSettings
     from prts.section import Section
     from prts.segmentation.segment import Segmenter
@@ -53,6 +54,9 @@ class FitSettings:
         Of AdamW.
     batch_size
         Nuclei per batch.
+    scale
+        `training`: features as they are. `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the
+        slide are those of training, here and in `predict`.
     seed
         Seed of initial weights, order of nuclei and dropout.
     trainer
@@ -64,6 +68,7 @@ class FitSettings:
     learning_rate: float = 0.003
     weight_decay: float = 0.05
     batch_size: int = 256
+    scale: Literal["training", "slide"] = "training"
     seed: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,6 +90,11 @@ class SectionSettings:
         Correct the shift between bins and nuclei. It is measured and reported either way.
     artefacts
         Leave out nuclei on glass, in folds, under bubbles or pen, out of focus or merged.
+    counting
+        Which bins are counted for a nucleus (`prts.platforms.bin_owners.CountSettings`), such as those of Space Ranger 4's cells;
+        None: those in the nucleus.
+    exposure
+        Model rows and columns of the array that capture more or fewer UMIs as an offset of the Poisson likelihood.
     check_image
         Refuse images that cannot be H&E.
     """
@@ -94,6 +104,8 @@ class SectionSettings:
     qc: QCSettings | None = None
     register: bool = False
     artefacts: bool = False
+    counting: CountSettings | None = None
+    exposure: bool = False
     check_image: bool = True
 
 
@@ -316,6 +328,7 @@ def make_plan(
     from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.data.prepare import PrepareSettings, prepare_sections
     from prts.features.no_encoder import needed_encoder
+    from prts.platforms.bin_owners import CountSettings
     from prts.preprocess.counts import QCSettings
     from prts.segmentation.bins import Bins
 
@@ -327,6 +340,8 @@ def make_plan(
         qc=preparation.qc or (QCSettings.for_bins() if bins else QCSettings()),
         register=preparation.register,
         artefacts=preparation.artefacts,
+        counting=preparation.counting or CountSettings(),
+        exposure=preparation.exposure,
         splitter=splitter,
         panel=panel_builder(preparation.genes),
         encoder=needed_encoder(encoder, features),
@@ -336,7 +351,9 @@ def make_plan(
     return TrainingPlan(
         prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),
         preparation=prepare,
-        data=DataSettings(use=usable_features(features, segmenter), batch_size=settings.batch_size),
+        data=DataSettings(
+            use=usable_features(features, segmenter), scale=settings.scale, batch_size=settings.batch_size
+        ),
         recipe=recipe,
     )
 

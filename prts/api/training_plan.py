@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from prts.errors import ParameterError
 from prts.evaluation.settings import EvaluationSettings
 from prts.stopwatch import Stopwatch
 
@@ -24,6 +25,8 @@ class DataSettings:
     ----------
     use
         Blocks of features in the order of the network's input: `local`, `global`, `morphology` and `context`.
+    scale
+        `training`: features as they are; `slide`: those of each slide shifted and scaled to the mean and spread of training.
     permute
         Shuffle features among training nuclei: what remains is knowledge of no image.
     batch_size
@@ -33,6 +36,7 @@ class DataSettings:
     """
 
     use: tuple[str, ...] = ("local", "global", "morphology")
+    scale: Literal["training", "slide"] = "training"
     permute: bool = False
     batch_size: int = 256
     num_workers: int = 0
@@ -58,6 +62,11 @@ class TrainingPlan:
         Genes whose mean PCC is reported separately.
     config
         The settings as the user wrote them, for config.yaml and provenance; JSON-like.
+
+    Raises
+    ------
+    ParameterError
+        If nuclei are to have exposures, which the likelihood cannot take.
     """
 
     prepare: Prepare
@@ -67,3 +76,12 @@ class TrainingPlan:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     markers: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        likelihood = self.recipe.likelihood
+        if self.preparation.exposure and not (likelihood.takes_exposure and self.recipe.baseline is None):
+            raise ParameterError(
+                "counts",
+                "exposure",
+                "needs a network with the Poisson likelihood; use loss=poisson without an offset, or leave counts.exposure=false",
+            )

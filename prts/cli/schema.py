@@ -72,6 +72,16 @@ class Preprocess:
 
 
 @dataclass
+class Counts:
+    """`counts` of `prepare` and `train`."""
+
+    expand_um: Annotated[float, Field(ge=0, le=100)]
+    shared: Literal["drop", "nearest", "split"]
+    sigma_um: Annotated[float, Field(gt=0, le=100)]
+    exposure: bool
+
+
+@dataclass
 class Simulation:
     """The arguments of a simulated section."""
 
@@ -87,6 +97,8 @@ class Simulation:
     species: Species
     artefacts: Annotated[int, Field(ge=0, le=100)]
     program_seed: Annotated[int, Field(ge=0, lt=2**63)]
+    stripes: Annotated[float, Field(ge=0, le=1)]
+    layout: Name
 
 
 @dataclass
@@ -144,6 +156,7 @@ class NetworkLimits:
     """Ranges of `model.net`."""
 
     hidden: list[Annotated[int, Field(ge=1, le=65_536)]]
+    rank: Annotated[int, Field(ge=1, le=65_536)] | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -161,6 +174,7 @@ class SchedulerLimits:
 
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Whole
+    max_lr: Annotated[float, Field(gt=0, le=1e3)]
 
 
 @dataclass
@@ -213,6 +227,7 @@ class Data:
 
     use: Annotated[list[Literal["local", "global", "morphology", "context"]], Field(min_length=1)]
     target: Name
+    scale: Literal["training", "slide"]
     permute: bool
     batch_size: Count
     num_workers: Annotated[int, Field(ge=0, le=1024)]
@@ -230,6 +245,7 @@ class Prepare:
     split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
+    counts: Counts
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
     units: Units
@@ -249,7 +265,7 @@ class Train(Prepare):
     seed: Seed
     report: bool
     resume: bool
-    patch_pooling: Literal["nucleus", "center2x2"]
+    patch_pooling: Literal["nucleus", "center2x2", "bilinear"]
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
 
 
@@ -298,6 +314,7 @@ class Predict:
     artefacts: bool
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    strict: bool
     page: bool | None
     patterns: Annotated[list[Name], Field(min_length=1)] | None
     worker: Whole | None
@@ -427,6 +444,7 @@ class Export:
     out: FilePath
     genes: Annotated[str | Annotated[list[str], Field(min_length=1)], Field(description="gene names, as [A,B]")] | None
     image: FilePath | None
+    analysis: FilePath | None
     classification: Name | None
     overwrite: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
