@@ -368,8 +368,8 @@ class Model:
 
         Examples
         --------
-        >>> model = prts.Model.load(demo_model)
-        >>> table = model.predict_many([demo_slide], "predictions", nuclei="watershed", roi=[0, 0, 600, 600], page=False)
+        >>> import prts
+        >>> table = prts.Model.load(demo_model).predict_many([demo_slide], "out", nuclei="watershed", page=False)
         >>> table["status"].tolist()
         ['done']
         """

@@ -19,6 +19,7 @@ from prts.data.datamodule import PRTSDataModule
 from prts.evaluation.against_baselines import RunBaselines, compare_with_baselines
 from prts.evaluation.gene_sets import gene_sets
 from prts.evaluation.intervals import marginal_bounds, score_intervals
+from prts.evaluation.per_section import SECTIONS, section_table, without_sections
 from prts.evaluation.predictable import predictable, validated_genes
 from prts.evaluation.registration import registration_figures
 from prts.evaluation.scored_section import Scoring, score_sections
@@ -147,8 +148,10 @@ class _Training:
         _log_summary(metrics)
         if report and test:
             from prts.report.results import write_pages
+            from prts.report.run_index import write_index
 
             write_pages(bundle, test, metrics, self.folder)
+            write_index(self.folder, metrics)
         return Run(metrics, bundle, self.history.table(), datamodule)
 
     def _data(self) -> PRTSDataModule:
@@ -256,6 +259,7 @@ class _Training:
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
         metrics |= stripe_figures(datamodule.tissue)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
+        metrics |= {f"skipped/{name}": reason for name, reason in datamodule.tissue.skipped.items()}
         if datamodule.split_report["warning"] is not None:
             metrics["warning/split"] = datamodule.split_report["warning"]
         return test, metrics
@@ -276,10 +280,15 @@ class _Training:
                 from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)
+        sets = {"train": datamodule.train_sets, "val": datamodule.val_sets, "test": datamodule.test_sets}
+        roles = {role: [part.section for part in parts] for role, parts in sets.items()}
+        with atomic(self.folder / SECTIONS) as path:
+            section_table(metrics, roles).to_csv(path, index=False)
         metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
         metrics["peak_rss_mb"] = peak_rss_mb()
         with atomic(self.folder / "metrics.json") as path:
-            path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            flat = json_ready(without_sections(metrics, roles))
+            path.write_text(json.dumps(flat, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         self._checkpoint.remove()
 
 
@@ -321,6 +330,8 @@ def _remove_results(folder: Path) -> None:
     stale = (
         folder / "metrics.json",
         folder / "per_gene.csv",
+        folder / SECTIONS,
+        folder / "index.html",
         *folder.glob("predictions*"),
         *folder.glob("report*.html"),
     )

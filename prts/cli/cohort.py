@@ -17,6 +17,7 @@ from prts.cli.check import check
 from prts.cli.config import compose
 from prts.cli.exit_status import TERMINATED
 from prts.cli.overrides import quoted
+from prts.cli.scheduler import warn_without_accounting
 from prts.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -43,11 +44,14 @@ def predict_slides(cfg: DictConfig) -> None:
 
     cohort = cohort_of(cfg)
     worker = Worker(cohort, EncoderRuntime(**plain(cfg.encoder)), cfg.paths.cache_dir)
-    before = signal.signal(signal.SIGTERM, _terminate)  # so that slides in hand are given up at once
+    # so that slides in hand are given up at once: SLURM sends the one at the end, and the other before a time limit
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR2") if hasattr(signal, name)]
+    before = {number: signal.signal(number, _terminate) for number in numbers}
     try:
         worker.run(cfg.slides_per_job)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if not (HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN):
         status = conclude(cohort, partial=cfg.slides_per_job is not None)
         if status:
@@ -140,7 +144,7 @@ def plan_multirun(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Co
     Raises
     ------
     InputError
-        If several jobs would write the same file, or something in the cohort's config is wrong.
+        If workers would differ in more than their number, or something in the cohort's config is wrong.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -152,16 +156,9 @@ def plan_multirun(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Co
     varied = [key for key, values in choices.items() if len(values) > 1 and not key.startswith("hydra.")]
     others = [key for key in varied if key not in ("out", "worker")]
     if "slides" not in keys:
-        named = any(text.startswith("out=") and "${" in text for text in overrides)
-        if (others or "worker" in varied) and not named:
-            key = [*others, "worker"][0]
-            raise ParameterError(
-                "",
-                "out",
-                f"several jobs would write the same file, since {key} has several values; for many slides give "
-                f"slides=FOLDER|FILE.csv, or name each file, as out='prediction-${{{key}}}.h5ad'",
-            )
         return None, list(overrides)
+    if "hydra.sweep.dir" in keys:
+        raise ParameterError("", "hydra.sweep.dir", f"is the folder {WORKERS} in `out` for many slides; omit it")
     if others or "out" in varied:
         key = [*others, "out"][0]
         raise ParameterError(
@@ -176,9 +173,9 @@ def plan_multirun(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Co
     cohort = cohort_of(cfg)
     for error in _errors(cohort):  # of an earlier run
         error.unlink()
-    added = []
+    if "hydra/launcher=submitit_slurm" in overrides:
+        warn_without_accounting()
+    added = [f"hydra.sweep.dir={quoted(str(cohort.folder / WORKERS))}"]
     if "worker" not in keys and cfg.slides_per_job is not None:
         added.append(f"worker=range({math.ceil(len(cohort.slides) / cfg.slides_per_job)})")
-    if "hydra.sweep.dir" not in keys:
-        added.append(f"hydra.sweep.dir={quoted(str(cohort.folder / WORKERS))}")
     return cohort, [*overrides, *added]

@@ -19,6 +19,7 @@ from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
 from prts.evaluation.measured import measure_predicted
+from prts.evaluation.per_section import SECTIONS, with_sections
 from prts.evaluation.scored_section import ScoredSection
 from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
 from prts.evaluation.settings import EvaluationSettings
@@ -87,6 +88,8 @@ def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]
     config: Any = yaml.safe_load(files["config.yaml"].read_text(encoding="utf-8"))
     tissue = parse_tissue(config["tissue"])
     metrics, model = (json.loads(files[name].read_text(encoding="utf-8")) for name in ("metrics.json", "model.json"))
+    if (folder / SECTIONS).is_file():  # older runs have all figures in metrics.json
+        metrics = with_sections(metrics, pd.read_csv(folder / SECTIONS, converters={"section": str}))
     per_gene = pd.read_csv(files["per_gene.csv"], converters={"gene": str})  # a gene may be called NAN
     paths = [files["predictions.h5ad"], *sorted(folder.glob("predictions-*.h5ad"))]
     found = []

@@ -347,18 +347,21 @@ def test_a_wrong_cohort_is_refused_before_any_work(
     [
         (
             ["image=a.svs,b.svs", "out=one.h5ad"],
-            "out: several jobs would write the same file, since image has several values",
+            "out=one.h5ad: 2 jobs would write it; predict a list of slides with slides=",
         ),
-        (["image=a.svs", "out=one.h5ad", "stain=none,macenko"], "since stain has several values"),
-        (["image=a.svs", "out=one.h5ad", "worker=range(2)"], "since worker has several values"),
+        (["image=a.svs", "out=one.h5ad", "worker=range(3)"], "out=one.h5ad: 3 jobs would write it"),
         (
-            ["slides=in", "out=out", "stain=none,macenko"],
+            ["slides=in", "out=o", "stain=none,macenko"],
             "stain: has several values, and all workers of a cohort need the same",
         ),
         (["slides=in", "out=a,b"], "out: has several values"),
+        (
+            ["slides=in", "out=a", "hydra.sweep.dir=x"],
+            "hydra.sweep.dir: is the folder workers in `out` for many slides",
+        ),
     ],
 )
-def test_a_multirun_that_writes_one_file_twice_is_refused(
+def test_a_multirun_whose_jobs_would_disturb_each_other_is_refused(
     overrides: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("predict", ["-m", "bundle=model", *overrides]) == 2
@@ -370,12 +373,9 @@ def test_a_multirun_of_workers(files: Any, tmp_path: Path) -> None:
     given = [*arguments(files, tmp_path / "out"), "slides_per_job=5"]
     cohort, overrides = plan_multirun(given, [])
     assert cohort is not None and len(cohort.slides) == 12
-    assert overrides == [*given, "worker=range(3)", f"hydra.sweep.dir='{tmp_path / 'out' / 'workers'}'"]
-    assert plan_multirun([*given, "worker=range(2)", "hydra.sweep.dir=x"], [])[1] == [
-        *given,
-        "worker=range(2)",
-        "hydra.sweep.dir=x",
-    ]
+    sweep = f"hydra.sweep.dir='{tmp_path / 'out' / 'workers'}'"
+    assert overrides == [*given, sweep, "worker=range(3)"]
+    assert plan_multirun([*given, "worker=range(2)"], [])[1] == [*given, "worker=range(2)", sweep]
     with pytest.raises(InputError, match="no such folder"):
         plan_multirun([*arguments(files, tmp_path / "out", tmp_path / "nothing"), "worker=range(2)"], [])
     single = ["image=a.svs", "bundle=m", "stain=none,macenko", "out='p-${stain}.h5ad'"]
