@@ -347,9 +347,9 @@ def test_a_wrong_cohort_is_refused_before_any_work(
     [
         (
             ["image=a.svs,b.svs", "out=one.h5ad"],
-            "out=one.h5ad: 2 jobs would write it; predict a list of slides with slides=",
+            "out='one.h5ad': 2 jobs would write it; predict a list of slides with slides=",
         ),
-        (["image=a.svs", "out=one.h5ad", "worker=range(3)"], "out=one.h5ad: 3 jobs would write it"),
+        (["image=a.svs", "out=one.h5ad", "worker=range(3)"], "out='one.h5ad': 3 jobs would write it"),
         (
             ["slides=in", "out=o", "stain=none,macenko"],
             "stain: has several values, and all workers of a cohort need the same",
