@@ -160,7 +160,11 @@ def _of_table(where: str, table: pd.DataFrame, root: Path | None = None) -> list
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
+    import pandas as pd
+
+    if isinstance(value, str):
+        return not value.strip()
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
 def _slide(cells: dict[str, Any], root: Path) -> CohortSlide:

@@ -48,11 +48,17 @@ def test_a_csv_overrides_the_settings_of_a_slide(tmp_path: Path) -> None:
 
 def test_a_table_in_memory_and_a_list(tmp_path: Path) -> None:
     table = pd.DataFrame(
-        {"image": [tmp_path / "a.tif", "b.tif"], "mpp": [0.5, float("nan")], "flip": [None, "vertical"]}
+        {
+            "image": [tmp_path / "a.tif", "b.tif"],
+            "mpp": [0.5, float("nan")],
+            "flip": [None, "vertical"],
+            "stain": pd.array([pd.NA, "reinhard"], "string"),
+            "roi": [[0, 0, 9, 9], None],
+        }
     )
     assert [(s.image.name, s.settings) for s in read_slides(table)] == [
-        ("a.tif", {"mpp": 0.5}),
-        ("b.tif", {"flip": "vertical"}),
+        ("a.tif", {"mpp": 0.5, "roi": [0, 0, 9, 9]}),
+        ("b.tif", {"flip": "vertical", "stain": "reinhard"}),
     ]
     assert [slide.name for slide in read_slides(["x/a.tif", Path("y/b.tif")])] == ["a", "b"]
 
