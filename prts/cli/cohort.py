@@ -5,6 +5,7 @@ A multirun starts workers and nothing else: which worker takes which slide is de
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import sys
@@ -19,11 +20,14 @@ from prts.cli.exit_status import TERMINATED
 from prts.cli.overrides import quoted
 from prts.cli.scheduler import warn_without_accounting
 from prts.errors import ParameterError
+from prts.extras import install_command, missing_modules
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.cohort.cohort import Cohort
+
+logger = logging.getLogger(__name__)
 
 WORKERS = "workers"  # folder of a multirun's workers, with their logs, in the cohort folder
 
@@ -71,6 +75,10 @@ def cohort_of(cfg: DictConfig) -> Cohort:
         raise ParameterError(
             "", "nuclei", "belong to one slide; name those of each in a CSV with the columns image,nuclei"
         )
+    page = given["page"]
+    if page is None and (missing := missing_modules("report")):
+        logger.warning("no pages: %s not installed; run %s", ", ".join(missing), install_command("report"))
+        page = False
     bundle = load_bundle(Path(given["bundle"]))
     return open_cohort(
         given["slides"],
@@ -79,7 +87,7 @@ def cohort_of(cfg: DictConfig) -> Cohort:
         patterns=given["patterns"],
         nuclei=nuclei_source(given, bundle),
         settings=slide_settings(given),
-        page=given["page"] is not False,
+        page=page is not False,
     )
 
 

@@ -41,6 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain, require
 from prts.errors import ParameterError
+from prts.extras import require_extra
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -64,6 +65,8 @@ def main(cfg: DictConfig) -> None:
             raise ParameterError(
                 "", key, "applies to many slides; omit it, or give slides=FOLDER|FILE.csv instead of image"
             )
+    if cfg.page:
+        require_extra("report", "page")
     from prts.api.predict import EncoderRuntime, predict_slide
     from prts.models.bundle import load_bundle
 

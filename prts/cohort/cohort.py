@@ -14,6 +14,7 @@ from prts.cohort.slides import CohortSlide, SlideSource, read_slides
 from prts.cohort.states import SlideState, changes, read_state
 from prts.data.prepare_input import STAGE_VERSION
 from prts.errors import InputError
+from prts.extras import require_extra
 from prts.io.cache import fingerprint
 from prts.io.outputs import check_out_folder
 from prts.io.prediction import nuclei_path
@@ -145,6 +146,8 @@ def open_cohort(
     InputError
         If the list of slides is wrong, the folder cannot be written, or a state in it was written by another version of prts.
     """
+    if page:
+        require_extra("report", "page")
     folder = check_out_folder(out, "the predictions of a cohort")
     slides = read_slides(source, patterns=patterns, leave_out=folder)
     if isinstance(nuclei, str) and nuclei in segmenters:
