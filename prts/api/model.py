@@ -344,8 +344,7 @@ class Model:
         Parameters
         ----------
         slides
-            A folder of slides, a CSV or a table with a row per slide (columns `prts.cohort.slides.COLUMNS`, of which only `image` is
-            required), or paths of images.
+            A folder, a CSV or a table with a row per slide (columns: `prts.cohort.slides.COLUMNS`), or paths of images.
         out
             Folder for `<slide>.h5ad`, `<slide>.nuclei.parquet`, `<slide>.html`, `<slide>.state.json`, `summary.csv` and `summary.html`.
         nuclei
@@ -371,8 +370,8 @@ class Model:
         Examples
         --------
         >>> import prts
-        >>> table = prts.Model.load(demo_model).predict_many([demo_slide], "out", nuclei="watershed", page=False)
-        >>> table["status"].tolist()
+        >>> model = prts.Model.load(demo_model)
+        >>> model.predict_many([demo_slide], "out", nuclei="watershed", page=False)["status"].tolist()
         ['done']
         """
         from prts.cohort.cohort import open_cohort
