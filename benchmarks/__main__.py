@@ -29,6 +29,7 @@ PARTS = (
     "predict_million",
     "segment",
     "startup",
+    "travel",
     "whole_slide",
     "cohort",
 )
