@@ -3,7 +3,7 @@
 usage: python -m benchmarks [PART ...] [--quick] [--out FILE] [--no-docs]
 
 Prints a table and writes it to benchmarks/results.json and docs/benchmarks.md. Parts that are not run keep their earlier figures. Takes
-about 20 minutes on two idle cores. PRTS_DATA names the folder of real data; what is slow to make is kept in $PRTS_CACHE/benchmarks.
+about half an hour on two idle cores. PRTS_DATA names the folder of real data; what is slow to make is kept in $PRTS_CACHE/benchmarks.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ PARTS = (
     "segment",
     "startup",
     "travel",
+    "whole_slide",
+    "cohort",
 )
 # Half an hour of extraction, so only on request.
 ON_DEMAND = ("grid_pcc",)

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 # Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
 
-_IMAGE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".btf", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm"),
     *(".png", ".jpg", ".jpeg"),
 )
@@ -412,7 +412,7 @@ def _image(folder: Path) -> Path:
     """The only full-resolution image in a section's folder."""
     found = (path for pattern in _IMAGES for place in (folder, folder / "outs") for path in place.glob(pattern))
     found = (path for path in found if not path.name.startswith("._"))  # macOS keeps attributes of files in these
-    images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
+    images = sorted({path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
         hint = " (or *_he_image.ome.tif)"

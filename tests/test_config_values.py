@@ -46,15 +46,16 @@ WRONG = {
 MEANT = {
     "text": r"(.*\.)?(analysis|annotations|artifact_location|bins|bundle|cache_dir|checkpoint_key|classification|data_dir|experiment_name"
     r"|gmt|image|markers|model|model_name|monitor|name|nuclei|obo|orthologs|out|path|prediction|project|roi|run|run_name|save_dir|second"
-    r"|section|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
+    r"|section|slides|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
     r"|data\.target|trainer\.(accelerator|strategy|devices|precision)|encoder\.(device|pooling))",
     "null": r"(.*\.)?(analysis|annotations|artifact_location|batch_size|broad|bundle|checkpoint_key|classification|download|experiment_name"
     r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mean|std|min_cells|min_umi|model_mpp|mpp|name"
-    r"|nms_thresh|nuclei|obo|orthologs|out|path|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section|segmentation"
-    r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|net\.rank|optimizer\.fused)"
+    r"|nms_thresh|nuclei|obo|orthologs|out|page|path|patterns|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section"
+    r"|segmentation|slides|slides_per_job|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|worker"
+    r"|model\.(baseline|scheduler|net\.rank|optimizer\.fused)"
     r"|encoder\.(hub|kwargs|layer|scales)|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
     "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
-    "flag": r"encoder\.compile|intervals|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
+    "flag": r"encoder\.compile|intervals|page|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
     r"|model\.optimizer\.fused",
     "huge": r"max_pixels|encoder\.(stride|batch_size)|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|logger\.\w+\.version"
     r"|trainer\.(devices|limit_\w+|num_sanity_val_steps)",

@@ -45,14 +45,12 @@ def test_jobs_parse_and_are_listed(script: Path) -> None:
         ("prepare.sh", ["tissue=demo"], {}),
         ("train.sh", ["tissue=demo"], {}),
         ("sweep.sh", ["tissue=demo"], {"SLURM_ARRAY_TASK_ID": "2"}),
-        ("predict_many.sh", ["slides.txt", "model", "out"], {"SLURM_ARRAY_TASK_ID": "1"}),
+        ("cohort.sh", ["bundle=model", "slides=slides", "out=out"], {"SLURM_ARRAY_TASK_ID": "1"}),
     ],
 )
 def test_jobs_call_commands_that_exist(
     tmp_path: Path, script: str, arguments: list[str], environment: dict[str, str]
 ) -> None:
-    (tmp_path / "slides.txt").write_text("a slide.svs\n")
-
     done = run_job(tmp_path, script, *arguments, **environment)
 
     assert done.returncode == 0, done.stderr
@@ -77,18 +75,12 @@ def test_a_training_job_resumes_in_the_same_folder_and_ends_when_finished(tmp_pa
 
 
 @bash
-def test_a_prediction_task_takes_its_line_and_skips_finished_slides(tmp_path: Path) -> None:
-    (tmp_path / "slides.txt").write_text("in/a.svs\nin/b c.ome.tif\n")
-    arguments = ["slides.txt", "model", "out", "stain=macenko"]
+def test_a_worker_passes_its_arguments_on_and_keeps_to_its_cores(tmp_path: Path) -> None:
+    arguments = ["bundle=model", "slides=a b/list.csv", "out=out", "stain=macenko"]
 
-    done = run_job(tmp_path, "predict_many.sh", *arguments, SLURM_ARRAY_TASK_ID="2")
-    beyond = run_job(tmp_path, "predict_many.sh", *arguments, SLURM_ARRAY_TASK_ID="3")
+    done = run_job(tmp_path, "cohort.sh", *arguments, SLURM_CPUS_PER_TASK="3")
 
-    expected = ["predict", "bundle=model", "image=in/b c.ome.tif", "out=out/b c.ome.h5ad", "stain=macenko"]
-    assert done.stdout.splitlines() == expected
-    assert (beyond.returncode, beyond.stderr) == (2, "slides.txt has no line 3\n")
-    (tmp_path / "out/b c.ome.h5ad").write_text("")
-    assert "is finished" in run_job(tmp_path, "predict_many.sh", *arguments, SLURM_ARRAY_TASK_ID="2").stdout
+    assert done.stdout.splitlines() == ["predict", *arguments]
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 import shapely
 
-from prts.api.predict import EncoderRuntime, build_encoder, uses_bins
+from prts.api.nuclei_source import uses_bins
+from prts.api.predict import EncoderRuntime, build_encoder
 from prts.data.nucleus_set import NucleusSet
 from prts.data.prepare import prepare_colour, prepare_context, prepare_input
 from prts.data.slide_scale import FEWEST

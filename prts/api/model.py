@@ -23,6 +23,7 @@ from prts.api.plan import (
 )
 from prts.api.polygons import attach_nuclei, nuclei_of
 from prts.api.predict import EncoderRuntime, SlideSettings, build_encoder, predict_slide
+from prts.arguments import check_settings
 from prts.errors import InputError
 from prts.extras import require_extra
 from prts.io.cache import atomic, default_cache
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from prts.api.evaluate import Scores
-    from prts.api.predict import NucleiSource
+    from prts.api.nuclei_source import NucleiSource
+    from prts.cohort.slides import SlideSource
     from prts.data.prepare import PanelBuilder
     from prts.data.splits import Splitter
     from prts.features.encoders import Encoder
@@ -327,6 +329,59 @@ class Model:
             adata = ad.read_h5ad(file)
             attach_nuclei(adata, nuclei_of(adata, file))
         return adata
+
+    def predict_many(
+        self,
+        slides: SlideSource,
+        out: Path | str,
+        *,
+        nuclei: NucleiSource = None,
+        patterns: Sequence[str] | None = None,
+        page: bool = True,
+        cache_dir: Path | str | None = None,
+        **settings: Any,
+    ) -> pd.DataFrame:
+        """Predict many slides into one folder, which other processes and machines may share; finished slides are skipped.
+
+        Parameters
+        ----------
+        slides
+            A folder, a CSV or a table with a row per slide (columns: `prts.cohort.slides.COLUMNS`), or paths of images.
+        out
+            Folder for `<slide>.h5ad`, `<slide>.nuclei.parquet`, `<slide>.html`, `<slide>.state.json`, `summary.csv` and `summary.html`.
+        nuclei
+            A segmenter or its name; None: the segmenter that training used. A table may name a file of polygons for each slide.
+        patterns
+            Which files of a folder are slides, such as `["**/*.svs"]`; None: all images directly in it.
+        page
+            Write an interactive page for each slide.
+        cache_dir
+            Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
+        settings
+            Fields of `prts.api.predict.SlideSettings`; a table may have others for single slides.
+
+        Returns
+        -------
+        One row per slide, also of those that failed (`prts.cohort.summary.summarise`).
+
+        Raises
+        ------
+        InputError
+            If the list of slides or a setting is wrong, or the folder cannot be written. Errors of a slide are in its row.
+
+        Examples
+        --------
+        >>> import prts
+        >>> model = prts.Model.load(demo_model)
+        >>> model.predict_many([demo_slide], "out", nuclei="watershed", page=False)["status"].tolist()
+        ['done']
+        """
+        from prts.cohort.cohort import open_cohort
+        from prts.cohort.worker import predict_cohort
+
+        given = SlideSettings(**check_settings(SlideSettings, settings, ""))
+        cohort = open_cohort(slides, out, self.bundle, patterns=patterns, nuclei=nuclei, settings=given, page=page)
+        return predict_cohort(cohort, self.runtime, cache_dir)
 
     def evaluate(self, adata: AnnData, section: Section | Path | str, **settings: Any) -> Scores:
         """Score a prediction of this model against measured counts, next to the baselines that were fitted with it.

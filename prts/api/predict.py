@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import shapely
 
+from prts.api.nuclei_source import NucleiSource, as_segmenter
 from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
-from prts.errors import InputError, ParameterError
+from prts.errors import ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
 from prts.features.encoders.tokens import torch_device
 from prts.features.feature_reader import STORED
 from prts.io.cache import default_cache, fingerprint, reading
-from prts.io.nuclei import load_nuclei, make_nuclei
+from prts.io.nuclei import load_nuclei
 from prts.io.orientation import Orientation
 from prts.io.prediction import check_out
 from prts.io.region import inside, read_region
@@ -28,27 +27,18 @@ from prts.models.scale import check_scale
 from prts.preprocess.artefacts import log_artefacts
 from prts.preprocess.stains.base import match_stain
 from prts.section import Section, read_section
-from prts.segmentation import segmenters
-from prts.segmentation.bins import Bins
-from prts.segmentation.measured import measured_outlines
-from prts.segmentation.polygons import Polygons
-from prts.segmentation.segment import recorded_segmenter
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
 if TYPE_CHECKING:
-    import pandas as pd
     from geopandas import GeoDataFrame
     from shapely.geometry.base import BaseGeometry
 
     from prts.features.encoders import Encoder
-    from prts.io.slide import Slide
     from prts.models.bundle import Bundle
     from prts.segmentation.segment import Segmenter
 
 
 logger = logging.getLogger(__name__)
-
-NucleiSource: TypeAlias = "str | Path | GeoDataFrame | Segmenter | None"
 
 
 @dataclass(frozen=True)
@@ -150,6 +140,96 @@ class _Found(NamedTuple):
     region: BaseGeometry | None
 
 
+class SegmentedSlide(NamedTuple):
+    """A slide whose nuclei are known, as `SlidePredictor.segment` returns it."""
+
+    section: Section
+    seen: Section
+    views: tuple[Orientation, ...]
+    settings: SlideSettings
+    folder: Path
+    found: _Found
+    watch: Stopwatch
+
+
+class SlidePredictor:
+    """Predicts slides with one model, whose encoder is loaded only once.
+
+    `segment` and `predict` may run in different threads: the nuclei of the next slide can be found while the present one is encoded.
+
+    Parameters
+    ----------
+    bundle
+        The trained model.
+    encoder
+        Where the encoder runs, and the path of its weights.
+    cache_dir
+        Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
+
+    Raises
+    ------
+    InputError
+        If the device is not there, or the encoder's weights are missing or differ from those used in training.
+    """
+
+    def __init__(
+        self, bundle: Bundle, encoder: EncoderRuntime | None = None, cache_dir: Path | str | None = None
+    ) -> None:
+        runtime = encoder or EncoderRuntime()
+        self.bundle, self._cache = bundle, default_cache(cache_dir)
+        self._device = torch_device(runtime.device)
+        self._encoder = build_encoder(bundle, runtime)
+
+    def segment(
+        self, image: Path | str | Section, nuclei: NucleiSource = None, settings: SlideSettings | None = None
+    ) -> SegmentedSlide:
+        """Open a slide and find its nuclei; parameters are those of `predict_slide`."""
+        settings, watch = settings or SlideSettings(), Stopwatch()
+        orientation = Orientation(settings.rotate, settings.flip)
+        views = _views(self.bundle, orientation, settings.tta)
+        with reading(self._cache):
+            section = _open(image, settings)
+            segmenter = as_segmenter(nuclei, self.bundle, section)
+            seen = match_stain(section.reoriented(orientation), settings.stain, self.bundle.metadata.get("stain"))
+            folder = self._cache / "predict" / section.name
+            found = _find_nuclei(self.bundle, section, seen, segmenter, settings, folder, watch)
+        return SegmentedSlide(section, seen, views, settings, folder, found, watch)
+
+    def predict(self, slide: SegmentedSlide, out: Path | str) -> PredictedSlide:
+        """Extract the features of a slide's nuclei, predict them and write `out`."""
+        out, bundle, found, watch = check_out(Path(out)), self.bundle, slide.found, slide.watch
+        with reading(self._cache):
+            with watch("features"):
+                readings = [_read(bundle, slide.seen, view, found, slide.folder, self._encoder) for view in slide.views]
+            with watch("predict"):
+                bundle.to(self._device)
+                if len(readings) == 1:
+                    (only,) = readings
+                    chunks = predict_store(
+                        bundle, only.features, only.nuclei, slide.section.mpp, among=only.among, context=only.context
+                    )
+                else:
+                    chunks = predict_views(bundle, readings, slide.section.mpp)
+                verdict = write_prediction(
+                    out,
+                    bundle,
+                    slide.section,
+                    found.in_file,
+                    chunks,
+                    store=readings[0].features,
+                    intervals=slide.settings.intervals,
+                    provenance=_provenance(bundle, slide.settings, slide.seen.orientation, found),
+                    strict=slide.settings.strict,
+                )
+        for stage, seconds in watch.seconds.items():
+            logger.info("%-10s%8.1f s", stage, seconds)
+        logger.info("peak memory %.0f MB", peak_rss_mb())
+        if verdict is None:
+            return PredictedSlide(out, None, dict(watch.seconds))
+        logger.log(logging.INFO if verdict.believable else logging.WARNING, "verdict: %s", verdict.text)
+        return PredictedSlide(out, verdict.text, dict(watch.seconds), verdict.believable)
+
+
 def predict_slide(
     bundle: Bundle,
     image: Path | str | Section,
@@ -192,58 +272,9 @@ def predict_slide(
     InputError
         If the image, the nuclei or a setting is wrong; no partial output is left.
     """
-    settings, runtime = settings or SlideSettings(), encoder or EncoderRuntime()
-    out, cache = check_out(Path(out)), default_cache(cache_dir)
-    with reading(cache):
-        return _predict(bundle, image, out, nuclei, settings, runtime, cache)
-
-
-def _predict(
-    bundle: Bundle,
-    image: Path | str | Section,
-    out: Path,
-    nuclei: NucleiSource,
-    settings: SlideSettings,
-    runtime: EncoderRuntime,
-    cache: Path,
-) -> PredictedSlide:
-    watch = Stopwatch()
-    orientation, device = Orientation(settings.rotate, settings.flip), torch_device(runtime.device)
-    views = _views(bundle, orientation, settings.tta)
-    section = _open(image, settings)
-    reader, segmenter = build_encoder(bundle, runtime), as_segmenter(nuclei, bundle, section)
-    seen = match_stain(section.reoriented(orientation), settings.stain, bundle.metadata.get("stain"))
-    folder = cache / "predict" / section.name
-    found = _find_nuclei(bundle, section, seen, segmenter, settings, folder, watch)
-    with watch("features"):
-        readings = [_read(bundle, seen, view, found, folder, reader) for view in views]
-    with watch("predict"):
-        bundle.to(device)
-        if len(readings) == 1:
-            (only,) = readings
-            chunks = predict_store(
-                bundle, only.features, only.nuclei, section.mpp, among=only.among, context=only.context
-            )
-        else:
-            chunks = predict_views(bundle, readings, section.mpp)
-        verdict = write_prediction(
-            out,
-            bundle,
-            section,
-            found.in_file,
-            chunks,
-            store=readings[0].features,
-            intervals=settings.intervals,
-            provenance=_provenance(bundle, settings, orientation, found),
-            strict=settings.strict,
-        )
-    for stage, seconds in watch.seconds.items():
-        logger.info("%-10s%8.1f s", stage, seconds)
-    logger.info("peak memory %.0f MB", peak_rss_mb())
-    if verdict is None:
-        return PredictedSlide(out, None, dict(watch.seconds))
-    logger.log(logging.INFO if verdict.believable else logging.WARNING, "verdict: %s", verdict.text)
-    return PredictedSlide(out, verdict.text, dict(watch.seconds), verdict.believable)
+    out = check_out(Path(out))
+    predictor = SlidePredictor(bundle, encoder, cache_dir)
+    return predictor.predict(predictor.segment(image, nuclei, settings), out)
 
 
 def _views(bundle: Bundle, orientation: Orientation, tta: int) -> tuple[Orientation, ...]:
@@ -272,93 +303,6 @@ def _read(
         seen = seen.reoriented(orientation)
     stores = prepare_input(folder, seen, nuclei, bundle.input_use, lambda: reader, found.source)
     return View(nuclei, among, stores.features, stores.context)
-
-
-class _GivenNuclei:
-    """Polygons in memory, used like a segmenter."""
-
-    name: ClassVar[str] = "polygons"
-    extra: ClassVar[str | None] = None
-    hint: ClassVar[str] = "give other polygons"
-
-    def __init__(self, nuclei: GeoDataFrame) -> None:
-        self._nuclei = nuclei
-
-    def __call__(self, slide: Slide) -> GeoDataFrame:
-        nuclei = make_nuclei(self._nuclei.geometry, slide.mpp, cell_id=self._ids(), source="nuclei")
-        return slide.orientation.nuclei(nuclei, slide.file_size)
-
-    def settings(self) -> dict[str, Any]:
-        digest = hashlib.sha256("\n".join(map(str, self._ids())).encode())
-        digest.update(b"".join(shapely.to_wkb(self._nuclei.geometry.to_numpy())))
-        return {"name": self.name, "sha256": digest.hexdigest()}
-
-    def _ids(self) -> pd.Series[Any]:
-        ids: pd.Series[Any] = self._nuclei.get("cell_id", self._nuclei.index.to_series())
-        return ids
-
-
-def uses_bins(bundle: Bundle) -> bool:
-    """Whether a model was trained on bins."""
-    return bool(bundle.metadata["segmentation"]["name"] == Bins.name)
-
-
-def as_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segmenter:
-    """The segmenter for a slide, from the user's choice.
-
-    Parameters
-    ----------
-    nuclei
-        As for `predict_slide`.
-    bundle
-        The model, which names the segmenter used in training.
-    section
-        The section, whose own nuclei are used if training used nuclei from a file.
-
-    Raises
-    ------
-    InputError
-        If there is no such segmenter or file, training used nuclei from a file and this section has none, or the bins have another size.
-    """
-    chosen = _chosen_segmenter(nuclei, bundle, section)
-    if isinstance(chosen, Bins) and uses_bins(bundle):
-        trained_on = bundle.metadata["segmentation"]["arguments"]["bin_um"]
-        if chosen.bin_um != trained_on:
-            raise ParameterError(
-                "",
-                "bin_um",
-                f"{chosen.bin_um} is not the size of the bins that this model was trained on, and counts grow with it; give {trained_on}",
-            )
-    return chosen
-
-
-def _chosen_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) -> Segmenter:
-    if nuclei is None:
-        try:
-            trained = recorded_segmenter(bundle.metadata["segmentation"])
-        except ParameterError as error:
-            raise InputError(
-                f"{bundle.folder}: its segmenter cannot be built by this version of prts ({error}); choose another one"
-            ) from error
-        if trained is not None:
-            return trained
-        if section.nuclei is not None:
-            return Polygons(section.nuclei)
-        if (outlined := measured_outlines(section)) is not None:
-            return outlined
-        raise ParameterError(
-            "",
-            "nuclei",
-            f"not given, and this model was trained on nuclei from a file; name a file or a segmenter "
-            f"({', '.join(name for name in segmenters.names() if name != Polygons.name)})",
-        )
-    if isinstance(nuclei, str) and nuclei in segmenters and not Path(nuclei).exists():
-        return segmenters.build({"name": nuclei})
-    if isinstance(nuclei, str | Path):
-        return Polygons(nuclei)
-    if hasattr(nuclei, "geometry"):
-        return _GivenNuclei(nuclei)
-    return nuclei
 
 
 def encoder_weights(bundle: Bundle, given: Path | str | None = None) -> Path | None:

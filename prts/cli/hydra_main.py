@@ -20,7 +20,7 @@ from prts.cli.check import check
 from prts.cli.config import config_dir
 from prts.cli.exit_status import input_error
 from prts.cli.hydra_errors import explained
-from prts.cli.multirun import grid, progress, say_what_runs_on, start_jobs
+from prts.cli.multirun import grid, progress, progress_line, say_what_runs_on, start_jobs
 from prts.cli.overrides import MULTIRUN, search_path
 from prts.cli.prepare_jobs import prepare_by_section
 from prts.cli.run_folder import RunFolder, remove_bare_run, remove_bare_sweep
@@ -28,6 +28,8 @@ from prts.errors import InputError, full_disk
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+
+    from prts.cohort.cohort import Cohort
 
 
 def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders: Sequence[Path]) -> int:
@@ -48,8 +50,14 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
     -------
     The exit status.
     """
+    cohort: Cohort | None = None
     if set(MULTIRUN) & set(flags):
-        _refuse_one_output(overrides, command)
+        if command == "predict":
+            from prts.cli.cohort import plan_multirun
+
+            cohort, overrides = plan_multirun(overrides, folders)
+        if cohort is None:
+            _refuse_one_output(overrides, command)
         if command == "prepare" and _is_one_job(overrides):
             return prepare_by_section(overrides, flags, folders, launch)
     main: Any = importlib.import_module(f"prts.cli.{command}").main
@@ -63,6 +71,10 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
             from prts.cli.jobs import run_job  # imports pandas, which is not needed to print a config
 
             return run_job(command, cfg, relaunched=relaunched)
+        if multirun and cfg.get("slides") is not None:
+            from prts.cli.jobs import run_worker
+
+            return run_worker(command, cfg)
         try:
             check(command, cfg)
             return main(cfg)
@@ -93,11 +105,11 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
 
     status = 0
     try:
-        with progress(lambda: RunFolder.sweep, lambda: RunFolder.planned):
-            start_jobs(start, lambda: RunFolder.sweep)
+        with progress(lambda: _progress(cohort)):
+            start_jobs(start, lambda: _jobs_folder(cohort))
     except KeyboardInterrupt:
-        if RunFolder.sweep is not None:
-            say_what_runs_on(RunFolder.sweep)
+        if (folder := _jobs_folder(cohort)) is not None:
+            say_what_runs_on(folder)
         raise
     except Exception as error:
         _refuse_full_disk(error)
@@ -106,13 +118,41 @@ def launch(command: str, overrides: Sequence[str], flags: Sequence[str], folders
             raise
         raise cause from error
     finally:
-        if RunFolder.sweep is not None and not remove_bare_sweep():
-            from prts.cli.jobs import summarize
-
-            status = summarize(command, RunFolder.sweep, RunFolder.planned)
+        status = _conclude(command, cohort)
     if refused:
         raise refused[0]
     return status
+
+
+def _jobs_folder(cohort: Cohort | None) -> Path | None:
+    """The folder of a multirun, once it is known."""
+    if cohort is None:
+        return RunFolder.sweep
+    from prts.cli.cohort import WORKERS
+
+    return cohort.folder / WORKERS
+
+
+def _progress(cohort: Cohort | None) -> str | None:
+    """How far a multirun is."""
+    if cohort is None:
+        return None if RunFolder.sweep is None else progress_line(RunFolder.sweep, RunFolder.planned)
+    from prts.cohort.summary import pace
+
+    return pace(cohort.folder, cohort.slides)
+
+
+def _conclude(command: str, cohort: Cohort | None) -> int:
+    """Summarize a multirun, and return the exit status."""
+    if cohort is not None:
+        from prts.cli.cohort import conclude
+
+        return conclude(cohort, workers=True)
+    if RunFolder.sweep is None or remove_bare_sweep():
+        return 0
+    from prts.cli.jobs import summarize
+
+    return summarize(command, RunFolder.sweep, RunFolder.planned)
 
 
 def _is_one_job(overrides: Sequence[str]) -> bool:

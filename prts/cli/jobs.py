@@ -92,6 +92,31 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
         return _objective(result)
 
 
+def run_worker(command: str, cfg: DictConfig) -> None:
+    """Run a worker of a cohort in its own process and wait for it; error.txt in its folder says why it ended early.
+
+    Parameters
+    ----------
+    command
+        Whose `main` runs the worker.
+    cfg
+        Its config.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    settings: Any = HydraConfig.get()
+    error = Path(settings.runtime.output_dir) / "error.txt"
+    config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+    hydra = OmegaConf.to_container(settings, resolve=False, enum_to_str=True)
+    message = {"command": command, "config": config, "hydra": hydra}
+    status = _wait(message, threads(settings.launcher, os.environ))
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    if status and not error.exists():
+        error.write_text(f"{_cause(status)}\n", encoding="utf-8")
+
+
 def summarize(command: str, folder: Path, planned: int | None) -> int:
     """Name the jobs of a multirun that failed, and return the exit status; of training, write summary.csv and summary.html, too.
 

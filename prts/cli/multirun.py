@@ -114,24 +114,21 @@ def say_what_runs_on(folder: Path) -> None:
 
 
 @contextmanager
-def progress(sweep: Callable[[], Path | None], planned: Callable[[], int | None]) -> Iterator[None]:
-    """Write a line a minute on the jobs of a multirun, read from their folders.
+def progress(line: Callable[[], str | None]) -> Iterator[None]:
+    """Write a line a minute on the jobs of a multirun.
 
     Parameters
     ----------
-    sweep
-        Folder of the multirun, once there is one.
-    planned
-        How many jobs it is to have.
+    line
+        How far they are; None until they have started.
     """
     ended = threading.Event()
     began = time.monotonic()
 
     def report() -> None:
         while not ended.wait(_EVERY_S):
-            if (folder := sweep()) is not None:
-                minutes = (time.monotonic() - began) / 60
-                sys.stderr.write(f"prts: {minutes:.0f} min: {progress_line(folder, planned())}\n")
+            if (text := line()) is not None:
+                sys.stderr.write(f"prts: {(time.monotonic() - began) / 60:.0f} min: {text}\n")
                 sys.stderr.flush()
 
     thread = threading.Thread(target=report, daemon=True)

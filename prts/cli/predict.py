@@ -1,9 +1,12 @@
-"""Predict the expression of every nucleus, or square bin, in an H&E image with a trained model.
+"""Predict the expression of every nucleus, or square bin, in one or many H&E images with a trained model.
 
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
                     [units=nuclei|bins] [bin_um=8]
                     [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [rotate=0|90|180|270]
                     [flip=none|horizontal|vertical] [tta=1|4|8] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
+                    [page=true]
+       prts predict bundle=DIR slides=FOLDER|FILE.csv out=FOLDER [patterns=[*.svs]] [page=false] [slides_per_job=N]
+       prts predict -m bundle=DIR slides=FOLDER|FILE.csv out=FOLDER worker=0,1,2,3 hydra/launcher=joblib|submitit_slurm
 
 Nuclei are read from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image) or found with `segmentation=`, by default the
 segmenter used in training. `units=bins`, the default of a model trained on bins, tiles the tissue with squares of `bin_um=` um instead;
@@ -19,62 +22,83 @@ that its prediction should not be believed.
 
 Writes FILE.h5ad (nuclei x genes) and FILE.nuclei.parquet (polygons). X is the expected UMI, layers["prob"] is P(expressed), layers["lower"]
 and layers["upper"] are the 90% interval of the count (omitted with intervals=false), and obs["artefact"] flags nuclei on glass, in a fold,
-under a bubble or pen, out of focus or merged (omitted with artefacts=false). Flagged nuclei are kept.
+under a bubble or pen, out of focus or merged (omitted with artefacts=false). Flagged nuclei are kept. page=true adds FILE.html, an
+interactive page.
+
+With `slides=`, the columns of a CSV (image, and optionally out, mpp, nuclei, segmentation, roi, rotate, flip, stain, ...) override the
+options for single slides. Each slide gets FOLDER/<slide>.h5ad with polygons, page and state, and FOLDER/summary.csv and summary.html list
+them all. A bad slide does not stop the others, and the same command again predicts only what is missing or outdated. Several workers, also
+on other machines, can share a folder: with -m, there is one per value of `worker`. Exit status: 0 all done, 2 some slides are wrong, 1
+something crashed or is left.
 
 example: prts predict bundle=outputs/demo/make/model image=slide.svs out=slide.h5ad segmentation=stardist
+example: prts predict bundle=outputs/demo/make/model slides=slides out=predictions segmentation=stardist
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain, require
 from prts.errors import ParameterError
+from prts.extras import require_extra
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from prts.api.predict import NucleiSource
+    from prts.api.nuclei_source import NucleiSource
+    from prts.api.predict import SlideSettings
     from prts.models.bundle import Bundle
 
 
 def main(cfg: DictConfig) -> None:
-    """Predict one slide."""
-    require(cfg, "bundle", "image", "out")
-    from prts.api.predict import EncoderRuntime, SlideSettings, predict_slide
+    """Predict one slide, or many."""
+    require(cfg, "bundle", "out")
+    if cfg.slides is not None:
+        from prts.cli.cohort import predict_slides
+
+        predict_slides(cfg)
+        return
+    require(cfg, "image")
+    for key in ("patterns", "worker", "slides_per_job"):
+        if cfg[key] is not None:
+            raise ParameterError(
+                "", key, "applies to many slides; omit it, or give slides=FOLDER|FILE.csv instead of image"
+            )
+    if cfg.page:
+        require_extra("report", "page")
+    from prts.api.predict import EncoderRuntime, predict_slide
     from prts.models.bundle import load_bundle
 
-    names = (
-        "mpp",
-        "stain",
-        "rotate",
-        "flip",
-        "roi",
-        "intervals",
-        "artefacts",
-        "check_image",
-        "check_scale",
-        "max_pixels",
-        "tta",
-        "strict",
-    )
-    given = plain(cfg)
-    bundle = load_bundle(Path(cfg.bundle))
-    predict_slide(
+    given, bundle = plain(cfg), load_bundle(Path(cfg.bundle))
+    predicted = predict_slide(
         bundle,
         cfg.image,
         cfg.out,
-        nuclei=_nuclei(given, bundle),
-        settings=SlideSettings(**{name: given[name] for name in names}),
+        nuclei=nuclei_source(given, bundle),
+        settings=slide_settings(given),
         encoder=EncoderRuntime(**given["encoder"]),
         cache_dir=cfg.paths.cache_dir,
     )
+    if cfg.page:
+        from prts.report.pipeline import page_of_prediction
+
+        page_of_prediction(predicted.out, Path(cfg.image), predicted.out.with_suffix(".html"))
 
 
-def _nuclei(given: dict[str, object], bundle: Bundle) -> NucleiSource:
+def slide_settings(given: Mapping[str, Any]) -> SlideSettings:
+    """The settings of a slide in a plain config."""
+    from prts.api.predict import SlideSettings
+
+    return SlideSettings(**{item.name: given[item.name] for item in fields(SlideSettings)})
+
+
+def nuclei_source(given: dict[str, Any], bundle: Bundle) -> NucleiSource:
     """The nuclei file, the requested segmenter, or bins; None means the segmenter of training."""
-    from prts.api.predict import uses_bins
+    from prts.api.nuclei_source import uses_bins
     from prts.segmentation import segmenters
 
     node, file, units = given.get("segmentation"), given["nuclei"], given.get("units")

@@ -299,7 +299,8 @@ class Predict:
 
     paths: Paths
     bundle: FilePath
-    image: FilePath
+    image: FilePath | None
+    slides: FilePath | None
     out: FilePath
     bin_um: BinUm | None
     nuclei: FilePath | None
@@ -323,6 +324,10 @@ class Predict:
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
     strict: bool
+    page: bool | None
+    patterns: Annotated[list[Name], Field(min_length=1)] | None
+    worker: Whole | None
+    slides_per_job: Count | None
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
     units: Units | None = None

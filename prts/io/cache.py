@@ -140,17 +140,24 @@ def _replace(temporary: Path, path: Path) -> None:
     _remove(old)
 
 
-def _is_dead(pid: str) -> bool:
-    """Whether a process of this machine has ended."""
+def process_runs(pid: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be known."""
     if os.name == "nt":  # there, signal 0 interrupts
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
         return True
-    except (ValueError, OSError):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
-    return int(pid) == os.getpid()  # of an earlier process: in containers, ids repeat
+    except OSError:
+        return True
+    return True
+
+
+def _is_dead(pid: str) -> bool:
+    """Whether the process that left a temporary file has ended."""
+    if os.name == "nt" or not pid.isdigit():
+        return False
+    return not process_runs(int(pid)) or int(pid) == os.getpid()  # of an earlier process: in containers, ids repeat
 
 
 def _remove(path: Path) -> None:

@@ -197,7 +197,7 @@ def save_bundle(
             "baselines": None if baselines is None else baselines.widths,
             **metadata,
             "weights_sha256": sha256_file(weights),
-            "versions": _versions(),
+            "versions": versions(),
         }
         text = json.dumps(_jsonable(description), indent=1, ensure_ascii=False, allow_nan=False)
         (temporary / "model.json").write_text(text, encoding="utf-8")
@@ -340,7 +340,8 @@ def _tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of prts and of the packages that compute."""
     found = {"prts": __version__}
     for package in _PACKAGES:
         try:

@@ -22,7 +22,7 @@ _CHUNK = 4096
 # A nucleus above this is called unusual; one in twenty held-out nuclei is.
 STRANGE = 0.95
 # Shares of unusual nuclei above which a slide is partly, or entirely, unlike the training slides.
-PARTLY, _ALTOGETHER = 0.15, 0.5
+PARTLY, ALTOGETHER = 0.15, 0.5
 # Share of nuclei on artifacts that warrants a warning: clean slides have 1% to 4%.
 SPOILT = 0.1
 # Share of nuclei with a gene at the model's limit that is worth mentioning: on slides like the training slides, there is none.
@@ -145,7 +145,7 @@ def verdict(
     strange = float((ood > STRANGE).mean()) if len(ood) else 0.0
     if strange < PARTLY:
         text = "the slide looks like the training slides"
-    elif strange < _ALTOGETHER:
+    elif strange < ALTOGETHER:
         text = "parts of the slide are unlike the training slides; treat nuclei with a high obs['ood'] with care"
     else:
         text = "the slide is unlike the training slides, and its prediction should not be believed"
@@ -159,4 +159,4 @@ def verdict(
         )
     if predictable is not None:
         text += f". {int(predictable.sum())} of {len(predictable)} genes were predictable on validation"
-    return Verdict(text, strange < _ALTOGETHER)
+    return Verdict(text, strange < ALTOGETHER)

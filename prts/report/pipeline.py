@@ -136,6 +136,21 @@ def report_prediction(
     return write_page(out / "report.html", source.page, genes=settings.genes)
 
 
+def page_of_prediction(prediction: Path, image: Path, out: Path) -> Path:
+    """Write the page of a prediction alone, without figures.
+
+    Parameters
+    ----------
+    prediction
+        Prediction (.h5ad).
+    image
+        The image that was predicted.
+    out
+        The .html file to write.
+    """
+    return write_page(out, load_prediction(prediction, image).page)
+
+
 def _report_scored(out: Path, source: ReportSource, settings: ReportSettings) -> Path:
     assert source.scored is not None
     outlines = load_nuclei(nuclei_path(source.path)).set_index("cell_id").geometry

@@ -87,7 +87,7 @@ TYPE_SHARES = np.array(
 N_GRADIENTS = 2
 """The first gradient also tints the eosin and lowers the cell density; the second darkens and enlarges nuclei."""
 
-_UM2_PER_NUCLEUS_OVERALL = 270.0
+UM2_PER_NUCLEUS_OVERALL = 270.0
 _OUTLINE_SHARE = 0.66
 _ASPECT = 1.15
 # Domain, tissue area (um2) per structure, range of radii (um), thickness of the wall (um, 0: solid).
@@ -132,7 +132,7 @@ def build_layout(cells: int, rng: np.random.Generator) -> Layout:
     rng
         Source of the geometry.
     """
-    height_um = float(np.sqrt(cells * _UM2_PER_NUCLEUS_OVERALL / _OUTLINE_SHARE / _ASPECT))
+    height_um = float(np.sqrt(cells * UM2_PER_NUCLEUS_OVERALL / _OUTLINE_SHARE / _ASPECT))
     width_um = _ASPECT * height_um
     shape = (int(np.ceil(height_um / GRID_UM)), int(np.ceil(width_um / GRID_UM)))
     scale = min(1.0, height_um / 700)

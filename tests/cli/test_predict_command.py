@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from PIL import Image
 
-from prts.api.predict import as_segmenter, encoder_weights
+from prts.api.nuclei_source import as_segmenter
+from prts.api.predict import encoder_weights
 from prts.cli.app import config_dir, run
 from prts.errors import InputError
 from prts.features.encoders import Classical

@@ -137,6 +137,21 @@ def sample_slides(slides: Iterable[Slide]) -> TissueSample:
     return TissueSample(np.concatenate(tissue), white)
 
 
+def require_method(method: str) -> None:
+    """Raise an error unless this is `none` or the name of a stain method.
+
+    Raises
+    ------
+    ParameterError
+        If there is no such method.
+    """
+    known = ["none", *stains.names()]
+    if method not in known:
+        raise ParameterError(
+            "stain", "", f"{method!r} is not a method{did_you_mean(method, known)}; choose one of {', '.join(known)}"
+        )
+
+
 def match_stain(section: Section, method: str, reference: Mapping[str, Any] | None) -> Section:
     """The section, with its image read in the colors of the training section.
 
@@ -154,13 +169,9 @@ def match_stain(section: Section, method: str, reference: Mapping[str, Any] | No
     ParameterError
         If there is no such method, the bundle has no statistics for it, or the slide shows too little tissue.
     """
+    require_method(method)
     if method == "none":
         return section
-    known = ["none", *stains.names()]
-    if method not in known:
-        raise ParameterError(
-            "stain", "", f"{method!r} is not a method{did_you_mean(method, known)}; choose one of {', '.join(known)}"
-        )
     if reference is None or not set(stains[method].uses) <= set(reference):
         raise ParameterError(
             "stain",
