@@ -1,25 +1,21 @@
-"""Batches for training: cached features and sparse counts, gathered as whole arrays.
-
-Nothing here works nucleus by nucleus: the sampler yields an array of indices per batch, and the dataset gathers its rows at once. Counts
-stay sparse in memory and are densified for one batch at a time; on a GPU whose memory holds the whole set, there.
-"""
+"""Prepared sections, split and loaded: batches for training and validation, arrays for evaluation."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import h5py
 import numpy as np
 import pytorch_lightning as pl
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from prts.data.batches import Batch, DeviceBatches, NucleusBatches, OrderedBatches, Share, ShuffledBatches
 from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
 from prts.errors import InputError, ParameterError
@@ -32,122 +28,6 @@ if TYPE_CHECKING:
     from prts.preprocess.panel import Panel
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Batch", "DeviceBatches", "NucleusBatches", "NucleusSet", "PRTSDataModule", "ShuffledBatches"]
-
-
-class Batch(NamedTuple):
-    """Features (b, d) and raw counts (b, g), both float32. The target is computed from the counts on the network's device."""
-
-    features: Tensor
-    counts: Tensor
-
-
-class NucleusBatches(Dataset[Batch]):
-    """Nuclei of one or more sections, fetched in batches: `dataset[indices]` is a `Batch`."""
-
-    def __init__(self, sets: Sequence[NucleusSet]) -> None:
-        self._features = [nuclei.features for nuclei in sets]
-        # converted once, so that each batch is densified in the network's dtype
-        self._counts = [nuclei.counts.astype(np.float32) for nuclei in sets]
-        self._starts = np.cumsum([0, *(len(nuclei) for nuclei in sets)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
-        if len(self._features) == 1:
-            features, counts = self._features[0][indices], self._counts[0][indices].toarray()
-        else:
-            features = np.empty((len(indices), self._features[0].shape[1]), dtype=np.float32)
-            counts = np.empty((len(indices), self._counts[0].shape[1]), dtype=np.float32)
-            section = np.searchsorted(self._starts, indices, side="right") - 1
-            for number in np.unique(section):
-                mine = section == number
-                rows = indices[mine] - self._starts[number]
-                features[mine] = self._features[number][rows]
-                counts[mine] = self._counts[number][rows].toarray()
-        return Batch(torch.from_numpy(features), torch.from_numpy(counts))
-
-
-class DeviceBatches(Dataset[Batch]):
-    """Like `NucleusBatches`, but all nuclei are kept in device memory, so that only the indices of a batch are transferred.
-
-    Parameters
-    ----------
-    sets
-        The nuclei.
-    device
-        Device to copy them to.
-    """
-
-    def __init__(self, sets: Sequence[NucleusSet], device: torch.device) -> None:
-        counts = sp.vstack([nuclei.counts for nuclei in sets], format="csr", dtype=np.float32)
-        counts.sum_duplicates()
-        self._n_genes = counts.shape[1]
-        self._indptr = counts.indptr.astype(np.int64)  # stays here: sizes are known without asking the device
-        self._features = torch.cat([torch.from_numpy(nuclei.features) for nuclei in sets]).to(device)
-        self._umi = torch.from_numpy(counts.data).to(device)
-        self._gene = torch.from_numpy(counts.indices).to(device)
-
-    @staticmethod
-    def n_bytes(sets: Sequence[NucleusSet]) -> int:
-        """Memory that these nuclei need."""
-        return sum(nuclei.features.nbytes + 8 * nuclei.counts.nnz for nuclei in sets)
-
-    def __len__(self) -> int:
-        return len(self._indptr) - 1
-
-    def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
-        first, n_expressed = self._indptr[indices], self._indptr[indices + 1] - self._indptr[indices]
-        total = int(n_expressed.sum())
-        before = np.cumsum(n_expressed) - n_expressed
-        chosen, shift, repeats = torch.from_numpy(np.stack([indices, first - before, n_expressed])).to(self._umi.device)
-        row = torch.arange(len(indices), device=chosen.device).repeat_interleave(repeats, output_size=total)
-        place = torch.arange(total, device=chosen.device) + shift[row]
-        counts = self._umi.new_zeros((len(indices), self._n_genes))
-        counts[row, self._gene[place].long()] = self._umi[place]
-        return Batch(self._features[chosen], counts)
-
-
-class ShuffledBatches(Sampler[NDArray[np.int64]]):
-    """A new random order each epoch, cut into batches. The order depends only on the seed and the epoch.
-
-    If the last batch has a single nucleus, it is dropped, because batch normalization needs a variance.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0) -> None:
-        self._n = n
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the number of the next epoch; Lightning calls this before each."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        full, rest = divmod(self._n, self._batch_size)
-        return full + (rest > 1)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._n)
-        self._epoch += 1
-        for batch in range(len(self)):
-            yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
-
-
-class _OrderedBatches(Sampler[NDArray[np.int64]]):
-    def __init__(self, n: int, batch_size: int) -> None:
-        self._n = n
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-self._n // self._batch_size)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for start in range(0, self._n, self._batch_size):
-            yield np.arange(start, min(start + self._batch_size, self._n))
 
 
 class PRTSDataModule(pl.LightningDataModule):
@@ -169,7 +49,7 @@ class PRTSDataModule(pl.LightningDataModule):
         Shuffle features among all training nuclei (an ablation: the network then learns each gene's mean at best). The arrays,
         validation and test are not shuffled.
     batch_size
-        Nuclei per batch.
+        Nuclei per batch. The processes of a DDP job share each batch.
     seed
         Seed of the training order.
     num_workers
@@ -276,11 +156,20 @@ class PRTSDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled batches of all training sections together."""
         sets = _permuted(self.train_sets, self.seed) if self.permute else self.train_sets
-        return self._loader(sets, ShuffledBatches(sum(map(len, sets)), self.batch_size, self.seed, self.first_epoch))
+        n, share = sum(map(len, sets)), self._share()
+        if self.batch_size < share.smallest():
+            raise ParameterError(
+                "data", "batch_size", f"{self.batch_size} is too small for {share.processes} processes, which share it"
+            )
+        return self._loader(sets, ShuffledBatches(n, self.batch_size, self.seed, self.first_epoch, share))
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per validation section: figures are computed per section, never pooled."""
-        return [self._loader([nuclei], _OrderedBatches(len(nuclei), self.batch_size)) for nuclei in self.val_sets]
+        share = self._share()
+        return [self._loader([nuclei], OrderedBatches(len(nuclei), self.batch_size, share)) for nuclei in self.val_sets]
+
+    def _share(self) -> Share:
+        return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
     def _loader(self, sets: Sequence[NucleusSet], sampler: Sampler[NDArray[np.int64]]) -> DataLoader[Batch]:
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device

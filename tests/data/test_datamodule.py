@@ -16,7 +16,8 @@ import torch
 from geopandas import GeoDataFrame
 
 from prts.data import datamodule
-from prts.data.datamodule import DeviceBatches, NucleusBatches, PRTSDataModule, ShuffledBatches
+from prts.data.batches import DeviceBatches, NucleusBatches, ShuffledBatches
+from prts.data.datamodule import PRTSDataModule
 from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.prepare import PreparedSection, PreparedTissue
 from prts.data.splits import Blocks, BySection
