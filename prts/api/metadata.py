@@ -73,6 +73,7 @@ def bundle_metadata(
         "tissue": datamodule.tissue.name,
         "species": datamodule.tissue.species,
         "train_sections": _train_sections(datamodule),
+        "skipped_sections": dict(datamodule.tissue.skipped),
         "split": datamodule.split_report,
         "seed": recipe.seed,
         "stain": _colors(datamodule),

@@ -243,6 +243,7 @@ class _Training:
         with self.watch("baselines"):
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
+        metrics |= {f"skipped/{name}": reason for name, reason in datamodule.tissue.skipped.items()}
         if datamodule.split_report["warning"] is not None:
             metrics["warning/split"] = datamodule.split_report["warning"]
         return test, metrics

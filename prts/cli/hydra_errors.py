@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = [str(option) for option in error.options or [] if not str(option).startswith("_")]
-        if group in ("hydra/launcher", "hydra/sweeper") and name.startswith(("joblib", "submitit_", "optuna")):
-            return InputError(f"{group}={name}: needs the extra `sweeps`; run pip install 'prts[sweeps]'")
+        if group in ("hydra/launcher", "hydra/sweeper") and name.startswith(("joblib", "optuna")):
+            return _without_extra(f"{group}={name}")
         return InputError(
             f"{group}={name}: no such choice{did_you_mean(name, options)} (there are: {', '.join(options)})"
         )
@@ -62,12 +63,36 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
             name = key[1] if key else "a key"
             hint = did_you_mean(name, all_keys(SCHEMAS[command])) or f"; `prts {command} --cfg job` prints them all"
             return InputError(f"{match[1]}.yaml: {name}: no such key{hint}")
+    if (launcher := _of_launcher(error)) is not None:
+        return launcher
     if lines[0].startswith("Config group override must be"):
         groups = config_groups(folders)
         wrong = next((each for each in overrides if each.partition("=")[0] in groups), "")
         options = groups.get(wrong.partition("=")[0], [])
         return InputError(f"{wrong}: is not the name of a choice (there are: {', '.join(options)})")
     return error
+
+
+def _without_extra(choice: str) -> InputError:
+    return InputError(f"{choice}: needs the extra `sweeps`; run pip install 'prts[sweeps]'")
+
+
+def _of_launcher(error: Exception) -> InputError | None:
+    """What submitit or SLURM refuses before any job is started; None if this is something else."""
+    text = str(error)
+    if "hydra_submitit_launcher" in text and find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        return _without_extra("hydra/launcher=submitit_slurm")
+    if isinstance(error, RuntimeError) and 'Could not detect "srun"' in text:
+        return InputError(
+            "hydra/launcher=submitit_slurm: srun was not found; start the command on a machine of a SLURM cluster, or use "
+            "hydra/launcher=joblib"
+        )
+    refused = dict.fromkeys(re.findall(r"sbatch: (?:error: )?(.+)", text))
+    if refused:
+        return InputError(
+            f"hydra/launcher=submitit_slurm: sbatch: {'; '.join(refused)}; check the hydra.launcher keys and the cluster"
+        )
+    return None
 
 
 def _unknown_key(key: str, command: str, overrides: Sequence[str], folders: Sequence[Path]) -> InputError:

@@ -2,7 +2,8 @@
 
 Hydra's launcher (basic, joblib, submitit) calls `run_job`, which starts `python -m prts.cli.jobs`, passes it the composed config and waits.
 The job's folder then contains metrics.json, or error.txt with the reason in its first line. A job whose folder already has metrics for the
-same config is skipped: to finish a sweep that was stopped, repeat the command with `hydra.sweep.dir=<folder>`.
+same config is skipped, and one that was interrupted goes on from its checkpoint: to finish a sweep that was stopped, repeat the command
+with `hydra.sweep.dir=<folder>`.
 """
 
 from __future__ import annotations
@@ -12,26 +13,32 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.cli.check import check
 from prts.cli.exit_status import INTERRUPTED, exit_status_of
 from prts.io.cache import fingerprint, lock
-from prts.report.jobs import OBJECTIVE
+from prts.report.jobs import OBJECTIVE, RESULTS, job_folders, outcome
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINT = "resume.ckpt"  # `prts.models.checkpoint.NAME`; importing it would load torch
+_BEGUN = ".job"  # the fingerprint of the config that the folder's files belong to
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
-def run_job(command: str, cfg: DictConfig) -> float:
+
+def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float:
     """Run a job in its own process and wait for it.
 
     Parameters
@@ -40,6 +47,8 @@ def run_job(command: str, cfg: DictConfig) -> float:
         Whose `main` runs the job in Hydra's output folder.
     cfg
         The job's config.
+    relaunched
+        Whether the launcher was started again after it lost a worker; jobs that had failed by then are not repeated.
 
     Returns
     -------
@@ -51,39 +60,49 @@ def run_job(command: str, cfg: DictConfig) -> float:
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
     with lock(folder / "job"):  # a scheduler may restart a job while it is still running
-        done, error = folder / ".done", folder / "error.txt"
         config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
         assert isinstance(config, dict)
+        begun, result, error = folder / _BEGUN, folder / RESULTS[command], folder / "error.txt"
         # resuming does not change a job's identity
         this = fingerprint({"config": {key: value for key, value in config.items() if key != "resume"}})
-        if (folder / "metrics.json").is_file() and done.is_file() and done.read_text(encoding="utf-8") == this:
+        same = begun.is_file() and begun.read_text(encoding="utf-8") == this
+        if same and error.is_file() and relaunched:
+            return math.nan
+        if same and result.is_file() and not error.exists():
             logger.info("job %s is already done: %s", settings.job.num, folder)
-            return _objective(folder)
-        for path in (done, folder / "metrics.json", error):
+            return _objective(result)
+        for path in (result, error):
             path.unlink(missing_ok=True)
+        begun.write_text(this, encoding="utf-8")
+        if "resume" in config:
+            # goes on by itself; without a checkpoint of these settings, it starts at the beginning
+            config["resume"] = config["resume"] or (same and (folder / CHECKPOINT).is_file())
         node: Any = settings
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
         assert isinstance(hydra, dict)
         hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here, or ${now:} would give the job's own start time
-        status = _wait({"command": command, "config": config, "hydra": hydra})
+        status = _wait({"command": command, "config": config, "hydra": hydra}, threads(settings.launcher, os.environ))
         if status == INTERRUPTED:
             raise KeyboardInterrupt
-        if not (folder / "metrics.json").is_file() and not error.exists():
+        if not result.is_file() and not error.exists():
             error.write_text(f"{_cause(status)}\n", encoding="utf-8")
         if error.exists():
             logger.error("job %s %s", settings.job.num, error.read_text(encoding="utf-8").splitlines()[0])
             return math.nan
-        done.write_text(this, encoding="utf-8")
-        return _objective(folder)
+        return _objective(result)
 
 
-def summarize(folder: Path) -> int:
-    """Write summary.csv and summary.html of a multirun, name the jobs that failed, and return the exit status.
+def summarize(command: str, folder: Path, planned: int | None) -> int:
+    """Name the jobs of a multirun that failed, and return the exit status; of training, write summary.csv and summary.html, too.
 
     Parameters
     ----------
+    command
+        What the jobs run.
     folder
         Folder of the multirun.
+    planned
+        How many jobs it was to have, if that is known.
 
     Raises
     ------
@@ -92,24 +111,59 @@ def summarize(folder: Path) -> int:
     """
     from prts.report.sweep import summarise
 
-    jobs = summarise(folder)
-    failed = jobs[jobs["status"] != "done"]
-    for job in failed.itertuples():
-        sys.stderr.write(f"prts: job {job.job}: {job.status}: {job.reason}\n")
-    sys.stderr.write(f"prts: {len(jobs) - len(failed)} of {len(jobs)} jobs done: {folder / 'summary.html'}\n")
-    if failed.empty:
+    if command == "train":
+        table = summarise(folder)
+        jobs = list(zip(table["job"], table["status"], table["reason"], strict=True))
+        where = folder / "summary.html"
+    else:
+        jobs = [(job.name, *outcome(job)) for job in sorted(job_folders(folder))]
+        where = folder
+    failed = [job for job in jobs if job[1] != "done"]
+    total = max(len(jobs), planned or 0)
+    for name, status, reason in failed:
+        sys.stderr.write(f"prts: job {name}: {status}: {reason}\n")
+    if total > len(jobs):
+        sys.stderr.write(f"prts: {total - len(jobs)} of {total} jobs were never started\n")
+    sys.stderr.write(f"prts: {len(jobs) - len(failed)} of {total} jobs done: {where}\n")
+    if not failed and total == len(jobs):
         return 0
-    sys.stderr.write(f"prts: to run only the unfinished jobs, repeat the command with hydra.sweep.dir={folder}\n")
-    return 2 if (failed["status"] == "wrong input").all() else 1
+    again = shlex.quote(f"hydra.sweep.dir={folder}")
+    sys.stderr.write(f"prts: to run only the unfinished jobs, repeat the command with {again}\n")
+    return 2 if total == len(jobs) and all(status == "wrong input" for _, status, _ in failed) else 1
 
 
-def _objective(folder: Path) -> float:
-    value = json.loads((folder / "metrics.json").read_text(encoding="utf-8")).get(OBJECTIVE)
+def _objective(result: Path) -> float:
+    value = json.loads(result.read_text(encoding="utf-8")).get(OBJECTIVE)
     return math.nan if value is None else float(value)
 
 
-def _wait(message: dict[str, Any]) -> int:
-    process = subprocess.Popen([sys.executable, "-m", "prts.cli.jobs"], stdin=subprocess.PIPE, text=True)
+def threads(launcher: Any, environment: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that keep a job's libraries to its share of the cores; the user's own win.
+
+    Without them, every job of a node starts as many threads as the node has cores. joblib sets them itself.
+
+    Parameters
+    ----------
+    launcher
+        Hydra's `hydra.launcher`.
+    environment
+        Of this process.
+    """
+    if "submitit" not in str(launcher.get("_target_")):
+        return {}
+    cores = environment.get("SLURM_CPUS_PER_TASK") or launcher.get("cpus_per_task")
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    n = bound if cores is None else min(int(cores), bound)
+    return {name: str(n) for name in _THREADS if name not in environment}
+
+
+def _wait(message: dict[str, Any], environment: Mapping[str, str]) -> int:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prts.cli.jobs"],
+        stdin=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     assert process.stdin is not None
     try:
         # the pipe stays open: the job ends when it closes, which is when this process dies
@@ -145,6 +199,8 @@ def _job() -> int:
     from hydra.core.utils import configure_log, setup_globals
     from omegaconf import OmegaConf
 
+    if hasattr(signal, "SIGUSR2"):  # sent by SLURM before the time limit, for the process that waits for this one
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     message = json.loads(sys.stdin.readline())
     threading.Thread(target=_die_with_supervisor, daemon=True).start()
     setup_globals()

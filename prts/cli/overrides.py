@@ -16,7 +16,7 @@ _PATH_KEYS = frozenset(
     "enrich.obo enrich.annotations encoder.weights segmentation.model segmentation.path panel.path paths.data_dir paths.cache_dir "
     "hydra.run.dir hydra.sweep.dir".split()
 )
-_MULTIRUN = ("-m", "--multirun")
+MULTIRUN = ("-m", "--multirun")
 _CONFIG_DIR = ("--config-dir", "-cd")
 # Hydra's flags that prts passes on, with the values that they take; None: anything.
 _SHOWN = ("job", "hydra", "all")
@@ -31,7 +31,7 @@ _VALUES: Mapping[str, Sequence[str] | None] = {
     "--config-dir": None,
     "-cd": None,
 }
-_FLAGS = (*_MULTIRUN, *_VALUES, "--resolve", "--run", "-r")
+_FLAGS = (*MULTIRUN, *_VALUES, "--resolve", "--run", "-r")
 
 
 def quoted(value: str) -> str:
@@ -44,7 +44,7 @@ def quote_paths(arguments: Sequence[str]) -> list[str]:
 
     A grid over a path key still works: with `-m`, `encoder.weights=a.pth,b.pth` is left to Hydra unless a file with that full name exists.
     """
-    multirun = any(flag in arguments for flag in _MULTIRUN)
+    multirun = any(flag in arguments for flag in MULTIRUN)
     found = []
     for argument in arguments:
         key, equals, value = argument.partition("=")

@@ -1,12 +1,16 @@
 """Segment, count, choose genes and compute features for every section of a tissue.
 
-usage: prts prepare tissue=NAME [units=nuclei|bins] [bin_um=8] [segmentation=...] [encoder=...] [panel=...] [preprocess.register=true]
+usage: prts prepare [-m] tissue=NAME [units=nuclei|bins] [bin_um=8] [segmentation=...] [encoder=...] [panel=...]
+                    [preprocess.register=true] [skip_bad=true] [section=NAME]
 
 Writes everything that training needs to the cache (paths.cache_dir). Steps that are up to date are skipped, a killed run resumes where it
 stopped, and parallel runs can share a cache. `prts train` runs this step automatically. The shift between bins and nuclei is measured in
-every section; `preprocess.register=true` corrects it.
+every section; `preprocess.register=true` corrects it. All sections are opened first, and those that cannot be used are named together;
+`skip_bad=true` leaves them out. With -m, each section is a job of Hydra's launcher, and the gene panel is chosen when all are done;
+`section=NAME` prepares one section, without the panel.
 
 example: prts prepare tissue=her2st encoder=vit256 encoder.weights=vit256_small_dino.pth
+example: prts prepare -m tissue=lung hydra/launcher=submitit_slurm hydra.launcher.cpus_per_task=8
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from prts.data.prepare import PreparedTissue, PrepareSettings
+    from prts.data.tissue import Tissue
     from prts.segmentation.segment import Segmenter
     from prts.stopwatch import Stopwatch
 
@@ -38,9 +43,17 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     InputError
         If the tissue config is wrong, or a segmenter, panel or encoder refuses its settings.
     """
+    from prts.data.prepare import prepare_tissue
+
+    tissue, settings = tissue_settings(cfg)
+    return lambda stopwatch: prepare_tissue(tissue, settings, stopwatch), settings
+
+
+def tissue_settings(cfg: DictConfig) -> tuple[Tissue, PrepareSettings]:
+    """The sections of a config and how they are prepared."""
     from hydra.utils import instantiate
 
-    from prts.data.prepare import PrepareSettings, prepare_tissue
+    from prts.data.prepare import PrepareSettings
     from prts.data.tissue import parse_tissue
     from prts.features.encoders import encoders
     from prts.features.feature_reader import STORED
@@ -59,9 +72,9 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
         cache_dir=Path(cfg.paths.cache_dir),
         check_image=cfg.check_image,
         max_pixels=cfg.max_pixels,
+        skip_bad=cfg.skip_bad,
     )
-    tissue = parse_tissue(plain(cfg.tissue))
-    return lambda stopwatch: prepare_tissue(tissue, settings, stopwatch), settings
+    return parse_tissue(plain(cfg.tissue)), settings
 
 
 def with_units(cfg: DictConfig) -> DictConfig:
@@ -104,14 +117,42 @@ def chosen_segmenter(node: dict[str, Any]) -> tuple[Segmenter, bool]:
 
 
 def main(cfg: DictConfig) -> None:
-    """Prepare every section of a tissue."""
+    """Prepare every section of a tissue, or one."""
+    from prts.data.prepare import prepare_section
     from prts.io.cache import reading
     from prts.stopwatch import Stopwatch
 
     stopwatch = Stopwatch()
+    if cfg.section is not None:
+        tissue, settings = tissue_settings(cfg)
+        with reading(settings.cache_dir):
+            prepare_section(tissue, cfg.section, settings, stopwatch)
+        _log_seconds(stopwatch)
+        _write_job_result(cfg.section, stopwatch)
+        return
     prepare, settings = preparation(cfg)
     with reading(settings.cache_dir):
         prepared = prepare(stopwatch)
+    _log_seconds(stopwatch)
+    logger.info("%s is prepared: %s", prepared.name, prepared.panel.parent)
+
+
+def _log_seconds(stopwatch: Stopwatch) -> None:
     for stage, seconds in stopwatch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
-    logger.info("%s is prepared: %s", prepared.name, prepared.panel.parent)
+
+
+def _write_job_result(section: str, stopwatch: Stopwatch) -> None:
+    """In a multirun, what marks the job as done."""
+    import json
+
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    from prts.io.cache import atomic
+    from prts.report.jobs import RESULTS
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return
+    with atomic(Path(HydraConfig.get().runtime.output_dir) / RESULTS["prepare"]) as path:
+        path.write_text(json.dumps({"section": section, "seconds": dict(stopwatch.seconds)}) + "\n", encoding="utf-8")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.experimental.callback import Callback
 
+from prts.cli.multirun import planned_jobs
+from prts.cli.scheduler import submitted, warn_without_accounting
 from prts.errors import full_disk
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ class RunFolder(Callback):
     """Hydra callback that records which folder was made, since its name contains the start time."""
 
     sweep: ClassVar[Path | None] = None
+    # how many jobs a multirun is to have, if that is known
+    planned: ClassVar[int | None] = None
     run: ClassVar[Path | None] = None
     # contents of the run folder before; None if it did not exist
     before: ClassVar[frozenset[str] | None] = None
@@ -29,7 +33,7 @@ class RunFolder(Callback):
     @classmethod
     def forget(cls) -> None:
         """Start a new command."""
-        cls.sweep = cls.run = cls.before = None
+        cls.sweep = cls.planned = cls.run = cls.before = None
         cls.made = ()
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -40,8 +44,11 @@ class RunFolder(Callback):
         type(self).made = tuple(path for path in (run, *run.parents) if not path.exists())
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Note the folder of a multirun."""
+        """Note the folder of a multirun and the number of its jobs, and check what its launcher needs."""
         type(self).sweep = Path(config.hydra.sweep.dir).absolute()
+        type(self).planned = planned_jobs(config.hydra)
+        if str(config.hydra.launcher.get("_target_")).endswith("SlurmLauncher"):
+            warn_without_accounting()
 
 
 def remove_bare_run() -> None:
@@ -65,7 +72,7 @@ def remove_bare_sweep() -> bool:
         return True
     if any(folder.rglob(".hydra/overrides.yaml")):
         return False
-    if [path.name for path in folder.iterdir()] == ["multirun.yaml"]:
+    if {path.name for path in folder.iterdir()} <= {"multirun.yaml", ".submitit"} and not submitted(folder):
         shutil.rmtree(folder)
     return True
 

@@ -220,7 +220,7 @@ class Data:
 
 @dataclass
 class Prepare:
-    """`prts prepare`."""
+    """What `prts prepare` and `prts train` share."""
 
     paths: Paths
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
@@ -232,8 +232,16 @@ class Prepare:
     preprocess: Preprocess
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    skip_bad: bool
     units: Units
     bin_um: BinUm
+
+
+@dataclass
+class PrepareCommand(Prepare):
+    """`prts prepare`."""
+
+    section: Name | None
 
 
 @dataclass
@@ -453,7 +461,7 @@ class Doctor:
 # By command, in the order of `prts.cli.app.COMMANDS`, which is separate so that it imports nothing.
 SCHEMAS: dict[str, type] = {
     "simulate": Simulate,
-    "prepare": Prepare,
+    "prepare": PrepareCommand,
     "train": Train,
     "predict": Predict,
     "evaluate": Evaluate,

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import pandas as pd
 
+from prts.data.bad_sections import BadSections, in_turn
 from prts.data.prepare_input import STAGE_VERSION, build, prepare_context, prepare_features, prepare_input
+from prts.data.prepare_nuclei import prepare_artefacts, prepare_nuclei
 from prts.data.prepared import PanelBuilder, PreparedSection, PreparedTissue, PrepareSettings
 from prts.data.resolve import resolve_section
 from prts.data.splits import TRAIN, Roles
 from prts.errors import InputError
 from prts.features.colour import colour_reader
 from prts.features.no_encoder import NoEncoder
-from prts.io.cache import file_identity, fingerprint
+from prts.io.cache import fingerprint
 from prts.io.hdf5 import write_h5ad
-from prts.io.nuclei import load_nuclei, write_nuclei
+from prts.io.nuclei import load_nuclei
 from prts.platforms.base import WARN_UM, HasUnits, Registration
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
 from prts.preprocess.counts import measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
-from prts.segmentation.bins import Bins, measured_bins
-from prts.segmentation.polygons import Polygons
-from prts.segmentation.segment import segment
+from prts.segmentation.bins import Bins
 from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from prts.data.tissue import Tissue
     from prts.section import Section
-    from prts.segmentation.segment import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +48,13 @@ __all__ = [
     "PrepareSettings",
     "PreparedSection",
     "PreparedTissue",
+    "check_sections",
     "prepare_artefacts",
     "prepare_context",
     "prepare_features",
     "prepare_input",
     "prepare_nuclei",
+    "prepare_section",
     "prepare_sections",
     "prepare_tissue",
 ]
@@ -76,14 +77,63 @@ def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwat
     InputError
         From any stage whose input is wrong. Finished stages stay in the cache.
     """
+    watch, bad = stopwatch or Stopwatch(), BadSections(skip=settings.skip_bad)
+    sections, roles = _opened(tissue, settings, watch, bad)
+    return _prepared(tissue.name, tissue.species, sections, roles, settings, watch, bad)
+
+
+def prepare_section(
+    tissue: Tissue, name: str, settings: PrepareSettings, stopwatch: Stopwatch | None = None
+) -> PreparedSection:
+    """Prepare one section of a tissue config: everything but the panel, which depends on the others.
+
+    Parameters
+    ----------
+    tissue
+        The sections and their roles.
+    name
+        The section.
+    settings
+        How it is prepared.
+    stopwatch
+        Adds up the seconds of each stage.
+
+    Raises
+    ------
+    InputError
+        If the section cannot be used.
+    """
     watch = stopwatch or Stopwatch()
-    specs = [tissue.sections[name] for name in tissue.used]
-    with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
-        sections = {
-            spec.name: resolve_section(spec, tissue.name, settings.cache_dir, settings.max_pixels) for spec in specs
-        }
-    roles = Roles(tissue.train, tissue.val, tissue.test)
-    return prepare_sections(tissue.name, tissue.species, sections, roles, settings, watch)
+    if name not in tissue.used:
+        raise InputError(
+            f"section: {name!r} is not a section of tissue {tissue.name} with a role; choose from {', '.join(tissue.used)}"
+        )
+    with watch("open"):
+        section = resolve_section(tissue.sections[name], tissue.name, settings.cache_dir, settings.max_pixels)
+    stages = _Stages(tissue.name, tissue.species, {name: section}, settings, watch)
+    stages.count(name)
+    return stages.read_image(name)
+
+
+def check_sections(tissue: Tissue, settings: PrepareSettings) -> list[str]:
+    """Open every section that is not simulated, and return the names of those that can be used.
+
+    Parameters
+    ----------
+    tissue
+        The sections and their roles.
+    settings
+        How they are to be prepared.
+
+    Raises
+    ------
+    InputError
+        If one cannot be used and none may be left out; it names all of them.
+    """
+    real = {name: spec for name, spec in tissue.sections.items() if spec.simulate is None}
+    bad = BadSections(skip=settings.skip_bad)
+    _opened(replace(tissue, sections=real), settings, Stopwatch(), bad)
+    return [name for name in tissue.used if name not in bad.reasons]
 
 
 def prepare_sections(
@@ -116,55 +166,128 @@ def prepare_sections(
     InputError
         From any stage whose input is wrong. Finished stages stay in the cache.
     """
-    watch = stopwatch or Stopwatch()
-    root = settings.cache_dir / name
-    # both read the files they use, so a missing one is reported before minutes of segmentation
-    settings.encoder.settings()
-    if not settings.prefer_given:
-        settings.segmenter.settings()
+    watch, bad = stopwatch or Stopwatch(), BadSections(skip=settings.skip_bad)
+    return _prepared(name, species, sections, roles, settings, watch, bad)
 
-    bins = isinstance(settings.segmenter, Bins)
-    if isinstance(settings.segmenter, Bins):
-        sections = {key: _with_units(section, settings.segmenter.bin_um) for key, section in sections.items()}
-    nuclei: dict[str, Path] = {}
-    counts: dict[str, Path] = {}
-    passing: dict[str, str] = {}
-    registration: dict[str, Registration | None] = {}
-    for key, section in sections.items():
-        with watch("segment"):
-            nuclei[key] = prepare_nuclei(
-                root / key, section, settings.segmenter, settings.prefer_given, check_image=settings.check_image
-            )
-        with watch("counts"):
-            decides = _passing_settings(section, nuclei[key], species, settings)
-            passing[key] = f"counts-{fingerprint(decides)}"
-            counts[key] = _counts(root / key, section, nuclei[key], species, settings, decides)
-            registration[key] = _registration(counts[key], section, settings.register)
-    with watch("panel"):
-        panel = _panel(root, roles, sections, counts, settings)
-    prepared = {}
-    for key, section in sections.items():
-        with watch("features"):
-            kept = _passing(load_nuclei(nuclei[key]), counts[key])
-            features = None
-            if not isinstance(settings.encoder, NoEncoder):
-                features = prepare_features(root / key, section, kept, settings.encoder, passing[key])
-        with watch("colour"):
-            colour = prepare_features(root / key, section, kept, colour_reader(bins=bins), passing[key], kind="colour")
-        with watch("context"):
-            around = prepare_context(root / key, section, kept, passing[key])
-        prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, around, registration[key])
+
+def _opened(
+    tissue: Tissue, settings: PrepareSettings, watch: Stopwatch, bad: BadSections
+) -> tuple[dict[str, Section], Roles]:
+    """The sections that can be opened and whose image is H&E, before any of them is worked on."""
+    found: dict[str, Section] = {}
+    used = [name for name in tissue.used if name in tissue.sections]
+
+    def take(name: str) -> None:
+        spec = tissue.sections[name]
+        with bad.noting(name):
+            section = resolve_section(spec, tissue.name, settings.cache_dir, settings.max_pixels)
+            if settings.check_image and spec.simulate is None and len(used) > 1:
+                with section.open_slide() as slide:
+                    require_h_and_e(slide)
+            found[name] = section
+
+    with watch("simulate" if any(tissue.sections[name].simulate for name in used) else "open"):
+        in_turn(used, take)
+    roles = bad.settle(Roles(tissue.train, tissue.val, tissue.test))
+    return {name: found[name] for name in used if name in found}, roles
+
+
+def _prepared(
+    name: str,
+    species: str,
+    sections: Mapping[str, Section],
+    roles: Roles,
+    settings: PrepareSettings,
+    watch: Stopwatch,
+    bad: BadSections,
+) -> PreparedTissue:
+    """The stages of all sections; the panel in between, so that what is wrong with it is found before the features are computed."""
+    stages = _Stages(name, species, sections, settings, watch)
+    prepared: dict[str, PreparedSection] = {}
+
+    def count(key: str) -> None:
+        with bad.noting(key):
+            stages.count(key)
+
+    def read_image(key: str) -> None:
+        with bad.noting(key):
+            prepared[key] = stages.read_image(key)
+
+    in_turn(sections, count)
+    roles = bad.settle(roles)
+    panel = stages.panel(roles, bad.reasons)
+    in_turn([key for key in sections if key not in bad.reasons], read_image)
+    if (left := bad.settle(roles)) != roles:
+        roles, panel = left, stages.panel(left, bad.reasons)
     return PreparedTissue(
         name=name,
         species=species,
-        sections=prepared,
+        sections={key: prepared[key] for key in sections if key not in bad.reasons},
         train=list(roles.train),
         val=list(roles.val),
         test=list(roles.test),
         panel=panel,
         register=settings.register,
-        bins=bins,
+        bins=stages.bins,
+        skipped=bad.reasons,
     )
+
+
+class _Stages:
+    """The stages of preparation, and what earlier ones left for later ones."""
+
+    def __init__(
+        self, name: str, species: str, sections: Mapping[str, Section], settings: PrepareSettings, watch: Stopwatch
+    ) -> None:
+        # both read the files they use, so a missing one is reported before minutes of segmentation
+        settings.encoder.settings()
+        if not settings.prefer_given:
+            settings.segmenter.settings()
+        self.bins = isinstance(settings.segmenter, Bins)
+        self._root = settings.cache_dir / name
+        self._species, self._sections, self._settings, self._watch = species, dict(sections), settings, watch
+        self._nuclei: dict[str, Path] = {}
+        self._counts: dict[str, Path] = {}
+        self._passing: dict[str, str] = {}
+        self._registration: dict[str, Registration | None] = {}
+
+    def count(self, key: str) -> None:
+        """Find the nuclei of a section, and count their transcripts."""
+        settings, folder = self._settings, self._root / key
+        if isinstance(settings.segmenter, Bins):
+            self._sections[key] = _with_units(self._sections[key], settings.segmenter.bin_um)
+        section = self._sections[key]
+        with self._watch("segment"):
+            nuclei = prepare_nuclei(
+                folder, section, settings.segmenter, settings.prefer_given, check_image=settings.check_image
+            )
+        with self._watch("counts"):
+            decides = _passing_settings(section, nuclei, self._species, settings)
+            counts = _counts(folder, section, nuclei, self._species, settings, decides)
+            self._registration[key] = _registration(counts, section, settings.register)
+        self._nuclei[key], self._counts[key], self._passing[key] = nuclei, counts, f"counts-{fingerprint(decides)}"
+
+    def panel(self, roles: Roles, without: Mapping[str, str]) -> Path:
+        """Choose the genes from the training sections."""
+        counts = {key: self._counts[key] for key in self._sections if key not in without}
+        with self._watch("panel"):
+            return _panel(self._root, roles, self._sections, counts, self._settings)
+
+    def read_image(self, key: str) -> PreparedSection:
+        """Compute what a model reads of the nuclei that pass quality control."""
+        section, folder, passing = self._sections[key], self._root / key, self._passing[key]
+        with self._watch("features"):
+            kept = _passing(load_nuclei(self._nuclei[key]), self._counts[key])
+            features = None
+            if not isinstance(self._settings.encoder, NoEncoder):
+                features = prepare_features(folder, section, kept, self._settings.encoder, passing)
+        with self._watch("colour"):
+            colour = prepare_features(folder, section, kept, colour_reader(bins=self.bins), passing, kind="colour")
+        with self._watch("context"):
+            around = prepare_context(folder, section, kept, passing)
+        return PreparedSection(
+            section, self._nuclei[key], self._counts[key], features, colour, around, self._registration[key]
+        )
 
 
 def _with_units(section: Section, bin_um: int) -> Section:
@@ -177,51 +300,6 @@ def _with_units(section: Section, bin_um: int) -> Section:
     measurement = measurement.with_units(bin_um)
     measurement.check(section.image, section.width, section.height, (section.mpp_source, section.mpp))
     return replace(section, measurement=measurement)
-
-
-def prepare_nuclei(
-    folder: Path, section: Section, segmenter: Segmenter | None, prefer_given: bool, *, check_image: bool = True
-) -> Path:
-    """The cache file with a section's nuclei, made if needed.
-
-    Parameters
-    ----------
-    folder
-        The section's cache folder.
-    section
-        The section.
-    segmenter
-        Finds nuclei in an image; None if the section's own nuclei are the only source.
-    prefer_given
-        Use the section's own nuclei file, if it has one.
-    check_image
-        Refuse an image that cannot be H&E.
-
-    Raises
-    ------
-    InputError
-        If the image is not H&E, no nucleus is found, or the nuclei file does not fit the image.
-    """
-    if segmenter is None or (prefer_given and section.nuclei is not None):
-        used: Segmenter = Polygons(section.nuclei)
-    else:
-        used = measured_bins(section, segmenter) or segmenter
-    settings = {
-        "version": STAGE_VERSION["nuclei"],
-        "image": file_identity(section.image),
-        "mpp": section.mpp,
-        "segmenter": used.settings(),
-        **section.reading(),
-    }
-
-    def make(path: Path) -> None:
-        with section.open_slide() as slide:
-            if check_image:
-                require_h_and_e(slide)
-            write_nuclei(segment(slide, used), path)
-
-    name = used.settings()["name"]
-    return build(folder / f"nuclei-{fingerprint(settings)}.parquet", make, what=f"{section.name}: nuclei by {name}")
 
 
 def _passing_settings(section: Section, nuclei: Path, species: str, settings: PrepareSettings) -> dict[str, Any]:
@@ -302,42 +380,6 @@ def _panel(
         settings.panel([measured[name][rows].copy() for name, rows in trains.items()]).to_json(path)
 
     return build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
-
-
-def prepare_artefacts(folder: Path, section: Section, nuclei: Path) -> pd.Categorical:
-    """The kind of artifact at each nucleus of a section, in the order of the nuclei; computed and cached if needed.
-
-    The slide is read in its own colors, as in training: the rules compare a nucleus with the others of its slide, so matched colors would
-    add nothing, and they would make pen and folds look more like tissue.
-
-    Parameters
-    ----------
-    folder
-        The section's cache folder.
-    section
-        The section.
-    nuclei
-        The cache file with its nuclei.
-    """
-    own = replace(section, recolour=None)
-    settings = {
-        "version": STAGE_VERSION["artefacts"],
-        "nuclei": nuclei.stem,
-        "image": file_identity(own.image),
-        "mpp": own.mpp,
-        **own.reading(),
-    }
-
-    def make(path: Path) -> None:
-        polygons = load_nuclei(nuclei)
-        with own.open_slide() as slide:
-            kinds = find_artefacts(slide, polygons)
-        pd.DataFrame({"cell_id": polygons["cell_id"], "artefact": kinds}).to_parquet(path, index=False)
-
-    path = folder / f"artefacts-{fingerprint(settings)}.parquet"
-    found = pd.read_parquet(build(path, make, what=f"{section.name}: artefacts"))
-    kinds: pd.Categorical = pd.Categorical(found["artefact"].astype(str).to_numpy(object), categories=list(KINDS))
-    return kinds
 
 
 def _passing(nuclei: GeoDataFrame, counts: Path) -> GeoDataFrame:

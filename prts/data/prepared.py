@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -60,6 +60,8 @@ class PrepareSettings:
         Refuse images that cannot be H&E.
     max_pixels
         Largest image that is decoded as a whole; None: 2^29 px.
+    skip_bad
+        Leave sections out that cannot be used, instead of raising an error that names them all.
     """
 
     segmenter: Segmenter
@@ -73,6 +75,7 @@ class PrepareSettings:
     artefacts: bool = False
     check_image: bool = True
     max_pixels: int | None = None
+    skip_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,10 @@ class PreparedSection:
 
 @dataclass(frozen=True)
 class PreparedTissue:
-    """A tissue whose sections are ready; `register` says whether their counts were corrected, `bins` whether bins are the units."""
+    """A tissue whose sections are ready.
+
+    `register` says whether their counts were corrected, `bins` whether bins are the units, and `skipped` why sections were left out.
+    """
 
     name: str
     species: str
@@ -117,3 +123,4 @@ class PreparedTissue:
     panel: Path
     register: bool = False
     bins: bool = False
+    skipped: Mapping[str, str] = field(default_factory=dict)

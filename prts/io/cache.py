@@ -13,6 +13,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 _SAMPLE_BYTES = 1 << 20
 _PATIENCE_S = 5.0  # until a waiting process reports it
 _in_progress: set[Path] = set()  # temporary names of this process
+_waits: ContextVar[bool] = ContextVar("waits", default=True)
+
+
+class LockedError(Exception):
+    """Another process holds a lock, inside `no_waiting`."""
 
 
 def file_identity(path: Path) -> dict[str, Any]:
@@ -163,6 +169,8 @@ def lock(path: Path) -> Iterator[None]:
 
     Raises
     ------
+    LockedError
+        If another process holds it, inside `no_waiting`.
     InputError
         If the lock file cannot be created.
     """
@@ -184,10 +192,23 @@ def lock(path: Path) -> Iterator[None]:
         held.release()
 
 
-def _acquire(held: filelock.FileLock, path: Path) -> None:
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Make `lock` raise `LockedError` instead of waiting for another process."""
+    token = _waits.set(False)
     try:
-        held.acquire(timeout=_PATIENCE_S)
-    except filelock.Timeout:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+def _acquire(held: filelock.FileLock, path: Path) -> None:
+    waits = _waits.get()
+    try:
+        held.acquire(timeout=_PATIENCE_S if waits else 0)
+    except filelock.Timeout as error:
+        if not waits:
+            raise LockedError(str(path)) from error
         with contextlib.suppress(OSError):
             holder = Path(held.lock_file).read_text(encoding="utf-8", errors="replace") or "another process"
             logger.warning("%s: waiting for %s, which is writing it (lock file %s)", path, holder, held.lock_file)

@@ -13,6 +13,8 @@ import yaml
 from prts.errors import InputError
 
 OBJECTIVE = "val/pcc_mean"  # what a sweep maximizes; never a score of the test sections
+# what the job of a command writes last
+RESULTS = {"train": "metrics.json", "prepare": "prepared.json"}
 FIXED = ("job", "status", "reason", "tissue", "seed")
 
 
@@ -36,12 +38,11 @@ def read_jobs(folder: Path) -> tuple[pd.DataFrame, list[str]]:
         If the folder has no jobs.
     """
     rows, keys, metrics = [], dict[str, None](), set[str]()
-    for overrides_yaml in Path(folder).rglob(".hydra/overrides.yaml"):
-        job = overrides_yaml.parents[1]
-        overrides = _overrides(overrides_yaml)
+    for job in job_folders(folder):
+        overrides = _overrides(job / ".hydra" / "overrides.yaml")
         config = yaml.safe_load((job / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
         number = yaml.safe_load((job / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]["job"]["num"]
-        status, reason = _outcome(job)
+        status, reason = outcome(job)
         figures: dict[str, Any] = {}
         if status == "done":
             figures = json.loads((job / "metrics.json").read_text(encoding="utf-8"))
@@ -60,17 +61,23 @@ def read_jobs(folder: Path) -> tuple[pd.DataFrame, list[str]]:
     return table, own
 
 
+def job_folders(folder: Path) -> list[Path]:
+    """The folders of the jobs that a multirun has started."""
+    return [path.parents[1] for path in Path(folder).rglob(".hydra/overrides.yaml")]
+
+
 def _overrides(path: Path) -> dict[str, str]:
     parts = [str(line).partition("=") for line in yaml.safe_load(path.read_text(encoding="utf-8")) or []]
     return {key.lstrip("+~"): value for key, _, value in parts if key.lstrip("+~") not in ("tissue", "seed")}
 
 
-def _outcome(job: Path) -> tuple[str, str]:
+def outcome(job: Path) -> tuple[str, str]:
+    """The status of a job, as in `read_jobs`, and the reason in one line."""
     if (job / "error.txt").is_file():  # first: a logger may fail after metrics.json is written
         first = (job / "error.txt").read_text(encoding="utf-8").partition("\n")[0]
         if match := re.fullmatch(r"(wrong input|failed|killed): (.*)", first):
             return match[1], match[2]
         return "failed", first
-    if (job / "metrics.json").is_file():
+    if any((job / result).is_file() for result in RESULTS.values()):
         return "done", ""
     return "unfinished", "stopped before the end"
