@@ -64,7 +64,7 @@ def bundle_metadata(
         "mpp": encoder["mpp"],
         "tile": encoder["tile"],
         "pooling": encoder["pooling"],
-        "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
+        "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths, "scale": datamodule.scale},
         "baseline": recipe.baseline,
         "optimizer": None if recipe.baseline else _described(recipe.optimizer),
         "segmentation": _segmentation(plan, datamodule),

@@ -49,7 +49,9 @@ def ended_early(folder: Path, since: float) -> list[str]:
         for each in submitted(folder)
         if (folder / ".submitit" / each / f"{each}{_SUBMITTED}").stat().st_mtime >= since
     ]
-    states = _ask("sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}")
+    states = _ask(
+        "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}"
+    )
     rows = (line.partition("|") for line in (states or "").splitlines())
     return [
         f"SLURM job {job}: {state}; its messages are in {folder / '.submitit' / job}"

@@ -144,6 +144,7 @@ class NetworkLimits:
     """Ranges of `model.net`."""
 
     hidden: list[Annotated[int, Field(ge=1, le=65_536)]]
+    rank: Annotated[int, Field(ge=1, le=65_536)] | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -161,6 +162,7 @@ class SchedulerLimits:
 
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Whole
+    max_lr: Annotated[float, Field(gt=0, le=1e3)]
 
 
 @dataclass
@@ -213,6 +215,7 @@ class Data:
 
     use: Annotated[list[Literal["local", "global", "morphology", "context"]], Field(min_length=1)]
     target: Name
+    scale: Literal["training", "slide"]
     permute: bool
     batch_size: Count
     num_workers: Annotated[int, Field(ge=0, le=1024)]
@@ -257,7 +260,7 @@ class Train(Prepare):
     seed: Seed
     report: bool
     resume: bool
-    patch_pooling: Literal["nucleus", "center2x2"]
+    patch_pooling: Literal["nucleus", "center2x2", "bilinear"]
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
 
 

@@ -107,12 +107,15 @@ class Share(NamedTuple):
     processes: int = 1
 
     def of(self, batch: NDArray[np.int64]) -> NDArray[np.int64]:
-        """This process's part of a batch: sizes differ by one nucleus at most."""
+        """The part of a batch that is this process's; sizes differ by one nucleus at most."""
         return batch[self.rank :: self.processes]
 
     def smallest(self) -> int:
         """Nuclei that a training batch needs: one for each process, and two for the variance of batch normalization."""
         return max(2, self.processes)
+
+
+ALL = Share()
 
 
 class ShuffledBatches(Sampler[NDArray[np.int64]]):
@@ -122,7 +125,7 @@ class ShuffledBatches(Sampler[NDArray[np.int64]]):
     with fewer nuclei than processes.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0, share: Share = Share()) -> None:
+    def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0, share: Share = ALL) -> None:
         self._n = n
         self._batch_size = batch_size
         self._seed = seed
@@ -147,7 +150,7 @@ class ShuffledBatches(Sampler[NDArray[np.int64]]):
 class OrderedBatches(Sampler[NDArray[np.int64]]):
     """All nuclei in their order, cut into batches. A process may get no nucleus of the last batch, but every process gets every batch."""
 
-    def __init__(self, n: int, batch_size: int, share: Share = Share()) -> None:
+    def __init__(self, n: int, batch_size: int, share: Share = ALL) -> None:
         self._n = n
         self._batch_size = batch_size
         self._share = share

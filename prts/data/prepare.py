@@ -16,13 +16,20 @@ import h5py
 import pandas as pd
 
 from prts.data.bad_sections import BadSections, in_turn
-from prts.data.prepare_input import STAGE_VERSION, build, prepare_context, prepare_features, prepare_input
+from prts.data.prepare_input import (
+    STAGE_VERSION,
+    build,
+    prepare_colour,
+    prepare_context,
+    prepare_features,
+    prepare_input,
+)
 from prts.data.prepare_nuclei import prepare_artefacts, prepare_nuclei
 from prts.data.prepared import PanelBuilder, PreparedSection, PreparedTissue, PrepareSettings
 from prts.data.resolve import resolve_section
 from prts.data.splits import TRAIN, Roles
 from prts.errors import InputError
-from prts.features.colour import colour_reader
+from prts.features.colour import colour_tile
 from prts.features.no_encoder import NoEncoder
 from prts.io.cache import fingerprint
 from prts.io.hdf5 import write_h5ad
@@ -50,6 +57,7 @@ __all__ = [
     "PreparedTissue",
     "check_sections",
     "prepare_artefacts",
+    "prepare_colour",
     "prepare_context",
     "prepare_features",
     "prepare_input",
@@ -282,7 +290,7 @@ class _Stages:
             if not isinstance(self._settings.encoder, NoEncoder):
                 features = prepare_features(folder, section, kept, self._settings.encoder, passing)
         with self._watch("colour"):
-            colour = prepare_features(folder, section, kept, colour_reader(bins=self.bins), passing, kind="colour")
+            colour = prepare_colour(folder, section, kept, colour_tile(bins=self.bins), passing)
         with self._watch("context"):
             around = prepare_context(folder, section, kept, passing)
         return PreparedSection(

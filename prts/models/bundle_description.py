@@ -37,6 +37,7 @@ class _Gene(_Part):
 class _Input(_Part):
     use: list[Literal["local", "global", "morphology", "context"]]
     widths: dict[str, int]
+    scale: Literal["training", "slide"] = "training"
 
 
 class _Validation(_Part):

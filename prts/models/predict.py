@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts import __version__
+from prts.data.slide_scale import FEWEST
 from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.store import read_store_attrs
@@ -75,6 +76,8 @@ def predict_store(
     read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp, context)
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
+    parts = [cell_ids[start : start + held] for start in range(0, len(cell_ids), held)]
+    seen = _by_slide(bundle, read, parts, whole=among is None or len(among) == len(nuclei))
 
     def batch(features: NDArray[np.float32]) -> Iterator[Chunk]:
         for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
@@ -82,11 +85,28 @@ def predict_store(
             yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
 
     def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(cell_ids), held):
+        for part in parts:
             # unnamed, or one batch would be kept while the next is read
-            yield from batch(read(cell_ids[start : start + held]))
+            yield from batch(seen(read(part)))
 
     yield from track(chunks(), "predict", total=-(-len(cell_ids) // chunk))
+
+
+def _by_slide(
+    bundle: Bundle, read: InputReader, parts: Sequence[NDArray[np.object_]], *, whole: bool
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What is done to features before they are predicted: nothing, or the slide is matched to training."""
+    matching, n = bundle.slide_scale, sum(map(len, parts))
+    if matching is None:
+        return lambda features: features
+    if not whole or n < FEWEST:
+        logger.warning(
+            "features are used as they are, although this model was trained on those of whole slides, each matched in mean and spread: %s",
+            "only a region is predicted" if not whole else f"{n} nuclei are too few (at least {FEWEST})",
+        )
+        return lambda features: features
+    slide = matching.moments(map(read, parts))
+    return lambda features: matching.match(features, slide)
 
 
 def write_prediction(

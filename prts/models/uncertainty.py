@@ -88,7 +88,9 @@ class CountIntervals:
         """Lower and upper bounds of every gene at each expected UMI of the grid, each (g, grid)."""
         return _bounds(self.scale, self.dispersion, self.mass)
 
-    def bounds(self, umi: NDArray[np.float32], table: tuple[Ints, Ints] | None = None) -> tuple[Ints, Ints]:
+    def bounds(
+        self, umi: NDArray[np.float32], table: tuple[Ints, Ints] | None = None, genes: slice = slice(None)
+    ) -> tuple[Ints, Ints]:
         """Lower and upper bounds of nuclei.
 
         Parameters
@@ -97,14 +99,16 @@ class CountIntervals:
             Expected UMI, (b, g).
         table
             From `table`, to compute it once for many chunks.
+        genes
+            The genes that the columns of `umi` are.
 
         Returns
         -------
         Smallest and largest count of each interval, both (b, g).
         """
         lower, upper = self.table() if table is None else table
-        place, genes = _place(umi), np.arange(umi.shape[1])
-        return lower[genes, place], upper[genes, place]
+        place, gene = _place(umi), np.arange(len(lower))[genes]
+        return lower[gene, place], upper[gene, place]
 
 
 def calibrate_intervals(
