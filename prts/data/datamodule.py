@@ -16,15 +16,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from prts.data.batches import Batch, DeviceBatches, NucleusBatches, OrderedBatches, Share, ShuffledBatches
+from prts.data.memory import Memory, streams
 from prts.data.nucleus_set import NucleusSet, feature_moments
+from prts.data.on_disk import StoredFeatures, section_counts, section_features, write_inputs
 from prts.data.slide_scale import FEWEST, SlideScale
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
+from prts.data.stream import Buffers, StreamedBatches, Streaming
 from prts.errors import InputError, ParameterError
 from prts.features.feature_reader import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
 from prts.preprocess.artefacts import is_artefact
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from prts.data.prepare import PreparedSection, PreparedTissue
     from prts.preprocess.panel import Panel
 
@@ -56,7 +61,13 @@ class PRTSDataModule(pl.LightningDataModule):
     seed
         Seed of the training order.
     num_workers
-        Processes that gather batches. Gathering takes about a millisecond, so the default is none; a set that a GPU holds needs none.
+        Processes that gather batches, or read buffers of a set on disk. Gathering takes about a millisecond, so the default is none; a set
+        that a GPU holds needs none.
+    memory
+        `whole`: features and counts are loaded. `stream`: they stay on disk and are read when used (`prts.data.on_disk`). `auto`: the
+        latter if they would take more than half of the available memory.
+    streaming
+        Sizes of chunks and buffers in which nuclei on disk are shuffled.
     """
 
     tissue: PreparedTissue
@@ -79,6 +90,8 @@ class PRTSDataModule(pl.LightningDataModule):
         batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
+        memory: Memory = "whole",
+        streaming: Streaming | None = None,
     ) -> None:
         super().__init__()
         self.use = tuple(use)
@@ -88,6 +101,11 @@ class PRTSDataModule(pl.LightningDataModule):
             raise ParameterError(
                 "data", "batch_size", f"{batch_size} is too small for batch normalization; use 2 or more"
             )
+        if permute and memory == "stream":
+            raise ParameterError("data", "permute", "needs all features in memory; use memory=whole")
+        self.memory = memory
+        self.streaming = streaming or Streaming()
+        self.streams = False
         self.scale = scale
         self.permute = permute
         self.batch_size = batch_size
@@ -135,20 +153,26 @@ class PRTSDataModule(pl.LightningDataModule):
         tissue = self._once_prepared()
         panel = Panel.from_json(tissue.panel)
         roles = Roles(tissue.train, tissue.val, tissue.test)
-        whole = {name: _load_section(tissue.sections[name], panel, self.use) for name in roles.by_section()}
+        self.streams = not self.permute and streams(self.memory, tissue, self.use, len(panel.genes))
+        whole = {
+            name: _stored_section(tissue.sections[name], panel, self.use, bins=tissue.bins)
+            if self.streams
+            else _load_section(tissue.sections[name], panel, self.use)
+            for name in roles.by_section()
+        }
+        self.feature_widths = _common_widths({name: loaded.widths for name, loaded in whole.items()})
         self.slide_scale = _matched(whole, roles.train) if self.scale == "slide" else None
         # split all nuclei that passed QC, so that the parts are those on which the panel was fitted
         parts = self._split({name: loaded.xy_um for name, loaded in whole.items()}, roles)
         self.split_report = split_report(self._split, parts)
-        self.train_sets, self.val_sets, self.test_sets = (
-            [
-                loaded.nuclei.take(rows)
-                for name, loaded in whole.items()
-                if (rows := _rows(loaded, parts[name], part)).size
-            ]
-            for part in (TRAIN, VAL, TEST)
-        )
-        self.feature_widths = _common_widths({name: loaded.widths for name, loaded in whole.items()})
+        self.train_sets, self.val_sets, self.test_sets = sets = [], [], []
+        for name in list(whole):
+            loaded = whole.pop(
+                name
+            )  # so that its parts and the section are not in memory for longer than it takes to copy them
+            for chosen, part in zip(sets, (TRAIN, VAL, TEST), strict=True):
+                if (rows := _rows(loaded, parts[name], part)).size:
+                    chosen.append(loaded.nuclei.take(rows))
         self.tissue = tissue
         self.panel = panel
         if sum(map(len, self.train_sets)) < 2:
@@ -160,20 +184,39 @@ class PRTSDataModule(pl.LightningDataModule):
         mean, spread = feature_moments(self.train_sets)
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(spread.astype(np.float32))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
         """Shuffled batches of all training sections together."""
         sets = _permuted(self.train_sets, self.seed) if self.permute else self.train_sets
-        n, share = sum(map(len, sets)), self._share()
+        n, share = sum(map(len, sets)), self._agreed_share()
         if self.batch_size < share.smallest():
             raise ParameterError(
                 "data", "batch_size", f"{self.batch_size} is too small for {share.processes} processes, which share it"
             )
+        if self.streams:
+            return self._streamed(sets, self.seed)
         return self._loader(sets, ShuffledBatches(n, self.batch_size, self.seed, self.first_epoch, share))
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[DataLoader[Batch]] | list[StreamedBatches]:
         """One loader per validation section: figures are computed per section, never pooled."""
+        if self.streams:
+            return [self._streamed([nuclei], None) for nuclei in self.val_sets]
         share = self._share()
         return [self._loader([nuclei], OrderedBatches(len(nuclei), self.batch_size, share)) for nuclei in self.val_sets]
+
+    def _streamed(self, sets: Sequence[NucleusSet], seed: int | None) -> StreamedBatches:
+        sizes, first = [len(nuclei) for nuclei in sets], self.first_epoch
+        order = Buffers(sizes, self.batch_size, self.streaming, seed, first, self._share())
+        return StreamedBatches(sets, order, num_workers=self.num_workers, seed=self.seed)
+
+    def _agreed_share(self) -> Share:
+        """The share of this process, if all processes decided alike where nuclei are, which gives their order."""
+        share = self._share()
+        if share.processes > 1 and self.trainer is not None:
+            strategy = self.trainer.strategy
+            streaming = strategy.reduce(torch.tensor(float(self.streams), device=strategy.root_device), reduce_op="sum")
+            if float(streaming) not in (0.0, float(share.processes)):
+                raise ParameterError("data", "memory", "auto chose differently in the processes; use whole or stream")
+        return share
 
     def _share(self) -> Share:
         return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
@@ -216,6 +259,35 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
     import anndata as ad
 
     counts = ad.read_h5ad(prepared.counts)
+    row = _with_features(counts, prepared)
+    cell_id = counts.obs_names.to_numpy(dtype=object)[row]
+    read = InputReader(
+        prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp, prepared.context
+    )
+    aligned = panel.align(counts)
+    nuclei = _nuclei(prepared, counts, row, read(cell_id), aligned if len(row) == counts.n_obs else aligned[row])
+    return _Loaded(nuclei, row, _positions(prepared, counts), read.widths, is_artefact(counts.obs)[row])
+
+
+def _stored_section(prepared: PreparedSection, panel: Panel, use: Sequence[str], *, bins: bool) -> _Loaded:
+    """The same with features and counts on disk."""
+    import anndata as ad
+
+    inputs = write_inputs(prepared.counts.parent, prepared, panel, with_shape=not bins)
+    features, widths = section_features(prepared, inputs, use)
+    measured = section_counts(inputs, len(panel.genes))
+    counts = ad.read_h5ad(prepared.counts, backed="r")
+    try:
+        row = _with_features(counts, prepared)
+        nuclei = _nuclei(prepared, counts, row, features.take(row), measured.take(row))
+        compact = replace(nuclei, cell_id=nuclei.cell_id.astype(np.dtypes.StringDType()))
+        return _Loaded(compact, row, _positions(prepared, counts), widths, is_artefact(counts.obs)[row])
+    finally:
+        counts.file.close()
+
+
+def _with_features(counts: AnnData, prepared: PreparedSection) -> NDArray[np.intp]:
+    """Rows of the counts whose nuclei have features."""
     described = prepared.features or prepared.context
     with h5py.File(described) as store:
         stored = store["cell_id"].asstr()[:]
@@ -228,24 +300,30 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         logger.warning(
             "%s: %d nuclei have no features and are left out", prepared.section.name, counts.n_obs - len(row)
         )
-    xy_um = np.asarray(counts.obsm["spatial"], dtype=np.float64) * prepared.section.mpp
-    cell_id = counts.obs_names.to_numpy(dtype=object)[row]
-    read = InputReader(
-        prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp, prepared.context
-    )
-    nuclei = NucleusSet(
+    return row
+
+
+def _positions(prepared: PreparedSection, counts: AnnData) -> NDArray[np.float64]:
+    xy_um: NDArray[np.float64] = np.asarray(counts.obsm["spatial"], dtype=np.float64) * prepared.section.mpp
+    return xy_um
+
+
+def _nuclei(
+    prepared: PreparedSection, counts: AnnData, row: NDArray[np.intp], features: Any, aligned: Any
+) -> NucleusSet:
+    """Some nuclei of a section, with their features and their counts of the panel's genes."""
+    return NucleusSet(
         section=prepared.section.name,
-        cell_id=cell_id,
-        xy_um=xy_um[row],
-        features=read(cell_id),
-        counts=panel.align(counts)[row],
+        cell_id=counts.obs_names.to_numpy(dtype=object)[row],
+        xy_um=_positions(prepared, counts)[row],
+        features=features,
+        counts=aligned,
         total_counts=counts.obs["total_counts"].to_numpy(dtype=np.int64)[row],
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
     )
-    return _Loaded(nuclei, row, xy_um, read.widths, is_artefact(counts.obs)[row])
 
 
-def _matched(whole: Mapping[str, _Loaded], train: Sequence[str]) -> SlideScale:
+def _matched(whole: dict[str, _Loaded], train: Sequence[str]) -> SlideScale:
     """Match the features of each section, in place, to the mean and spread of the training sections, which are returned."""
     reference = SlideScale.fit([whole[name].nuclei for name in train])
     for name, loaded in whole.items():
@@ -256,8 +334,13 @@ def _matched(whole: Mapping[str, _Loaded], train: Sequence[str]) -> SlideScale:
                 name,
                 len(features),
             )
+            continue
+        slide = reference.moments([features])
+        if isinstance(features, StoredFeatures):
+            features = replace(features, scale=reference, slide=slide)
+            whole[name] = loaded._replace(nuclei=replace(loaded.nuclei, features=features))
         else:
-            reference.match(features, reference.moments([features]))
+            reference.match(features, slide)
     return reference
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from prts.data.nucleus_set import CountBlocks
 from prts.errors import ParameterError
 from prts.models.distributed import synchronize
 from prts.models.likelihoods.base import Likelihood
@@ -162,7 +163,7 @@ def fit(
     ParameterError
         If training diverged or ended before its first step.
     """
-    counts = [nuclei.counts for nuclei in datamodule.train_sets]
+    counts = CountBlocks(datamodule.train_sets)
     if recipe.baseline is not None:
         start_loggers()
         net = fit_linear(recipe.baseline, datamodule.train_sets, datamodule.val_sets, seed=recipe.seed)

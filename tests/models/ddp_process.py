@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import prts._torchvision  # noqa: F401  (before Lightning)
+
+# isort: split
+
 import numpy as np
 import pytorch_lightning as pl
 import torch
 
-import prts._torchvision  # noqa: F401  (before Lightning)
 from prts.data.datamodule import PRTSDataModule
 from prts.data.nucleus_set import NucleusSet
 from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
@@ -54,7 +57,11 @@ class Watch(pl.Callback):
         if self.kill and (trainer.current_epoch, i) == (1, 1):
             raise KilledError
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.current_epoch > 0:
+            self.on_train_end(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self.epochs.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
