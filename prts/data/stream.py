@@ -176,7 +176,9 @@ class StreamedBatches:
     """
 
     def __init__(self, sets: Sequence[NucleusSet], sampler: Buffers, *, num_workers: int = 0, seed: int = 0) -> None:
-        self.sampler = sampler  # where Lightning looks for `set_epoch`
+        # where Lightning looks for `set_epoch`
+        self.sampler = sampler
+        self.batch_sampler = None
         self._n_genes = sets[0].counts.shape[1]
         self._loader = DataLoader(
             _StoredNuclei(sets),

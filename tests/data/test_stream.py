@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import anndata as ad
 import h5py
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 from prts.data import memory
 from prts.data.batches import Share
+from prts.data.counts_in_turn import CountsInTurn
 from prts.data.datamodule import PRTSDataModule
 from prts.data.nucleus_set import CountBlocks, NucleusSet, feature_moments
 from prts.data.on_disk import StoredFeatures, on_disk, scratch, section_counts, section_features
@@ -33,6 +35,7 @@ from prts.models.linear import fit_linear
 from prts.models.network import PRTSNet
 from prts.models.ood import MahalanobisOOD
 from prts.models.ridge import gene_mean, permuted, ridge
+from prts.preprocess.panel import TopPanel
 
 Draw = Callable[..., NucleusSet]
 
@@ -280,6 +283,21 @@ def test_auto_compares_the_size_with_the_memory(
         memory._bytes(tissue.sections["t"], ("local", "global"), 4, scored=True)
         == 20 * 20 + 16 * stored_counts + 20 * 32
     )
+
+
+def test_a_panel_from_sections_in_turn_is_that_of_all(tissue: PreparedTissue, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {tissue.sections[name].counts: np.arange(n) % 3 > 0 for name, n in (("a", 65), ("b", 40))}
+    loaded = [ad.read_h5ad(path)[mask].copy() for path, mask in rows.items()]
+    choose = TopPanel(n_genes=4, min_nuclei=1, min_share=0.0)
+    read: list[Path] = []
+    real = ad.read_h5ad
+    monkeypatch.setattr(ad, "read_h5ad", lambda path: read.append(path) or real(path))
+    assert choose(CountsInTurn(rows)) == choose(loaded)
+    assert set(read) == set(rows)
+    stacked = sp.vstack([section.X for section in loaded]).toarray().astype(float)
+    total = stacked.sum(axis=1, keepdims=True)
+    variance = np.log1p(stacked / np.maximum(total, 1) * np.median(total[total > 0])).var(axis=0)
+    assert choose(loaded).genes == tuple(np.array(list("XABCDY"))[np.argsort(-variance)[:4]])
 
 
 def test_what_needs_memory_is_refused(tissue: PreparedTissue) -> None:
