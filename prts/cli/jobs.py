@@ -86,6 +86,7 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
         assert isinstance(hydra, dict)
         hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here, or ${now:} would give the job's own start time
+        hydra["run"]["dir"] = str(folder)  # which Lightning passes to the processes that it starts
         message = folder / (f"{_MESSAGE}-{rank}" if rank else _MESSAGE)
         message.write_text(json.dumps({"command": command, "config": config, "hydra": hydra}), encoding="utf-8")
         try:
