@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 
 from prts.api.metadata import bundle_metadata
@@ -19,9 +20,11 @@ from prts.data.stream import Streaming
 from prts.evaluation.against_baselines import RunBaselines, compare_with_baselines
 from prts.evaluation.gene_sets import gene_sets
 from prts.evaluation.intervals import marginal_bounds, score_intervals
+from prts.evaluation.per_section import SECTIONS, section_table, without_sections
 from prts.evaluation.predictable import predictable, validated_genes
 from prts.evaluation.registration import registration_figures
 from prts.evaluation.scored_section import Scoring, score_sections
+from prts.evaluation.stripes import stripe_figures
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
 from prts.models.bundle import Bundle, load_bundle, save_bundle
@@ -30,7 +33,7 @@ from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
-from prts.models.predictor import Predictor
+from prts.models.predictor import LIMIT_MULTIPLE, Predictor, highest_counts
 from prts.models.uncertainty import calibrate_intervals
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
@@ -146,8 +149,10 @@ class _Training:
         _log_summary(metrics)
         if report and test:
             from prts.report.results import write_pages
+            from prts.report.run_index import write_index
 
             write_pages(bundle, test, metrics, self.folder)
+            write_index(self.folder, metrics)
         return Run(metrics, bundle, self.history.table(), datamodule)
 
     def _data(self) -> PRTSDataModule:
@@ -213,7 +218,8 @@ class _Training:
         rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
         sets = gene_sets(datamodule.train_sets, datamodule.panel, plan.markers)
         self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
-        validation = self._score(Predictor(net, likelihood, rule), datamodule.val_sets, datamodule)
+        limit = torch.from_numpy(highest_counts(datamodule.train_sets)) * LIMIT_MULTIPLE
+        validation = self._score(Predictor(net, likelihood, rule, limit=limit), datamodule.val_sets, datamodule)
         with self.watch("baselines"):
             self._baselines = RunBaselines.fit(datamodule, seed=plan.recipe.seed)
             beside = [self._baselines(part.nuclei.section) for part in validation]
@@ -256,6 +262,7 @@ class _Training:
         metrics: dict[str, Any] = unpooled_mean(validation, "val") | unpooled_mean(tested, "test")
         with self.watch("baselines"):
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
+        metrics |= stripe_figures(datamodule.tissue)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
         metrics |= {f"skipped/{name}": reason for name, reason in datamodule.tissue.skipped.items()}
         if datamodule.split_report["warning"] is not None:
@@ -278,10 +285,15 @@ class _Training:
                 from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)
+        sets = {"train": datamodule.train_sets, "val": datamodule.val_sets, "test": datamodule.test_sets}
+        roles = {role: [part.section for part in parts] for role, parts in sets.items()}
+        with atomic(self.folder / SECTIONS) as path:
+            section_table(metrics, roles).to_csv(path, index=False)
         metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
         metrics["peak_rss_mb"] = peak_rss_mb()
         with atomic(self.folder / "metrics.json") as path:
-            path.write_text(json.dumps(json_ready(metrics), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+            flat = json_ready(without_sections(metrics, roles))
+            path.write_text(json.dumps(flat, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         self._checkpoint.remove()
 
 
@@ -323,6 +335,8 @@ def _remove_results(folder: Path) -> None:
     stale = (
         folder / "metrics.json",
         folder / "per_gene.csv",
+        folder / SECTIONS,
+        folder / "index.html",
         *folder.glob("predictions*"),
         *folder.glob("report*.html"),
     )

@@ -72,6 +72,16 @@ class Preprocess:
 
 
 @dataclass
+class Counts:
+    """`counts` of `prepare` and `train`."""
+
+    expand_um: Annotated[float, Field(ge=0, le=100)]
+    shared: Literal["drop", "nearest", "split"]
+    sigma_um: Annotated[float, Field(gt=0, le=100)]
+    exposure: bool
+
+
+@dataclass
 class Simulation:
     """The arguments of a simulated section."""
 
@@ -87,6 +97,8 @@ class Simulation:
     species: Species
     artefacts: Annotated[int, Field(ge=0, le=100)]
     program_seed: Annotated[int, Field(ge=0, lt=2**63)]
+    stripes: Annotated[float, Field(ge=0, le=1)]
+    layout: Name
 
 
 @dataclass
@@ -236,6 +248,7 @@ class Prepare:
     split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
+    counts: Counts
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
     skip_bad: bool
@@ -311,6 +324,7 @@ class Predict:
     artefacts: bool
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    strict: bool
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
     units: Units | None = None
@@ -436,6 +450,7 @@ class Export:
     out: FilePath
     genes: Annotated[str | Annotated[list[str], Field(min_length=1)], Field(description="gene names, as [A,B]")] | None
     image: FilePath | None
+    analysis: FilePath | None
     classification: Name | None
     overwrite: bool
     max_pixels: Annotated[int, Field(ge=1)] | None

@@ -320,6 +320,7 @@ def _nuclei(
         counts=aligned,
         total_counts=counts.obs["total_counts"].to_numpy(dtype=np.int64)[row],
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
+        exposure=counts.obs["exposure"].to_numpy(dtype=np.float32)[row] if "exposure" in counts.obs else None,
     )
 
 

@@ -31,6 +31,8 @@ class NucleusSet:
         (n,) UMI of all genes.
     area_um2
         (n,) area in um2.
+    exposure
+        (n,) relative capture of the nucleus's bins, with which expected counts are multiplied in training; None: 1.
     """
 
     section: str
@@ -40,6 +42,7 @@ class NucleusSet:
     counts: Any
     total_counts: NDArray[np.int64]
     area_um2: NDArray[np.float64]
+    exposure: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.cell_id)
@@ -56,6 +59,7 @@ class NucleusSet:
             counts=_taken(self.counts, rows),
             total_counts=self.total_counts[rows],
             area_um2=self.area_um2[rows],
+            exposure=None if self.exposure is None else self.exposure[rows],
         )
 
 

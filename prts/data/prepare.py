@@ -10,13 +10,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import h5py
-import pandas as pd
 
 from prts.data.bad_sections import BadSections, in_turn
 from prts.data.counts_in_turn import CountsInTurn
+from prts.data.prepare_counts import measured_registration, passing_settings, prepare_bin_table, prepare_counts
 from prts.data.prepare_input import (
     STAGE_VERSION,
     build,
@@ -33,11 +33,10 @@ from prts.errors import InputError
 from prts.features.colour import colour_tile
 from prts.features.no_encoder import NoEncoder
 from prts.io.cache import fingerprint
-from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei
-from prts.platforms.base import WARN_UM, HasUnits, Registration
-from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
-from prts.preprocess.counts import measured_counts, required_measurement
+from prts.platforms.base import HasUnits, Registration
+from prts.preprocess.artefacts import is_artefact
+from prts.preprocess.counts import required_measurement
 from prts.preprocess.image_check import require_h_and_e
 from prts.segmentation.bins import Bins
 from prts.stopwatch import Stopwatch
@@ -259,6 +258,7 @@ class _Stages:
         self._counts: dict[str, Path] = {}
         self._passing: dict[str, str] = {}
         self._registration: dict[str, Registration | None] = {}
+        self._tables: dict[str, Path | None] = {}
 
     def count(self, key: str) -> None:
         """Find the nuclei of a section, and count their transcripts."""
@@ -271,9 +271,10 @@ class _Stages:
                 folder, section, settings.segmenter, settings.prefer_given, check_image=settings.check_image
             )
         with self._watch("counts"):
-            decides = _passing_settings(section, nuclei, self._species, settings)
-            counts = _counts(folder, section, nuclei, self._species, settings, decides)
-            self._registration[key] = _registration(counts, section, settings.register)
+            decides = passing_settings(section, nuclei, self._species, settings)
+            counts = prepare_counts(folder, section, nuclei, self._species, settings, decides)
+            self._registration[key] = measured_registration(counts, section, settings.register)
+            self._tables[key] = None if self.bins else prepare_bin_table(counts, section, nuclei, settings)
         self._nuclei[key], self._counts[key], self._passing[key] = nuclei, counts, f"counts-{fingerprint(decides)}"
 
     def panel(self, roles: Roles, without: Mapping[str, str]) -> Path:
@@ -295,7 +296,14 @@ class _Stages:
         with self._watch("context"):
             around = prepare_context(folder, section, kept, passing)
         return PreparedSection(
-            section, self._nuclei[key], self._counts[key], features, colour, around, self._registration[key]
+            section,
+            self._nuclei[key],
+            self._counts[key],
+            features,
+            colour,
+            around,
+            self._registration[key],
+            self._tables[key],
         )
 
 
@@ -309,63 +317,6 @@ def _with_units(section: Section, bin_um: int) -> Section:
     measurement = measurement.with_units(bin_um)
     measurement.check(section.image, section.width, section.height, (section.mpp_source, section.mpp))
     return replace(section, measurement=measurement)
-
-
-def _passing_settings(section: Section, nuclei: Path, species: str, settings: PrepareSettings) -> dict[str, Any]:
-    """Everything that determines which nuclei pass QC, the only aspect of the counts that features depend on."""
-    return {
-        **required_measurement(section).identity(),
-        "version": STAGE_VERSION["counts"],
-        "nuclei": nuclei.stem,
-        "qc": settings.qc.settings(),
-        "species": species,
-        **({"registered": STAGE_VERSION["registration"]} if settings.register else {}),
-    }
-
-
-def _counts(
-    folder: Path,
-    section: Section,
-    nuclei: Path,
-    species: str,
-    settings: PrepareSettings,
-    decides: Mapping[str, Any],
-) -> Path:
-    def make(path: Path) -> None:
-        polygons = load_nuclei(nuclei)
-        kept = measured_counts(
-            section, polygons, species=species, register=settings.register, qc=settings.qc, report_shift=True
-        )
-        kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
-        if settings.artefacts:
-            with section.open_slide() as slide:
-                kind = pd.Series(find_artefacts(slide, polygons), index=polygons["cell_id"])
-            kept.obs["artefact"] = pd.Categorical(kind.loc[kept.obs_names], categories=list(KINDS))
-            kept.uns["prts"]["artefacts"] = log_artefacts(section.name, kept.obs["artefact"])
-        write_h5ad(kept, path, compression="gzip")
-
-    decides = {**decides, "registration": STAGE_VERSION["registration"]}
-    if settings.artefacts:
-        decides["artefacts"] = STAGE_VERSION["artefacts"]
-    return build(folder / f"counts-{fingerprint(decides)}.h5ad", make, what=f"{section.name}: counts of nuclei")
-
-
-def _registration(counts: Path, section: Section, register: bool) -> Registration | None:
-    """The displacement measured when the counts were made, logged in every run that uses them."""
-    from anndata.io import read_elem
-
-    with h5py.File(counts) as file:
-        if "registration" not in file["uns/prts"]:
-            return None
-        # counts of older versions do not store the um/px here
-        found = Registration.from_report({"mpp": section.mpp, **read_elem(file["uns/prts/registration"])})
-    if not found.measured or found.displacement_um <= WARN_UM:
-        logger.info("%s: %s", section.name, found.sentence())
-    elif register:
-        logger.info("%s: %s; corrected", section.name, found.sentence())
-    else:
-        logger.warning("%s: %s; set the `register` option to correct them", section.name, found.sentence())
-    return found
 
 
 def _panel(

@@ -14,6 +14,7 @@ from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.preprocess.artefacts import KINDS, find_artefacts
 from prts.preprocess.image_check import require_h_and_e
 from prts.segmentation.bins import measured_bins
+from prts.segmentation.measured import measured_outlines
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import segment
 
@@ -45,10 +46,13 @@ def prepare_nuclei(
     InputError
         If the image is not H&E, no nucleus is found, or the nuclei file does not fit the image.
     """
-    if segmenter is None or (prefer_given and section.nuclei is not None):
-        used: Segmenter = Polygons(section.nuclei)
+    used: Segmenter
+    outlined = measured_outlines(section)
+    given = prefer_given or segmenter is None
+    if given and (section.nuclei is not None or outlined is not None):
+        used = Polygons(section.nuclei) if section.nuclei is not None or outlined is None else outlined
     else:
-        used = measured_bins(section, segmenter) or segmenter
+        used = measured_bins(section, segmenter) or segmenter or Polygons(None)
     settings = {
         "version": STAGE_VERSION["nuclei"],
         "image": file_identity(section.image),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from prts.data.batches import ALL, Batch, Share
+from prts.data.batches import ALL, Batch, Share, exposures
 
 if TYPE_CHECKING:
     from prts.data.nucleus_set import NucleusSet
@@ -125,18 +125,20 @@ class Buffers(Sampler[list[Indices]]):
 
 
 class _Buffer(NamedTuple):
-    """Nuclei of a buffer, batch after batch: features, counts as the arrays of a CSR matrix, and the batches' sizes."""
+    """Nuclei of a buffer, batch after batch: features, counts as the arrays of a CSR matrix, exposures, and the batches' sizes."""
 
     features: Tensor
     data: Tensor
     indices: Tensor
     indptr: Tensor
+    exposure: Tensor | None
     sizes: list[int]
 
 
 class _StoredNuclei(Dataset[_Buffer]):
     def __init__(self, sets: Sequence[NucleusSet]) -> None:
         self._sets = sets
+        self._exposure = exposures(sets)
         self._starts = np.cumsum([0, *(len(nuclei) for nuclei in sets)])
 
     def __getitem__(self, batches: list[Indices]) -> _Buffer:
@@ -157,7 +159,9 @@ class _StoredNuclei(Dataset[_Buffer]):
         back[at] = np.arange(len(at))
         counts = (sp.vstack(parts, format="csr") if parts else self._sets[0].counts[:0])[back]
         arrays = (counts.data.astype(np.float32), counts.indices.astype(np.int64), counts.indptr.astype(np.int64))
-        return _Buffer(torch.from_numpy(features), *map(torch.from_numpy, arrays), [len(batch) for batch in batches])
+        exposure = None if self._exposure is None else torch.from_numpy(self._exposure[wanted])
+        sizes = [len(batch) for batch in batches]
+        return _Buffer(torch.from_numpy(features), *map(torch.from_numpy, arrays), exposure, sizes)
 
 
 class StreamedBatches:
@@ -203,5 +207,6 @@ class StreamedBatches:
                 counts = torch.zeros((size, self._n_genes))
                 row = torch.arange(size).repeat_interleave(indptr.diff())
                 counts[row, buffer.indices[stored]] = buffer.data[stored]
-                yield Batch(buffer.features[start:stop], counts)
+                exposure = None if buffer.exposure is None else buffer.exposure[start:stop]
+                yield Batch(buffer.features[start:stop], counts, exposure)
                 start = stop

@@ -85,11 +85,11 @@ def colour(
     of_tile, of_nucleus = (np.empty((len(center), len(COLUMNS)), dtype=np.float32) for _ in range(2))
     side = block + 2 * tile.tile_px
     for (column, row), members in by_block(center.astype(np.float64), block):
-        corner = np.array([column, row]) * block - tile.tile_px
-        density = DENSITY[slide.read_region(*corner.tolist(), side, side, mpp=tile.mpp)]
-        here = center[members] - corner
+        left, top = column * block - tile.tile_px, row * block - tile.tile_px
+        density = DENSITY[slide.read_region(left, top, side, side, mpp=tile.mpp)]
+        here = center[members] - (left, top)
         of_tile[members] = _in_squares(density, here - tile.tile_px // 2, tile.tile_px)
-        moved = in_tile(polygons[members], scale, np.broadcast_to(corner, here.shape))
+        moved = in_tile(polygons[members], scale, np.broadcast_to((left, top), here.shape))
         of_nucleus[members] = _in_polygons(density, moved, here)
     return of_tile, of_nucleus
 

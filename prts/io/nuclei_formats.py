@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet, shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
+NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet (or Parquet with WKB), shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
 # Object types of QuPath that are regions, not nuclei; annotations are nuclei if nothing else is there.
 _NEVER_NUCLEI = ("tile", "root", "tmacore")
 _QUPATH_REGIONS = ("annotation", *_NEVER_NUCLEI)
@@ -188,7 +189,7 @@ def read_table(reader: Callable[..., Any], path: Path) -> Any:
 
 def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any, Any]:
     """Ids, scores and classes of a table."""
-    candidates = {name: frame[name] for name in ("cell_id", "id") if name in frame}
+    candidates = {name: frame[name] for name in ("cell_id", "id", "EntityID") if name in frame}
     index = frame.index
     if not isinstance(index, pd.MultiIndex | pd.RangeIndex) and (
         pd.api.types.is_string_dtype(index) or index.is_unique
@@ -202,8 +203,20 @@ def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any, Any]:
 
 
 def _from_geoparquet(path: Path, _size: ImageSize) -> Shapes:
-    frame = read_table(gpd.read_parquet, path)
+    frame = read_table(_read_parquet, path)
     return Shapes(frame.geometry.to_numpy(), *_columns(frame, path))
+
+
+def _read_parquet(path: Path) -> gpd.GeoDataFrame | pd.DataFrame:
+    """GeoParquet, or a table with a column of WKB, such as `Geometry` of MERSCOPE's cell_boundaries.parquet."""
+    if b"geo" in (pq.read_schema(path).metadata or {}):
+        return gpd.read_parquet(path)
+    table = pd.read_parquet(path)
+    for name in table.columns:
+        if len(filled := table[name].dropna()) and isinstance(filled.iloc[0], bytes):
+            shapes = shapely.from_wkb(table[name].to_numpy(object), on_invalid="ignore")
+            return gpd.GeoDataFrame(table.drop(columns=name), geometry=shapes)
+    return table
 
 
 def _from_shapefile(path: Path, _size: ImageSize) -> Shapes:

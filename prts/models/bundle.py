@@ -224,7 +224,8 @@ def load_bundle(folder: Path) -> Bundle:
     net, likelihood, rule, ood, baselines, slide_scale = _build(path, metadata, about)
     _load_weights(folder / "model.safetensors", about, _parts(net, likelihood, ood, baselines, slide_scale))
     net.eval()
-    return Bundle(net, likelihood, rule, metadata, folder, ood, baselines, slide_scale)
+    limit = None if about.limits is None else torch.tensor(about.limits.highest) * float(about.limits.multiple)
+    return Bundle(net, likelihood, rule, metadata, folder, ood, baselines, slide_scale, limit=limit)
 
 
 def _build(
@@ -259,6 +260,8 @@ def _build(
         if about.intervals is not None:
             CountIntervals.from_settings(metadata["intervals"])
             per_gene += [about.intervals.scale, about.intervals.dispersion, about.intervals.mass]
+        if about.limits is not None:
+            per_gene.append(about.limits.highest)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, InputError) as error:
         raise edited(path, str(error)) from error
     if {len(about.genes), *(len(values) for values in per_gene if values is not None)} != {net.n_genes}:

@@ -105,11 +105,16 @@ class CountIntervals:
 
         Returns
         -------
-        Smallest and largest count of each interval, both (b, g).
+        Smallest and largest count of each interval, both (b, g); the expected UMI is between them, except that an upper bound of 0 is
+        kept where less than one UMI is expected.
         """
         lower, upper = self.table() if table is None else table
         place, gene = _place(umi), np.arange(len(lower))[genes]
-        return lower[gene, place], upper[gene, place]
+        # a miscalibrated sum may move the interval off the expected UMI that is written beside it; below one UMI, 0 is inside
+        whole = np.floor(umi)
+        least = np.minimum(lower[gene, place], whole).astype(np.int32)
+        most = np.maximum(upper[gene, place], np.where(umi < 1, 0, np.ceil(umi))).astype(np.int32)
+        return least, most
 
 
 def calibrate_intervals(

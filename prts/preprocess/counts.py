@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from prts.errors import InputError, ParameterError
-from prts.platforms.base import Registrable
+from prts.platforms.base import CountsBins, Registrable
 from prts.platforms.bin_units import bin_um_of
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from prts.platforms.base import Measurement, Registration
+    from prts.platforms.bin_owners import CountSettings
     from prts.section import Section
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def measured_counts(
     register: bool = False,
     qc: QCSettings | None = None,
     report_shift: bool = False,
+    counting: CountSettings | None = None,
 ) -> AnnData:
     """Sum a section's measured counts in nuclei; preparation, evaluation, analysis and reports all use this function.
 
@@ -96,6 +98,8 @@ def measured_counts(
         Limits of quality control; the paper's if None.
     report_shift
         Measure the shift even if it is not corrected, which takes one pass over all counts.
+    counting
+        Which bins are counted for a nucleus; the paper's rule if None.
 
     Returns
     -------
@@ -128,7 +132,8 @@ def measured_counts(
                 section.name,
                 measurement.name,
             )
-    counts = count_nuclei(measurement, nuclei, species=species, registration=registration if register else None)
+    used = registration if register else None
+    counts = count_nuclei(measurement, nuclei, species=species, registration=used, counting=counting)
     if registration is not None:
         counts.uns["prts"]["registration"] = {**registration.report(), "corrected": register and registration.measured}
     return quality_control(counts, QCSettings() if qc is None else qc, mpp=section.mpp)
@@ -150,7 +155,12 @@ def required_measurement(section: Section) -> Measurement:
 
 
 def count_nuclei(
-    measurement: Measurement, nuclei: gpd.GeoDataFrame, *, species: str, registration: Registration | None = None
+    measurement: Measurement,
+    nuclei: gpd.GeoDataFrame,
+    *,
+    species: str,
+    registration: Registration | None = None,
+    counting: CountSettings | None = None,
 ) -> AnnData:
     """Count all genes in all nuclei, with the statistics that quality control needs.
 
@@ -164,6 +174,8 @@ def count_nuclei(
         "human" or "mouse": which genes are mitochondrial (`MT-` or `mt-`).
     registration
         Shift to correct.
+    counting
+        Which bins are counted for a nucleus; the paper's rule if None.
 
     Returns
     -------
@@ -178,9 +190,30 @@ def count_nuclei(
     """
     if species not in MITOCHONDRIAL_PREFIX:
         raise ParameterError("", "species", f"{species!r} is not known; choose {' or '.join(MITOCHONDRIAL_PREFIX)}")
-    counts = measurement.counts(nuclei, registration=registration)
+    if counting is None or not counting.settings():
+        counts = measurement.counts(nuclei, registration=registration)
+    else:
+        counts = counted_in_bins(measurement).counts_by(nuclei, counting, registration=registration)
     add_quality_figures(counts, species, measurement.path)
     return counts
+
+
+def counted_in_bins(measurement: Measurement) -> CountsBins:
+    """A measurement that is counted bin by bin.
+
+    Raises
+    ------
+    ParameterError
+        If it is counted in another way.
+    """
+    if not isinstance(measurement, CountsBins):
+        raise ParameterError(
+            "",
+            "counts",
+            f"{measurement.name} delivers counts of whole units, to which no bins can be added; leave counts.expand_um=0 and "
+            "counts.shared=drop, or give Visium HD with bins of 2 um",
+        )
+    return measurement
 
 
 def add_quality_figures(counts: AnnData, species: str, source: Path) -> None:

@@ -14,6 +14,7 @@ from prts.io.prediction import nuclei_path
 from prts.report.figures import training_figure
 from prts.report.html import write_page
 from prts.report.load import ReportSource, load_prediction, load_run
+from prts.report.run_index import write_index
 from prts.report.section_figures import Region, prediction_figures, scored_figures
 
 
@@ -77,7 +78,10 @@ def report_run(run: str | Path, out: str | Path | None = None, *, settings: Repo
     """
     run, settings = Path(run), settings or ReportSettings()
     out = run if out is None else check_out_folder(out, "report.html and figures")
-    pages = [_report_scored(out, source, settings) for source in load_run(run, settings.evaluation)]
+    sources = load_run(run, settings.evaluation)
+    pages = [_report_scored(out, source, settings) for source in sources]
+    if out == run and sources:
+        write_index(run, sources[0].page.metrics or {})
     training_figure(run, out / "figures")
     return pages
 

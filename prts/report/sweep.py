@@ -27,7 +27,7 @@ _FIGURES = {
     "test/auroc": "AUROC",
     "test/mcc": "MCC",
 }
-_STYLE = """
+STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Helvetica,Arial,sans-serif;color:#1a1a1a;background:#fff}
 body{max-width:1250px;margin:2.5em auto;padding:0 1.5em}
 h1{font-size:1.6em;margin:0 0 .1em}h2{font-size:1.15em;margin:2.2em 0 .4em;border-bottom:1px solid #ddd;padding-bottom:.2em}
@@ -132,7 +132,7 @@ def _page(name: str, jobs: pd.DataFrame, keys: Sequence[str]) -> str:
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Sweep {_text(name)}</title><style>{_STYLE}</style></head><body>",
+        f"<title>Sweep {_text(name)}</title><style>{STYLE}</style></head><body>",
         f"<h1>Sweep {_text(name)}</h1><p>{count}. ",
         f"Shared settings: <code>{_text(' '.join(constant))}</code></p>" if constant else "</p>",
     ]
@@ -191,8 +191,8 @@ def _bar_figure(done: pd.DataFrame, settings: pd.DataFrame, best: dict[str, str]
     seeds = done[["tissue", "setting", "test/pcc_mean"]].rename(columns={"test/pcc_mean": "pcc"})
     few = "" if len(shown) == len(settings) else f" Only the {_MOST_BARS} best by validation are shown."
     caption = (
-        "PCC of log1p(UMI), averaged over genes and seeds; error bars: mean 95% block-bootstrap interval (not available for several test "
-        f"sections). ★ and dark blue: best by validation; baselines and noise ceiling are for this setting.{few}"
+        "PCC of log1p(UMI), averaged over genes and seeds; error bars: mean 95% interval, over blocks of the test section, or over "
+        f"test sections if there are several. ★ and dark blue: best by validation; baselines and noise ceiling are for this setting.{few}"
     )
     return _figure("Test PCC by setting", bars(table, seeds, lines, best), caption)
 

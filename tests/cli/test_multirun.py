@@ -2,17 +2,24 @@
 
 import csv
 import json
+import os
 import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-from prts.cli.app import config_dir
+from prts.cli import scheduler
+from prts.cli.app import config_dir, run
 from prts.cli.exit_status import exit_status_of
-from prts.cli.jobs import _cause
+from prts.cli.hydra_errors import explained
+from prts.cli.jobs import _cause, summarize, threads
 from prts.cli.loggers import run_loggers
+from prts.cli.multirun import planned_jobs, progress_line, say_what_runs_on, start_jobs
 from prts.errors import InputError
 
 TINY = [
@@ -63,6 +70,128 @@ def test_a_job_can_be_sent_to_a_process_that_composed_nothing():
     code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).seed)"
     out = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True).stdout
     assert out.strip() == b"0"
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A multirun of which job 0 is done, 1 failed and 2 is running."""
+    for name in "012":
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text("[]")
+    (tmp_path / "0" / "prepared.json").write_text("{}")
+    (tmp_path / "1" / "error.txt").write_text("killed: by SIGKILL\n")
+    (tmp_path / "2" / "train.log").write_text(
+        "12:00 INFO prts.fit: network\n12:01 INFO prts.module: epoch   7: val/pcc 0.2\n"
+    )
+    return tmp_path
+
+
+def test_progress_is_read_from_the_folders_of_the_jobs(sweep):
+    assert progress_line(sweep, 5) == "1 of 5 jobs done, 1 killed, 1 running, 2 not started; job 2: val/pcc 0.2"
+    (sweep / "2" / "metrics.json").write_text("{}")
+    assert progress_line(sweep, None) == "2 jobs done, 1 killed"
+
+
+def test_jobs_that_were_never_started_are_not_forgotten(sweep, capsys):
+    (sweep / "1" / "error.txt").unlink()
+    for name in "12":
+        (sweep / name / "prepared.json").write_text("{}")
+    assert summarize("prepare", sweep, 3) == 0
+    assert summarize("prepare", sweep, 5) == 1
+    assert "prts: 2 of 5 jobs were never started\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "n"),
+    [
+        (["sweep=ablations", "seed=1,2"], 10),  # a key of the command line replaces that of the sweep
+        (["hydra.mode=MULTIRUN"], 1),
+        (["sweep=optuna"], 40),
+    ],
+)
+def test_the_number_of_jobs_is_known_before_they_start(overrides, n):
+    hydra = composed(*[each for each in overrides if "," not in each]).hydra
+    hydra.overrides.task = [each for each in overrides if "," in each]
+    assert planned_jobs(hydra) == n
+
+
+class BrokenProcessPool(Exception):  # noqa: N818  (the name in the standard library)
+    pass
+
+
+def test_lost_workers_are_replaced_three_times_in_the_same_folder(tmp_path):
+    calls = []
+
+    def start(again):
+        calls.append(again)
+        if len(calls) < failing:
+            raise RuntimeError("wrapped") from BrokenProcessPool("killed")
+
+    failing = 3
+    start_jobs(start, lambda: tmp_path)
+    assert calls == [[], [f"hydra.sweep.dir='{tmp_path}'"], [f"hydra.sweep.dir='{tmp_path}'"]]
+    failing = 99
+    with pytest.raises(InputError, match="workers were killed 4 times"):
+        start_jobs(start, lambda: tmp_path)
+    with pytest.raises(RuntimeError):  # before there is a folder, nothing is known about it
+        start_jobs(start, lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "environment", "n"),
+    [
+        ({"_target_": "a.submitit_launcher.SlurmLauncher"}, {"SLURM_CPUS_PER_TASK": "1"}, "1"),
+        ({"_target_": "a.submitit_launcher.LocalLauncher", "cpus_per_task": 1}, {}, "1"),
+        (
+            {"_target_": "a.submitit_launcher.SlurmLauncher", "cpus_per_task": 4096},
+            {},
+            str(len(os.sched_getaffinity(0))),
+        ),
+        ({"_target_": "a.submitit_launcher.SlurmLauncher"}, {"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "1"}, None),
+        ({"_target_": "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher"}, {}, None),
+    ],
+)
+def test_threads_follow_the_cores_of_a_job(launcher, environment, n):
+    assert threads(launcher, environment).get("OMP_NUM_THREADS") == n
+
+
+def test_an_interrupt_names_what_runs_on(tmp_path, monkeypatch, capsys):
+    for job in ("7_0", "7_1", "7_10"):
+        (tmp_path / ".submitit" / job).mkdir(parents=True)
+        (tmp_path / ".submitit" / job / f"{job}_submitted.pkl").touch()
+    monkeypatch.setattr(scheduler, "_ask", lambda *command: "7_10\n7_0\n8_0\n" if command[0] == "squeue" else None)
+    say_what_runs_on(tmp_path)
+    assert "prts: 2 submitted jobs run or wait on; end them with `scancel 7_0 7_10`" in capsys.readouterr().err
+    monkeypatch.setattr(scheduler, "_ask", lambda *command: None)
+    say_what_runs_on(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_the_launcher_refuses_is_said(tmp_path, monkeypatch, capsys):
+    refused = RuntimeError("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed")
+    text = "hydra/launcher=submitit_slurm: sbatch: invalid partition specified: x; Batch job submission failed; "
+    assert str(explained(refused, "train", [], [])).startswith(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run("train", ["-m", "seed=1,2", "hydra/launcher=submitit_slurm", "hydra.sweep.dir=sweep"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.startswith("prts: WARNING: sacct does not answer") for line in lines] == [True, False]
+    assert lines[1].startswith("prts: hydra/launcher=submitit_slurm: srun was not found; ")
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "n"),
+    [
+        ("predict", ["bundle=m", "image=a.tif,b.tif", "out=one.h5ad"], 2),
+        ("predict", ["bundle=m", "image=a.tif,b.tif", "mpp=0.5,0.25", "out=one.h5ad,two.h5ad"], 4),
+        ("simulate", ["seed=1,2", "out=folder"], 2),
+    ],
+)
+def test_jobs_that_would_write_one_file_are_refused(command, arguments, n, capsys):
+    assert run(command, ["-m", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert re.match(rf"prts: out='?(one.h5ad|folder)'?: {n} jobs would write it; .*-\$\{{hydra:job.num\}}", line)
 
 
 def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
@@ -121,3 +250,25 @@ def test_a_job_of_two_processes_writes_one_log_and_one_set_of_results(tmp_path):
     log = (job / "train.log").read_text()
     assert "2 processes" in log
     assert log.count("epoch   0: val/loss") == log.count("gene panel from the training nuclei") == 1
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_when_a_worker_is_killed(tmp_path):
+    sweep = tmp_path / "sweep"
+    command = [
+        *(sys.executable, "-m", "prts.cli.main", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"),
+        *(f"paths.cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={sweep}", "logger=none", "report=false", *TINY),
+        *("trainer.max_epochs=300,3", "callbacks.early_stopping.patience=1000", "data.use=[morphology]"),
+    ]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and not (sweep / "0" / "resume.ckpt").exists():
+        time.sleep(0.05)
+    holder = (sweep / "0" / ".job.lock").read_text()
+    os.kill(int(holder.split()[1]), signal.SIGKILL)  # the worker, not the process of the job
+    _, stderr = run.communicate()
+
+    assert run.returncode == 0, stderr
+    assert "prts: a worker was killed; the jobs that it ended start again and resume" in stderr
+    assert "prts: 2 of 2 jobs done" in stderr
+    log = (sweep / "0" / "train.log").read_text()
+    assert log.count(" epoch   0:") == 1 and log.count(" resuming from ") == 1

@@ -162,11 +162,14 @@ def test_batches_hold_the_features_and_counts_of_their_nuclei(poisson_nuclei: Dr
     counts = sp.vstack([nuclei.counts for nuclei in here]).toarray()
     how = Streaming(chunk=8, buffer=64)
     order = [batch for buffer in Buffers([150, 60], 16, how, 5) for batch in buffer]
-    batches = StreamedBatches(there, Buffers([150, 60], 16, how, 5))
+    exposure = np.linspace(0.5, 2, 150, dtype=np.float32)
+    exposed = [replace(there[0], exposure=exposure), there[1]]
+    batches = StreamedBatches(exposed, Buffers([150, 60], 16, how, 5))
     assert len(batches) == len(order)
     for batch, indices in zip(batches, order, strict=True):
         np.testing.assert_array_equal(batch.features, features[indices])
         np.testing.assert_array_equal(batch.counts, counts[indices])
+        np.testing.assert_array_equal(batch.exposure[:, 0], np.append(exposure, np.ones(60))[indices])
         assert batch.counts.dtype == batch.features.dtype == torch.float32
     whole = list(StreamedBatches(there[:1], Buffers([150], 16, how, None)))
     np.testing.assert_array_equal(torch.cat([batch.features for batch in whole]), here[0].features)

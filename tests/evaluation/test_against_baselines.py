@@ -106,6 +106,17 @@ def test_intervals_of_several_sections_stay_with_them() -> None:
     assert not {"test/pcc_mean_low", "test/pcc_mean_high"} & merged.keys()
 
 
+def test_the_mean_over_three_sections_or_more_has_an_interval() -> None:
+    figures = {"pcc_mean": 0.0, "pcc_mean_low": -9.0, "pcc_mean_high": 9.0, "n_cells": 5}
+    merged = unpooled_mean(
+        {name: {**figures, "pcc_mean": pcc} for name, pcc in (("a", 0.1), ("b", 0.2), ("c", 0.3))}, "test"
+    )
+    # 0.2 +- 4.3027 * 0.1 / sqrt(3), by a table of Student's t with 2 degrees of freedom
+    assert merged["test/pcc_mean_low"] == pytest.approx(0.2 - 4.3027 * 0.1 / 3**0.5, abs=1e-4)
+    assert merged["test/pcc_mean_high"] == pytest.approx(0.2 + 4.3027 * 0.1 / 3**0.5, abs=1e-4)
+    assert "test/n_cells_low" not in merged
+
+
 def test_json_has_no_nan_and_keeps_words() -> None:
     assert json_ready({"b": float("nan"), "warning/split": "beware", "a": 1.5}) == {
         "a": 1.5,

@@ -23,6 +23,7 @@ class Copy:
     input_use = ("local", "global")
     ood = None
     slide_scale = None
+    limit = None
 
     def predict_chunks(self, features: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(features), chunk):

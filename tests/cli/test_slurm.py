@@ -1,0 +1,249 @@
+"""Sweeps on a real SLURM: a cluster of one node and one core, started for the test without systemd.
+
+The tests need root, slurmctld, slurmd and munged; with slurmdbd and mariadbd, they also test what submitit learns from `sacct`.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from prts.cli.scheduler import submitted
+
+_ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
+_DAEMONS = ("munged", "slurmctld", "slurmd")
+
+_SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=localhost(127.0.0.1)
+CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
+SlurmctldPort={ctld}
+SlurmdPort={slurmd}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/affinity
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+ReturnToService=2
+MpiDefault=none
+JobRequeue=1
+{accounting}
+NodeName=localhost NodeAddr=127.0.0.1 CPUs=1 RealMemory=4000 State=UNKNOWN
+PartitionName=only Nodes=localhost Default=YES MaxTime=INFINITE State=UP
+"""
+_ACCOUNTING_CONF = """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={dbd}
+AccountingStoragePass={folder}/munge.socket
+JobAcctGatherType=jobacct_gather/linux"""
+_SLURMDBD_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={dbd}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort={mysql}
+StorageUser=root
+PidFile={folder}/slurmdbd.pid
+LogFile={folder}/slurmdbd.log
+"""
+
+
+def lacking():
+    """What this machine lacks for a cluster; empty if nothing."""
+    names = [name for name in _DAEMONS if shutil.which(name) is None]
+    if names:
+        return f"{', '.join(names)} not installed (apt-get install slurm-wlm munge slurmdbd mariadb-server)"
+    return "" if os.geteuid() == 0 else "slurmd needs root"
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(lacking() != "", reason=lacking())]
+
+
+def accounting():
+    return all(shutil.which(name) for name in _ACCOUNTING)
+
+
+def free_ports(n):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for(condition, what, seconds=240):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not happen within {seconds} s"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def daemons(folder, environment):
+    """A function that starts a daemon in the foreground; all are ended afterwards, the last first."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*command):
+            log = stack.enter_context((folder / f"{command[0]}.out").open("wb"))
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+            def stop():
+                process.terminate()
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+            stack.callback(stop)
+
+        yield start
+
+
+def start_accounting(folder, start, mysql, environment):
+    data = (f"--datadir={folder}/mysql", "--user=root")
+    install = ["mariadb-install-db", *data, "--auth-root-authentication-method=normal", "--skip-test-db"]
+    subprocess.run(install, check=True, capture_output=True)
+    start(
+        *("mariadbd", "--no-defaults", *data, "--skip-grant-tables", "--bind-address=127.0.0.1", f"--port={mysql}"),
+        *(f"--socket={folder}/mysql.socket", f"--pid-file={folder}/mysql.pid"),
+    )
+    wait_for(lambda: answers("mariadb-admin", "--no-defaults", f"--socket={folder}/mysql.socket", "ping"), "mariadbd")
+    start("slurmdbd", "-D")
+    wait_for(lambda: answers("sacctmgr", "-n", "show", "cluster", env=environment), "slurmdbd")
+
+
+def answers(*command, expected="", env=None):
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return done.returncode == 0 and expected in done.stdout
+
+
+@pytest.fixture(scope="module")
+def slurm():
+    """The environment of SLURM's commands, while a cluster runs."""
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as name:  # sockets need a short path
+        folder = Path(name)
+        for part in ("state", "spool"):
+            (folder / part).mkdir()
+        ctld, slurmd, dbd, mysql = free_ports(4)
+        values = {"folder": folder, "ctld": ctld, "slurmd": slurmd, "dbd": dbd, "mysql": mysql}
+        values["accounting"] = _ACCOUNTING_CONF.format_map(values) if accounting() else ""
+        (folder / "slurm.conf").write_text(_SLURM_CONF.format_map(values))
+        (folder / "slurmdbd.conf").write_text(_SLURMDBD_CONF.format_map(values))
+        (folder / "slurmdbd.conf").chmod(0o600)
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        with daemons(folder, environment) as start:
+            start(
+                *("munged", "--foreground", "--force", f"--key-file={folder}/munge.key"),
+                *(f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid"),
+                *(f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"),
+            )
+            if accounting():
+                start_accounting(folder, start, mysql, environment)
+            start("slurmctld", "-D")
+            start("slurmd", "-D", "-N", "localhost")
+            wait_for(lambda: answers("sinfo", "-h", "-o", "%T", expected="idle", env=environment), "slurmctld")
+            yield environment
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A sweep of four small trainings: two long ones and two of a few epochs."""
+    sections = [
+        f"tissue.sections.{name}.simulate.{key}"
+        for name in ("train", "val", "test")
+        for key in ("cells=200", "genes=150")
+    ]
+    return [
+        *(sys.executable, "-m", "prts.cli.main", "train", "-m", "trainer.max_epochs=1000,1001,2,3", *sections),
+        *("panel.n_genes=60", "data.use=[morphology]", "callbacks.early_stopping.patience=1000", "logger=none"),
+        *("evaluation.bootstrap=20", "report=false", f"paths.cache_dir={tmp_path / 'cache'}"),
+        *(f"hydra.sweep.dir={tmp_path / 'sweep'}", "hydra/launcher=submitit_slurm", "hydra.launcher.mem_gb=2"),
+        # submitit takes a signal in the last ten minutes for the time limit
+        *("hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"),
+    ]
+
+
+def epochs(sweep, job):
+    """How often the job began its first epoch."""
+    return (sweep / job / "train.log").read_text().count(" epoch   0:")
+
+
+def cancel(slurm, *arguments):
+    """scancel, again while the job changes its state."""
+    wait_for(lambda: answers("scancel", *arguments, env=slurm), f"scancel {' '.join(arguments)}")
+
+
+@contextlib.contextmanager
+def started(command, environment):
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def test_a_sweep_survives_cancellation_and_time_limits(slurm, command, tmp_path):
+    sweep = tmp_path / "sweep"
+    with started(command, slurm) as run:
+        wait_for(lambda: len(submitted(sweep)) == 4, "the submission")
+        ids = submitted(sweep)
+        if accounting():  # without it, nobody learns that a waiting job is gone
+            cancel(slurm, ids[3])
+        wait_for((sweep / "0" / "resume.ckpt").exists, "the second epoch of job 0")
+        cancel(slurm, "--signal=USR2", ids[0])  # as SLURM does before the time limit
+        wait_for((sweep / "1" / "resume.ckpt").exists, "the second epoch of job 1")
+        cancel(slurm, ids[1])
+        _, stderr = run.communicate(timeout=400)
+
+    assert run.returncode == 1, stderr
+    assert "prts: job 1: killed: by SIGTERM" in stderr
+    if accounting():
+        assert f"prts: SLURM job {ids[3]}: CANCELLED" in stderr
+        assert "prts: 1 of 4 jobs were never started" in stderr
+    else:
+        assert "prts: WARNING: sacct does not answer" in stderr
+    assert (sweep / "0" / "metrics.json").is_file() and (sweep / "2" / "metrics.json").is_file()
+    messages = "".join(path.read_text() for path in (sweep / ".submitit" / ids[0]).glob("*_log.out"))
+    assert "this job is timed-out" in messages and "Requeued job" in messages
+    assert epochs(sweep, "0") == 1  # the second attempt went on from the checkpoint
+
+    written = (sweep / "0" / "metrics.json").stat().st_mtime_ns
+    again = subprocess.run(command, env=slurm, capture_output=True, text=True, timeout=400, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "prts: 4 of 4 jobs done" in again.stderr
+    assert epochs(sweep, "1") == 1
+    assert (sweep / "0" / "metrics.json").stat().st_mtime_ns == written
+
+
+def test_a_wrong_partition_is_named_and_leaves_nothing(slurm, command, tmp_path):
+    done = subprocess.run(
+        [*command, "hydra.launcher.partition=gpus"], env=slurm, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "prts: hydra/launcher=submitit_slurm: sbatch: invalid partition specified: gpus"
+    )
+    assert not (tmp_path / "sweep").exists()
