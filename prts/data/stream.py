@@ -158,10 +158,16 @@ class _StoredNuclei(Dataset[_Buffer]):
         back = np.empty_like(at)
         back[at] = np.arange(len(at))
         counts = (sp.vstack(parts, format="csr") if parts else self._sets[0].counts[:0])[back]
-        arrays = (counts.data.astype(np.float32), counts.indices.astype(np.int64), counts.indptr.astype(np.int64))
         exposure = None if self._exposure is None else torch.from_numpy(self._exposure[wanted])
         sizes = [len(batch) for batch in batches]
-        return _Buffer(torch.from_numpy(features), *map(torch.from_numpy, arrays), exposure, sizes)
+        return _Buffer(
+            torch.from_numpy(features),
+            torch.from_numpy(counts.data.astype(np.float32)),
+            torch.from_numpy(counts.indices.astype(np.int64)),
+            torch.from_numpy(counts.indptr.astype(np.int64)),
+            exposure,
+            sizes,
+        )
 
 
 class StreamedBatches:

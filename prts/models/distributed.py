@@ -15,6 +15,12 @@ def summed(values: Tensor) -> Tensor:
     return total
 
 
+def _all_reduce(values: Tensor) -> Tensor:
+    """The sum over all processes, with its gradient."""
+    total: Tensor = all_reduce(values)  # type: ignore[no-untyped-call]
+    return total
+
+
 class GlobalBatchNorm1d(nn.BatchNorm1d):
     """Batch normalization over the nuclei of all processes. torch's SyncBatchNorm is only for GPUs.
 
@@ -30,17 +36,17 @@ class GlobalBatchNorm1d(nn.BatchNorm1d):
             return super().forward(input)
         wide = input.float()
         ones = wide.new_ones((len(wide), 1))
-        sums = all_reduce(torch.cat([wide, ones], dim=1).sum(0))
+        sums = _all_reduce(torch.cat([wide, ones], dim=1).sum(0))
         n = sums[-1].detach()
         mean = sums[:-1] / n
         centered = wide - mean
-        variance = all_reduce(centered.square().sum(0)) / n
+        variance = _all_reduce(centered.square().sum(0)) / n
         with torch.no_grad():
             assert self.running_var is not None and self.num_batches_tracked is not None
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (n / (n - 1)), self.momentum)
-        normal = centered * torch.rsqrt(variance + self.eps)
+        normal: Tensor = centered * torch.rsqrt(variance + self.eps)
         if self.weight is not None:
             normal = normal * self.weight + self.bias
         return normal.to(input.dtype)
