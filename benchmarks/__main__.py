@@ -27,12 +27,11 @@ PARTS = (
     "train",
     "predict",
     "predict_million",
-    "stream",
     "segment",
     "startup",
 )
-# Half an hour of extraction, so only on request.
-ON_DEMAND = ("grid_pcc",)
+# Half an hour of extraction, and 7 GB of files: only on request.
+ON_DEMAND = ("grid_pcc", "stream")
 
 
 def main() -> int:
