@@ -165,7 +165,8 @@ class PRTSDataModule(pl.LightningDataModule):
         # split all nuclei that passed QC, so that the parts are those on which the panel was fitted
         parts = self._split({name: loaded.xy_um for name, loaded in whole.items()}, roles)
         self.split_report = split_report(self._split, parts)
-        self.train_sets, self.val_sets, self.test_sets = sets = [], [], []
+        sets: tuple[list[NucleusSet], ...] = ([], [], [])
+        self.train_sets, self.val_sets, self.test_sets = sets
         for name in list(whole):
             loaded = whole.pop(
                 name

@@ -53,12 +53,13 @@ def variable_genes(train_sets: Sequence[NucleusSet]) -> dict[str, NDArray[np.int
     """
     total = np.concatenate([nuclei.total_counts for nuclei in train_sets]).astype(np.float64)
     factor = np.divide(np.median(total[total > 0]), total, out=np.zeros_like(total), where=total > 0)
-    n, sums, squares = 0, 0.0, 0.0
+    n, n_genes = 0, train_sets[0].counts.shape[1]
+    sums, squares = np.zeros(n_genes), np.zeros(n_genes)
     for counts in CountBlocks(train_sets):
         level = (sp.diags_array(factor[n : n + counts.shape[0]]) @ counts.astype(np.float64)).tocsr().log1p()
         n += counts.shape[0]
-        sums = sums + np.asarray(level.sum(axis=0)).ravel()
-        squares = squares + np.asarray(level.multiply(level).sum(axis=0)).ravel()
+        sums += np.asarray(level.sum(axis=0)).ravel()
+        squares += np.asarray(level.multiply(level).sum(axis=0)).ravel()
     variance = squares / n - np.square(sums / n)
     order = np.argsort(-variance, kind="stable")
     return {f"hvg{size}": order[:size] for size in (50, 200)}

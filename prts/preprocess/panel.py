@@ -117,7 +117,7 @@ class Panel:
         InputError
             If `var` has none of the genes.
         """
-        column = pd.Index(self.gene_ids).get_indexer(var["gene_id"])
+        column = pd.Index(self.gene_ids).get_indexer(pd.Index(var["gene_id"]))
         found = np.flatnonzero(column >= 0)
         absent = np.setdiff1d(np.arange(len(self.genes)), column[found])
         if len(found) == 0:
