@@ -12,6 +12,7 @@ from prts.cli.config import compose, config_groups, plain
 from prts.cli.config_keys import all_keys
 from prts.cli.schema import SCHEMAS
 from prts.errors import InputError, did_you_mean
+from prts.extras import install_command
 
 
 def explained(error: Exception, command: str, overrides: Sequence[str], folders: Sequence[Path]) -> Exception:
@@ -74,7 +75,7 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
 
 
 def _without_extra(choice: str) -> InputError:
-    return InputError(f"{choice}: needs the extra `sweeps`; run pip install 'prts[sweeps]'")
+    return InputError(f"{choice}: needs the extra `sweeps`; run {install_command('sweeps')}")
 
 
 def _of_launcher(error: Exception) -> InputError | None:
