@@ -33,8 +33,8 @@ PARTS = (
     "whole_slide",
     "cohort",
 )
-# Half an hour of extraction, so only on request.
-ON_DEMAND = ("grid_pcc",)
+# Half an hour of extraction, and 7 GB of files: only on request.
+ON_DEMAND = ("grid_pcc", "stream")
 
 
 def main() -> int:

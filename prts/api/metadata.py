@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from prts.preprocess.stains.base import sample_slides, statistics
 from prts.segmentation.segment import describe_segmenter
 
 if TYPE_CHECKING:
+    from geopandas import GeoDataFrame
     from numpy.typing import NDArray
 
     from prts.api.training_plan import TrainingPlan
@@ -128,7 +129,23 @@ def _nuclei(datamodule: PRTSDataModule) -> dict[str, Any]:
     names = {part.section for part in (*datamodule.train_sets, *datamodule.val_sets)}
     prepared = {name: datamodule.tissue.sections[name] for name in sorted(names)}
     mpp = {name: part.section.mpp for name, part in prepared.items()}
-    return describe_nuclei({name: load_nuclei(part.nuclei) for name, part in prepared.items()}, mpp)
+    return describe_nuclei(_InTurn({name: part.nuclei for name, part in prepared.items()}), mpp)
+
+
+class _InTurn(Mapping[str, "GeoDataFrame"]):
+    """Nuclei by section, read whenever they are asked for."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self._paths = paths
+
+    def __getitem__(self, name: str) -> GeoDataFrame:
+        return load_nuclei(self._paths[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def _segmentation(plan: TrainingPlan, datamodule: PRTSDataModule) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class FitSettings:
         Of AdamW.
     batch_size
         Nuclei per batch.
+    memory
+        `whole`: load features and counts. `stream`: leave them on disk, for more nuclei than memory. `auto`: decide by size.
     scale
         `training`: features as they are. `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the
         slide are those of training, here and in `predict`.
@@ -68,6 +70,7 @@ class FitSettings:
     learning_rate: float = 0.003
     weight_decay: float = 0.05
     batch_size: int = 256
+    memory: Literal["auto", "whole", "stream"] = "auto"
     scale: Literal["training", "slide"] = "training"
     seed: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
@@ -352,7 +355,10 @@ def make_plan(
         prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),
         preparation=prepare,
         data=DataSettings(
-            use=usable_features(features, segmenter), scale=settings.scale, batch_size=settings.batch_size
+            use=usable_features(features, segmenter),
+            scale=settings.scale,
+            batch_size=settings.batch_size,
+            memory=settings.memory,
         ),
         recipe=recipe,
     )

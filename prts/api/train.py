@@ -16,6 +16,7 @@ import yaml
 from prts.api.metadata import bundle_metadata
 from prts.api.training_plan import TrainingPlan
 from prts.data.datamodule import PRTSDataModule
+from prts.data.stream import Streaming
 from prts.evaluation.against_baselines import RunBaselines, compare_with_baselines
 from prts.evaluation.gene_sets import gene_sets
 from prts.evaluation.intervals import marginal_bounds, score_intervals
@@ -165,6 +166,8 @@ class _Training:
             permute=plan.data.permute,
             batch_size=plan.data.batch_size,
             num_workers=plan.data.num_workers,
+            memory=plan.data.memory,
+            streaming=Streaming(plan.data.chunk, plan.data.buffer),
             seed=plan.recipe.seed,
         )
         datamodule.prepare_data()
@@ -182,6 +185,8 @@ class _Training:
         """Fit the network, from the start or from the checkpoint of an interrupted run."""
         settings = {key: value for key, value in self.plan.config.items() if key not in _IRRELEVANT}
         identity = {**settings, "cache": cache_files(datamodule)}
+        if datamodule.streams:  # in another order than in memory
+            identity["streamed"] = True
         self._checkpoint = EpochCheckpoint(self.folder / NAME, identity)
         start_from = find_checkpoint(self.folder, identity) if resume else None
         self.folder.mkdir(parents=True, exist_ok=True)

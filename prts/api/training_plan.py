@@ -11,6 +11,7 @@ from prts.evaluation.settings import EvaluationSettings
 from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from prts.data.memory import Memory
     from prts.data.prepare import PreparedTissue, PrepareSettings
     from prts.models.fit import Recipe
 
@@ -33,6 +34,10 @@ class DataSettings:
         Nuclei per batch.
     num_workers
         Processes that gather batches.
+    memory
+        Whether features and counts are loaded (`whole`), stay on disk (`stream`), or whichever the available memory allows (`auto`).
+    chunk, buffer
+        Consecutive nuclei that are read together from disk, and nuclei that are shuffled together.
     """
 
     use: tuple[str, ...] = ("local", "global", "morphology")
@@ -40,6 +45,9 @@ class DataSettings:
     permute: bool = False
     batch_size: int = 256
     num_workers: int = 0
+    memory: Memory = "auto"
+    chunk: int = 128
+    buffer: int = 16_384
 
 
 @dataclass(frozen=True)

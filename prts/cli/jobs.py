@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.check import check
 from prts.cli.exit_status import INTERRUPTED, exit_status_of
+from prts.cli.processes import process_rank
 from prts.io.cache import fingerprint, lock
 from prts.report.jobs import OBJECTIVE, RESULTS, job_folders, outcome
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "resume.ckpt"  # `prts.models.checkpoint.NAME`; importing it would load torch
+_MESSAGE = ".message"  # the config of a running job
 _BEGUN = ".job"  # the fingerprint of the config that the folder's files belong to
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
@@ -59,7 +61,9 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
 
     settings = HydraConfig.get()
     folder = Path(settings.runtime.output_dir)
-    with lock(folder / "job"):  # a scheduler may restart a job while it is still running
+    # a scheduler may start every process of a DDP job here; they run together, and the first one keeps the books
+    rank = process_rank()
+    with lock(folder / (f"job-{rank}" if rank else "job")):  # it may also restart a job while it is still running
         config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
         assert isinstance(config, dict)
         begun, result, error = folder / _BEGUN, folder / RESULTS[command], folder / "error.txt"
@@ -71,9 +75,10 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
         if same and result.is_file() and not error.exists():
             logger.info("job %s is already done: %s", settings.job.num, folder)
             return _objective(result)
-        for path in (result, error):
-            path.unlink(missing_ok=True)
-        begun.write_text(this, encoding="utf-8")
+        if rank == 0:
+            for path in (result, error, *([] if same else [folder / CHECKPOINT])):
+                path.unlink(missing_ok=True)
+            begun.write_text(this, encoding="utf-8")
         if "resume" in config:
             # goes on by itself; without a checkpoint of these settings, it starts at the beginning
             config["resume"] = config["resume"] or (same and (folder / CHECKPOINT).is_file())
@@ -81,9 +86,17 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
         assert isinstance(hydra, dict)
         hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here, or ${now:} would give the job's own start time
-        status = _wait({"command": command, "config": config, "hydra": hydra}, threads(settings.launcher, os.environ))
+        hydra["run"]["dir"] = str(folder)  # which Lightning passes to the processes that it starts
+        message = folder / (f"{_MESSAGE}-{rank}" if rank else _MESSAGE)
+        message.write_text(json.dumps({"command": command, "config": config, "hydra": hydra}), encoding="utf-8")
+        try:
+            status = _wait(message, threads(settings.launcher, os.environ))
+        finally:
+            message.unlink(missing_ok=True)
         if status == INTERRUPTED:
             raise KeyboardInterrupt
+        if rank > 0 and status == 0:
+            return math.nan  # the first process has the results, now or later
         if not result.is_file() and not error.exists():
             error.write_text(f"{_cause(status)}\n", encoding="utf-8")
         if error.exists():
@@ -182,22 +195,17 @@ def threads(launcher: Any, environment: Mapping[str, str]) -> dict[str, str]:
     return {name: str(n) for name in _THREADS if name not in environment}
 
 
-def _wait(message: dict[str, Any], environment: Mapping[str, str]) -> int:
+def _wait(message: Path, environment: Mapping[str, str]) -> int:
     process = subprocess.Popen(
-        [sys.executable, "-m", "prts.cli.jobs"],
-        stdin=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "prts.cli.jobs", str(message)],
+        stdin=subprocess.PIPE,  # stays open: the job's processes end when it closes, which is when this process dies
         env={**os.environ, **environment},
     )
-    assert process.stdin is not None
     try:
-        # the pipe stays open: the job ends when it closes, which is when this process dies
-        process.stdin.write(json.dumps(message) + "\n")
-        process.stdin.flush()
-        return process.wait()
-    except BrokenPipeError:
         return process.wait()
     finally:
+        if process.stdin is not None:
+            process.stdin.close()
         if process.poll() is None:
             process.terminate()
             process.wait()
@@ -218,7 +226,7 @@ def _die_with_supervisor() -> None:
 
 
 def _job() -> int:
-    """The process of one job; its config arrives on stdin, in one line."""
+    """A process of one job. Its config is in a file, because Lightning starts further ones with the same arguments for DDP."""
     from hydra.conf import HydraConf
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.utils import configure_log, setup_globals
@@ -226,7 +234,7 @@ def _job() -> int:
 
     if hasattr(signal, "SIGUSR2"):  # sent by SLURM before the time limit, for the process that waits for this one
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    message = json.loads(sys.stdin.readline())
+    message = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     threading.Thread(target=_die_with_supervisor, daemon=True).start()
     setup_globals()
     settings = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf, flags={"struct": False})})
@@ -245,7 +253,9 @@ def _job() -> int:
         status, reason = exit_status_of(error)
         kind = "wrong input" if status == 2 else "failed"
         text = f"{kind}: {reason}\n\n{traceback.format_exc()}"
-        (Path(settings.hydra.runtime.output_dir) / "error.txt").write_text(text, encoding="utf-8")
+        path = Path(settings.hydra.runtime.output_dir) / "error.txt"
+        if process_rank() == 0 or not path.exists():
+            path.write_text(text, encoding="utf-8")
         return status
     return 0
 

@@ -231,6 +231,9 @@ class Data:
     permute: bool
     batch_size: Count
     num_workers: Annotated[int, Field(ge=0, le=1024)]
+    memory: Literal["auto", "whole", "stream"]
+    chunk: Count
+    buffer: Count
 
 
 @dataclass

@@ -142,6 +142,9 @@ def main(cfg: DictConfig) -> float:
     """Train in Hydra's run folder; a sweep maximizes the validation PCC."""
     from hydra.core.hydra_config import HydraConfig
 
+    from prts.cli.processes import log_once
+
+    log_once()
     hydra = HydraConfig.get()
     named = ("hydra.run.dir=", "hydra.sweep.dir=")
     if cfg.resume and not any(given.startswith(named) for given in hydra.overrides.hydra):

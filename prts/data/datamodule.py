@@ -1,170 +1,39 @@
-"""Batches for training: cached features and sparse counts, gathered as whole arrays.
-
-Nothing here works nucleus by nucleus: the sampler yields an array of indices per batch, and the dataset gathers its rows at once. Counts
-stay sparse in memory and are densified for one batch at a time; on a GPU whose memory holds the whole set, there.
-"""
+"""Prepared sections, split and loaded: batches for training and validation, arrays for evaluation."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
 import pytorch_lightning as pl
-import scipy.sparse as sp
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
+from prts.data.batches import Batch, DeviceBatches, NucleusBatches, OrderedBatches, Share, ShuffledBatches
+from prts.data.memory import Memory, streams
 from prts.data.nucleus_set import NucleusSet, feature_moments
+from prts.data.on_disk import StoredFeatures, section_counts, section_features, write_inputs
 from prts.data.slide_scale import FEWEST, SlideScale
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
+from prts.data.stream import Buffers, StreamedBatches, Streaming
 from prts.errors import InputError, ParameterError
 from prts.features.feature_reader import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
 from prts.preprocess.artefacts import is_artefact
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from prts.data.prepare import PreparedSection, PreparedTissue
     from prts.preprocess.panel import Panel
 
 logger = logging.getLogger(__name__)
-
-__all__ = ["Batch", "DeviceBatches", "NucleusBatches", "NucleusSet", "PRTSDataModule", "ShuffledBatches"]
-
-
-class Batch(NamedTuple):
-    """Features (b, d) and raw counts (b, g), both float32, and exposures (b, 1) if the nuclei have any.
-
-    The target is computed from the counts on the network's device.
-    """
-
-    features: Tensor
-    counts: Tensor
-    exposure: Tensor | None = None
-
-
-class NucleusBatches(Dataset[Batch]):
-    """Nuclei of one or more sections, fetched in batches: `dataset[indices]` is a `Batch`."""
-
-    def __init__(self, sets: Sequence[NucleusSet]) -> None:
-        self._features = [nuclei.features for nuclei in sets]
-        # converted once, so that each batch is densified in the network's dtype
-        self._counts = [nuclei.counts.astype(np.float32) for nuclei in sets]
-        self._exposure = _exposures(sets)
-        self._starts = np.cumsum([0, *(len(nuclei) for nuclei in sets)])
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
-        if len(self._features) == 1:
-            features, counts = self._features[0][indices], self._counts[0][indices].toarray()
-        else:
-            features = np.empty((len(indices), self._features[0].shape[1]), dtype=np.float32)
-            counts = np.empty((len(indices), self._counts[0].shape[1]), dtype=np.float32)
-            section = np.searchsorted(self._starts, indices, side="right") - 1
-            for number in np.unique(section):
-                mine = section == number
-                rows = indices[mine] - self._starts[number]
-                features[mine] = self._features[number][rows]
-                counts[mine] = self._counts[number][rows].toarray()
-        exposure = None if self._exposure is None else torch.from_numpy(self._exposure[indices])
-        return Batch(torch.from_numpy(features), torch.from_numpy(counts), exposure)
-
-
-class DeviceBatches(Dataset[Batch]):
-    """Like `NucleusBatches`, but all nuclei are kept in device memory, so that only the indices of a batch are transferred.
-
-    Parameters
-    ----------
-    sets
-        The nuclei.
-    device
-        Device to copy them to.
-    """
-
-    def __init__(self, sets: Sequence[NucleusSet], device: torch.device) -> None:
-        counts = sp.vstack([nuclei.counts for nuclei in sets], format="csr", dtype=np.float32)
-        counts.sum_duplicates()
-        self._n_genes = counts.shape[1]
-        self._indptr = counts.indptr.astype(np.int64)  # stays here: sizes are known without asking the device
-        self._features = torch.cat([torch.from_numpy(nuclei.features) for nuclei in sets]).to(device)
-        self._umi = torch.from_numpy(counts.data).to(device)
-        self._gene = torch.from_numpy(counts.indices).to(device)
-        exposure = _exposures(sets)
-        self._exposure = None if exposure is None else torch.from_numpy(exposure).to(device)
-
-    @staticmethod
-    def n_bytes(sets: Sequence[NucleusSet]) -> int:
-        """Memory that these nuclei need."""
-        return sum(nuclei.features.nbytes + 8 * nuclei.counts.nnz for nuclei in sets)
-
-    def __len__(self) -> int:
-        return len(self._indptr) - 1
-
-    def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
-        first, n_expressed = self._indptr[indices], self._indptr[indices + 1] - self._indptr[indices]
-        total = int(n_expressed.sum())
-        before = np.cumsum(n_expressed) - n_expressed
-        chosen, shift, repeats = torch.from_numpy(np.stack([indices, first - before, n_expressed])).to(self._umi.device)
-        row = torch.arange(len(indices), device=chosen.device).repeat_interleave(repeats, output_size=total)
-        place = torch.arange(total, device=chosen.device) + shift[row]
-        counts = self._umi.new_zeros((len(indices), self._n_genes))
-        counts[row, self._gene[place].long()] = self._umi[place]
-        return Batch(self._features[chosen], counts, None if self._exposure is None else self._exposure[chosen])
-
-
-def _exposures(sets: Sequence[NucleusSet]) -> NDArray[np.float32] | None:
-    """Exposures (n, 1) of the nuclei of all sets; None if no set has any."""
-    if all(nuclei.exposure is None for nuclei in sets):
-        return None
-    known = [np.ones(len(part), np.float32) if part.exposure is None else part.exposure for part in sets]
-    return np.concatenate(known)[:, None]
-
-
-class ShuffledBatches(Sampler[NDArray[np.int64]]):
-    """A new random order each epoch, cut into batches. The order depends only on the seed and the epoch.
-
-    If the last batch has a single nucleus, it is dropped, because batch normalization needs a variance.
-    """
-
-    def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0) -> None:
-        self._n = n
-        self._batch_size = batch_size
-        self._seed = seed
-        self._epoch = epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the number of the next epoch; Lightning calls this before each."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        full, rest = divmod(self._n, self._batch_size)
-        return full + (rest > 1)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        order = np.random.default_rng((self._seed, self._epoch)).permutation(self._n)
-        self._epoch += 1
-        for batch in range(len(self)):
-            yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
-
-
-class _OrderedBatches(Sampler[NDArray[np.int64]]):
-    def __init__(self, n: int, batch_size: int) -> None:
-        self._n = n
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-self._n // self._batch_size)
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for start in range(0, self._n, self._batch_size):
-            yield np.arange(start, min(start + self._batch_size, self._n))
 
 
 class PRTSDataModule(pl.LightningDataModule):
@@ -188,11 +57,17 @@ class PRTSDataModule(pl.LightningDataModule):
         Shuffle features among all training nuclei (an ablation: the network then learns each gene's mean at best). The arrays,
         validation and test are not shuffled.
     batch_size
-        Nuclei per batch.
+        Nuclei per batch. The processes of a DDP job share each batch.
     seed
         Seed of the training order.
     num_workers
-        Processes that gather batches. Gathering takes about a millisecond, so the default is none; a set that a GPU holds needs none.
+        Processes that gather batches, or read buffers of a set on disk. Gathering takes about a millisecond, so the default is none; a set
+        that a GPU holds needs none.
+    memory
+        `whole`: features and counts are loaded. `stream`: they stay on disk and are read when used (`prts.data.on_disk`). `auto`: the
+        latter if they would take more than half of the available memory.
+    streaming
+        Sizes of chunks and buffers in which nuclei on disk are shuffled.
     """
 
     tissue: PreparedTissue
@@ -215,6 +90,8 @@ class PRTSDataModule(pl.LightningDataModule):
         batch_size: int = 256,
         seed: int = 0,
         num_workers: int = 0,
+        memory: Memory = "whole",
+        streaming: Streaming | None = None,
     ) -> None:
         super().__init__()
         self.use = tuple(use)
@@ -224,6 +101,11 @@ class PRTSDataModule(pl.LightningDataModule):
             raise ParameterError(
                 "data", "batch_size", f"{batch_size} is too small for batch normalization; use 2 or more"
             )
+        if permute and memory == "stream":
+            raise ParameterError("data", "permute", "needs all features in memory; use memory=whole")
+        self.memory = memory
+        self.streaming = streaming or Streaming()
+        self.streams = False
         self.scale = scale
         self.permute = permute
         self.batch_size = batch_size
@@ -271,20 +153,27 @@ class PRTSDataModule(pl.LightningDataModule):
         tissue = self._once_prepared()
         panel = Panel.from_json(tissue.panel)
         roles = Roles(tissue.train, tissue.val, tissue.test)
-        whole = {name: _load_section(tissue.sections[name], panel, self.use) for name in roles.by_section()}
+        self.streams = not self.permute and streams(self.memory, tissue, self.use, len(panel.genes))
+        whole = {
+            name: _stored_section(tissue.sections[name], panel, self.use, bins=tissue.bins)
+            if self.streams
+            else _load_section(tissue.sections[name], panel, self.use)
+            for name in roles.by_section()
+        }
+        self.feature_widths = _common_widths({name: loaded.widths for name, loaded in whole.items()})
         self.slide_scale = _matched(whole, roles.train) if self.scale == "slide" else None
         # split all nuclei that passed QC, so that the parts are those on which the panel was fitted
         parts = self._split({name: loaded.xy_um for name, loaded in whole.items()}, roles)
         self.split_report = split_report(self._split, parts)
-        self.train_sets, self.val_sets, self.test_sets = (
-            [
-                loaded.nuclei.take(rows)
-                for name, loaded in whole.items()
-                if (rows := _rows(loaded, parts[name], part)).size
-            ]
-            for part in (TRAIN, VAL, TEST)
-        )
-        self.feature_widths = _common_widths({name: loaded.widths for name, loaded in whole.items()})
+        sets: tuple[list[NucleusSet], ...] = ([], [], [])
+        self.train_sets, self.val_sets, self.test_sets = sets
+        for name in list(whole):
+            loaded = whole.pop(
+                name
+            )  # so that its parts and the section are not in memory for longer than it takes to copy them
+            for chosen, part in zip(sets, (TRAIN, VAL, TEST), strict=True):
+                if (rows := _rows(loaded, parts[name], part)).size:
+                    chosen.append(loaded.nuclei.take(rows))
         self.tissue = tissue
         self.panel = panel
         if sum(map(len, self.train_sets)) < 2:
@@ -296,14 +185,42 @@ class PRTSDataModule(pl.LightningDataModule):
         mean, spread = feature_moments(self.train_sets)
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(spread.astype(np.float32))
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
         """Shuffled batches of all training sections together."""
         sets = _permuted(self.train_sets, self.seed) if self.permute else self.train_sets
-        return self._loader(sets, ShuffledBatches(sum(map(len, sets)), self.batch_size, self.seed, self.first_epoch))
+        n, share = sum(map(len, sets)), self._agreed_share()
+        if self.batch_size < share.smallest():
+            raise ParameterError(
+                "data", "batch_size", f"{self.batch_size} is too small for {share.processes} processes, which share it"
+            )
+        if self.streams:
+            return self._streamed(sets, self.seed)
+        return self._loader(sets, ShuffledBatches(n, self.batch_size, self.seed, self.first_epoch, share))
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
+    def val_dataloader(self) -> list[DataLoader[Batch]] | list[StreamedBatches]:
         """One loader per validation section: figures are computed per section, never pooled."""
-        return [self._loader([nuclei], _OrderedBatches(len(nuclei), self.batch_size)) for nuclei in self.val_sets]
+        if self.streams:
+            return [self._streamed([nuclei], None) for nuclei in self.val_sets]
+        share = self._share()
+        return [self._loader([nuclei], OrderedBatches(len(nuclei), self.batch_size, share)) for nuclei in self.val_sets]
+
+    def _streamed(self, sets: Sequence[NucleusSet], seed: int | None) -> StreamedBatches:
+        sizes, first = [len(nuclei) for nuclei in sets], self.first_epoch
+        order = Buffers(sizes, self.batch_size, self.streaming, seed, first, self._share())
+        return StreamedBatches(sets, order, num_workers=self.num_workers, seed=self.seed)
+
+    def _agreed_share(self) -> Share:
+        """The share of this process, if all processes decided alike where nuclei are, which gives their order."""
+        share = self._share()
+        if share.processes > 1 and self.trainer is not None:
+            strategy = self.trainer.strategy
+            streaming = strategy.reduce(torch.tensor(float(self.streams), device=strategy.root_device), reduce_op="sum")
+            if float(streaming) not in (0.0, float(share.processes)):
+                raise ParameterError("data", "memory", "auto chose differently in the processes; use whole or stream")
+        return share
+
+    def _share(self) -> Share:
+        return Share() if self.trainer is None else Share(self.trainer.global_rank, self.trainer.world_size)
 
     def _loader(self, sets: Sequence[NucleusSet], sampler: Sampler[NDArray[np.int64]]) -> DataLoader[Batch]:
         device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
@@ -343,6 +260,35 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
     import anndata as ad
 
     counts = ad.read_h5ad(prepared.counts)
+    row = _with_features(counts, prepared)
+    cell_id = counts.obs_names.to_numpy(dtype=object)[row]
+    read = InputReader(
+        prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp, prepared.context
+    )
+    aligned = panel.align(counts)
+    nuclei = _nuclei(prepared, counts, row, read(cell_id), aligned if len(row) == counts.n_obs else aligned[row])
+    return _Loaded(nuclei, row, _positions(prepared, counts), read.widths, is_artefact(counts.obs)[row])
+
+
+def _stored_section(prepared: PreparedSection, panel: Panel, use: Sequence[str], *, bins: bool) -> _Loaded:
+    """The same with features and counts on disk."""
+    import anndata as ad
+
+    inputs = write_inputs(prepared.counts.parent, prepared, panel, with_shape=not bins)
+    features, widths = section_features(prepared, inputs, use)
+    measured = section_counts(inputs, len(panel.genes))
+    counts = ad.read_h5ad(prepared.counts, backed="r")
+    try:
+        row = _with_features(counts, prepared)
+        nuclei = _nuclei(prepared, counts, row, features.take(row), measured.take(row))
+        compact = replace(nuclei, cell_id=nuclei.cell_id.astype(np.dtypes.StringDType()))
+        return _Loaded(compact, row, _positions(prepared, counts), widths, is_artefact(counts.obs)[row])
+    finally:
+        counts.file.close()
+
+
+def _with_features(counts: AnnData, prepared: PreparedSection) -> NDArray[np.intp]:
+    """Rows of the counts whose nuclei have features."""
     described = prepared.features or prepared.context
     with h5py.File(described) as store:
         stored = store["cell_id"].asstr()[:]
@@ -355,25 +301,31 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         logger.warning(
             "%s: %d nuclei have no features and are left out", prepared.section.name, counts.n_obs - len(row)
         )
-    xy_um = np.asarray(counts.obsm["spatial"], dtype=np.float64) * prepared.section.mpp
-    cell_id = counts.obs_names.to_numpy(dtype=object)[row]
-    read = InputReader(
-        prepared.features, use, lambda: load_nuclei(prepared.nuclei), prepared.section.mpp, prepared.context
-    )
-    nuclei = NucleusSet(
+    return row
+
+
+def _positions(prepared: PreparedSection, counts: AnnData) -> NDArray[np.float64]:
+    xy_um: NDArray[np.float64] = np.asarray(counts.obsm["spatial"], dtype=np.float64) * prepared.section.mpp
+    return xy_um
+
+
+def _nuclei(
+    prepared: PreparedSection, counts: AnnData, row: NDArray[np.intp], features: Any, aligned: Any
+) -> NucleusSet:
+    """Some nuclei of a section, with their features and their counts of the panel's genes."""
+    return NucleusSet(
         section=prepared.section.name,
-        cell_id=cell_id,
-        xy_um=xy_um[row],
-        features=read(cell_id),
-        counts=panel.align(counts)[row],
+        cell_id=counts.obs_names.to_numpy(dtype=object)[row],
+        xy_um=_positions(prepared, counts)[row],
+        features=features,
+        counts=aligned,
         total_counts=counts.obs["total_counts"].to_numpy(dtype=np.int64)[row],
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
         exposure=counts.obs["exposure"].to_numpy(dtype=np.float32)[row] if "exposure" in counts.obs else None,
     )
-    return _Loaded(nuclei, row, xy_um, read.widths, is_artefact(counts.obs)[row])
 
 
-def _matched(whole: Mapping[str, _Loaded], train: Sequence[str]) -> SlideScale:
+def _matched(whole: dict[str, _Loaded], train: Sequence[str]) -> SlideScale:
     """Match the features of each section, in place, to the mean and spread of the training sections, which are returned."""
     reference = SlideScale.fit([whole[name].nuclei for name in train])
     for name, loaded in whole.items():
@@ -384,8 +336,13 @@ def _matched(whole: Mapping[str, _Loaded], train: Sequence[str]) -> SlideScale:
                 name,
                 len(features),
             )
+            continue
+        slide = reference.moments([features])
+        if isinstance(features, StoredFeatures):
+            features = replace(features, scale=reference, slide=slide)
+            whole[name] = loaded._replace(nuclei=replace(loaded.nuclei, features=features))
         else:
-            reference.match(features, reference.moments([features]))
+            reference.match(features, slide)
     return reference
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 
@@ -23,9 +24,9 @@ class NucleusSet:
     xy_um
         (n, 2) centroids in um from the top left corner of the image.
     features
-        (n, d) float32.
+        (n, d) float32; an array, or `prts.data.on_disk.StoredFeatures`, which is read when it is indexed.
     counts
-        (n, g) CSR int32, UMI of the panel's genes.
+        (n, g) CSR int32, UMI of the panel's genes; or `prts.data.on_disk.StoredCounts`.
     total_counts
         (n,) UMI of all genes.
     area_um2
@@ -37,7 +38,7 @@ class NucleusSet:
     section: str
     cell_id: NDArray[np.object_]
     xy_um: NDArray[np.float64]
-    features: NDArray[np.float32]
+    features: Any
     counts: Any
     total_counts: NDArray[np.int64]
     area_um2: NDArray[np.float64]
@@ -47,17 +48,54 @@ class NucleusSet:
         return len(self.cell_id)
 
     def take(self, rows: NDArray[np.intp] | NDArray[np.bool_]) -> NucleusSet:
-        """The nuclei at `rows` (indices or a mask)."""
+        """The nuclei at `rows` (indices or a mask); the set itself if these are all, in their order."""
+        if rows.dtype != bool and np.array_equal(rows, np.arange(len(self))):
+            return self
         return NucleusSet(
             section=self.section,
             cell_id=self.cell_id[rows],
             xy_um=self.xy_um[rows],
-            features=self.features[rows],
-            counts=self.counts[rows],
+            features=_taken(self.features, rows),
+            counts=_taken(self.counts, rows),
             total_counts=self.total_counts[rows],
             area_um2=self.area_um2[rows],
             exposure=None if self.exposure is None else self.exposure[rows],
         )
+
+
+def _taken(values: Any, rows: NDArray[np.intp] | NDArray[np.bool_]) -> Any:
+    """Rows of an array, or of values that stay on disk (`prts.data.on_disk`)."""
+    return values.take(rows) if hasattr(values, "starts") or hasattr(values, "parts") else values[rows]
+
+
+class CountBlocks(Sequence[Any]):
+    """The counts of some sets as CSR matrices: one for each set in memory, and several that are read when needed for one on disk.
+
+    Parameters
+    ----------
+    sets
+        The sets.
+    size
+        Nuclei at a time of a set on disk.
+    """
+
+    def __init__(self, sets: Sequence[NucleusSet], size: int = 32_768) -> None:
+        self._sets = sets
+        self._at = [
+            (number, slice(start, start + step))
+            for number, nuclei in enumerate(sets)
+            for step in (len(nuclei) if sp.issparse(nuclei.counts) else size,)
+            for start in range(0, max(len(nuclei), 1), max(step, 1))
+        ]
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __getitem__(self, index: Any) -> Any:
+        """One matrix (n, g)."""
+        number, rows = self._at[index]
+        counts = self._sets[number].counts
+        return counts if sp.issparse(counts) else counts[rows]
 
 
 def feature_moments(sets: Sequence[NucleusSet]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -68,9 +106,15 @@ def feature_moments(sets: Sequence[NucleusSet]) -> tuple[NDArray[np.float64], ND
     Two (d,) arrays. The standard deviation of a constant feature is 1, so that it can be divided by.
     """
     n = sum(map(len, sets))
-    chunks = [nuclei.features[start : start + 4096] for nuclei in sets for start in range(0, len(nuclei), 4096)]
-    mean = sum(chunk.sum(axis=0, dtype=np.float64) for chunk in chunks) / n
-    spread = np.sqrt(sum(np.square(chunk - mean).sum(axis=0) for chunk in chunks) / n)
+
+    def total(of: Callable[[NDArray[np.float32]], NDArray[np.float64]]) -> NDArray[np.float64]:
+        """Sum over all nuclei, one chunk after the other."""
+        return sum(
+            of(nuclei.features[start : start + 4096]) for nuclei in sets for start in range(0, len(nuclei), 4096)
+        )  # type: ignore[return-value]
+
+    mean = total(lambda chunk: chunk.sum(axis=0, dtype=np.float64)) / n
+    spread = np.sqrt(total(lambda chunk: np.square(chunk - mean).sum(axis=0)) / n)
     # float32 rounding of a constant does not count as spread
     spread[spread <= 1e-6 * np.abs(mean)] = 1.0
     return mean, spread

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import h5py
 
 from prts.data.bad_sections import BadSections, in_turn
+from prts.data.counts_in_turn import CountsInTurn
 from prts.data.prepare_counts import measured_registration, passing_settings, prepare_bin_table, prepare_counts
 from prts.data.prepare_input import (
     STAGE_VERSION,
@@ -330,13 +331,16 @@ def _panel(
     }
 
     def make(path: Path) -> None:
-        import anndata as ad
+        from anndata.io import read_elem
 
-        measured = {name: ad.read_h5ad(file) for name, file in counts.items()}
-        xy_um = {name: data.obsm["spatial"] * sections[name].mpp for name, data in measured.items()}
+        xy_um, flagged = {}, {}
+        for name, measured in counts.items():
+            with h5py.File(measured) as file:
+                xy_um[name] = read_elem(file["obsm/spatial"]) * sections[name].mpp
+                flagged[name] = is_artefact(read_elem(file["obs"]))
         parts = settings.splitter(xy_um, roles)
-        trains = {name: (parts[name] == TRAIN) & ~is_artefact(measured[name].obs) for name in roles.train}
-        settings.panel([measured[name][rows].copy() for name, rows in trains.items()]).to_json(path)
+        trains = {counts[name]: (parts[name] == TRAIN) & ~flagged[name] for name in roles.train}
+        settings.panel(CountsInTurn(trains)).to_json(path)
 
     return build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from prts.data.nucleus_set import NucleusSet
+from prts.data.on_disk import described_on_disk
 from prts.features.morphology import morphology
 from prts.features.store import read_features, rows_of
 from prts.io.nuclei import load_nuclei
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 def with_colour(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[NucleusSet]:
     """The same nuclei with their 12 color statistics (`prts.features.colour`) as features."""
     return [
-        replace(nuclei, features=read_features(tissue.sections[nuclei.section].colour, nuclei.cell_id))
+        described_on_disk(nuclei, tissue.sections[nuclei.section], "colour")
+        or replace(nuclei, features=read_features(tissue.sections[nuclei.section].colour, nuclei.cell_id))
         for nuclei in sets
     ]
 
@@ -29,7 +31,8 @@ def with_colour(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[Nucl
 def with_context(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[NucleusSet]:
     """The same nuclei with their 42 context statistics (`prts.features.context`) as features."""
     return [
-        replace(nuclei, features=read_features(tissue.sections[nuclei.section].context, nuclei.cell_id))
+        described_on_disk(nuclei, tissue.sections[nuclei.section], "context")
+        or replace(nuclei, features=read_features(tissue.sections[nuclei.section].context, nuclei.cell_id))
         for nuclei in sets
     ]
 
@@ -42,6 +45,9 @@ def with_morphology(sets: Sequence[NucleusSet], tissue: PreparedTissue) -> list[
     InputError
         If a nucleus has no polygon.
     """
+    stored = [described_on_disk(nuclei, tissue.sections[nuclei.section], "morphology") for nuclei in sets]
+    if None not in stored:
+        return [nuclei for nuclei in stored if nuclei is not None]
     described = {}
     for name in dict.fromkeys(nuclei.section for nuclei in sets):
         prepared = tissue.sections[name]

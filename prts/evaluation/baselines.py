@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.stats import t as student
 
+from prts.data.on_disk import scratch
+from prts.data.splits import block_labels
 from prts.evaluation.baseline_features import with_colour, with_context, with_morphology
 from prts.evaluation.expression import pearson_per_gene
 from prts.models.ridge import LinearBaseline, gene_mean, permuted, ridge
@@ -68,7 +70,7 @@ class FittedBaseline:
     def __call__(self, nuclei: NucleusSet) -> Floats:
         """Expected UMI (n, g) of nuclei of one section."""
         seen = nuclei if self.describe is None else self.describe([nuclei])[0]
-        return self.linear.predict(seen.features)
+        return self.linear.predict(seen.features, scratch(nuclei))
 
 
 def fit_baselines(
@@ -115,15 +117,17 @@ class Position:
     def __call__(self, nuclei: NucleusSet) -> Floats:
         """Expected UMI (n, g) of nuclei of the section."""
         k = min(self.k, len(self.train))
-        _, near = cKDTree(self.train.xy_um).query(nuclei.xy_um, k=[*range(1, k + 1)])
-        weights = sp.csr_matrix(
-            (np.full(near.size, 1 / k), near.ravel(), np.arange(0, near.size + 1, k)), (len(nuclei), len(self.train))
-        )
-        log = self.train.counts.log1p()
-        level = np.empty((len(nuclei), log.shape[1]), dtype=np.float32)
-        for start in range(0, len(nuclei), _CHUNK):  # the sum over many neighbors is nearly dense
-            level[start : start + _CHUNK] = (weights[start : start + _CHUNK] @ log).toarray()
-        return np.expm1(level, out=level)
+        tree, umi = cKDTree(self.train.xy_um), scratch(nuclei)
+        # block by block of tissue, whose nuclei share most of their neighbors
+        block = block_labels(nuclei.xy_um, max(1, len(nuclei) // _CHUNK))
+        for rows in np.split(np.argsort(block, kind="stable"), np.flatnonzero(np.diff(np.sort(block))) + 1):
+            _, near = tree.query(nuclei.xy_um[rows], k=[*range(1, k + 1)])
+            used, place = np.unique(near, return_inverse=True)
+            weights = sp.csr_matrix(
+                (np.full(near.size, 1 / k), place.ravel(), np.arange(0, near.size + 1, k)), (len(rows), len(used))
+            )
+            umi[rows] = np.expm1((weights @ self.train.counts[used].log1p()).toarray().astype(np.float32))
+        return umi
 
 
 def fit_position(train: Sequence[NucleusSet], val: Sequence[NucleusSet], section: str) -> Position | None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
+from prts.data.nucleus_set import CountBlocks
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -49,11 +51,15 @@ def variable_genes(train_sets: Sequence[NucleusSet]) -> dict[str, NDArray[np.int
     train_sets
         Training nuclei, all sections together.
     """
-    from sklearn.utils.sparsefuncs import mean_variance_axis
-
     total = np.concatenate([nuclei.total_counts for nuclei in train_sets]).astype(np.float64)
     factor = np.divide(np.median(total[total > 0]), total, out=np.zeros_like(total), where=total > 0)
-    counts = sp.vstack([nuclei.counts for nuclei in train_sets], format="csr", dtype=np.float64)
-    _, variance = mean_variance_axis((sp.diags_array(factor) @ counts).tocsr().log1p(), axis=0)
+    n, n_genes = 0, train_sets[0].counts.shape[1]
+    sums, squares = np.zeros(n_genes), np.zeros(n_genes)
+    for counts in CountBlocks(train_sets):
+        level = (sp.diags_array(factor[n : n + counts.shape[0]]) @ counts.astype(np.float64)).tocsr().log1p()
+        n += counts.shape[0]
+        sums += np.asarray(level.sum(axis=0)).ravel()
+        squares += np.asarray(level.multiply(level).sum(axis=0)).ravel()
+    variance = squares / n - np.square(sums / n)
     order = np.argsort(-variance, kind="stable")
     return {f"hvg{size}": order[:size] for size in (50, 200)}

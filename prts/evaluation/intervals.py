@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prts.data.gene_arrays import gene_slices
+from prts.data.nucleus_set import CountBlocks
 from prts.models.uncertainty import BELOW, LEVEL, CountIntervals, Ints
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def marginal_bounds(sets: Iterable[NucleusSet], *, level: float = LEVEL) -> tupl
     parts = list(sets)
     n, n_genes = sum(map(len, parts)), parts[0].counts.shape[1]
     lower, upper = np.zeros(n_genes, np.int32), np.zeros(n_genes, np.int32)
-    columns = [part.counts.tocsc() for part in parts]
+    columns = [counts.tocsc() for counts in CountBlocks(parts)]
     for genes in gene_slices(n, n_genes):
         ordered = np.sort(np.concatenate([part[:, genes].toarray() for part in columns]), axis=0)
         inside = min(n, int(np.ceil((n + 1) * level)))

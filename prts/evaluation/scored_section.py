@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from prts.data.on_disk import on_disk, scratch, with_counts_in_memory
 from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
 from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.spot_scores import spot_pcc
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from prts.preprocess.panel import Panel
     from prts.section import Section
     from prts.stopwatch import Stopwatch
+
+
+_CHUNK = 4096
 
 
 class PredictsNuclei(Protocol):
@@ -96,7 +100,8 @@ def score_sections(
         whole = sum(n > 0 for n in shares.values()) == 1
         spots = read_spots(section.spots) if whole and section.spots is not None else None
         with watch("predict"):
-            umi, prob = model.predict_all(nuclei.features)
+            umi, prob = _predicted(model, nuclei)
+            nuclei = with_counts_in_memory(nuclei)
         with watch("evaluate"):
             predicted = PredictedCounts(umi, scoring.panel.genes, prob, model.rule.threshold)
             result = score_section(
@@ -107,3 +112,14 @@ def score_sections(
                 result.summary["spot_pcc_mean"], _ = spot_pcc(umi, xy_px, spots, panel.genes, panel.gene_ids)
         scored.append(ScoredSection(nuclei, section, spots, umi, prob, result))
     return scored
+
+
+def _predicted(model: PredictsNuclei, nuclei: NucleusSet) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """UMI and P(expressed), on disk if the features are."""
+    if not on_disk(nuclei):
+        return model.predict_all(nuclei.features)
+    umi, prob = scratch(nuclei), scratch(nuclei)
+    for start in range(0, len(nuclei), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        umi[rows], prob[rows] = model.predict_all(nuclei.features[rows])
+    return umi, prob

@@ -18,7 +18,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from prts.data.nucleus_set import CountBlocks
 from prts.errors import ParameterError
+from prts.models.distributed import synchronize
 from prts.models.likelihoods.base import Likelihood
 from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
 from prts.models.module import KeepBest, PRTSModule, lacks_length, quiet_lightning
@@ -161,7 +163,7 @@ def fit(
     ParameterError
         If training diverged or ended before its first step.
     """
-    counts = [nuclei.counts for nuclei in datamodule.train_sets]
+    counts = CountBlocks(datamodule.train_sets)
     if recipe.baseline is not None:
         start_loggers()
         net = fit_linear(recipe.baseline, datamodule.train_sets, datamodule.val_sets, seed=recipe.seed)
@@ -175,8 +177,16 @@ def fit(
     module = PRTSModule(net, likelihood, recipe.optimizer, recipe.scheduler)
     callbacks = [*recipe.callbacks] if checkpoint is None else [checkpoint, *recipe.callbacks]
     root = _root(checkpoint)
-    trainer = recipe.trainer(callbacks=callbacks, logger=start_loggers() or False, default_root_dir=str(root))
-    logger.info("network: %s on %s", trainer.precision, trainer.strategy.root_device)
+    trainer = recipe.trainer(
+        callbacks=callbacks,
+        logger=start_loggers() or False,
+        default_root_dir=str(root),
+        use_distributed_sampler=False,  # the datamodule deals each batch to the processes; Lightning would repeat some nuclei
+    )
+    if trainer.world_size > 1:
+        synchronize(net)
+    processes = f", {trainer.world_size} processes" if trainer.world_size > 1 else ""
+    logger.info("network: %s on %s%s", trainer.precision, trainer.strategy.root_device, processes)
     if resume_from is not None:
         logger.info("resuming from %s", resume_from)
     trainer.fit(module, datamodule=datamodule, ckpt_path=resume_from, weights_only=True)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prts.data.nucleus_set import NucleusSet
+from prts.data.nucleus_set import CountBlocks, NucleusSet
 from prts.errors import ParameterError
 from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
@@ -91,7 +91,7 @@ def _calibrate(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Slope and offset (g,) of each gene's logistic regression of "expressed" on its level, by Newton's method for all genes together."""
     n_genes = len(fitted.intercept)
-    share = sum(np.asarray((nuclei.counts > 0).sum(axis=0)).ravel() for nuclei in train_sets)
+    share = sum(np.asarray((counts > 0).sum(axis=0)).ravel() for counts in CountBlocks(train_sets))
     n = sum(map(len, train_sets))
     slope, offset = np.zeros(n_genes), np.log((share + 0.5) / (n - share + 0.5))
     start = offset.copy()

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from prts.arguments import checked
-from prts.data.datamodule import Batch
+from prts.data.batches import Batch
 from prts.errors import ParameterError
+from prts.models.distributed import summed
 from prts.models.likelihoods.base import Likelihood
 from prts.models.output import OutputRule
 from prts.models.pearson import GenePearson
@@ -89,11 +90,21 @@ class PRTSModule(pl.LightningModule):
         outputs: tuple[Tensor, ...] = self.net(features)
         return outputs
 
+    def on_train_start(self) -> None:
+        """Give each process of a DDP job its own random numbers: with equal ones, all would drop the same hidden units."""
+        if self.global_rank > 0:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of a batch."""
         parts = self._losses(batch)[0]
-        self._train.add(parts, len(batch.features))
-        return parts["loss"]
+        n = len(batch.features)
+        self._train.add(parts, n)
+        if self.trainer.world_size == 1:
+            return parts["loss"]
+        # DDP averages gradients over processes, each of which has some of the batch: weighted, the average is that of the whole batch
+        total = summed(torch.tensor(float(n), device=self.device))
+        return parts["loss"] * (self.trainer.world_size * n / total)
 
     def on_train_epoch_end(self) -> None:
         """Log the epoch's mean losses."""
@@ -114,7 +125,7 @@ class PRTSModule(pl.LightningModule):
         )
         self._pearson.clear()
         pcc = per_section.nanmean().float()
-        self.log("val/pcc", pcc)
+        self.log("val/pcc", pcc, sync_dist=self.trainer.world_size > 1)
         if not self.trainer.sanity_checking and self.trainer.is_global_zero:
             logger.info("epoch %3d: val/loss %.4f, val/pcc %.4f", self.current_epoch, means["loss"], pcc)
 
@@ -139,7 +150,7 @@ class PRTSModule(pl.LightningModule):
         return self.likelihood.loss(exposed, batch.counts), outputs
 
     def _log_means(self, stage: str, means: _Means) -> dict[str, Tensor]:
-        taken = means.take()
+        taken = means.take(summed if self.trainer.world_size > 1 else None)
         for name, value in taken.items():
             self.log(f"{stage}/{name}", value, sync_dist=self.trainer.world_size > 1)
         return taken
@@ -227,11 +238,17 @@ class _Means:
 
     def add(self, parts: dict[str, Tensor], n: int) -> None:
         for name, value in parts.items():
-            term = value.detach() * n
+            # a process may have no nucleus of a batch, whose mean is then undefined
+            term = value.detach() * n if n else torch.zeros_like(value.detach())
             self._sums[name] = self._sums[name] + term if name in self._sums else term
         self._n += n
 
-    def take(self) -> dict[str, Tensor]:
-        means = {name: total / self._n for name, total in self._sums.items()}
+    def take(self, over_processes: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+        if over_processes is None:
+            means = {name: total / self._n for name, total in self._sums.items()}
+        else:
+            sums = torch.stack([*self._sums.values()])
+            *totals, n = over_processes(torch.cat([sums, sums.new_tensor([self._n])]))
+            means = {name: total / n for name, total in zip(self._sums, totals, strict=True)}
         self._sums, self._n = {}, 0
         return means

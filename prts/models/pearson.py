@@ -26,17 +26,22 @@ class GenePearson:
         return self._n, self._state
 
     def update(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch, both (b, g)."""
+        """Add a batch, both (b, g); b may be 0."""
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        if len(x) == 0:
+            self.merge(0.0, torch.zeros((5, x.shape[1]), dtype=wide, device=x.device))
+            return
         mean = torch.stack([x.mean(0), y.mean(0)])
         x, y = x - mean[0], y - mean[1]
         sums = torch.stack([x.square().sum(0), y.square().sum(0), (x * y).sum(0)])
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
         self.merge(float(len(x)), torch.cat([mean, sums]).to(wide))
 
     def merge(self, n: float, state: Tensor) -> None:
         """Add another accumulator's `state`."""
-        if self._state is None:
+        if self._state is None or self._n == 0:
             self._n, self._state = n, state.clone()
+            return
+        if n == 0:
             return
         both = self._n + n
         shift = state[:2] - self._state[:2]

@@ -14,7 +14,7 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
-from prts.data.nucleus_set import NucleusSet, feature_moments
+from prts.data.nucleus_set import CountBlocks, NucleusSet, feature_moments
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 PENALTIES = tuple(float(penalty) for penalty in np.logspace(-4, 2, 13))
 
 _CHUNK = 4096
+_MOST_PERMUTED = 100_000
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,14 @@ class LinearBaseline:
     penalty: float | None = None
     scores: dict[float, float] = field(default_factory=dict)
 
-    def predict(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Expected UMI (n, g) from features (n, d). Its log1p is the fitted map, clipped at 0."""
-        level = np.broadcast_to(self.intercept, (len(features), len(self.intercept))).copy()
-        if len(self.weights):
-            level += features @ self.weights
-        np.clip(level, 0.0, None, out=level)
-        return np.expm1(level, out=level)
+    def predict(self, features: NDArray[np.float32], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Expected UMI (n, g) from features (n, d), written into `out` if given. Its log1p is the fitted map, clipped at 0."""
+        umi = np.empty((len(features), len(self.intercept)), dtype=np.float32) if out is None else out
+        for start in range(0, len(umi), _CHUNK):
+            rows = slice(start, start + _CHUNK)
+            level = features[rows] @ self.weights + self.intercept if len(self.weights) else self.intercept
+            umi[rows] = np.expm1(np.clip(level, 0.0, None))
+        return umi
 
 
 def gene_mean(train_sets: Sequence[NucleusSet]) -> LinearBaseline:
@@ -63,7 +65,7 @@ def gene_mean(train_sets: Sequence[NucleusSet]) -> LinearBaseline:
         Training nuclei.
     """
     n = sum(map(len, train_sets))
-    total = sum(np.asarray(nuclei.counts.log1p().sum(axis=0)).ravel() for nuclei in train_sets)
+    total = sum(np.asarray(counts.log1p().sum(axis=0)).ravel() for counts in CountBlocks(train_sets))
     intercept = np.asarray(total / n, dtype=np.float32)
     return LinearBaseline(np.empty((0, len(intercept)), dtype=np.float32), intercept)
 
@@ -135,11 +137,13 @@ def permuted(sets: Sequence[NucleusSet], *, seed: int = 0) -> list[NucleusSet]:
     Parameters
     ----------
     sets
-        Nuclei of one or more sections; counts are permuted across sections.
+        Nuclei of one or more sections; counts are permuted across sections. Of more than 100,000 nuclei, that many are taken, evenly, since
+        the counts of all must be in memory.
     seed
         Seed of the permutations.
     """
     rng = np.random.default_rng(seed)
+    sets = _thinned(sets, _MOST_PERMUTED)
     counts = sp.vstack([nuclei.counts for nuclei in sets], format="csc")
     n, n_genes = counts.shape
     order, turn = rng.permutation(n), rng.integers(n, size=n_genes)
@@ -147,6 +151,19 @@ def permuted(sets: Sequence[NucleusSet], *, seed: int = 0) -> list[NucleusSet]:
     dealt = sp.csr_matrix((counts.data, ((order[counts.indices] + turn[gene]) % n, gene)), shape=counts.shape)
     stops = np.cumsum([len(nuclei) for nuclei in sets])
     return [replace(nuclei, counts=dealt[stop - len(nuclei) : stop]) for nuclei, stop in zip(sets, stops, strict=True)]
+
+
+def _thinned(sets: Sequence[NucleusSet], most: int) -> list[NucleusSet]:
+    """Evenly chosen nuclei of all sets, in memory; the sets themselves if they are in memory and have no more than `most`."""
+    n = sum(map(len, sets))
+    chosen = []
+    for nuclei in sets:
+        few = nuclei
+        if n > most:
+            few = nuclei.take(np.linspace(0, len(nuclei) - 1, max(1, len(nuclei) * most // n)).astype(np.intp))
+        counts = few.counts if sp.issparse(few.counts) else few.counts[:]
+        chosen.append(replace(few, features=few.features[:], counts=counts))
+    return chosen
 
 
 @dataclass(frozen=True)

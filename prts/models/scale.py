@@ -47,10 +47,13 @@ def describe_nuclei(nuclei: Mapping[str, GeoDataFrame], mpp: Mapping[str, float]
     JSON-like: quantiles of the area (um2) and density (nuclei per mm2) over all sections; `factor`, by which a median area may differ from
     training without a warning (the square of the ratio between the sections' own medians, at least 1.3); and the sections' um/px.
     """
-    areas = {name: part["area_um2"].to_numpy(dtype=float) for name, part in nuclei.items()}
+    areas, densities = {}, []
+    for name, part in nuclei.items():  # once, since a mapping may read them one after the other
+        areas[name] = part["area_um2"].to_numpy(dtype=float)
+        densities.append(_density(part, mpp[name]))
     medians = [float(np.median(area)) for area in areas.values()]
     levels = np.percentile(np.concatenate(list(areas.values())), _QUANTILES)
-    density = np.median([_density(part, mpp[name]) for name, part in nuclei.items()])
+    density = np.median(densities)
     return {
         "area_um2": {str(level): round(float(area), 2) for level, area in zip(_QUANTILES, levels, strict=True)},
         "density_per_mm2": round(float(density), 1),

@@ -7,11 +7,12 @@ et al. 2019). Genes with few UMI on validation share their numbers with genes of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.stats import nbinom
 
@@ -131,39 +132,48 @@ def calibrate_intervals(
         Share of the counts that the intervals should cover.
     """
     rows = [np.linspace(0, len(part) - 1, min(len(part), _MAX_NUCLEI)).astype(np.intp) for part in sets]
-    expected = np.concatenate([part[take] for part, take in zip(umi, rows, strict=True)])
-    counts = np.concatenate([part.counts[take].toarray() for part, take in zip(sets, rows, strict=True)])
-    group = _groups((counts > 0).sum(axis=0), counts.mean(axis=0))
+    counts = sp.vstack([part.counts[take] for part, take in zip(sets, rows, strict=True)], format="csc")
+    n_nuclei, n_genes = counts.shape
+    group = _groups(counts.getnnz(axis=0), np.asarray(counts.mean(axis=0)).ravel())
+
+    def slices() -> Iterator[tuple[slice, NDArray[np.int32], NDArray[np.float32]]]:
+        """Counts and expected UMI of all nuclei, some genes at a time: dense, all genes take more memory than anything else in a run."""
+        for genes in gene_slices(n_nuclei, n_genes):
+            expected = [part[:, genes][take] for part, take in zip(umi, rows, strict=True)]
+            yield genes, counts[:, genes].toarray(), np.concatenate(expected)
 
     def pooled(per_gene: Floats) -> Floats:
         """Sum over the genes of each gene's group."""
         summed: Floats = np.bincount(group, weights=per_gene)[group].astype(np.float64)
         return summed
 
-    total = pooled(counts.sum(axis=0, dtype=np.float64))
-    predicted = pooled(expected.sum(axis=0, dtype=np.float64))
+    place = np.empty((n_nuclei, n_genes), dtype=np.uint8, order="F")
+    sums = np.zeros((2, n_genes))
+    for genes, k, expected in slices():
+        place[:, genes] = _place(expected)
+        sums[:, genes] = k.sum(axis=0), expected.sum(axis=0, dtype=np.float64)
+    total, predicted = pooled(sums[0]), pooled(sums[1])
     scale = np.divide(total, predicted, out=np.ones_like(total), where=(predicted > 0) & (total > 0)).clip(*_SCALES)
     excess, power = np.zeros(len(total)), np.zeros(len(total))
-    for genes in gene_slices(*counts.shape):
-        mean = expected[:, genes] * scale[genes]
-        excess[genes] = (np.square(counts[:, genes] - mean) - mean).sum(axis=0)
+    for genes, k, expected in slices():
+        mean = expected * scale[genes]
+        excess[genes] = (np.square(k - mean) - mean).sum(axis=0)
         power[genes] = np.square(mean).sum(axis=0)
     power = pooled(power)
     dispersion = np.divide(pooled(excess), power, out=np.zeros_like(power), where=power > 0).clip(0.0, _MAX_DISPERSION)
 
-    n = len(counts) * pooled(np.ones(len(total)))
+    n = n_nuclei * pooled(np.ones(len(total)))
     # this share of the n calibration counts must be inside for the next count to be inside with probability `level`
     wanted = np.minimum(np.ceil((n + 1) * level) / n, 1.0)
     # never less than the nominal mass, or a rare gene would have the bound 0 even if it is expected
     low, high = np.full(len(total), level), np.full(len(total), _MAX_MASS)
-    place = _place(expected)
     at = np.arange(len(total))
 
     def covers(mass: Floats) -> NDArray[np.bool_]:
         lower, upper = _bounds(scale, dispersion, mass)
         inside = np.empty(len(total))
-        for genes in gene_slices(*counts.shape):
-            here, k = (at[genes], place[:, genes]), counts[:, genes]
+        for genes in gene_slices(n_nuclei, n_genes):
+            here, k = (at[genes], place[:, genes]), counts[:, genes].toarray()
             inside[genes] = ((lower[here] <= k) & (k <= upper[here])).sum(axis=0)
         enough: NDArray[np.bool_] = pooled(inside) >= wanted * n
         return enough

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +26,9 @@ from prts.io.cache import atomic, file_identity
 from prts.io.gene_list import is_names, read_gene_list, read_json
 
 logger = logging.getLogger(__name__)
+
+# Clustering needs all nuclei in memory; more of them do not change which genes mark a cluster.
+_MOST = 200_000
 
 
 @dataclass(frozen=True)
@@ -95,26 +98,42 @@ class Panel:
         InputError
             If `counts` has none of the genes.
         """
-        column = pd.Index(self.gene_ids).get_indexer(counts.var["gene_id"])
+        aligned = sp.csr_matrix(counts.X) @ self.selector(counts.var, counts.X.dtype)
+        aligned.sort_indices()
+        return aligned
+
+    def selector(self, var: pd.DataFrame, dtype: Any) -> sp.csr_matrix:
+        """The matrix (any genes, n_genes) by which counts are multiplied to have the panel's genes.
+
+        Parameters
+        ----------
+        var
+            Genes of the counts, with `gene_id`.
+        dtype
+            Type of the counts.
+
+        Raises
+        ------
+        InputError
+            If `var` has none of the genes.
+        """
+        column = pd.Index(self.gene_ids).get_indexer(pd.Index(var["gene_id"]))
         found = np.flatnonzero(column >= 0)
         absent = np.setdiff1d(np.arange(len(self.genes)), column[found])
         if len(found) == 0:
             raise ParameterError(
                 "panel",
                 "",
-                f"none of its {len(self.genes)} genes ({some_of(self.gene_ids)}) is among the section's {counts.n_vars} "
-                f"({some_of(counts.var['gene_id'])}); use a model and a section of one species with the same kind of gene ids",
+                f"none of its {len(self.genes)} genes ({some_of(self.gene_ids)}) is among the section's {len(var)} "
+                f"({some_of(var['gene_id'])}); use a model and a section of one species with the same kind of gene ids",
             )
         if len(absent):
             names = some_of([self.genes[i] for i in absent])
             logger.warning(
                 "%d of %d panel genes are not in the section and counted as 0: %s", len(absent), len(self.genes), names
             )
-        ones = np.ones(len(found), dtype=counts.X.dtype)
-        selector = sp.csr_matrix((ones, (found, column[found])), shape=(counts.n_vars, len(self.genes)))
-        aligned = sp.csr_matrix(counts.X) @ selector
-        aligned.sort_indices()
-        return aligned
+        ones = np.ones(len(found), dtype=dtype)
+        return sp.csr_matrix((ones, (found, column[found])), shape=(len(var), len(self.genes)))
 
 
 class PaperPanel:
@@ -297,23 +316,34 @@ class TopPanel:
         InputError
             If fewer than `n_genes` genes are seen in enough nuclei.
         """
-        from sklearn.utils.sparsefuncs import mean_variance_axis
+        from sklearn.utils.sparsefuncs import incr_mean_variance_axis
 
-        nuclei = _stack(counts)
-        needed = max(self.min_nuclei, math.ceil(self.min_share * nuclei.n_obs))
-        seen = nuclei.X.getnnz(axis=0) >= needed
+        var, n_obs, seen_in, totals = _shared_genes(counts), 0, 0, []
+        for section in _aligned(counts, var):
+            n_obs += section.shape[0]
+            seen_in = seen_in + section.getnnz(axis=0)
+            totals.append(np.asarray(section.sum(axis=1)).ravel())
+        logger.info("panel: %d nuclei of %d training sections, %d shared genes", n_obs, len(counts), len(var))
+        needed = max(self.min_nuclei, math.ceil(self.min_share * n_obs))
+        seen = np.asarray(seen_in) >= needed
         if seen.sum() < self.n_genes:
             raise ParameterError(
                 "panel",
                 "n_genes",
-                f"{self.n_genes}, but only {seen.sum()} genes are seen in at least {needed} of {nuclei.n_obs} training nuclei; "
+                f"{self.n_genes}, but only {seen.sum()} genes are seen in at least {needed} of {n_obs} training nuclei; "
                 "lower it, or `min_nuclei` and `min_share`",
             )
-        _log_normalize(nuclei)
-        _, variance = mean_variance_axis(nuclei.X, axis=0)
-        order = np.lexsort((nuclei.var["gene_id"].to_numpy(dtype=str), -np.where(seen, variance, -1.0)))[: self.n_genes]
-        steps = {"nuclei": nuclei.n_obs, "genes": nuclei.n_vars, "seen": int(seen.sum()), "kept": self.n_genes}
-        return _panel(nuclei.var.iloc[order], "top", steps)
+        total = np.concatenate(totals)
+        target = float(np.median(total[total > 0]))
+        mean, variance, n = np.zeros(len(var)), np.zeros(len(var)), np.zeros(len(var))
+        for section in _aligned(counts, var):  # one after the other, so that memory is that of the largest
+            nuclei = AnnData(section)
+            _log_normalize(nuclei, target)
+            rows = nuclei.X.astype(np.float64)
+            mean, variance, n = incr_mean_variance_axis(rows, axis=0, last_mean=mean, last_var=variance, last_n=n)
+        order = np.lexsort((var["gene_id"].to_numpy(dtype=str), -np.where(seen, variance, -1.0)))[: self.n_genes]
+        steps = {"nuclei": n_obs, "genes": len(var), "seen": int(seen.sum()), "kept": self.n_genes}
+        return _panel(var.iloc[order], "top", steps)
 
 
 class FilePanel:
@@ -421,8 +451,8 @@ def _listed(listed: Sequence[str], counts: Sequence[AnnData], source: str) -> Pa
 def _shared_genes(counts: Sequence[AnnData]) -> pd.DataFrame:
     """`var` of the first section, reduced to the genes that all sections measure."""
     var: pd.DataFrame = counts[0].var
-    for other in counts[1:]:
-        var = var[var["gene_id"].isin(other.var["gene_id"])]
+    for number in range(1, len(counts)):  # a slice would load all of them
+        var = var[var["gene_id"].isin(counts[number].var["gene_id"])]
     if var.empty:
         raise ParameterError(
             "panel", "", "the training sections share no gene id; use sections of one species and genome"
@@ -431,18 +461,34 @@ def _shared_genes(counts: Sequence[AnnData]) -> pd.DataFrame:
 
 
 def _stack(counts: Sequence[AnnData]) -> AnnData:
-    """Training nuclei of all sections x their shared genes, CSR float32."""
+    """Training nuclei of all sections x their shared genes, CSR float32; of more than 200,000, that many, evenly chosen."""
     var = _shared_genes(counts)
-    genes = Panel(tuple(var.index), tuple(var["gene_id"]), "", {})
-    X = sp.vstack([genes.align(section) for section in counts], format="csr", dtype=np.float32)
+    n_nuclei = sum(section.n_obs for section in counts)
+    parts = []
+    for section in _aligned(counts, var):
+        size = section.shape[0]
+        if n_nuclei > _MOST:
+            section = section[np.linspace(0, size - 1, max(1, size * _MOST // n_nuclei)).astype(np.intp)]
+        parts.append(section)
+    X = sp.vstack(parts, format="csr")
+    if n_nuclei > _MOST:
+        logger.info("panel: %d of %d training nuclei are used, evenly chosen", X.shape[0], n_nuclei)
     logger.info("panel: %d nuclei of %d training sections, %d shared genes", X.shape[0], len(counts), X.shape[1])
     return AnnData(X, var=var.copy())
 
 
-def _log_normalize(nuclei: AnnData) -> None:
+def _aligned(counts: Sequence[AnnData], var: pd.DataFrame) -> Iterator[sp.csr_matrix]:
+    """Counts of some genes of each section, CSR float32."""
+    genes = Panel(tuple(var.index), tuple(var["gene_id"]), "", {})
+    for section in counts:
+        yield genes.align(section).astype(np.float32)
+
+
+def _log_normalize(nuclei: AnnData, target: float | None = None) -> None:
+    """Scale each nucleus to the same total, by default the median, and take log1p."""
     import scanpy as sc
 
-    sc.pp.normalize_total(nuclei)
+    sc.pp.normalize_total(nuclei, target_sum=target)
     sc.pp.log1p(nuclei)
 
 

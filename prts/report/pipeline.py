@@ -158,7 +158,7 @@ def _report_scored(out: Path, source: ReportSource, settings: ReportSettings) ->
         out / "figures",
         source.scored,
         source.page.prediction.var_names.astype(str).tolist(),
-        outlines.loc[source.scored.nuclei.cell_id].to_numpy(),
+        outlines.loc[source.scored.nuclei.cell_id.astype(object)].to_numpy(),
         suffix=source.suffix,
         region=settings.region,
     )

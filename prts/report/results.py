@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prts.io.nuclei import load_nuclei
 from prts.models.predict import Chunk, write_prediction
 from prts.models.predictor import CHUNK
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from prts.data.datamodule import PRTSDataModule
@@ -47,7 +48,8 @@ def write_predictions(
     """
     for suffix, scored in _with_suffix(test):
         prepared = datamodule.tissue.sections[scored.nuclei.section]
-        polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[scored.nuclei.cell_id].reset_index()
+        cell_id = np.asarray(scored.nuclei.cell_id, dtype=object)
+        polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[cell_id].reset_index(names="cell_id")
         ood = None if bundle.ood is None else bundle.ood.share(scored.nuclei.features)
         chunks = _chunks(scored, ood)
         out = folder / f"predictions{suffix}.h5ad"

@@ -236,6 +236,23 @@ def test_a_failing_job_spoils_nothing_and_what_is_done_is_not_done_again(tmp_pat
 
 
 @pytest.mark.slow
+def test_a_job_of_two_processes_writes_one_log_and_one_set_of_results(tmp_path):
+    command = [
+        *(sys.executable, "-m", "prts.cli.main", "train", "-m", "seed=1", *TINY, "logger=none", "report=false"),
+        *("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", f"paths.cache_dir={tmp_path / 'cache'}"),
+        f"hydra.sweep.dir={tmp_path / 'sweep'}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stderr
+    job = tmp_path / "sweep" / "0"
+    assert "val/pcc_mean" in json.loads((job / "metrics.json").read_text())
+    assert [path.name for path in job.glob("*.log")] == ["train.log"]
+    log = (job / "train.log").read_text()
+    assert "2 processes" in log
+    assert log.count("epoch   0: val/loss") == log.count("gene panel from the training nuclei") == 1
+
+
+@pytest.mark.slow
 def test_a_sweep_goes_on_when_a_worker_is_killed(tmp_path):
     sweep = tmp_path / "sweep"
     command = [

@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from prts.data.datamodule import NucleusBatches, ShuffledBatches
+from prts.data.batches import NucleusBatches, ShuffledBatches
 from prts.data.nucleus_set import NucleusSet
 from prts.errors import InputError
 from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint

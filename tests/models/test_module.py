@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
-from prts.data.datamodule import NucleusBatches, ShuffledBatches
+from prts.data.batches import NucleusBatches, ShuffledBatches
 from prts.data.nucleus_set import NucleusSet
 from prts.errors import InputError
 from prts.evaluation.expression import pearson_per_gene

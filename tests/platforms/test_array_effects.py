@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 
 from prts.api.training_plan import DataSettings, TrainingPlan
-from prts.data.datamodule import DeviceBatches, NucleusBatches
+from prts.data.batches import DeviceBatches, NucleusBatches
 from prts.errors import ParameterError
 from prts.io.nuclei import load_nuclei
 from prts.models.likelihoods.paper import Paper
