@@ -39,6 +39,7 @@ _NOT_READ = {
     ".nd2": "Nikon ND2",
     ".isyntax": "Philips iSyntax",
 }
+_LOOKED_AT = 100
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -67,6 +68,8 @@ class Slide:
         Width and height of the image in the file.
     orientation
         Rotation and flip as the slide is read; all regions are of the reoriented slide.
+    bounds
+        The part of the image file that was scanned, if that is not all of it.
     mpp
         um per full-resolution pixel.
     mpp_source
@@ -87,6 +90,7 @@ class Slide:
         self.mpp = mpp
         self.mpp_source = mpp_source
         self.orientation = orientation
+        self.bounds = reader.bounds
         self._reader = reader
         full = reader.levels[0]
         self.file_size = full.width, full.height
@@ -349,8 +353,7 @@ def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
 
 def _open_reader(path: Path, max_pixels: int | None) -> Reader:
     if path.is_dir():
-        inside = "one of its .dcm files" if next(path.glob("*.dcm"), None) else "the image file"
-        raise InputError(f"{path}: is a folder; give {inside}")
+        raise InputError(f"{path}: is a folder; give {_slide_of(path)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an H&E image")
     try:
@@ -377,6 +380,18 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
         raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:
         raise InputError(f"{path}: the image cannot be read ({_reason(error)}); get a complete copy") from error
+
+
+def _slide_of(folder: Path) -> str:
+    """What to open instead of a folder."""
+    if (folder / "Slidedat.ini").is_file():
+        return f"the file {folder.name}.mrxs next to it"
+    for path in sorted(folder.iterdir())[:_LOOKED_AT]:
+        if path.is_file() and not path.name.startswith("."):
+            with path.open("rb") as file:
+                if path.suffix.lower() == ".dcm" or file.read(132).endswith(b"DICM"):
+                    return f"one of its DICOM files, such as {path.name}, from which the others are found"
+    return "the image file"
 
 
 def _refuse_thumbnail(path: Path) -> None:

@@ -152,6 +152,7 @@ def write_prediction(
             "image": section.image.name,
             "width": section.width,
             "height": section.height,
+            "bounds": None if section.bounds is None else list(section.bounds),
             "mpp": section.mpp,
             "mpp_source": section.mpp_source,
             "species": meta["species"],
