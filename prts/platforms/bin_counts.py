@@ -17,7 +17,7 @@ from prts.errors import InputError
 from prts.geometry import lattice_points_within
 from prts.platforms.base import counts_table
 from prts.platforms.bin_matrix import BinMatrix
-from prts.platforms.bin_positions import BinGrid, matrix_path, read_positions
+from prts.platforms.bin_positions import BinGrid, is_raw, matrix_path, read_positions
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -116,7 +116,14 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
     # a nucleus claims a bin once, so a nucleus that is not the owner shares the bin with another
     owner[place[owner[place] != nucleus]] = _SHARED
     of_bin: NDArray[np.int32] = owner[row.astype(np.int64) * grid.n_cols + col]
-    return of_bin
+    return np.where(in_tissue(matrix, grid), of_bin, _NO_NUCLEUS).astype(np.int32)
+
+
+def in_tissue(matrix: BinMatrix, grid: BinGrid) -> NDArray[np.bool_]:
+    """Whether the filtered matrix has these bins, (n_bins,): all of it, and those in tissue of a raw one."""
+    if not is_raw(matrix.path) or not grid.in_tissue.any():
+        return np.ones(matrix.n_bins, np.bool_)
+    return np.asarray(grid.in_tissue[matrix.array_row, matrix.array_col])
 
 
 def require_positions(matrix: BinMatrix, grid: BinGrid) -> None:
@@ -130,7 +137,7 @@ def require_positions(matrix: BinMatrix, grid: BinGrid) -> None:
     unlisted = int(np.count_nonzero(~grid.lists(matrix.array_row, matrix.array_col)))
     if unlisted:
         raise InputError(
-            f"{matrix.path}: {unlisted} of {matrix.n_bins} bins are not in spatial/tissue_positions.parquet; give matrix and "
+            f"{matrix.path}: {unlisted} of {matrix.n_bins} bins have no position in the folder's spatial/; give matrix and "
             "positions of one run of Space Ranger"
         )
 

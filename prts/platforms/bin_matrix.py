@@ -18,6 +18,7 @@ from scipy.sparse import csr_matrix
 from prts.errors import InputError
 from prts.io.h5_checks import DAMAGED, fits_in_file
 from prts.platforms.bin_positions import bin_size, bins_folder
+from prts.platforms.bin_text import as_hdf5
 
 _ROW, _COLUMN = slice(8, 13), slice(14, 19)
 _BARCODES_AT_ONCE = 1 << 21
@@ -35,12 +36,12 @@ def barcode(bin_um: int, row: int, col: int) -> str:
 
 
 class BinMatrix:
-    """`filtered_feature_bc_matrix.h5` of the bins of one size; a context manager.
+    """`filtered_feature_bc_matrix.h5` of the bins of one size, or the same matrix as a folder of text; a context manager.
 
     Attributes
     ----------
     path
-        The file.
+        The file or folder.
     bin_um
         Side of the bins, which the folder states (`prts.platforms.bin_positions.bin_size`).
     gene_ids, gene_names
@@ -63,10 +64,11 @@ class BinMatrix:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.bin_um = bin_size(self.path.parent)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise InputError(f"{self.path}: no such file; give Space Ranger's filtered_feature_bc_matrix.h5")
+        stored = as_hdf5(self.path) if self.path.is_dir() else self.path
         try:
-            self._file = h5py.File(self.path, "r")
+            self._file = h5py.File(stored, "r")
         except OSError as error:
             raise InputError(f"{self.path}: not HDF5, or damaged ({error}); get a complete copy") from error
         try:

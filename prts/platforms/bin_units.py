@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.platforms.base import counts_table
-from prts.platforms.bin_counts import require_positions, sum_bins
+from prts.platforms.bin_counts import in_tissue, require_positions, sum_bins
 from prts.platforms.bin_matrix import BinMatrix, barcode
 from prts.platforms.bin_positions import matrix_path, read_positions
 
@@ -103,6 +103,8 @@ def measured_squares(bins: Path, mpp: float) -> gpd.GeoDataFrame:
         row, col, bin_um = matrix.array_row, matrix.array_col, matrix.bin_um
         grid = read_positions(bins)
         require_positions(matrix, grid)
+        keep = in_tissue(matrix, grid)
+        row, col = row[keep], col[keep]
     return squares(grid.xy(row, col), grid.affine, bin_names(bin_um, row, col), mpp)
 
 
