@@ -29,6 +29,7 @@ from prts.platforms.base import WARN_UM, HasUnits, Registration
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
 from prts.preprocess.counts import measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
+from prts.preprocess.species import mitochondrial_prefix
 from prts.segmentation.bins import Bins, measured_bins
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import segment
@@ -77,6 +78,7 @@ def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwat
         From any stage whose input is wrong. Finished stages stay in the cache.
     """
     watch = stopwatch or Stopwatch()
+    mitochondrial_prefix(tissue.species, settings.qc.mt_prefix, owner="tissue")
     specs = [tissue.sections[name] for name in tissue.used]
     with watch("simulate" if any(spec.simulate for spec in specs) else "open"):
         sections = {
@@ -101,7 +103,7 @@ def prepare_sections(
     name
         Name of the tissue, a folder in the cache.
     species
-        "human" or "mouse".
+        Name of the species; see `prts.preprocess.species`.
     sections
         The sections by name.
     roles
