@@ -17,10 +17,12 @@ import subprocess
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.cli.check import check
+from prts.cli.devices import own_gpu
 from prts.cli.exit_status import INTERRUPTED, exit_status_of
 from prts.io.cache import fingerprint, lock
 from prts.report.jobs import OBJECTIVE
@@ -65,7 +67,8 @@ def run_job(command: str, cfg: DictConfig) -> float:
         hydra = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
         assert isinstance(hydra, dict)
         hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here, or ${now:} would give the job's own start time
-        status = _wait({"command": command, "config": config, "hydra": hydra})
+        with own_gpu(config) as environment:
+            status = _wait({"command": command, "config": config, "hydra": hydra}, environment)
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if not (folder / "metrics.json").is_file() and not error.exists():
@@ -108,8 +111,9 @@ def _objective(folder: Path) -> float:
     return math.nan if value is None else float(value)
 
 
-def _wait(message: dict[str, Any]) -> int:
-    process = subprocess.Popen([sys.executable, "-m", "prts.cli.jobs"], stdin=subprocess.PIPE, text=True)
+def _wait(message: dict[str, Any], environment: Mapping[str, str]) -> int:
+    command = [sys.executable, "-m", "prts.cli.jobs"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, text=True, env={**os.environ, **environment})
     assert process.stdin is not None
     try:
         # the pipe stays open: the job ends when it closes, which is when this process dies

@@ -24,6 +24,7 @@ from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
 from prts.models.module import KeepBest, PRTSModule, quiet_lightning
 from prts.models.network import PRTSNet
 from prts.models.output import OutputSettings
+from prts.models.slurm import own_processes
 
 if TYPE_CHECKING:
     from prts.data.datamodule import PRTSDataModule
@@ -84,7 +85,7 @@ class Recipe:
         optimizer: Optimizer = _make("optimizer", self.optimizer, [nn.Parameter(torch.zeros(1))])
         if self.scheduler is not None:
             _make("scheduler", self.scheduler, optimizer)
-        trainer: pl.Trainer = _make("trainer", self.trainer, logger=False)
+        trainer: pl.Trainer = _make("trainer", self.trainer, logger=False, **own_processes(self.trainer))
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(trainer, name) == 0:
                 raise ParameterError("trainer", name, "0 trains nothing; use 1 or more")
@@ -174,7 +175,8 @@ def fit(
     module = PRTSModule(net, likelihood, recipe.optimizer, recipe.scheduler)
     callbacks = [*recipe.callbacks] if checkpoint is None else [checkpoint, *recipe.callbacks]
     root = _root(checkpoint)
-    trainer = recipe.trainer(callbacks=callbacks, logger=start_loggers() or False, default_root_dir=str(root))
+    alone = own_processes(recipe.trainer)
+    trainer = recipe.trainer(callbacks=callbacks, logger=start_loggers() or False, default_root_dir=str(root), **alone)
     logger.info("network: %s on %s", trainer.precision, trainer.strategy.root_device)
     if resume_from is not None:
         logger.info("resuming from %s", resume_from)
