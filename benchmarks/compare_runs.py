@@ -23,7 +23,9 @@ from prts.stopwatch import Stopwatch
 def sums(run: Path) -> tuple[dict[str, BlockSums], int]:
     """What each section contributes to the PCC, block by block, under the name of its part; and the number of replicates."""
     plan = training_plan(OmegaConf.load(run / "config.yaml"))
-    data = PRTSDataModule(lambda: plan.prepare(Stopwatch()), plan.preparation.splitter, use=plan.data.use)
+    data = PRTSDataModule(
+        lambda: plan.prepare(Stopwatch()), plan.preparation.splitter, use=plan.data.use, scale=plan.data.scale
+    )
     data.setup()
     bundle = load_bundle(run / "model")
     found = {}

@@ -24,6 +24,7 @@ REQUIRED = {
 CHOICES = [
     *((command, ()) for command in SCHEMAS if command != "prepare"),  # whose keys are those of train
     ("train", ("tissue=lung", "experiment=paper")),
+    ("train", ("tissue=kidney", "experiment=bins")),
     ("train", ("split=random", "experiment=released", "logger=many")),
     ("train", ("loss=hurdle", "trainer=ddp", "segmentation=stardist", "logger=mlflow")),
     ("train", ("encoder=timm", "panel=file", "debug=default", "segmentation=polygons")),
@@ -49,8 +50,8 @@ MEANT = {
     "null": r"(.*\.)?(analysis|annotations|artifact_location|batch_size|broad|bundle|checkpoint_key|classification|download|experiment_name"
     r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mt_prefix|mean|std|min_cells|min_umi|model_mpp|mpp|name"
     r"|nms_thresh|nuclei|obo|orthologs|out|path|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section|segmentation"
-    r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|optimizer\.fused)"
-    r"|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
+    r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|net\.rank|optimizer\.fused)"
+    r"|encoder\.(layer|scales)|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
     "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
     "flag": r"encoder\.compile|intervals|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
     r"|model\.optimizer\.fused",

@@ -14,10 +14,11 @@ import shapely
 
 from prts.api.predict import EncoderRuntime, build_encoder, uses_bins
 from prts.data.nucleus_set import NucleusSet
-from prts.data.prepare import prepare_context, prepare_features, prepare_input
+from prts.data.prepare import prepare_colour, prepare_context, prepare_input
+from prts.data.slide_scale import FEWEST
 from prts.evaluation.against_baselines import score_baselines
 from prts.evaluation.scored_section import ScoredSection, Scoring
-from prts.features.colour import colour_reader
+from prts.features.colour import colour_tile
 from prts.features.feature_reader import InputReader
 from prts.features.morphology import morphology
 from prts.features.store import read_features
@@ -133,6 +134,7 @@ class _Features:
         self._seen = match_stain(section.reoriented(orientation), str(about["stain"]), bundle.metadata.get("stain"))
         self._everywhere = orientation.nuclei(compared.polygons, section.file_size)
         self._ids = compared.matched.cell_id
+        self._whole = "roi" not in about
         self._rows = pd.Index(self._everywhere["cell_id"]).get_indexer(self._ids)
         self._nuclei = self._everywhere.iloc[self._rows].reset_index(drop=True)
         digest = hashlib.sha256("\n".join(map(str, self._ids)).encode())
@@ -143,8 +145,8 @@ class _Features:
         return np.empty((len(self._ids), 0), np.float32)
 
     def colour(self) -> Floats:
-        reader = colour_reader(bins=uses_bins(self._bundle))
-        store = prepare_features(self._folder, self._seen, self._nuclei, reader, self._source, kind="colour")
+        tile = colour_tile(bins=uses_bins(self._bundle))
+        store = prepare_colour(self._folder, self._seen, self._nuclei, tile, self._source)
         return read_features(store, self._ids)
 
     def context(self) -> Floats:
@@ -165,7 +167,10 @@ class _Features:
             self._source,
         )
         read = InputReader(stores.features, use, lambda: self._everywhere, self._seen.mpp, stores.context)
-        return read(self._ids)
+        seen, matching = read(self._ids), self._bundle.slide_scale
+        if matching is None or not self._whole or len(seen) < FEWEST:  # the prediction used them as they are, too
+            return seen
+        return matching.match(seen, matching.moments([seen]))
 
 
 def _nuclei(section: Section, matched: MatchedNuclei) -> NucleusSet:

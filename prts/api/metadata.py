@@ -15,6 +15,7 @@ from prts.evaluation.predictable import predictable
 from prts.evaluation.summaries import mean_per_gene
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
+from prts.models.predictor import LIMIT_MULTIPLE, highest_counts
 from prts.models.scale import describe_nuclei
 from prts.preprocess.stains.base import sample_slides, statistics
 from prts.segmentation.segment import describe_segmenter
@@ -64,7 +65,7 @@ def bundle_metadata(
         "mpp": encoder["mpp"],
         "tile": encoder["tile"],
         "pooling": encoder["pooling"],
-        "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths},
+        "input": {"use": list(datamodule.use), "widths": datamodule.feature_widths, "scale": datamodule.scale},
         "baseline": recipe.baseline,
         "optimizer": None if recipe.baseline else _described(recipe.optimizer),
         "segmentation": _segmentation(plan, datamodule),
@@ -84,6 +85,7 @@ def bundle_metadata(
             "beyond": {name: np.flatnonzero(flags).tolist() for name, flags in beyond.items()},
         },
         "intervals": intervals.settings(),
+        "limits": {"multiple": LIMIT_MULTIPLE, "highest": highest_counts(datamodule.train_sets).tolist()},
         "nuclei": _nuclei(datamodule),
         "provenance": run_provenance(plan.config, datamodule.tissue),
     }

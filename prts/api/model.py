@@ -259,6 +259,7 @@ class Model:
         check_image: bool = True,
         check_scale: bool = True,
         max_pixels: int | None = None,
+        strict: bool = False,
         cache_dir: Path | str | None = None,
     ) -> AnnData:
         """Predict every nucleus of an H&E image.
@@ -275,7 +276,7 @@ class Model:
             um per pixel of the image, if its metadata lack it. It is never guessed.
         out
             Write the prediction to this `.h5ad` file chunk by chunk, in bounded memory, and the polygons to `<out>.nuclei.parquet`.
-        roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels
+        roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels, strict
             See `prts.api.predict.SlideSettings`.
         cache_dir
             Folder of the cache, where nuclei and features are kept; None: `$PRTS_CACHE`, else `cache`.
@@ -302,7 +303,7 @@ class Model:
         import anndata as ad
 
         settings = SlideSettings(
-            mpp, stain, rotate, flip, roi, intervals, artefacts, check_image, check_scale, max_pixels
+            mpp, stain, rotate, flip, roi, intervals, artefacts, check_image, check_scale, max_pixels, strict
         )
         cache = default_cache(cache_dir)
 

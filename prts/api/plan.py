@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prts.errors import InputError, ParameterError, did_you_mean
 
@@ -51,6 +51,9 @@ class FitSettings:
         Of AdamW.
     batch_size
         Nuclei per batch.
+    scale
+        `training`: features as they are. `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the
+        slide are those of training, here and in `predict`.
     seed
         Seed of initial weights, order of nuclei and dropout.
     trainer
@@ -62,6 +65,7 @@ class FitSettings:
     learning_rate: float = 0.003
     weight_decay: float = 0.05
     batch_size: int = 256
+    scale: Literal["training", "slide"] = "training"
     seed: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -334,7 +338,9 @@ def make_plan(
     return TrainingPlan(
         prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),
         preparation=prepare,
-        data=DataSettings(use=usable_features(features, segmenter), batch_size=settings.batch_size),
+        data=DataSettings(
+            use=usable_features(features, segmenter), scale=settings.scale, batch_size=settings.batch_size
+        ),
         recipe=recipe,
     )
 

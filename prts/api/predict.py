@@ -75,6 +75,8 @@ class SlideSettings:
         Refuse slides whose nuclei are more than 2.5 times as large, or as small, as in training.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29.
+    strict
+        Refuse a slide whose prediction should not be believed, and write nothing.
     """
 
     mpp: float | None = None
@@ -87,6 +89,7 @@ class SlideSettings:
     check_image: bool = True
     check_scale: bool = True
     max_pixels: int | None = None
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,14 @@ class PredictedSlide:
         Whether the slide looks like the training slides, in words; None if the model cannot tell.
     seconds
         By stage.
+    believable
+        False if the slide is so unlike the training slides that its prediction should not be believed; None if the model cannot tell.
     """
 
     out: Path
     verdict: str | None
     seconds: dict[str, float] = field(default_factory=dict)
+    believable: bool | None = None
 
 
 class _Found(NamedTuple):
@@ -218,13 +224,15 @@ def _predict(
             store=stores.features,
             intervals=settings.intervals,
             provenance=_provenance(bundle, settings, orientation, found),
+            strict=settings.strict,
         )
     for stage, seconds in watch.seconds.items():
         logger.info("%-10s%8.1f s", stage, seconds)
     logger.info("peak memory %.0f MB", peak_rss_mb())
-    if verdict is not None:
-        logger.info("verdict: %s", verdict)
-    return PredictedSlide(out, verdict, dict(watch.seconds))
+    if verdict is None:
+        return PredictedSlide(out, None, dict(watch.seconds))
+    logger.log(logging.INFO if verdict.believable else logging.WARNING, "verdict: %s", verdict.text)
+    return PredictedSlide(out, verdict.text, dict(watch.seconds), verdict.believable)
 
 
 class _GivenNuclei:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
+import torch
 import yaml
 
 from prts.api.metadata import bundle_metadata
@@ -29,7 +30,7 @@ from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
-from prts.models.predictor import Predictor
+from prts.models.predictor import LIMIT_MULTIPLE, Predictor, highest_counts
 from prts.models.uncertainty import calibrate_intervals
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
@@ -156,6 +157,7 @@ class _Training:
             lambda: plan.prepare(self.watch),
             plan.preparation.splitter,
             use=plan.data.use,
+            scale=plan.data.scale,
             permute=plan.data.permute,
             batch_size=plan.data.batch_size,
             num_workers=plan.data.num_workers,
@@ -197,14 +199,18 @@ class _Training:
 
     def _ship(
         self, datamodule: PRTSDataModule, fitted: Fitted
-    ) -> tuple[Bundle, list[ScoredSection], NDArray[np.bool_]]:
-        """Choose the output rule, compute the model's metadata on validation, and write the bundle."""
+    ) -> tuple[Bundle, dict[str, dict[str, float]], NDArray[np.bool_]]:
+        """Choose the output rule, compute the model's metadata on validation, and write the bundle.
+
+        Returns the bundle, the scores of each validation section (not their predictions, which are large), and the predictable genes.
+        """
         plan = self.plan
         net, likelihood = fitted.net, fitted.likelihood
         rule = choose_output(net, likelihood, datamodule.val_sets, fitted.output)
         sets = gene_sets(datamodule.train_sets, datamodule.panel, plan.markers)
         self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
-        validation = self._score(Predictor(net, likelihood, rule), datamodule.val_sets, datamodule)
+        limit = torch.from_numpy(highest_counts(datamodule.train_sets)) * LIMIT_MULTIPLE
+        validation = self._score(Predictor(net, likelihood, rule, limit=limit), datamodule.val_sets, datamodule)
         with self.watch("baselines"):
             self._baselines = RunBaselines.fit(datamodule, seed=plan.recipe.seed)
             beside = [self._baselines(part.nuclei.section) for part in validation]
@@ -218,10 +224,12 @@ class _Training:
             genes=list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True)),
             ood=MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets),
             baselines=self._baselines.shipped(),
+            slide_scale=datamodule.slide_scale,
             metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
         )
         # read back, so that the tested model is the one on disk
-        return load_bundle(self.folder / "model"), validation, predictable(beyond)
+        scores = {part.nuclei.section: part.result.summary for part in validation}
+        return load_bundle(self.folder / "model"), scores, predictable(beyond)
 
     def _score(
         self, model: PredictsNuclei, sections: Sequence[NucleusSet], datamodule: PRTSDataModule
@@ -229,7 +237,11 @@ class _Training:
         return score_sections(model, sections, datamodule, self._scoring, self.watch)
 
     def _test(
-        self, datamodule: PRTSDataModule, bundle: Bundle, validation: list[ScoredSection], flagged: NDArray[np.bool_]
+        self,
+        datamodule: PRTSDataModule,
+        bundle: Bundle,
+        validation: Mapping[str, Mapping[str, float]],
+        flagged: NDArray[np.bool_],
     ) -> tuple[list[ScoredSection], dict[str, Any]]:
         """Predict the test sections with the bundle, and compute all scores of the run."""
         test = self._score(bundle, datamodule.test_sets, datamodule)
@@ -237,9 +249,8 @@ class _Training:
         intervals = bundle.intervals
         assert intervals is not None  # `_ship` wrote them
         test = [score_intervals(part, intervals, marginal) for part in test]
-        metrics: dict[str, Any] = {}
-        for name, scored in (("val", validation), ("test", test)):
-            metrics |= unpooled_mean({part.nuclei.section: part.result.summary for part in scored}, name)
+        tested = {part.nuclei.section: part.result.summary for part in test}
+        metrics: dict[str, Any] = unpooled_mean(validation, "val") | unpooled_mean(tested, "test")
         with self.watch("baselines"):
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)

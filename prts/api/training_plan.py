@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prts.evaluation.settings import EvaluationSettings
 from prts.stopwatch import Stopwatch
@@ -24,6 +24,8 @@ class DataSettings:
     ----------
     use
         Blocks of features in the order of the network's input: `local`, `global`, `morphology` and `context`.
+    scale
+        `training`: features as they are; `slide`: those of each slide shifted and scaled to the mean and spread of training.
     permute
         Shuffle features among training nuclei: what remains is knowledge of no image.
     batch_size
@@ -33,6 +35,7 @@ class DataSettings:
     """
 
     use: tuple[str, ...] = ("local", "global", "morphology")
+    scale: Literal["training", "slide"] = "training"
     permute: bool = False
     batch_size: int = 256
     num_workers: int = 0

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from prts.arguments import check_settings, check_value, shown
@@ -213,7 +214,10 @@ def _try(owner: str, key: str, factory: Any, settings: dict[str, Any]) -> None:
         elif owner == "optimizer":
             factory([torch.nn.Parameter(torch.zeros(1))], **settings)
         else:
-            factory(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), **settings)
+            from prts.models.module import lacks_length
+
+            length = {"total_steps": 2} if lacks_length(partial(factory, **settings)) else {}
+            factory(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), **settings, **length)
     except InputError:
         raise
     except (ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError) as error:

@@ -12,7 +12,8 @@ encoder's weights are read from `encoder.weights=`, by default from the path use
 `encoder.device=`, by default a GPU if there is one. `stain=` matches the slide's colors to the training section. `rotate=` (degrees
 counterclockwise), then `flip=`, match its orientation to the training tissue; coordinates in input and output still refer to the image
 file. `roi=` predicts only nuclei centered in a region. If nuclei are more than 2.5 times larger or smaller than in training, um/px is
-probably wrong and the command stops; check_scale=false continues anyway.
+probably wrong and the command stops; check_scale=false continues anyway. With strict=true, a slide that is unlike the training slides is
+refused, too; otherwise a warning says that its prediction should not be believed.
 
 Writes FILE.h5ad (nuclei x genes) and FILE.nuclei.parquet (polygons). X is the expected UMI, layers["prob"] is P(expressed), layers["lower"]
 and layers["upper"] are the 90% interval of the count (omitted with intervals=false), and obs["artefact"] flags nuclei on glass, in a fold,
@@ -53,6 +54,7 @@ def main(cfg: DictConfig) -> None:
         "check_image",
         "check_scale",
         "max_pixels",
+        "strict",
     )
     given = plain(cfg)
     bundle = load_bundle(Path(cfg.bundle))

@@ -145,6 +145,7 @@ class NetworkLimits:
     """Ranges of `model.net`."""
 
     hidden: list[Annotated[int, Field(ge=1, le=65_536)]]
+    rank: Annotated[int, Field(ge=1, le=65_536)] | None
     dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -162,6 +163,7 @@ class SchedulerLimits:
 
     factor: Annotated[float, Field(gt=0, lt=1)]
     patience: Whole
+    max_lr: Annotated[float, Field(gt=0, le=1e3)]
 
 
 @dataclass
@@ -214,6 +216,7 @@ class Data:
 
     use: Annotated[list[Literal["local", "global", "morphology", "context"]], Field(min_length=1)]
     target: Name
+    scale: Literal["training", "slide"]
     permute: bool
     batch_size: Count
     num_workers: Annotated[int, Field(ge=0, le=1024)]
@@ -250,7 +253,7 @@ class Train(Prepare):
     seed: Seed
     report: bool
     resume: bool
-    patch_pooling: Literal["nucleus", "center2x2"]
+    patch_pooling: Literal["nucleus", "center2x2", "bilinear"]
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
 
 
@@ -298,6 +301,7 @@ class Predict:
     artefacts: bool
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
+    strict: bool
     encoder: EncoderRuntime
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)] | None = None
     units: Units | None = None
@@ -423,6 +427,7 @@ class Export:
     out: FilePath
     genes: Annotated[str | Annotated[list[str], Field(min_length=1)], Field(description="gene names, as [A,B]")] | None
     image: FilePath | None
+    analysis: FilePath | None
     classification: Name | None
     overwrite: bool
     max_pixels: Annotated[int, Field(ge=1)] | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prts.data.nucleus_set import NucleusSet, feature_moments
+from prts.data.slide_scale import FEWEST, SlideScale
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
 from prts.errors import InputError, ParameterError
 from prts.features.feature_reader import BLOCKS, STORED, InputReader
@@ -154,7 +155,7 @@ class PRTSDataModule(pl.LightningDataModule):
     """Prepared sections as training and validation batches, and as arrays for evaluation.
 
     After `setup`: `tissue`, `panel`, `train_sets`, `val_sets`, `test_sets` (one `NucleusSet` per section), `split_report`, `in_features`,
-    `n_genes`, `feature_widths`.
+    `n_genes`, `feature_widths`, `slide_scale` (None unless `scale` is `slide`).
 
     Parameters
     ----------
@@ -165,6 +166,8 @@ class PRTSDataModule(pl.LightningDataModule):
     use
         Feature blocks in the order of the network's input. The paper's is (local, global); `morphology` and `context` are ours; an
         ablation omits some.
+    scale
+        `training`: features as they are. `slide`: shifted and scaled so that each section has the mean and spread of all training sections.
     permute
         Shuffle features among all training nuclei (an ablation: the network then learns each gene's mean at best). The arrays,
         validation and test are not shuffled.
@@ -183,6 +186,7 @@ class PRTSDataModule(pl.LightningDataModule):
     test_sets: list[NucleusSet]
     split_report: dict[str, Any]
     feature_widths: dict[str, int]
+    slide_scale: SlideScale | None
 
     def __init__(
         self,
@@ -190,6 +194,7 @@ class PRTSDataModule(pl.LightningDataModule):
         split: Splitter,
         *,
         use: Sequence[str] = STORED,
+        scale: Literal["training", "slide"] = "training",
         permute: bool = False,
         batch_size: int = 256,
         seed: int = 0,
@@ -203,6 +208,7 @@ class PRTSDataModule(pl.LightningDataModule):
             raise ParameterError(
                 "data", "batch_size", f"{batch_size} is too small for batch normalization; use 2 or more"
             )
+        self.scale = scale
         self.permute = permute
         self.batch_size = batch_size
         self.seed = seed
@@ -250,6 +256,7 @@ class PRTSDataModule(pl.LightningDataModule):
         panel = Panel.from_json(tissue.panel)
         roles = Roles(tissue.train, tissue.val, tissue.test)
         whole = {name: _load_section(tissue.sections[name], panel, self.use) for name in roles.by_section()}
+        self.slide_scale = _matched(whole, roles.train) if self.scale == "slide" else None
         # split all nuclei that passed QC, so that the parts are those on which the panel was fitted
         parts = self._split({name: loaded.xy_um for name, loaded in whole.items()}, roles)
         self.split_report = split_report(self._split, parts)
@@ -347,6 +354,22 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
     )
     return _Loaded(nuclei, row, xy_um, read.widths, is_artefact(counts.obs)[row])
+
+
+def _matched(whole: Mapping[str, _Loaded], train: Sequence[str]) -> SlideScale:
+    """Match the features of each section, in place, to the mean and spread of the training sections, which are returned."""
+    reference = SlideScale.fit([whole[name].nuclei for name in train])
+    for name, loaded in whole.items():
+        features = loaded.nuclei.features
+        if len(features) < FEWEST:
+            logger.warning(
+                "%s: %d nuclei are too few to know the mean and spread of the slide; its features stay as they are",
+                name,
+                len(features),
+            )
+        else:
+            reference.match(features, reference.moments([features]))
+    return reference
 
 
 def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:

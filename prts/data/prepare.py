@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import pandas as pd
 
-from prts.data.prepare_input import STAGE_VERSION, build, prepare_context, prepare_features, prepare_input
+from prts.data.prepare_input import (
+    STAGE_VERSION,
+    build,
+    prepare_colour,
+    prepare_context,
+    prepare_features,
+    prepare_input,
+)
 from prts.data.prepared import PanelBuilder, PreparedSection, PreparedTissue, PrepareSettings
 from prts.data.resolve import resolve_section
 from prts.data.splits import TRAIN, Roles
 from prts.errors import InputError
-from prts.features.colour import colour_reader
+from prts.features.colour import colour_tile
 from prts.features.no_encoder import NoEncoder
 from prts.io.cache import file_identity, fingerprint
 from prts.io.hdf5 import write_h5ad
@@ -51,6 +58,7 @@ __all__ = [
     "PreparedSection",
     "PreparedTissue",
     "prepare_artefacts",
+    "prepare_colour",
     "prepare_context",
     "prepare_features",
     "prepare_input",
@@ -152,7 +160,7 @@ def prepare_sections(
             if not isinstance(settings.encoder, NoEncoder):
                 features = prepare_features(root / key, section, kept, settings.encoder, passing[key])
         with watch("colour"):
-            colour = prepare_features(root / key, section, kept, colour_reader(bins=bins), passing[key], kind="colour")
+            colour = prepare_colour(root / key, section, kept, colour_tile(bins=bins), passing[key])
         with watch("context"):
             around = prepare_context(root / key, section, kept, passing[key])
         prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, around, registration[key])

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import shapely
 import torch
 
 from prts.features import context
+from prts.features.colour import ColourTile, colour
 from prts.features.extract import extract
 from prts.features.feature_reader import STORED
-from prts.features.store import Rows, write_store
+from prts.features.store import Rows, join_stores, write_store
 from prts.io.cache import atomic, file_identity, fingerprint, lock
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
 
     from prts.features.encoders import Encoder
+    from prts.io.slide import Slide
     from prts.section import Section
 
 logger = logging.getLogger(__name__)
 
 # Raised when a stage's code changes what it writes for the same inputs.
-STAGE_VERSION = {"nuclei": 2, "counts": 1, "registration": 1, "artefacts": 1, "panel": 1, "features": 2, "context": 2}
+STAGE_VERSION = {
+    "nuclei": 2,
+    "counts": 1,
+    "registration": 1,
+    "artefacts": 1,
+    "panel": 1,
+    "features": 2,
+    "context": 2,
+    "colour": 2,
+}
 
 
 def build(path: Path, make: Callable[[Path], None], *, what: str) -> Path:
@@ -55,9 +67,7 @@ def _own_threads() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def prepare_features(
-    folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str, *, kind: str | None = None
-) -> Path:
+def prepare_features(folder: Path, section: Section, nuclei: GeoDataFrame, encoder: Encoder, source: str) -> Path:
     """The feature store of some nuclei of a section, extracted if needed; resumes where a killed run stopped.
 
     Parameters
@@ -72,8 +82,6 @@ def prepare_features(
         Reads features from the image.
     source
         Stem of the cache file that says which nuclei these are.
-    kind
-        First part of the file's name; `features-<encoder>` by default.
 
     Raises
     ------
@@ -90,11 +98,18 @@ def prepare_features(
     }
     # `exact` is omitted from the name, so that stores from before the option existed keep theirs
     named = {key: value for key, value in encoder.settings().items() if (key, value) != ("sampling", "exact")}
-    path = folder / f"{kind or f'features-{encoder.name}'}-{fingerprint({**settings, 'encoder': named})}.h5"
+    path = folder / f"features-{encoder.name}-{fingerprint({**settings, 'encoder': named})}.h5"
     if not path.exists():
         with lock(path):
             if not path.exists():
-                # not through `_build`: extract keeps its own finished chunks, so that a killed run resumes
+                # not through `build`: extract keeps its own finished chunks, so that a killed run resumes
+                if encoder.scales:
+                    encoder.load()
+                    alone = [encoder.at(mpp) for mpp in encoder.scales]
+                    join_stores(
+                        [prepare_features(folder, section, nuclei, each, source) for each in alone], path, settings
+                    )
+                    return path
                 with section.open_slide() as slide:
                     extract(slide, nuclei, encoder, path, provenance=settings)
     return path
@@ -116,25 +131,63 @@ def prepare_context(folder: Path, section: Section, nuclei: GeoDataFrame, source
     source
         Stem of the cache file that says which nuclei these are.
     """
+
+    def columns(slide: Slide, polygons: NDArray[np.object_]) -> Rows:
+        values = context.context(slide, shapely.get_coordinates(shapely.centroid(polygons)))
+        fine = len(context.COLUMNS) // len(context.SIGMAS_UM) * context.FINE
+        return Rows(values[:, fine:], values[:, :fine])
+
+    return _prepare_statistics("context", context.settings(), columns, folder, section, nuclei, source)
+
+
+def prepare_colour(folder: Path, section: Section, nuclei: GeoDataFrame, tile: ColourTile, source: str) -> Path:
+    """The color statistics of some nuclei of a section, computed if needed.
+
+    The file is a feature store with the tile as `global` and the nucleus as `local`.
+
+    Parameters
+    ----------
+    folder, section, nuclei, source
+        As for `prepare_context`.
+    tile
+        The tile around each nucleus.
+    """
+
+    def columns(slide: Slide, polygons: NDArray[np.object_]) -> Rows:
+        return Rows(*colour(slide, polygons, tile))
+
+    return _prepare_statistics("colour", tile.settings(), columns, folder, section, nuclei, source)
+
+
+def _prepare_statistics(
+    kind: Literal["context", "colour"],
+    described: Mapping[str, Any],
+    columns: Callable[[Slide, NDArray[np.object_]], Rows],
+    folder: Path,
+    section: Section,
+    nuclei: GeoDataFrame,
+    source: str,
+) -> Path:
+    """The store `<kind>-<fingerprint>.h5` of statistics that are computed for all nuclei at once."""
     settings = {
-        "version": STAGE_VERSION["context"],
+        "version": STAGE_VERSION[kind],
         "nuclei": source,
         "image": file_identity(section.image),
         "mpp": section.mpp,
-        "context": context.settings(),
+        kind: described,
         **section.reading(),
     }
 
     def make(path: Path) -> None:
-        xy = shapely.get_coordinates(shapely.centroid(np.asarray(nuclei.geometry.array, dtype=object)))
+        polygons = np.asarray(nuclei.geometry.array, dtype=object)
         with section.open_slide() as slide:
-            columns = context.context(slide, xy)
-        fine = len(context.COLUMNS) // len(context.SIGMAS_UM) * context.FINE
-        rows = Rows(columns[:, fine:], columns[:, :fine])
-        attrs = {"mpp": context.MPP, "settings": context.settings(), "provenance": settings}
-        write_store(path, nuclei["cell_id"].to_numpy(), xy, (rows.global_.shape[1], fine), [rows], attrs)
+            rows = columns(slide, polygons)
+        xy = shapely.get_coordinates(shapely.centroid(polygons))
+        attrs = {"mpp": described["mpp"], "settings": described, "provenance": settings}
+        widths = rows.global_.shape[1], rows.local.shape[1]
+        write_store(path, nuclei["cell_id"].to_numpy(), xy, widths, [rows], attrs)
 
-    return build(folder / f"context-{fingerprint(settings)}.h5", make, what=f"{section.name}: context")
+    return build(folder / f"{kind}-{fingerprint(settings)}.h5", make, what=f"{section.name}: {kind}")
 
 
 class InputStores(NamedTuple):

@@ -53,7 +53,7 @@ def score_intervals(scored: ScoredSection, intervals: CountIntervals, marginal: 
     The same with four more metrics, in the summary and per gene: `coverage90` and `interval_width` (0 where an interval is one count), and
     both for the marginal intervals (`_marginal`).
     """
-    lower, upper = intervals.bounds(scored.umi)
+    table = intervals.table()
     columns = scored.nuclei.counts.tocsc()
     n, n_genes = columns.shape
     figures = {
@@ -62,7 +62,7 @@ def score_intervals(scored: ScoredSection, intervals: CountIntervals, marginal: 
     for genes in gene_slices(n, n_genes):
         k = columns[:, genes].toarray()
         for end, low, high in (
-            ("", lower[:, genes], upper[:, genes]),
+            ("", *intervals.bounds(scored.umi[:, genes], table, genes)),
             ("_marginal", marginal[0][genes], marginal[1][genes]),
         ):
             figures[f"coverage90{end}"][genes] = ((low <= k) & (k <= high)).mean(axis=0)

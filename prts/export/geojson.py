@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CLASS_COLUMNS = ("cell_type", "type", "broad_type", "cluster", "leiden", "classification")
+CLASS_COLUMNS = ("cell_type", "type", "classifier_type", "broad", "cluster", "leiden", "classification")
 # Okabe and Ito 2008, then Paul Tol's muted scheme; users can change them in QuPath
 _COLOURS = (
     *((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233), (240, 228, 66)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -14,6 +15,8 @@ from prts.export.geojson import class_column, write_geojson
 from prts.export.source import open_prediction
 from prts.export.spatial import find_image, write_spatialdata
 from prts.export.tables import write_csv, write_parquet
+from prts.io.analysis import join_analysis
+from prts.io.prediction import plain_text
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,6 +37,7 @@ def export_prediction(
     format: Format,
     genes: Sequence[str] | None = None,
     image: str | Path | None = None,
+    analysis: str | Path | None = None,
     classification: str | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -52,6 +56,8 @@ def export_prediction(
     image
         Full-resolution image for SpatialData. By default the image that the prediction names, if it is next to it, else the small picture
         in the prediction.
+    analysis
+        analysis.h5ad of `prts analyze`: its clusters, types and scores become columns of the nuclei.
     classification
         Column of `obs` that classifies nuclei in GeoJSON; by default a cell type or cluster, if there is one.
     overwrite
@@ -76,6 +82,8 @@ def export_prediction(
         )
     out = _check_out(Path(out), folder=format == "spatialdata", overwrite=overwrite)
     source = open_prediction(Path(prediction))
+    if analysis is not None:
+        source = replace(source, obs=plain_text(join_analysis(source.obs, Path(analysis))))
     columns = _gene_columns(source, genes, format)
     if format == "spatialdata":
         found = find_image(source, None if image is None else Path(image))

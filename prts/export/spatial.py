@@ -30,7 +30,7 @@ _SMALLEST_PX = 512
 
 
 def find_image(prediction: PredictionFile, image: Path | None) -> Path | None:
-    """The full-resolution image: the given one, else the one the prediction names if it is next to it, else None.
+    """The full-resolution image: the given one, else the predicted one if it is where it was, or next to the prediction, else None.
 
     Raises
     ------
@@ -38,18 +38,20 @@ def find_image(prediction: PredictionFile, image: Path | None) -> Path | None:
         If the given image does not have the size of the image that was predicted.
     """
     about = prediction.uns["prts"]
-    path = prediction.path.parent / str(about.get("image", "")) if image is None else image
-    if image is None and not path.is_file():
-        return None
-    with open_slide(path, mpp=float(about["mpp"])) as slide:
-        if (slide.width, slide.height) == (about["width"], about["height"]):
-            return path
-        if image is None:
-            return None  # a different image with the same name
-        raise InputError(
-            f"{path}: is {slide.width} x {slide.height} px, but the predicted image was {about['width']} x {about['height']} px; "
-            "give the image that was predicted"
-        )
+    known = [str(about[key]) for key in ("image_path", "image") if about.get(key)]
+    candidates = [prediction.path.parent / name for name in known] if image is None else [image]
+    for path in candidates:
+        if image is None and not path.is_file():
+            continue
+        with open_slide(path, mpp=float(about["mpp"])) as slide:
+            if (slide.width, slide.height) == (about["width"], about["height"]):
+                return path
+            if image is not None:
+                raise InputError(
+                    f"{path}: is {slide.width} x {slide.height} px, but the predicted image was {about['width']} x {about['height']} px; "
+                    "give the image that was predicted"
+                )
+    return None
 
 
 def write_spatialdata(

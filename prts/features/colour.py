@@ -1,73 +1,132 @@
 """Twelve color statistics: the features of a baseline that sees the stain around a nucleus but not its structure.
 
-The columns are mean and standard deviation of the optical density (-log10 of transmitted light) of red, green and blue, in the 128 um
-tile (`global`, 6) and within the nucleus (`local`, 6; its central pixel, if it is too small to contain one).
+The columns are mean and standard deviation of the optical density (-log10 of transmitted light) of red, green and blue, in the square tile
+around a nucleus (6), 128 um wide, and within the nucleus (6): over the pixels whose centers are in its polygon and in the central 64 px of
+the tile, or its central pixel, if there are none.
+
+The slide is processed in blocks with a margin as wide as a tile reaches. Sums over tiles are differences of running sums, and pixels of
+nuclei are found for all nuclei of a block at once, so that no tile is ever cut.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+import shapely
 from numpy.typing import NDArray
 
-from prts.features import texture as tx
-from prts.features.classical_nucleus import CROP, nucleus_masks
-from prts.features.encoders.base import Encoder, Floats
+from prts.features.context import DENSITY, by_block
+from prts.features.tiles import center_pixel, in_tile
+from prts.geometry import lattice_points_within
+
+if TYPE_CHECKING:
+    from prts.io.slide import Slide
+
+    Floats = NDArray[np.float32]
+    Ints = NDArray[np.int64]
 
 COLUMNS = tuple(f"{channel}_{figure}" for figure in ("mean", "sd") for channel in ("red", "green", "blue"))
+CROP = 64
+"""Side of the window around its center in which a nucleus is seen, px."""
+
+# Raised when a column changes.
+_VERSION = 2
+_BLOCK = 1024
+_PIXEL_CENTERS = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]])
 
 
-class ColourStats(Encoder):
-    """Mean and spread of color in tile and nucleus, as an encoder, so that extraction and caching work as for any other.
+@dataclass(frozen=True)
+class ColourTile:
+    """The tile around each nucleus: um per pixel, and its side in pixels, at least `CROP`."""
 
-    Parameters
-    ----------
-    batch_size
-        Nuclei per batch.
-    mpp, tile_px
-        The tile, at least 64 px wide.
-    """
-
-    name = "colour"
-    global_width = len(COLUMNS)
-    local_width = len(COLUMNS)
-    # Increased when a column changes.
-    version = 1
-
-    def __init__(self, batch_size: int = 32, *, mpp: float = Encoder.mpp, tile_px: int = Encoder.tile_px) -> None:
-        self.batch_size, self.mpp, self.tile_px = batch_size, mpp, tile_px
+    mpp: float = 0.5
+    tile_px: int = 256
 
     def settings(self) -> dict[str, Any]:
-        """Everything that affects the features."""
-        return {"name": self.name, "version": self.version, "mpp": self.mpp, "tile": self.tile_px}
-
-    def encode(self, tiles: NDArray[np.uint8], polygons: NDArray[np.object_]) -> tuple[Floats, Floats]:
-        """Tile (b, 6) and nucleus (b, 6) of tiles (b, 256, 256, 3) and polygons (b,) in pixels of their tile."""
-        edge = (self.tile_px - CROP) // 2
-        density = tx.optical_density(tiles)
-        central = density[..., edge : edge + CROP, edge : edge + CROP]
-        nucleus, _ = nucleus_masks(polygons, edge)
-        everywhere = torch.ones((len(tiles), 1, self.tile_px, self.tile_px))
-        return _mean_and_sd(density, everywhere), _mean_and_sd(central, nucleus[:, None].float())
+        """Everything that decides the numbers apart from the image and the nuclei."""
+        return {"name": "colour", "version": _VERSION, **asdict(self)}
 
 
-def colour_reader(*, bins: bool) -> ColourStats:
-    """The color statistics of nuclei, or of bins: a section has ten times as many, which are seen at 2 um per pixel.
+def colour_tile(*, bins: bool) -> ColourTile:
+    """The tile of nuclei, or of bins: a section has ten times as many, which are seen at 2 um per pixel.
 
     Parameters
     ----------
     bins
         Whether the units are bins.
     """
-    return ColourStats(batch_size=256, mpp=2.0, tile_px=64) if bins else ColourStats()
+    return ColourTile(mpp=2.0, tile_px=64) if bins else ColourTile()
 
 
-def _mean_and_sd(density: torch.Tensor, weight: torch.Tensor) -> Floats:
-    """Mean and standard deviation over the pixels with weight 1: (b, 3, rows, columns) and (b, 1, rows, columns) -> (b, 6)."""
-    mean = tx.weighted(density, weight)
-    deviation = density - mean[:, 0, :, None, None]
-    sd = tx.weighted(deviation * deviation, weight).sqrt()
-    columns: Floats = torch.cat([mean, sd], dim=1).flatten(1).numpy()
-    return columns
+def colour(
+    slide: Slide, polygons: NDArray[np.object_], tile: ColourTile, *, block: int = _BLOCK
+) -> tuple[Floats, Floats]:
+    """Mean and spread of color in the tile around each nucleus and in the nucleus.
+
+    Parameters
+    ----------
+    slide
+        The image.
+    polygons
+        Shapely polygons in full-resolution pixels, (n,).
+    tile
+        The tile.
+    block
+        Side of the blocks in which the slide is processed, in pixels of the tile. It decides memory and speed, not the numbers.
+
+    Returns
+    -------
+    Of the tile and of the nucleus, (n, 6) each, columns as in `COLUMNS`.
+    """
+    scale = slide.mpp / tile.mpp
+    center = center_pixel(shapely.get_coordinates(shapely.centroid(polygons)) * scale)
+    of_tile, of_nucleus = (np.empty((len(center), len(COLUMNS)), dtype=np.float32) for _ in range(2))
+    side = block + 2 * tile.tile_px
+    for (column, row), members in by_block(center.astype(np.float64), block):
+        left, top = column * block - tile.tile_px, row * block - tile.tile_px
+        density = DENSITY[slide.read_region(left, top, side, side, mpp=tile.mpp)]
+        here = center[members] - (left, top)
+        of_tile[members] = _in_squares(density, here - tile.tile_px // 2, tile.tile_px)
+        moved = in_tile(polygons[members], scale, np.broadcast_to((left, top), here.shape))
+        of_nucleus[members] = _in_polygons(density, moved, here)
+    return of_tile, of_nucleus
+
+
+def _in_squares(density: Floats, corner: Ints, side: int) -> NDArray[np.float64]:
+    """Mean and sd (n, 6) in squares with these upper left pixels (n, 2)."""
+    (left, top), (right, bottom) = corner.T, corner.T + side
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        running = np.zeros((values.shape[0] + 1, values.shape[1] + 1, 3))
+        running[1:, 1:] = values.cumsum(axis=0).cumsum(axis=1)
+        total: NDArray[np.float64] = (
+            running[bottom, right] - running[top, right] - running[bottom, left] + running[top, left]
+        )
+        return total / side**2
+
+    wide = density.astype(np.float64)
+    return _mean_and_sd(mean(wide), mean(wide * wide))
+
+
+def _in_polygons(density: Floats, polygons: NDArray[np.object_], center: Ints) -> NDArray[np.float64]:
+    """Mean and sd (n, 6) over the pixels in polygons and near their centers (n, 2)."""
+    rows, columns = density.shape[:2]
+    which, row, column = lattice_points_within(polygons, _PIXEL_CENTERS, columns, rows)
+    step = np.stack([column, row], axis=1) - center[which] + CROP // 2
+    near = ((step >= 0) & (step < CROP)).all(axis=1)
+    empty = np.setdiff1d(np.arange(len(polygons)), which[near])
+    which = np.concatenate([which[near], empty])
+    row, column = (np.concatenate([found[near], center[empty, axis]]) for found, axis in ((row, 1), (column, 0)))
+    values = density[row, column].astype(np.float64)
+    n = np.bincount(which, minlength=len(polygons))[:, None]
+
+    def mean(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.stack([np.bincount(which, channel, minlength=len(polygons)) for channel in weights.T], axis=1) / n
+
+    return _mean_and_sd(mean(values), mean(values * values))
+
+
+def _mean_and_sd(mean: NDArray[np.float64], square: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.hstack([mean, np.sqrt(np.maximum(square - mean * mean, 0.0))])

@@ -51,7 +51,7 @@ COLUMNS = tuple(
 _VERSION = 1
 # Side of a block without its margin, px: with the margin 2,688 px square, about 250 MB in all.
 _BLOCK = 2048
-_DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256).astype(np.float32)
+DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256).astype(np.float32)
 
 
 def settings() -> dict[str, Any]:
@@ -88,12 +88,12 @@ def context(slide: Slide, xy: Points, *, block: int = _BLOCK) -> Floats:
     at = np.asarray(xy, dtype=np.float64) * (slide.mpp / MPP)
     out = np.empty((len(at), len(COLUMNS)), dtype=np.float32)
     side = block + 2 * _MARGIN
-    for (column, row), members in _by_block(at, block):
+    for (column, row), members in by_block(at, block):
         left, top = column * block - _MARGIN, row * block - _MARGIN
         pixels = read_without_black(slide, left, top, side, side, MPP)
         here = at[members] - (left, top)
         for channel in range(3):
-            out[members, channel::3] = _channel(_DENSITY[pixels[..., channel]], here)
+            out[members, channel::3] = _channel(DENSITY[pixels[..., channel]], here)
     return out
 
 
@@ -114,8 +114,8 @@ _REACH = max(factor * (int(TRUNCATE * width + 0.5) + 1) for factor, width in _LE
 _MARGIN = -(-_REACH // _COARSEST) * _COARSEST
 
 
-def _by_block(at: Points, block: int) -> Iterator[tuple[tuple[int, int], NDArray[np.intp]]]:
-    """Column and row of each block that holds points, and which, row of blocks by row of blocks."""
+def by_block(at: Points, block: int) -> Iterator[tuple[tuple[int, int], NDArray[np.intp]]]:
+    """Column and row of each square block that holds points (n, 2), and which points, row of blocks by row of blocks."""
     if len(at) == 0:
         return
     cell = np.floor(at / block).astype(np.int64)

@@ -126,6 +126,37 @@ def pool_shared(tokens: torch.Tensor, chosen: torch.Tensor, tile: torch.Tensor) 
     return torch.segment_reduce(tokens[tile[which], row, col].float(), "mean", lengths=lengths, axis=0)
 
 
+def tokens_at(tokens: torch.Tensor, at: torch.Tensor, tile: torch.Tensor) -> torch.Tensor:
+    """Read the grid of patch tokens at points, bilinearly between the centers of patches.
+
+    Parameters
+    ----------
+    tokens
+        (t, rows, columns, channels).
+    at
+        x, y of each point in patches from the tile's top left corner, (b, 2). Beyond the centers of the outermost patches, their tokens.
+    tile
+        The tile that each point is in, (b,).
+
+    Returns
+    -------
+    (b, channels) float32.
+    """
+    rows, columns = tokens.shape[1:3]
+    limit = torch.tensor([columns - 1, rows - 1], dtype=at.dtype)
+    place = torch.minimum((at - 0.5).clamp(min=0.0), limit)
+    low = torch.minimum(place.floor(), limit - 1).long()
+    share = (place - low).float()
+    read = tokens.new_zeros((len(at), tokens.shape[3]), dtype=torch.float32)
+    for right in (0, 1):
+        for down in (0, 1):
+            step = torch.tensor([right, down])
+            weight = torch.where(step.bool(), share, 1.0 - share).prod(dim=1, keepdim=True).to(tokens.device)
+            column, row = (low + step).to(tokens.device).T
+            read += weight * tokens[tile.to(tokens.device), row, column].float()
+    return read
+
+
 def center2x2(tokens: torch.Tensor) -> torch.Tensor:
     """Mean of the four patch tokens around the tile's center, for any nucleus (released code).
 

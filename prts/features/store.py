@@ -82,6 +82,33 @@ def write_store(
                 store.attrs[key] = value if isinstance(value, str | int | float) else json.dumps(value, sort_keys=True)
 
 
+def join_stores(paths: Sequence[Path], out: Path, provenance: Mapping[str, Any]) -> None:
+    """Write a store with the vectors of several stores of the same nuclei next to each other.
+
+    Parameters
+    ----------
+    paths
+        The stores, in the order of the vectors.
+    out
+        The store to write.
+    provenance
+        Its `settings`, under `encoder`, and all else that decides what it holds.
+    """
+    readers = [StoreReader(path) for path in paths]
+    cell_ids = readers[0].known.to_numpy()
+    with _opened(paths[0]) as first:
+        spatial = first["spatial"][:]
+
+    def rows() -> Iterator[Rows]:
+        for start in range(0, len(cell_ids), _ROWS_PER_READ // 4):
+            some = cell_ids[start : start + _ROWS_PER_READ // 4]
+            yield Rows(*(np.hstack([reader.read(some, (name,)) for reader in readers]) for name in ("global", "local")))
+
+    widths = tuple(sum(reader.width(name) for reader in readers) for name in ("global", "local"))
+    attrs = {**read_store_attrs(paths[0]), "settings": provenance["encoder"], "provenance": provenance}
+    write_store(out, cell_ids, spatial, (widths[0], widths[1]), rows(), attrs)
+
+
 class StoreReader:
     """Reader of a feature store for repeated use, which reads the index of nuclei once.
 

@@ -50,6 +50,35 @@ class TokenNetwork(torch.nn.Module):
         )
 
 
+def truncate(network: Any, layer: int) -> None:
+    """Cut off the transformer blocks after number `layer`, so that the network's last norm follows that block.
+
+    Parameters
+    ----------
+    network
+        A timm network.
+    layer
+        The last block to keep, counted from 1.
+
+    Raises
+    ------
+    ParameterError
+        If the network has no such block.
+    """
+    blocks = getattr(network, "blocks", None)
+    if not isinstance(blocks, torch.nn.Sequential | torch.nn.ModuleList) or not hasattr(network, "norm"):
+        raise ParameterError(
+            "encoder", "layer", f"{type(network).__name__} has no transformer blocks in a row; omit it, or choose a ViT"
+        )
+    if layer > len(blocks):
+        raise ParameterError(
+            "encoder",
+            "layer",
+            f"{layer} is not one of the {len(blocks)} blocks of {type(network).__name__}; choose 1 to {len(blocks)}",
+        )
+    network.blocks = blocks[:layer]
+
+
 def attend_plainly(network: torch.nn.Module) -> None:
     """Compute timm's attention as two matrix products and a softmax, instead of torch's fused kernel."""
     module: Any

@@ -190,13 +190,13 @@ class PredictionWriter:
         self._file.check()
         self._rows = stop
 
-    def add(self, *, obs: Mapping[str, NDArray[Any]], prts: Mapping[str, Any]) -> None:
+    def add(self, *, obs: Mapping[str, NDArray[Any]], prts: Mapping[str, Any] | None = None) -> None:
         """Add columns of `obs`, (n_nuclei,) each, and entries of `uns["prts"]` that are known only at the end."""
         for name, values in obs.items():
             write_elem(self._file["obs"], name, np.asarray(values))
         order = [*self._file["obs"].attrs["column-order"], *obs]
         self._file["obs"].attrs["column-order"] = np.array(order, dtype=h5py.string_dtype())
-        for name, value in _storable(prts).items():
+        for name, value in _storable(prts or {}).items():
             write_elem(self._file["uns/prts"], name, value)
 
     def _append(self, name: str, start: int, matrix: NDArray[Any]) -> None:
@@ -311,6 +311,8 @@ def require_scale(path: Path, uns: Any) -> None:
     """
     prts = uns.get("prts") if isinstance(uns, Mapping) else None
     scale = prts.get("scale") if isinstance(prts, Mapping) else None
+    if scale is None and isinstance(uns, Mapping) and "clusters" in uns:
+        raise InputError(f"{path}: is an analysis; give the prediction here, and this file as `analysis`")
     if scale is None:
         raise InputError(f"{path}: has no uns['prts']['scale']; give a prediction written by prts")
     if not isinstance(scale, str) or scale != SCALE:

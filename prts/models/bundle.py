@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prts.data.slide_scale import SlideScale
 from prts.errors import InputError
 from prts.io.cache import atomic, sha256_file
 from prts.models.bundle_description import FORMAT_VERSION, GIVEN_KEYS, OWN_KEYS, Description, edited, read_description
@@ -54,12 +55,15 @@ class Bundle(Predictor):
         Scores how unusual a nucleus is; None in bundles of older versions.
     baselines
         Fitted on the same nuclei as the model; None in bundles of older versions.
+    slide_scale
+        Matches the features of a slide to training before they are used; None if they are used as they are.
     """
 
     metadata: dict[str, Any]
     folder: Path
     ood: MahalanobisOOD | None = None
     baselines: ShippedBaselines | None = None
+    slide_scale: SlideScale | None = None
 
     @property
     def sha256(self) -> str:
@@ -135,6 +139,7 @@ def save_bundle(
     metadata: Mapping[str, Any],
     ood: MahalanobisOOD | None = None,
     baselines: ShippedBaselines | None = None,
+    slide_scale: SlideScale | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
@@ -159,6 +164,8 @@ def save_bundle(
         Scores how unusual a nucleus is.
     baselines
         Fitted on the same nuclei as the model.
+    slide_scale
+        What features of each slide were matched to, exactly if the `scale` of `input` is `slide`.
 
     Raises
     ------
@@ -172,11 +179,13 @@ def save_bundle(
         raise ValueError(
             f"bundle: {len(genes)} genes, a network of {net.n_genes} and a likelihood of {likelihood.n_genes}"
         )
+    if (slide_scale is not None) != (metadata["input"].get("scale") == "slide"):
+        raise ValueError("bundle: `slide_scale` and the `scale` of the input do not belong together")
     kinds = {kind: name for name, kind in ARCHITECTURES.items()}
     with atomic(Path(folder)) as temporary:
         temporary.mkdir()
         weights = temporary / "model.safetensors"
-        save_file(_tensors(_parts(net, likelihood, ood, baselines)), weights)
+        save_file(_tensors(_parts(net, likelihood, ood, baselines, slide_scale)), weights)
         description = {
             "format_version": FORMAT_VERSION,
             "genes": [{"name": name, "id": gene_id} for name, gene_id in genes],
@@ -212,15 +221,16 @@ def load_bundle(folder: Path) -> Bundle:
         raise InputError(f"{folder}: no such folder; a bundle is the folder `model` of a training run")
     path = folder / "model.json"
     metadata, about = read_description(path)
-    net, likelihood, rule, ood, baselines = _build(path, metadata, about)
-    _load_weights(folder / "model.safetensors", about, _parts(net, likelihood, ood, baselines))
+    net, likelihood, rule, ood, baselines, slide_scale = _build(path, metadata, about)
+    _load_weights(folder / "model.safetensors", about, _parts(net, likelihood, ood, baselines, slide_scale))
     net.eval()
-    return Bundle(net, likelihood, rule, metadata, folder, ood, baselines)
+    limit = None if about.limits is None else torch.tensor(about.limits.highest) * float(about.limits.multiple)
+    return Bundle(net, likelihood, rule, metadata, folder, ood, baselines, slide_scale, limit=limit)
 
 
 def _build(
     path: Path, metadata: dict[str, Any], about: Description
-) -> tuple[PRTSNet, Likelihood, OutputRule, MahalanobisOOD | None, ShippedBaselines | None]:
+) -> tuple[PRTSNet, Likelihood, OutputRule, MahalanobisOOD | None, ShippedBaselines | None, SlideScale | None]:
     """Build everything with tensors, without allocating memory (the weights file provides it), and the rule."""
     if about.architecture.name not in ARCHITECTURES:
         raise InputError(
@@ -240,6 +250,7 @@ def _build(
             likelihood.allocate(len(about.genes))
             ood = None if about.ood is None else MahalanobisOOD(width, about.ood.components)
             baselines = None if about.baselines is None else ShippedBaselines(about.baselines, len(about.genes))
+            slide_scale = SlideScale(width) if about.input.scale == "slide" else None
         rule = OutputRule(**metadata["output"])
         per_gene: list[Sequence[Any] | None] = [
             about.validation.pcc,
@@ -249,6 +260,8 @@ def _build(
         if about.intervals is not None:
             CountIntervals.from_settings(metadata["intervals"])
             per_gene += [about.intervals.scale, about.intervals.dispersion, about.intervals.mass]
+        if about.limits is not None:
+            per_gene.append(about.limits.highest)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, InputError) as error:
         raise edited(path, str(error)) from error
     if {len(about.genes), *(len(values) for values in per_gene if values is not None)} != {net.n_genes}:
@@ -262,7 +275,7 @@ def _build(
             f"{path}: feature blocks {about.input.use} of {about.input.widths} do not add up to the network's {net.in_features} inputs; "
             "the file was edited"
         )
-    return net, likelihood, rule, ood, baselines
+    return net, likelihood, rule, ood, baselines, slide_scale
 
 
 def _load_weights(path: Path, about: Description, parts: Mapping[str, nn.Module]) -> None:
@@ -301,10 +314,20 @@ def _load_weights(path: Path, about: Description, parts: Mapping[str, nn.Module]
 
 
 def _parts(
-    net: nn.Module, likelihood: nn.Module, ood: nn.Module | None, baselines: nn.Module | None
+    net: nn.Module,
+    likelihood: nn.Module,
+    ood: nn.Module | None,
+    baselines: nn.Module | None,
+    slide_scale: nn.Module | None,
 ) -> dict[str, nn.Module]:
     """Everything with tensors, by name prefix."""
-    parts = {"net.": net, "likelihood.": likelihood, "ood.": ood, "baselines.": baselines}
+    parts = {
+        "net.": net,
+        "likelihood.": likelihood,
+        "ood.": ood,
+        "baselines.": baselines,
+        "slide_scale.": slide_scale,
+    }
     return {prefix: module for prefix, module in parts.items() if module is not None}
 
 

@@ -37,6 +37,7 @@ class _Gene(_Part):
 class _Input(_Part):
     use: list[Literal["local", "global", "morphology", "context"]]
     widths: dict[str, int]
+    scale: Literal["training", "slide"] = "training"
 
 
 class _Validation(_Part):
@@ -60,6 +61,11 @@ class _Intervals(_Part):
     mass: list[float]
 
 
+class _Limits(_Part):
+    multiple: float = Field(gt=0)
+    highest: list[int]
+
+
 class _Given(_Part):
     """Metadata that the caller of `save_bundle` provides."""
 
@@ -78,6 +84,7 @@ class _Given(_Part):
     seed: Any
     validation: _Validation
     intervals: _Intervals | None = None
+    limits: _Limits | None = None
     stain: dict[str, Any] | None = None
     nuclei: dict[str, Any] | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)

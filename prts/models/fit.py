@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from prts.errors import ParameterError
 from prts.models.likelihoods.base import Likelihood
 from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
-from prts.models.module import KeepBest, PRTSModule, quiet_lightning
+from prts.models.module import KeepBest, PRTSModule, lacks_length, quiet_lightning
 from prts.models.network import PRTSNet
 from prts.models.output import OutputSettings
 from prts.models.slurm import own_processes
@@ -84,7 +84,8 @@ class Recipe:
         self.likelihood.require(heads=net.heads, gate=self.output.gate)
         optimizer: Optimizer = _make("optimizer", self.optimizer, [nn.Parameter(torch.zeros(1))])
         if self.scheduler is not None:
-            _make("scheduler", self.scheduler, optimizer)
+            length = {"total_steps": 2} if lacks_length(self.scheduler) else {}
+            _make("scheduler", self.scheduler, optimizer, **length)
         trainer: pl.Trainer = _make("trainer", self.trainer, logger=False, **own_processes(self.trainer))
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(trainer, name) == 0:

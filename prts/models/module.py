@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from prts.arguments import checked
 from prts.data.datamodule import Batch
@@ -37,6 +38,15 @@ def seed_everything(seed: int) -> None:
     pl.seed_everything(seed, workers=True, verbose=False)
 
 
+def lacks_length(scheduler: Callable[..., LRScheduler]) -> bool:
+    """Whether a scheduler is a one-cycle schedule that is as long as the training."""
+    return (
+        isinstance(scheduler, partial)
+        and scheduler.func is OneCycleLR
+        and not {"total_steps", "epochs", "steps_per_epoch"} & scheduler.keywords.keys()
+    )
+
+
 class PRTSModule(pl.LightningModule):
     """Trains a network on counts, and logs `train/*` and `val/*` once per epoch.
 
@@ -53,7 +63,8 @@ class PRTSModule(pl.LightningModule):
     optimizer
         Makes the optimizer from the parameters.
     scheduler
-        Makes a learning-rate scheduler from the optimizer; stepped once per epoch, on `val/loss` if it watches a plateau.
+        Makes a learning-rate scheduler from the optimizer; stepped once per epoch, on `val/loss` if it watches a plateau. A partial of
+        `OneCycleLR` without its length takes that of the training, and is stepped after every batch.
     """
 
     def __init__(
@@ -61,7 +72,7 @@ class PRTSModule(pl.LightningModule):
         net: nn.Module,
         likelihood: Likelihood,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+        scheduler: Callable[..., LRScheduler] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -112,6 +123,9 @@ class PRTSModule(pl.LightningModule):
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
+        if lacks_length(self._make_scheduler):
+            scheduler = self._make_scheduler(optimizer, total_steps=int(self.trainer.estimated_stepping_batches))
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
         scheduler = self._make_scheduler(optimizer)
         config: dict[str, Any] = {"scheduler": scheduler, "interval": "epoch"}
         if isinstance(scheduler, ReduceLROnPlateau):

@@ -37,6 +37,9 @@ class PRTSNet(nn.Module):
     standardize
         Whether the input is first centered and scaled by fixed values, set with `set_input_scaling` from training nuclei.
         The paper does not do this.
+    rank
+        Number of factors that all genes share: a linear layer of this width in front of the output layers, which makes them cheap for many
+        genes. None for no such layer (paper).
     outputs
         Names of the outputs, as in `Likelihood.outputs`. The first is the level.
 
@@ -67,6 +70,7 @@ class PRTSNet(nn.Module):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         heads: Literal["dual", "single"] = "dual",
         standardize: bool = False,
+        rank: Width | None = None,
         outputs: Sequence[str] = ("level", "logit"),
     ) -> None:
         super().__init__()
@@ -77,6 +81,7 @@ class PRTSNet(nn.Module):
         self.dropout = dropout
         self.heads = heads
         self.standardize = standardize
+        self.rank = rank
         self.outputs = tuple(outputs)
         if not outputs or outputs[0] != "level" or not all(name.isidentifier() for name in outputs):
             raise ParameterError("network", "outputs", f"{list(outputs)} must be names, of which the first is 'level'")
@@ -84,6 +89,8 @@ class PRTSNet(nn.Module):
         widths = (in_features, *self.hidden)
         block = _BLOCKS[order]
         self.body = nn.Sequential(*(block(a, b, self.dropout) for a, b in pairwise(widths)))
+        if rank is not None:
+            self.factors = nn.Linear(widths[-1], rank)
         for name in self.outputs:
             if name == "logit" and heads == "single":
                 self.logit_slope = nn.Parameter(torch.ones(n_genes))
@@ -91,7 +98,7 @@ class PRTSNet(nn.Module):
             elif hasattr(self, name):
                 raise ParameterError("network", "outputs", f"{name!r} is already in use; choose another name")
             else:
-                self.add_module(name, nn.Linear(widths[-1], n_genes))
+                self.add_module(name, nn.Linear(rank or widths[-1], n_genes))
         if standardize:
             self.register_buffer("input_mean", torch.zeros(in_features))
             self.register_buffer("input_scale", torch.ones(in_features))
@@ -106,6 +113,7 @@ class PRTSNet(nn.Module):
             "dropout": self.dropout,
             "heads": self.heads,
             "standardize": self.standardize,
+            **({} if self.rank is None else {"rank": self.rank}),
             "outputs": list(self.outputs),
         }
 
@@ -136,6 +144,8 @@ class PRTSNet(nn.Module):
         hidden = features
         for number, block in enumerate(self.body):
             hidden = block(hidden) if number or self.standardize else _in_float32(block, hidden)
+        if self.rank is not None:
+            hidden = self.factors(hidden)
         level = self.level(hidden)
         return level, *(self._output(name, hidden, level) for name in self.outputs[1:])
 

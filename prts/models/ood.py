@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prts.data.nucleus_set import feature_moments
+from prts.models.predictor import LIMIT_MULTIPLE
 
 if TYPE_CHECKING:
     from prts.data.nucleus_set import NucleusSet
@@ -24,6 +25,8 @@ STRANGE = 0.95
 PARTLY, _ALTOGETHER = 0.15, 0.5
 # Share of nuclei on artifacts that warrants a warning: clean slides have 1% to 4%.
 SPOILT = 0.1
+# Share of nuclei with a gene at the model's limit that is worth mentioning: on slides like the training slides, there is none.
+CUT = 0.01
 
 
 class MahalanobisOOD(nn.Module):
@@ -113,10 +116,20 @@ class MahalanobisOOD(nn.Module):
         return shares.astype(np.float32)
 
 
+class Verdict(NamedTuple):
+    """How far a prediction can be trusted, in words, and whether it can be believed at all."""
+
+    text: str
+    believable: bool
+
+
 def verdict(
-    ood: NDArray[np.float32], predictable: NDArray[np.bool_] | None, artefact: NDArray[np.bool_] | None = None
-) -> str:
-    """Say in a sentence or two how far a prediction can be trusted.
+    ood: NDArray[np.float32],
+    predictable: NDArray[np.bool_] | None,
+    artefact: NDArray[np.bool_] | None = None,
+    capped: NDArray[np.integer[Any]] | None = None,
+) -> Verdict:
+    """Say in a few sentences how far a prediction can be trusted.
 
     Parameters
     ----------
@@ -126,6 +139,8 @@ def verdict(
         The bundle's flags, (g,), or None.
     artefact
         Which nuclei are on an artifact (`prts.preprocess.artefacts`), (n,), or None if that was not checked.
+    capped
+        Number of genes of each nucleus whose expected UMI was cut at the model's limit, (n,), or None if it has no limits.
     """
     strange = float((ood > STRANGE).mean()) if len(ood) else 0.0
     if strange < PARTLY:
@@ -137,6 +152,11 @@ def verdict(
     text += f": {strange:.0%} of nuclei are more unusual than 95% of held-out nuclei (5% expected)"
     if artefact is not None and len(artefact) and (spoilt := float(artefact.mean())) >= SPOILT:
         text += f". {spoilt:.0%} of nuclei are on a likely artifact; see obs['artefact']"
+    if capped is not None and len(capped) and (cut := float((capped > 0).mean())) >= CUT:
+        text += (
+            f". In {cut:.0%} of nuclei, the expected UMI of some gene was cut at {LIMIT_MULTIPLE:g} times the highest training count; see "
+            "obs['n_capped']"
+        )
     if predictable is not None:
         text += f". {int(predictable.sum())} of {len(predictable)} genes were predictable on validation"
-    return text
+    return Verdict(text, strange < _ALTOGETHER)

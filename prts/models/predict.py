@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prts import __version__
+from prts.data.slide_scale import FEWEST
 from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
-from prts.models.ood import verdict
+from prts.models.ood import Verdict, verdict
 from prts.models.predictor import CHUNK
 from prts.preprocess.artefacts import is_artefact
 from prts.progress import track
@@ -36,11 +38,15 @@ _HELD_BYTES = 512 << 20
 
 
 class Chunk(NamedTuple):
-    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei and, if the bundle can tell, how unusual each is (b,)."""
+    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei.
+
+    If the bundle can tell: how unusual each is (b,), and how many of its genes are at the bundle's limit (b,).
+    """
 
     umi: NDArray[np.float32]
     prob: NDArray[np.float32]
     ood: NDArray[np.float32] | None = None
+    capped: NDArray[np.int32] | None = None
 
 
 def predict_store(
@@ -75,18 +81,52 @@ def predict_store(
     read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp, context)
     cell_ids = nuclei["cell_id"].to_numpy()
     held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
+    parts = [cell_ids[start : start + held] for start in range(0, len(cell_ids), held)]
+    seen = _by_slide(bundle, read, parts, whole=among is None or len(among) == len(nuclei))
+
+    limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
 
     def batch(features: NDArray[np.float32]) -> Iterator[Chunk]:
         for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
             part = features[i * chunk : (i + 1) * chunk]
-            yield Chunk(umi, prob, None if bundle.ood is None else bundle.ood.share(part))
+            yield Chunk(
+                umi,
+                prob,
+                None if bundle.ood is None else bundle.ood.share(part),
+                None if limit is None else (umi >= limit).sum(axis=1, dtype=np.int32),
+            )
 
     def chunks() -> Iterator[Chunk]:
-        for start in range(0, len(cell_ids), held):
+        for part in parts:
             # unnamed, or one batch would be kept while the next is read
-            yield from batch(read(cell_ids[start : start + held]))
+            yield from batch(seen(read(part)))
 
     yield from track(chunks(), "predict", total=-(-len(cell_ids) // chunk))
+
+
+def _by_slide(
+    bundle: Bundle, read: InputReader, parts: Sequence[NDArray[np.object_]], *, whole: bool
+) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
+    """What is done to features before they are predicted: nothing, or the slide is matched to training."""
+    matching, n = bundle.slide_scale, sum(map(len, parts))
+    if matching is None:
+        return lambda features: features
+    if not whole or n < FEWEST:
+        logger.warning(
+            "features are used as they are, although this model was trained on those of whole slides, each matched in mean and spread: %s",
+            "only a region is predicted" if not whole else f"{n} nuclei are too few (at least {FEWEST})",
+        )
+        return lambda features: features
+    slide = matching.moments(map(read, parts))
+    return lambda features: matching.match(features, slide)
+
+
+def _relative(image: Path, out: Path) -> str | None:
+    """Path of the image from the folder of the prediction, so that both can be moved together; None on another drive."""
+    try:
+        return Path(os.path.relpath(image.resolve(), out.resolve().parent)).as_posix()
+    except ValueError:
+        return None
 
 
 def write_prediction(
@@ -99,7 +139,8 @@ def write_prediction(
     store: Path | None,
     intervals: bool | None = None,
     provenance: Mapping[str, Any] | None = None,
-) -> str | None:
+    strict: bool = False,
+) -> Verdict | None:
     """Write `<out>.h5ad` and `<out>.nuclei.parquet`.
 
     Parameters
@@ -120,6 +161,8 @@ def write_prediction(
         Whether to write `layers["lower"]` and `layers["upper"]`, the intervals of counts; None writes them if the bundle has any.
     provenance
         Additional provenance, JSON-like.
+    strict
+        Write nothing if the prediction should not be believed.
 
     Returns
     -------
@@ -128,7 +171,7 @@ def write_prediction(
     Raises
     ------
     InputError
-        If intervals are requested from a bundle that has none, or the file cannot be written.
+        If intervals are requested from a bundle that has none, the file cannot be written, or with `strict`.
     """
     ranges = None if intervals is False else bundle.intervals
     if intervals and ranges is None:
@@ -150,6 +193,7 @@ def write_prediction(
             "image_identity": identity(section.image),
             "section": section.name,
             "image": section.image.name,
+            "image_path": _relative(section.image, out),
             "width": section.width,
             "height": section.height,
             "bounds": None if section.bounds is None else list(section.bounds),
@@ -168,15 +212,24 @@ def write_prediction(
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
     }
     with PredictionWriter(out, genes, nuclei, uns, intervals=ranges is not None) as writer:
-        start, strangeness, said = 0, [], None
-        for umi, prob, ood in chunks:
+        start, strangeness, capped, said = 0, [], [], None
+        for umi, prob, ood, cut in chunks:
             writer.write(start, umi, prob, None if ranges is None else ranges.bounds(umi, table))
             start += len(umi)
             if ood is not None:
                 strangeness.append(ood)
+            if cut is not None:
+                capped.append(cut)
+        counted = np.concatenate(capped) if capped else None
+        if counted is not None:
+            writer.add(obs={"n_capped": counted})
         if strangeness:
             shares = np.concatenate(strangeness)
-            said = verdict(shares, bundle.predictable, is_artefact(nuclei))
-            writer.add(obs={"ood": shares}, prts={"verdict": said})
+            said = verdict(shares, bundle.predictable, is_artefact(nuclei), counted)
+            if strict and not said.believable:
+                raise InputError(
+                    f"{section.image}: {said.text}; train on slides like this one, or set strict=false to write it nevertheless"
+                )
+            writer.add(obs={"ood": shares}, prts={"verdict": said.text, "believable": said.believable})
     logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))
     return said

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -11,14 +11,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prts.data.nucleus_set import NucleusSet
 from prts.errors import InputError
 from prts.models.likelihoods.base import Likelihood
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
 
 CHUNK = 4096
+# An exponential of an extrapolated level has no bound. No nucleus is expected to have more than twice the most that was ever counted.
+LIMIT_MULTIPLE = 2.0
 
 Prediction = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
+def highest_counts(train: Sequence[NucleusSet]) -> NDArray[np.int64]:
+    """Highest count of each gene in any training nucleus, (g,), at least 1."""
+    highest = np.max([part.counts.max(axis=0).toarray()[0] for part in train], axis=0)
+    return highest.astype(np.int64).clip(min=1)
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,14 @@ class Predictor:
         Turns the network's outputs into UMI and P(expressed).
     rule
         Gate and threshold.
+    limit
+        Largest expected UMI of each gene, (g,): `highest_counts` of the training nuclei times `LIMIT_MULTIPLE`. None: no limit.
     """
 
     net: PRTSNet
     likelihood: Likelihood
     rule: OutputRule
+    limit: Tensor | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device | str) -> Self:
         """The same predictor with its tensors on a device."""
@@ -56,7 +68,7 @@ class Predictor:
 
         Returns
         -------
-        Expected UMI (b, g) after the gate, and P(expressed) (b, g), both on the network's device.
+        Expected UMI (b, g) after the gate, at most `limit`, and P(expressed) (b, g), both on the network's device.
 
         Raises
         ------
@@ -71,7 +83,8 @@ class Predictor:
         self.net.eval()
         outputs = self.net(features.to(next(self.net.parameters()).device))
         prob = self.likelihood.prob(outputs)
-        return self.rule.apply(self.likelihood.mean(outputs), prob), prob
+        umi = self.rule.apply(self.likelihood.mean(outputs), prob)
+        return umi if self.limit is None else umi.minimum(self.limit.to(umi)), prob
 
     def predict_chunks(self, features: NDArray[np.float32], chunk: int = CHUNK) -> Iterator[Prediction]:
         """Predict features (n, d) in memory, yielding UMI and P(expressed) of `chunk` nuclei at a time, each (b, g) float32."""

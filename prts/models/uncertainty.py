@@ -88,7 +88,9 @@ class CountIntervals:
         """Lower and upper bounds of every gene at each expected UMI of the grid, each (g, grid)."""
         return _bounds(self.scale, self.dispersion, self.mass)
 
-    def bounds(self, umi: NDArray[np.float32], table: tuple[Ints, Ints] | None = None) -> tuple[Ints, Ints]:
+    def bounds(
+        self, umi: NDArray[np.float32], table: tuple[Ints, Ints] | None = None, genes: slice = slice(None)
+    ) -> tuple[Ints, Ints]:
         """Lower and upper bounds of nuclei.
 
         Parameters
@@ -97,14 +99,21 @@ class CountIntervals:
             Expected UMI, (b, g).
         table
             From `table`, to compute it once for many chunks.
+        genes
+            The genes that the columns of `umi` are.
 
         Returns
         -------
-        Smallest and largest count of each interval, both (b, g).
+        Smallest and largest count of each interval, both (b, g); the expected UMI is between them, except that an upper bound of 0 is
+        kept where less than one UMI is expected.
         """
         lower, upper = self.table() if table is None else table
-        place, genes = _place(umi), np.arange(umi.shape[1])
-        return lower[genes, place], upper[genes, place]
+        place, gene = _place(umi), np.arange(len(lower))[genes]
+        # a miscalibrated sum may move the interval off the expected UMI that is written beside it; below one UMI, 0 is inside
+        whole = np.floor(umi)
+        least = np.minimum(lower[gene, place], whole).astype(np.int32)
+        most = np.maximum(upper[gene, place], np.where(umi < 1, 0, np.ceil(umi))).astype(np.int32)
+        return least, most
 
 
 def calibrate_intervals(

@@ -22,6 +22,7 @@ from prts.evaluation.measured import measure_predicted
 from prts.evaluation.scored_section import ScoredSection
 from prts.evaluation.section_scores import PredictedCounts, SectionScores, score_section
 from prts.evaluation.settings import EvaluationSettings
+from prts.io.analysis import join_analysis, read_analysis_obs
 from prts.io.nuclei import load_nuclei
 from prts.io.prediction import nuclei_path, read_prediction
 from prts.io.slide import open_slide
@@ -242,37 +243,15 @@ def _evaluate(
 
 
 def _join_analysis(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
-    """Add the columns of an analysis to the nuclei of the prediction, and return those of measured.h5ad next to it, if any.
-
-    Nuclei that are not in the analysis have missing values.
-    """
-    obs = _read_obs(path)
-    shared = prediction.obs_names.isin(obs.index)
-    if not shared.any():
-        raise InputError(f"{path}: shares no nuclei with the prediction; give the analysis of this prediction")
-    new = obs[[column for column in obs.columns if column not in prediction.obs]]
-    prediction.obs = prediction.obs.join(new)
-    logger.info("analysis: %d of %d nuclei, columns %s", shared.sum(), len(shared), ", ".join(map(str, new.columns)))
+    """Add the columns of an analysis to the nuclei of the prediction, and return those of measured.h5ad next to it, if any."""
+    before = prediction.obs.columns
+    prediction.obs = join_analysis(prediction.obs, path)
     measured = path.with_name("measured.h5ad")
     if not measured.is_file():
         return None
-    of_measured = _read_obs(measured)
-    columns = [column for column in new.columns if column in of_measured]
+    of_measured = read_analysis_obs(measured)
+    columns = [column for column in prediction.obs.columns if column not in before and column in of_measured]
     return of_measured[columns].reindex(prediction.obs_names)
-
-
-def _read_obs(path: Path) -> pd.DataFrame:
-    import h5py
-    from anndata.io import read_elem
-
-    if not path.is_file() or not h5py.is_hdf5(path):
-        raise InputError(f"{path}: no such .h5ad file; expected analysis.h5ad of `prts analyze`")
-    with h5py.File(path) as file:
-        if "obs" not in file:
-            raise InputError(f"{path}: has no obs; expected analysis.h5ad of `prts analyze`")
-        obs: pd.DataFrame = read_elem(file["obs"])
-    obs.index = obs.index.astype(str)
-    return obs
 
 
 def _dense(matrix: Any) -> NDArray[np.float32]:

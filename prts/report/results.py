@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.io.nuclei import load_nuclei
 from prts.models.predict import Chunk, write_prediction
+from prts.models.predictor import CHUNK
 from prts.report.figures import training_figure
 from prts.report.html import write_page
 from prts.report.load import content_after_training
@@ -17,6 +18,9 @@ from prts.report.section_figures import scored_figures
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
 
     from prts.data.datamodule import PRTSDataModule
     from prts.evaluation.scored_section import ScoredSection
@@ -45,11 +49,18 @@ def write_predictions(
         prepared = datamodule.tissue.sections[scored.nuclei.section]
         polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[scored.nuclei.cell_id].reset_index()
         ood = None if bundle.ood is None else bundle.ood.share(scored.nuclei.features)
-        chunks = [Chunk(scored.umi, scored.prob, ood)]
+        chunks = _chunks(scored, ood)
         out = folder / f"predictions{suffix}.h5ad"
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)
         scored_figures(folder / "figures", scored, datamodule.panel.genes, polygons.geometry.to_numpy(), suffix=suffix)
     training_figure(folder, folder / "figures", best_epoch=best_epoch)
+
+
+def _chunks(scored: ScoredSection, ood: NDArray[np.float32] | None) -> Iterator[Chunk]:
+    """The prediction in small parts: what is computed for the file takes several times the memory of its part."""
+    for start in range(0, len(scored.umi), CHUNK):
+        rows = slice(start, start + CHUNK)
+        yield Chunk(scored.umi[rows], scored.prob[rows], None if ood is None else ood[rows])
 
 
 def write_pages(bundle: Bundle, test: Sequence[ScoredSection], metrics: dict[str, Any], folder: Path) -> None:

@@ -179,7 +179,10 @@ def reader_warnings(
     if model.get("split", {}).get("warning"):
         of_run["split"] = model["split"]["warning"]
     found = [f"{topic.capitalize()}: {text}" for topic, text in of_run.items()]
-    if "ood" in obs and not pd.api.types.is_bool_dtype(obs["ood"]) and "verdict" in about:
+    if about.get("believable") is False:
+        # first of all, since nothing else on the page matters then
+        found.insert(0, f"Do not believe these maps: {about['verdict']}.")
+    elif "ood" in obs and not pd.api.types.is_bool_dtype(obs["ood"]) and "verdict" in about:
         strange = float((obs["ood"] > STRANGE).mean())
         if strange >= PARTLY:
             found.append(f"Out of distribution: {about['verdict']}.")

@@ -11,6 +11,8 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import shapely
+import torch
+from PIL import Image
 
 import prts
 from prts.api.polygons import nuclei_of
@@ -96,6 +98,35 @@ def test_context_and_polygons_need_no_encoder(sections, tmp_path):
     assert scores["test/pcc_mean"] > 0.02
 
 
+def test_a_model_of_matched_slides_matches_a_new_one(sections, cache, predicted, tmp_path, monkeypatch, caplog):
+    for module in ("data.datamodule", "models.predict", "api.baselines"):
+        monkeypatch.setattr(f"prts.{module}.FEWEST", 100)
+    model = prts.Model("classical", network={"hidden": (64,)})
+    options = {"nuclei": "watershed", "cache_dir": cache}
+    model.train(
+        [sections["first"]],
+        validation=[sections["second"]],
+        genes=60,
+        max_epochs=2,
+        scale="slide",
+        trainer={"accelerator": "cpu"},
+        **options,
+    )
+    model.save(tmp_path / "model")
+    loaded = prts.Model.load(tmp_path / "model")
+    assert loaded.bundle.metadata["input"]["scale"] == "slide"
+    caplog.clear()
+    whole = loaded.predict(sections["third"], **options)
+    assert "used as they are" not in caplog.text
+    scores = loaded.evaluate(whole, sections["third"], cache_dir=cache)
+    assert min(scores.summary["test/pcc_mean"], scores.summary["baseline/ridge/pcc_mean"]) > 0
+    edge = 0.7 * sections["third"].width
+    part = loaded.predict(sections["third"], roi=[0, 0, edge, sections["third"].height], **options)
+    assert "only a region is predicted" in caplog.text
+    shared = part.obs_names.intersection(whole.obs_names)
+    assert len(shared) > 100 and not np.allclose(part[shared].X.toarray(), whole[shared].X.toarray(), rtol=0.01)
+
+
 def test_without_validation_sections_blocks_are_held_out(cache, tmp_path):
     simulate_section(tmp_path / "large", cells=1500, genes=100, seed=4)
     model = prts.Model("classical")
@@ -147,3 +178,37 @@ def test_the_library_does_not_know_hydra():
         if "cli" not in file.relative_to(root).parts:
             text = file.read_text(encoding="utf-8")
             assert "import hydra" not in text and "from hydra" not in text and "omegaconf" not in text, file
+
+
+@pytest.fixture(scope="module")
+def blue_slide(sections, tmp_path_factory) -> Path:
+    """A slide with red and blue exchanged, like no slide of the training tissue."""
+    pixels = np.asarray(Image.open(sections["third"].image).convert("RGB"))
+    path = tmp_path_factory.mktemp("blue") / "blue.png"
+    Image.fromarray(np.ascontiguousarray(pixels[..., ::-1])).save(path)
+    return path
+
+
+def test_a_prediction_not_to_be_believed_is_a_warning(trained, blue_slide, cache, tmp_path, caplog):
+    arguments = {"nuclei": "watershed", "mpp": 0.5, "cache_dir": cache, "check_image": False, "check_scale": False}
+    out = tmp_path / "blue.h5ad"
+    with pytest.raises(prts.InputError, match=r"blue.png: .*should not be believed.*strict=false"):
+        trained.predict(blue_slide, out=out, strict=True, **arguments)
+    assert not list(tmp_path.iterdir())
+    trained.predict(blue_slide, out=out, **arguments)
+    assert any(
+        record.levelname == "WARNING" and "should not be believed" in record.message for record in caplog.records
+    )
+    adata = ad.read_h5ad(out)
+    assert not adata.uns["prts"]["believable"]
+
+
+def test_expected_counts_have_a_limit(trained, sections, cache):
+    limits = trained.bundle.metadata["limits"]
+    net = trained.bundle.net
+    features = torch.full((4, net.in_features), 1e4)
+    umi, _ = trained.bundle.predict(features)
+    top = torch.tensor(limits["highest"]) * limits["multiple"]
+    assert (umi <= top).all() and (umi == top).any()
+    normal = trained.predict(sections["third"], nuclei="watershed", cache_dir=cache)
+    assert normal.obs["n_capped"].max() == 0

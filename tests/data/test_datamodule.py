@@ -287,6 +287,23 @@ def test_feature_moments_span_sections_and_survive_constant_features() -> None:
     assert spread[2:].tolist() == [1, 1]
 
 
+def test_each_slide_is_matched_to_the_mean_and_spread_of_training(
+    tissue: PreparedTissue, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ready(tissue, scale="training").slide_scale is None
+    raw = ready(tissue)
+    monkeypatch.setattr(datamodule, "FEWEST", 30)
+    module = ready(tissue, scale="slide")
+    stacked = np.concatenate([nuclei.features for nuclei in raw.train_sets])
+    for nuclei in (*module.train_sets, *module.val_sets):
+        np.testing.assert_allclose(nuclei.features.mean(axis=0), stacked.mean(axis=0), rtol=1e-5)
+        np.testing.assert_allclose(nuclei.features.std(axis=0)[:3], stacked.std(axis=0)[:3], rtol=1e-5)
+    before, after = raw.val_sets[0].features[:, 0], module.val_sets[0].features[:, 0]
+    np.testing.assert_allclose(np.corrcoef(before, after)[0, 1], 1.0)
+    np.testing.assert_array_equal(module.test_sets[0].features, raw.test_sets[0].features)
+    assert "t: 20 nuclei are too few" in caplog.text
+
+
 def test_an_input_of_polygons_joins_the_stored_blocks_in_the_order_asked(tissue: PreparedTissue) -> None:
     polygons = make_polygons([f"a{i}" for i in range(70)])
     prepared = tissue.sections["a"]

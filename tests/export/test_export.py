@@ -337,3 +337,29 @@ def test_polygons_of_one_id_twice_are_refused(tmp_path):
     polygons.assign(cell_id="a").to_parquet(nuclei_path(tmp_path / "p.h5ad"))
     with pytest.raises(InputError, match="does not contain unique ids"):
         open_prediction(tmp_path / "p.h5ad").nuclei()
+
+
+def test_an_analysis_travels_along(prediction, tmp_path):
+    types = pd.Categorical(np.where(np.arange(50) % 2, "T cell", "tumor cell"))
+    obs = pd.DataFrame(
+        {"cluster": "9", "type": types, "score_0": 0.5}, index=prediction.nuclei["cell_id"][:50].astype(str)
+    )
+    analysis = ad.AnnData(np.zeros((50, 1), np.float32), obs=obs.drop(columns="cluster").iloc[::-1])
+    analysis.obsm["spatial"] = np.zeros((50, 2))
+    analysis.uns["clusters"] = {"resolution": 0.6}
+    analysis.write_h5ad(tmp_path / "analysis.h5ad")
+    out = tmp_path / "typed.geojson"
+    export_prediction(
+        prediction.path, out, format="geojson", analysis=tmp_path / "analysis.h5ad", classification="type"
+    )
+    features = json.loads(out.read_text(encoding="utf-8"))["features"]
+    named = [feature["properties"].get("classification", {}).get("name") for feature in features]
+    assert named == [*types.astype(object), *[None] * 10]
+    assert features[0]["properties"]["measurements"]["score_0"] == 0.5
+    export_prediction(prediction.path, tmp_path / "typed.csv", format="csv", analysis=tmp_path / "analysis.h5ad")
+    assert pd.read_csv(tmp_path / "typed.csv")["type"].tolist()[:50] == list(types)
+    with pytest.raises(InputError, match="is an analysis; give the prediction here"):
+        export_prediction(tmp_path / "analysis.h5ad", tmp_path / "x.csv", format="csv")
+    ad.AnnData(np.zeros((3, 1), np.float32)).write_h5ad(tmp_path / "other.h5ad")
+    with pytest.raises(InputError, match="shares no nuclei"):
+        export_prediction(prediction.path, tmp_path / "x.csv", format="csv", analysis=tmp_path / "other.h5ad")

@@ -74,6 +74,38 @@ def _by_hand(tensors, tiles, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)):
     return tokens[:, 0], tokens[:, 1:].reshape(-1, 16, 16, 384)
 
 
+def test_a_layer_ends_the_network_after_that_block(tmp_path, nuclei):
+    import timm
+
+    name = "test_vit.r160_in1k"
+    torch.manual_seed(1)
+    whole = timm.create_model(name, pretrained=False, img_size=256).eval()
+    torch.save(timm.create_model(name, pretrained=False).state_dict(), tmp_path / "w.pth")
+    tiles, polygons = nuclei
+    depth = len(whole.blocks)
+    made = {layer: Timm(name, tmp_path / "w.pth", precision="fp32", layer=layer) for layer in (1, depth, None)}
+    vectors = {layer: encoder.encode(tiles, polygons) for layer, encoder in made.items()}
+    for of_all, of_last in zip(vectors[None], vectors[depth], strict=True):
+        np.testing.assert_array_equal(of_all, of_last)
+    network = made[None]._network.network
+    scaled = (torch.from_numpy(tiles / 255.0).float() - torch.tensor(made[1].mean)) / torch.tensor(made[1].std)
+    with torch.inference_mode():
+        # the first block by hand, then the network's last norm
+        x = network._pos_embed(network.patch_embed(scaled.permute(0, 3, 1, 2)))
+        x = network.norm(network.blocks[0](network.norm_pre(x)))
+    _assert_close(vectors[1][0], x[:, 0].numpy(), _FP32_TOLERANCE)
+    assert len(made[1]._network.network.blocks) == 1  # the others are not computed
+    assert made[1].settings()["layer"] == 1 and "layer" not in made[None].settings()
+    assert encoder_from_settings(made[1].settings(), tmp_path / "w.pth").layer == 1
+    with pytest.raises(InputError, match=f"^encoder.layer: {depth + 1} is not one of the {depth} blocks"):
+        Timm(name, tmp_path / "w.pth", layer=depth + 1).load()
+    with pytest.raises(InputError, match=r"^encoder.layer: 13 is not a block of this network; choose 1 to 12"):
+        ViT256(tmp_path / "w.pth", layer=13)
+    torch.save(timm.create_model("test_convnext", pretrained=False).state_dict(), tmp_path / "c.pth")
+    with pytest.raises(InputError, match=r"^encoder.layer: ConvNeXt has no transformer blocks in a row; omit it"):
+        Timm("test_convnext", tmp_path / "c.pth", layer=1).load()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("pooling", "local_width"), [("nucleus", 192), ("center2x2", None)])
 def test_vit256_equals_timm_fed_by_hand(checkpoint, tensors, nuclei, pooling, local_width):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import shapely
 import torch
+from scipy.ndimage import map_coordinates
 
 import prts._torchvision  # noqa: F401  (before timm)
 from prts.data.prepare import STAGE_VERSION, prepare_features
@@ -92,7 +93,9 @@ def _by_nucleus(slide, nuclei, encoder, *, pooling, pair):
             for col in range(16):
                 left, top = i * stride - 128 + col * 16, j * stride - 128 + row * 16
                 box = shapely.box(left, top, left + 16, top + 16)
-                if pooling == "nucleus":
+                if pooling == "bilinear":
+                    inside = False
+                elif pooling == "nucleus":
                     inside = polygon.intersection(box).area > 1e-9
                 else:  # the four whose common corner is nearest
                     inside = box.centroid.buffer(16 + 1e-6, cap_style="square").contains(
@@ -100,6 +103,10 @@ def _by_nucleus(slide, nuclei, encoder, *, pooling, pair):
                     )
                 if inside:
                     chosen.append(patches[row, col].astype(float))
+        if pooling == "bilinear":
+            place = np.clip(np.array([cy - j * stride, cx - i * stride]) / 16 + 7.5, 0, 15)
+            channels = np.moveaxis(patches.astype(float), 2, 0)
+            chosen = [[map_coordinates(channel, place[:, None], order=1)[0] for channel in channels]]
         local = np.mean(chosen, axis=0)
         rows.append(np.concatenate([local.reshape(-1, 2).mean(axis=1) if pair else local, total]))
     return np.stack(rows)
@@ -116,7 +123,8 @@ def _corner(cx, cy, i, j, stride):
 
 
 @pytest.mark.parametrize(
-    ("stride", "pooling", "pair"), [(128, "nucleus", True), (256, "nucleus", False), (96, "center2x2", True)]
+    ("stride", "pooling", "pair"),
+    [(128, "nucleus", True), (256, "nucleus", False), (96, "center2x2", True), (192, "bilinear", False)],
 )
 def test_equals_one_nucleus_at_a_time(case, vit, tmp_path, stride, pooling, pair):
     slide, nuclei = case
@@ -133,7 +141,7 @@ def test_in_the_middle_of_a_tile_it_is_exact_extraction(fake_slide, nuclei_at, v
     slide = fake_slide(height=900, width=900)
     xy = np.array([[1, 1], [2, 1], [0, 3], [5, 6]]) * 128 / slide.mpp * 0.5
     nuclei = nuclei_at(xy, np.array([8.0, 20.0, 30.0, 47.0]))
-    for pooling in ("nucleus", "center2x2"):
+    for pooling in ("nucleus", "center2x2", "bilinear"):
         stores = [tmp_path / f"{pooling}-{sampling}.h5" for sampling in ("exact", "grid")]
         encoders = [vit(sampling=sampling, pooling=pooling) for sampling in ("exact", "grid")]
         for store, encoder in zip(stores, encoders, strict=True):
@@ -248,6 +256,34 @@ def test_stores_of_each_mode_have_names_of_their_own_and_old_ones_keep_theirs(ca
         "encoder": before,
     }
     assert names[0] == f"features-timm-{fingerprint(settings)}.h5"
+
+
+def test_several_scales_are_the_vectors_of_each_side_by_side(case, vit, tmp_path):
+    slide, nuclei = case
+    half = SimpleNamespace(**{**vars(slide), "rescaled": slide.rescaled[::2, ::2]})
+
+    def read_region(*box, mpp):
+        return type(slide).read_region(slide if mpp == 0.5 else half, *box, mpp=0.5)
+
+    half.reads, fine = half.reads[::2, ::2].copy(), SimpleNamespace(**{**vars(slide), "read_region": read_region})
+    section = SimpleNamespace(
+        image=slide.path, mpp=slide.mpp, reading=dict, open_slide=lambda: contextlib.nullcontext(fine)
+    )
+
+    def prepared(**options):
+        path = prepare_features(tmp_path, section, nuclei, vit(**options), "counts-1")
+        return path, read_features(path, nuclei["cell_id"].to_numpy(), ("local", "global"))
+
+    (_, coarse), (_, fine_alone) = prepared(mpp=1.0), prepared()
+    path, both = prepared(scales=[1.0, 0.5])
+    local = coarse.shape[1] - vit().global_width
+    expected = [coarse[:, :local], fine_alone[:, :local], coarse[:, local:], fine_alone[:, local:]]
+    np.testing.assert_array_equal(both, np.hstack(expected))
+    assert not np.array_equal(coarse, fine_alone)
+    settings = read_store_attrs(path)["settings"]
+    assert settings["scales"] == [1.0, 0.5] and encoder_from_settings(settings, vit.path).settings() == settings
+    with pytest.raises(InputError, match=r"encoder.scales: \[1.0, 1.0\] lists one twice"):
+        vit(scales=[1.0, 1.0])
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import shapely
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.ndimage import map_coordinates
 
-from prts.features.pooling import center2x2, channel_pairs, patch_overlap, pool_local
+from prts.features.pooling import center2x2, channel_pairs, patch_overlap, pool_local, tokens_at
 
 
 def _slow_overlap(polygon, grid=16, patch=16.0):
@@ -53,6 +54,19 @@ def test_a_patch_that_is_only_touched_does_not_count():
     assert [tuple(map(int, place)) for place in np.argwhere(overlap[0])] == [(8, 7)]  # row 8, column 7
     assert np.argwhere(overlap[1]).tolist() == [[8, 7], [8, 8]]
     assert overlap[2].all()
+
+
+def test_reading_tokens_at_points_equals_scipys_interpolation():
+    rng = np.random.default_rng(0)
+    tokens, at = rng.normal(size=(3, 5, 7, 4)).astype(np.float32), rng.uniform(-1, 8, (50, 2))
+    at[:4] = [[0.5, 0.5], [6.5, 4.5], [7.0, 5.0], [3.0, 2.0]]  # corners, the edge, a corner of four patches
+    tile = rng.integers(3, size=50)
+    read = tokens_at(torch.from_numpy(tokens), torch.from_numpy(at), torch.from_numpy(tile)).numpy()
+    for k, (x, y) in enumerate(at):
+        place = np.array([[y - 0.5], [x - 0.5]])
+        expected = [map_coordinates(tokens[tile[k], ..., c], place, order=1, mode="nearest")[0] for c in range(4)]
+        np.testing.assert_allclose(read[k], expected, atol=1e-6)
+    np.testing.assert_allclose(read[3], tokens[tile[3], 1:3, 2:4].mean(axis=(0, 1)), atol=1e-6)
 
 
 def test_patches_of_other_sizes():

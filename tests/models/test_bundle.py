@@ -10,6 +10,7 @@ import scipy.sparse as sp
 import torch
 from safetensors.torch import load_file, save_file
 
+from prts.data.slide_scale import SlideScale
 from prts.errors import InputError
 from prts.io.cache import sha256_file
 from prts.models.bundle import load_bundle, save_bundle
@@ -72,6 +73,22 @@ def test_a_bundle_predicts_what_the_network_did(tmp_path: Path, target: str, hea
     torch.testing.assert_close(umi, logit.sigmoid() * inverse(level).clamp(min=0))
     parts = [bundle.predict(chunk)[0] for chunk in features.split(3)]
     torch.testing.assert_close(torch.cat(parts), umi)
+
+
+def test_what_slides_are_matched_to_travels_with_the_model(tmp_path: Path) -> None:
+    assert save(tmp_path / "model") and load_bundle(tmp_path / "model").slide_scale is None
+    net, likelihood = PRTSNet(5, 3, hidden=(4,), rank=2), Poisson().allocate(3)
+    scale = SlideScale(5)
+    scale.mean[:], scale.spread[:] = torch.arange(5.0), torch.arange(1.0, 6.0)
+    about = metadata()
+    about["input"] = {**about["input"], "scale": "slide"}
+    parts = {"net": net, "likelihood": likelihood, "rule": OutputRule("none", 0.3), "genes": GENES}
+    save_bundle(tmp_path / "matched", **parts, metadata=about, slide_scale=scale)
+    loaded = load_bundle(tmp_path / "matched")
+    assert loaded.slide_scale.mean.tolist() == [0, 1, 2, 3, 4] and loaded.slide_scale.spread.tolist() == [1, 2, 3, 4, 5]
+    assert loaded.net.rank == 2
+    with pytest.raises(ValueError, match="do not belong together"):
+        save_bundle(tmp_path / "other", **parts, metadata=metadata(), slide_scale=scale)
 
 
 def test_what_the_bundle_says(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
@@ -23,6 +23,7 @@ from prts.models.network import PRTSNet
 EPOCHS = 7
 IDENTITY = {"seed": 0, "data": {"batch_size": 256}, "cache": {"gene panel": "panel-01234567.json"}}
 Draw = Callable[..., NucleusSet]
+PLATEAU = partial(ReduceLROnPlateau, patience=0, factor=0.3, threshold=0.2)
 
 
 class KilledError(Exception):
@@ -47,15 +48,16 @@ def fit(
     kill: tuple[int, int] | None = None,
     resume: bool = False,
     precision: str = "32-true",
+    scheduler: Callable[..., object] = PLATEAU,
 ) -> tuple[PRTSModule, KeepBest]:
-    """Dropout, a scheduler that watches a plateau, and early stopping: everything that has a state."""
+    """Dropout, a scheduler, and early stopping: everything that has a state."""
     train, val = draw(200, 1), draw(100, 2)
     pl.seed_everything(3, verbose=False)
     module = PRTSModule(
         PRTSNet(8, 20, hidden=(16, 16), dropout=0.2),
         Paper(target="log1p").fit([train.counts]),
         partial(torch.optim.AdamW, lr=0.05),
-        partial(ReduceLROnPlateau, patience=0, factor=0.3, threshold=0.2),
+        scheduler,
     )
     best = KeepBest()
     callbacks = [EpochCheckpoint(folder / NAME, IDENTITY), pl.callbacks.EarlyStopping("val/loss", patience=3), best]
@@ -100,6 +102,19 @@ def test_a_killed_run_resumes_to_the_same_weights(
         assert torch.equal(after.state_dict()[name], tensor), name
     rates = [module.optimizers().param_groups[0]["lr"] for module in (whole, after)]
     assert rates[0] == rates[1] < 0.05  # the schedule had something to remember
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_run_with_one_cycle_resumes_within_it(tmp_path: Path, poisson_nuclei: Draw) -> None:
+    cycle = partial(OneCycleLR, max_lr=0.05)
+    whole, _ = fit(poisson_nuclei, tmp_path / "whole", scheduler=cycle)
+    with pytest.raises(KilledError):
+        fit(poisson_nuclei, tmp_path / "killed", kill=(3, 4), scheduler=cycle)
+    after, _ = fit(poisson_nuclei, tmp_path / "killed", resume=True, scheduler=cycle)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor), name
+    rates = [module.optimizers().param_groups[0]["lr"] for module in (whole, after)]
+    assert rates[0] == rates[1] < 0.05
 
 
 @pytest.mark.filterwarnings("ignore")

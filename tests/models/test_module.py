@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from prts.data.datamodule import NucleusBatches, ShuffledBatches
@@ -194,6 +194,35 @@ def test_a_plateau_scheduler_watches_the_validation_loss(poisson_nuclei: Callabl
     scheduler = partial(ReduceLROnPlateau, factor=0.5, patience=0, threshold=1e9)  # nothing ever counts as better
     module = fit([poisson_nuclei(200, 1)], [poisson_nuclei(50, 2)], epochs=3, scheduler=scheduler)
     assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 / 8)
+
+
+def test_one_cycle_is_as_long_as_the_training_and_steps_every_batch(poisson_nuclei: Callable[..., NucleusSet]) -> None:
+    class Rates(pl.Callback):
+        def __init__(self) -> None:
+            self.used: list[float] = []
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *args: object) -> None:
+            self.used.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    rates = Rates()
+    fit(
+        [poisson_nuclei(300, 1)],
+        [poisson_nuclei(50, 2)],
+        epochs=4,
+        scheduler=partial(OneCycleLR, max_lr=0.02),
+        callbacks=[rates],
+    )
+    assert len(rates.used) == 4 * 5  # batches of 64
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
+    by_hand = OneCycleLR(optimizer, max_lr=0.02, total_steps=20)
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        by_hand.step()
+    np.testing.assert_allclose(rates.used, expected)
+    assert max(rates.used) == pytest.approx(0.02) and rates.used[-1] < 1e-3
 
 
 def test_the_model_and_loss_configs_are_the_papers() -> None:

@@ -59,6 +59,16 @@ def test_a_single_head_derives_the_logit_from_the_level() -> None:
     assert net.logit_slope.grad is not None and net.logit_offset.grad.tolist() == [4, 4, 4]
 
 
+def test_a_rank_puts_factors_that_all_genes_share_before_the_outputs() -> None:
+    torch.manual_seed(0)
+    net = PRTSNet(5, 30, hidden=(7,), rank=2).eval()
+    factors, (level, logit) = net.factors(net.body[0](x := torch.randn(9, 5))), net(x)
+    torch.testing.assert_close(level, factors @ net.level.weight.T + net.level.bias)
+    torch.testing.assert_close(logit, factors @ net.logit.weight.T + net.logit.bias)
+    assert torch.linalg.matrix_rank(level - level.mean(dim=0)) == 2
+    assert n_parameters(net) == n_parameters(PRTSNet(5, 30, hidden=(7,))) - 2 * 30 * (7 - 2) + 7 * 2 + 2
+
+
 def test_standardised_input_equals_scaling_it_before() -> None:
     torch.manual_seed(0)
     plain = PRTSNet(5, 3, hidden=(7,)).eval()
@@ -72,7 +82,7 @@ def test_standardised_input_equals_scaling_it_before() -> None:
 
 
 def test_settings_rebuild_the_same_shape() -> None:
-    net = PRTSNet(5, 3, hidden=(7, 9), order="released", dropout=0.2, heads="single", standardize=True)
+    net = PRTSNet(5, 3, hidden=(7, 9), order="released", dropout=0.2, heads="single", standardize=True, rank=4)
     again = PRTSNet(**net.settings())
     assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in net.state_dict().items()}
     assert again.settings() == net.settings()
@@ -87,6 +97,7 @@ def test_settings_rebuild_the_same_shape() -> None:
         {"hidden": (0,)},
         {"dropout": 1.0},
         {"hidden": 5},
+        {"rank": 0},
         {"outputs": ("level", "body")},
     ],
 )

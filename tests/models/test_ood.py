@@ -67,15 +67,22 @@ def test_the_verdict_follows_the_share_of_strange_nuclei() -> None:
     flags = np.array([True, False, True])
     for strange, words in ((0.05, "looks like"), (0.3, "parts of the slide"), (0.8, "should not be believed")):
         ood = np.where(np.arange(100) < strange * 100, 0.99, 0.5).astype(np.float32)
-        said = verdict(ood, flags)
+        said, believable = verdict(ood, flags)
+        assert believable is (strange < 0.5)
         assert words in said and f"{strange:.0%} of nuclei" in said and "2 of 3 genes were" in said
-    assert "genes" not in verdict(np.zeros(3, np.float32), None)
+    assert "genes" not in verdict(np.zeros(3, np.float32), None).text
 
 
 def test_the_verdict_names_artefacts_where_they_are_many() -> None:
     ood = np.zeros(100, np.float32)
-    assert "12% of nuclei are on a likely artifact" in verdict(ood, None, np.arange(100) < 12)
-    assert "artifact" not in verdict(ood, None, np.arange(100) < 4) + verdict(ood, None)
+    assert "12% of nuclei are on a likely artifact" in verdict(ood, None, np.arange(100) < 12).text
+    assert "artifact" not in verdict(ood, None, np.arange(100) < 4).text + verdict(ood, None).text
+
+
+def test_the_verdict_names_counts_at_the_limit() -> None:
+    ood, capped = np.zeros(100, np.float32), np.where(np.arange(100) < 7, 3, 0)
+    assert "In 7% of nuclei" in verdict(ood, None, capped=capped).text
+    assert "cut at" not in verdict(ood, None, capped=np.zeros(100, np.int32)).text
 
 
 def test_a_bundle_of_format_version_1_predicts_as_when_it_was_made() -> None:

@@ -9,7 +9,9 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
+from prts.data.slide_scale import SlideScale
 from prts.features.feature_reader import InputReader
 from prts.features.store import Rows, write_store
 from prts.models.predict import predict_store
@@ -20,6 +22,8 @@ class Copy:
 
     input_use = ("local", "global")
     ood = None
+    slide_scale = None
+    limit = None
 
     def predict_chunks(self, features: np.ndarray, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(features), chunk):
@@ -85,6 +89,38 @@ def test_one_helping_of_features_is_held_at_a_time(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(InputReader, "__call__", watched)
     assert sum(1 for _ in predict_store(Fresh(), tmp_path / "s.h5", pd.DataFrame({"cell_id": ids}), 0.5, 512)) == 8
     assert len(helpings) == 4
+
+
+def test_a_slide_is_matched_as_a_whole_but_not_a_region_or_a_few_nuclei(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prts.models.predict._HELD_BYTES", 4 * 3 * 512)  # several helpings, one mean and spread
+    n, rng = 2000, np.random.default_rng(0)
+    local, others = rng.normal(50, 4, (n, 2)).astype(np.float32), rng.gamma(2, 9, (n, 1)).astype(np.float32)
+    ids = np.array([f"c{i}" for i in range(n)])
+    write_store(tmp_path / "s.h5", ids, np.zeros((n, 2)), (1, 2), [Rows(others, local)], {})
+
+    class Matching(Copy):
+        slide_scale = SlideScale(3)
+
+    Matching.slide_scale.mean[:], Matching.slide_scale.spread[:] = (
+        torch.tensor([1.0, 2.0, 3.0]),
+        torch.tensor([2.0, 1.0, 0.5]),
+    )
+
+    def predict(of: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
+        everywhere = None if among is None else pd.DataFrame({"cell_id": among})
+        chunks = predict_store(Matching(), tmp_path / "s.h5", pd.DataFrame({"cell_id": of}), 0.5, 256, among=everywhere)
+        return np.concatenate([umi for umi, *_ in chunks])
+
+    raw = np.hstack([local, others])
+    expected = (raw - raw.mean(axis=0)) / raw.std(axis=0) * [2.0, 1.0, 0.5] + [1.0, 2.0, 3.0]
+    np.testing.assert_allclose(predict(ids, ids), expected, rtol=1e-4, atol=1e-4)
+    assert "used as they are" not in caplog.text
+    np.testing.assert_array_equal(predict(ids[:1500], ids), raw[:1500])
+    assert "only a region is predicted" in caplog.text
+    np.testing.assert_array_equal(predict(ids[:999]), raw[:999])
+    assert "999 nuclei are too few (at least 1000)" in caplog.text
 
 
 def test_few_nuclei_read_few_rows(tmp_path: Path, rows_read: Counter[str]) -> None:

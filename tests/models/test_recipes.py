@@ -7,6 +7,7 @@ import functools
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import OneCycleLR
 
 from prts.cli.app import config_dir
 from prts.cli.train import settled, training_plan
@@ -26,6 +27,10 @@ METHOD = {  # key: (paper, released)
     "data.permute": (False, False),
     "encoder.pooling": ("nucleus", "center2x2"),
     "encoder.local_width": (192, 192),
+    "encoder.layer": (None, None),
+    "encoder.scales": (None, None),
+    "data.scale": ("training", "training"),
+    "model.net.rank": (None, None),
     "model.net.hidden": ([512, 512, 1024, 1024], [512, 512, 1024, 1024]),
     "model.net.order": ("paper", "released"),
     "model.net.dropout": (0.1, 0.1),
@@ -89,6 +94,21 @@ def test_the_context_recipe_is_the_default_without_an_encoder() -> None:
     assert context.data.use == ["context", "morphology"]
     context.data.use = default.data.use
     assert context == default
+
+
+def test_the_recipe_for_bins_is_a_fast_network_on_context_and_tokens() -> None:
+    cfg = config("tissue=kidney", "experiment=bins")
+    assert cfg.data.use == ["context", "local"]
+    assert (cfg.encoder.mpp, cfg.encoder.layer, cfg.encoder.pooling, cfg.encoder.local_width) == (
+        1.0,
+        8,
+        "bilinear",
+        None,
+    )
+    assert cfg.model.scheduler.max_lr == cfg.model.optimizer.lr
+    assert cfg.callbacks.early_stopping.patience == cfg.trainer.max_epochs  # it never stops
+    recipe = training_plan(cfg).recipe
+    assert recipe.network.keywords["rank"] == 64 and recipe.scheduler.func is OneCycleLR
 
 
 def test_ablations_of_the_default_recipe_have_the_inputs_that_they_say() -> None:

@@ -50,6 +50,16 @@ def test_new_counts_are_covered_whatever_is_expected_of_them() -> None:
         assert held[most, gene].mean() >= 0.87
 
 
+def test_the_expected_umi_is_inside_even_where_the_sum_is_off() -> None:
+    intervals = CountIntervals(0.9, np.array([0.1, 1.0, 10.0]), np.array([0.0, 0.5, 0.0]), np.full(3, 0.9))
+    umi = np.geomspace(1, 1e6, 300, dtype=np.float32)[:, None].repeat(3, axis=1)
+    lower, upper = intervals.bounds(umi)
+    assert lower.dtype == upper.dtype == np.int32
+    assert (lower <= umi).all() and (umi <= upper).all()
+    lower, upper = intervals.bounds(np.full((1, 3), 0.01, np.float32))
+    assert lower.tolist() == [[0, 0, 0]] and upper[0, 0] == 0  # nine in ten such counts are 0
+
+
 def test_the_interval_is_the_narrowest_of_the_negative_binomial() -> None:
     intervals = CountIntervals(0.9, np.ones(1), np.array([0.5]), np.array([0.9]))
     for mean in (0.0625, 0.5, 1.0, 8.0, 64.0):

@@ -6,6 +6,7 @@ torch nor timm.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Polygons = NDArray[np.object_]
 
+Mpp = Annotated[float, Field(ge=0.05, le=5.0)]
+
 D = TypeVar("D")
 E = TypeVar("E", bound="type[Encoder]")
 
@@ -54,7 +57,7 @@ class TileSettings:
         Side of the tile in pixels.
     """
 
-    mpp: Annotated[float, Field(ge=0.05, le=5.0)] = 0.5
+    mpp: Mpp = 0.5
     tile_px: Annotated[int, Field(ge=32, le=1024)] = 256
 
 
@@ -69,6 +72,9 @@ class Encoder(ABC):
         Set by `@encoders.register(name)`.
     mpp, tile_px
         um per pixel of the tile and its side in pixels.
+    scales
+        um per pixel of several tiles whose vectors are concatenated, each of `tile_px`; empty for one tile at `mpp`. The widths are those
+        of one tile.
     pooling
         How the local vector is made; recorded in stores and bundles.
     batch_size
@@ -93,6 +99,7 @@ class Encoder(ABC):
     name: str = ""
     mpp: float = TileSettings.mpp
     tile_px: int = TileSettings.tile_px
+    scales: tuple[float, ...] = ()
     pooling: str = "nucleus"
     batch_size: int = 32
     device: torch.device | None = None
@@ -148,6 +155,12 @@ class Encoder(ABC):
             "pooling": self.pooling,
             "precision": "fp32",
         }
+
+    def at(self, mpp: float) -> Encoder:
+        """The same encoder with a single tile at this um/px. It shares the network, if that is loaded."""
+        one = copy.copy(self)
+        one.mpp, one.scales = mpp, ()
+        return one
 
     def load(self) -> None:  # noqa: B027 (a default, not an abstract method)
         """Read the weights; does nothing after the first call."""

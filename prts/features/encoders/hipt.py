@@ -17,6 +17,7 @@ from prts.features.weights import dino_position_embedding, load_strictly, read_w
 
 _PATCH = 16
 _WIDTH = 384
+_DEPTH = 12
 _SOURCE = "https://github.com/mahmoodlab/HIPT"
 
 
@@ -62,6 +63,10 @@ class ViT256(TokenEncoder):
         given = checked(ViT256, ViT256Settings, weights=weights, **settings)
         if given.tile_px % _PATCH:
             raise ParameterError("encoder", "tile_px", f"{given.tile_px} is not a multiple of the patch, {_PATCH} px")
+        if given.layer is not None and given.layer > _DEPTH:
+            raise ParameterError(
+                "encoder", "layer", f"{given.layer} is not a block of this network; choose 1 to {_DEPTH}"
+            )
         super().__init__(given, pair_channels=given.local_width is not None)
 
     @property

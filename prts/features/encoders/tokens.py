@@ -24,9 +24,17 @@ from pydantic import Field, StrictBool
 
 import prts._torchvision  # noqa: F401  (must come before timm, which imports torchvision)
 from prts.errors import ParameterError
-from prts.features.encoders.base import Encoder, Floats, Polygons, TileSettings
-from prts.features.pooling import center2x2, channel_pairs, patch_overlap, patches_around, pool_local, pool_shared
-from prts.features.token_network import TokenNetwork, attend_plainly, plain_attention_is_faster
+from prts.features.encoders.base import Encoder, Floats, Mpp, Polygons, TileSettings
+from prts.features.pooling import (
+    center2x2,
+    channel_pairs,
+    patch_overlap,
+    patches_around,
+    pool_local,
+    pool_shared,
+    tokens_at,
+)
+from prts.features.token_network import TokenNetwork, attend_plainly, plain_attention_is_faster, truncate
 from prts.precision import computes_bf16
 
 if TYPE_CHECKING:
@@ -54,6 +62,8 @@ class TokenSettings(TileSettings):
 
     Parameters
     ----------
+    scales
+        um per pixel of several tiles in place of `mpp`, one pass each; their vectors are concatenated.
     weights
         Weights file, `.pth` or `.safetensors`; None for the encoder's own source.
     mean, std
@@ -61,7 +71,10 @@ class TokenSettings(TileSettings):
     checkpoint_key
         Entry of the weights file that holds the network, if it has several.
     pooling
-        Patch tokens of the local vector: `nucleus`, the ones that the nucleus overlaps (paper), or `center2x2` (released code).
+        Patch tokens of the local vector: `nucleus`, the ones that the nucleus overlaps (paper), `center2x2` (released code), or
+        `bilinear`, the four around its center, weighted by how near they are.
+    layer
+        Transformer block whose tokens are used, after the network's last norm; later blocks are not computed. None for the last.
     sampling
         `exact`, a tile around each nucleus (paper), or `grid`, a tile every `stride` px, shared by the nuclei near it.
     stride
@@ -76,11 +89,13 @@ class TokenSettings(TileSettings):
         Whether torch compiles the network first; `auto`: on a CPU, if there are enough tiles to make it worthwhile.
     """
 
+    scales: Annotated[tuple[Mpp, ...], Field(min_length=1)] | None = None
     weights: str | Path | None = None
     mean: RGB | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     checkpoint_key: str | None = None
-    pooling: Literal["nucleus", "center2x2"] = "nucleus"
+    pooling: Literal["nucleus", "center2x2", "bilinear"] = "nucleus"
+    layer: Annotated[int, Field(ge=1, le=1000)] | None = None
     sampling: Literal["exact", "grid"] = "exact"
     stride: Annotated[int, Field(ge=16)] = 128  # a grid finer than the patches adds no information
     precision: Precision = "auto"
@@ -107,11 +122,15 @@ class TokenEncoder(Encoder):
                 "stride",
                 f"{given.stride} leaves gaps between tiles of {given.tile_px} px; choose 16 to {given.tile_px}",
             )
-        self.mpp, self.tile_px = given.mpp, given.tile_px
+        self.scales = tuple(given.scales or ())
+        if len(set(self.scales)) < len(self.scales):
+            raise ParameterError("encoder", "scales", f"{list(self.scales)} lists one twice; give each um/px once")
+        self.mpp, self.tile_px = (self.scales or (given.mpp,))[0], given.tile_px
         self.weights = None if given.weights is None else Path(given.weights)
         self._mean, self._std = given.mean, given.std
         self.checkpoint_key, self.pair_channels = given.checkpoint_key, pair_channels
-        self.pooling, self.sampling, self.stride = given.pooling, given.sampling, given.stride
+        self.pooling, self.layer = given.pooling, given.layer
+        self.sampling, self.stride = given.sampling, given.stride
         device = torch_device(given.device)
         self.device: torch.device = device
         self.precision = _precision(given.precision, device)
@@ -168,6 +187,8 @@ class TokenEncoder(Encoder):
             "precision": self.precision,
             "sampling": self.sampling,
             **({"stride": self.stride} if self.sampling == "grid" else {}),
+            **({} if self.layer is None else {"layer": self.layer}),
+            **({"scales": list(self.scales)} if self.scales else {}),
         }
 
     def load(self) -> None:
@@ -176,11 +197,13 @@ class TokenEncoder(Encoder):
         Raises
         ------
         ParameterError
-            If the weights are missing, unreadable or for another network.
+            If the weights are missing, unreadable or for another network, or the network has no block `layer`.
         """
         if self._network is not None:
             return
         network, input_size = self._build()
+        if self.layer is not None:
+            truncate(network, self.layer)
         tokens = TokenNetwork(network.eval().requires_grad_(False), self.mean, self.std, input_size)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         tokens = tokens.to(device=self.device, dtype=dtype)
@@ -331,6 +354,10 @@ class TokenEncoder(Encoder):
 
     def _local(self, patches: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64] | None) -> torch.Tensor:
         patch = self.tile_px / patches.shape[1]
+        if self.pooling == "bilinear":
+            at = torch.from_numpy(shapely.get_coordinates(shapely.centroid(polygons)) / patch)
+            which = torch.arange(len(polygons)) if tile is None else torch.from_numpy(tile)
+            return tokens_at(patches, at, which)
         if tile is None:
             if self.pooling == "center2x2":
                 return center2x2(patches)
@@ -351,6 +378,8 @@ class TokenEncoder(Encoder):
             std=settings["std"],
             checkpoint_key=settings["checkpoint_key"],
             pooling=settings["pooling"],
+            layer=settings.get("layer"),
+            scales=settings.get("scales"),
             # bundles from before these options existed lack them
             mpp=settings.get("mpp", 0.5),
             tile_px=settings.get("tile", 256),
