@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, MissingDataError, commit, data_folder, machine
 from benchmarks.table import into_page, markdown, merge, write
 
-PARTS = ("counts", "extract", "grid", "train", "predict", "predict_million", "segment", "startup")
+PARTS = ("counts", "platforms", "extract", "grid", "train", "predict", "predict_million", "segment", "startup")
 # Half an hour of extraction, so only on request.
 ON_DEMAND = ("grid_pcc",)
 

@@ -42,8 +42,8 @@ def make_section(n_nuclei: int, genes: int = FULL_GENES) -> None:
     ids = [f"ENSG{k:011d}" for k in range(genes)]
     names = [f"MT-{k}" if k < 13 else f"GENE{k}" for k in range(genes)]
     truth = AnnData(var=pd.DataFrame({"gene_id": ids}, index=names))
-    counts = BinCounts(np.ones((side, side), dtype=bool), _matrix(side, genes, rng), 0, 0)
-    nuclei = make_nuclei(_outlines(n_nuclei, lattice, rng), MPP, source="benchmark nuclei")
+    counts = BinCounts(np.ones((side, side), dtype=bool), matrix_of(side, genes, rng), 0, 0)
+    nuclei = make_nuclei(outlines_of(n_nuclei, lattice, rng), MPP, source="benchmark nuclei")
     size_px = round(side * BIN_UM / MPP)
     with atomic(folder_of(n_nuclei, genes)) as temporary:
         write_bins(temporary / "square_002um", lattice, counts, truth, MPP, (size_px, size_px), 0.1)
@@ -57,12 +57,12 @@ def size_of(folder: Path) -> dict[str, int]:
     return dict(json.loads((folder / "size.json").read_text()))
 
 
-def _matrix(side: int, genes: int, rng: np.random.Generator) -> csr_matrix:
+def matrix_of(side: int, genes: int, rng: np.random.Generator, entries_a_bin: float = ENTRIES_A_BIN) -> csr_matrix:
     """Bins x genes: a Poisson number of entries a bin, of 1 or 2 UMI, rare genes rarer."""
     data, indices, lengths = [], [], []
     for first in range(0, side, _ROWS_AT_ONCE):
         n_bins = (min(first + _ROWS_AT_ONCE, side) - first) * side
-        entries = rng.poisson(ENTRIES_A_BIN * 1.01, n_bins)
+        entries = rng.poisson(entries_a_bin * 1.01, n_bins)
         gene = (genes * rng.random(int(entries.sum()), np.float32) ** 2).astype(np.int64)
         key = np.sort(np.repeat(np.arange(n_bins) * genes, entries) + np.minimum(gene, genes - 1))
         key = key[np.r_[True, key[1:] != key[:-1]]]  # an entry is listed once
@@ -73,7 +73,7 @@ def _matrix(side: int, genes: int, rng: np.random.Generator) -> csr_matrix:
     return csr_matrix((np.concatenate(data), np.concatenate(indices), indptr), shape=(side * side, genes))
 
 
-def _outlines(n: int, lattice: BinLattice, rng: np.random.Generator) -> np.ndarray:
+def outlines_of(n: int, lattice: BinLattice, rng: np.random.Generator) -> np.ndarray:
     """Wobbly discs of about 45 um2 on a jittered grid, in full-resolution pixels: some touch, few overlap."""
     a_side = int(np.ceil(n**0.5))
     place = np.stack(np.divmod(np.arange(n), a_side), axis=1)

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 from prts import __version__
 from prts.errors import InputError, ParameterError
 from prts.io.cache import sha256_file
+from prts.platforms.xenium_files import BOUNDARIES, CELLS, MANIFEST, MATRIX, TRANSCRIPTS
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -36,8 +38,13 @@ _BLOCK = 1 << 20
 _TIMEOUT_S = 60
 _HASHES = ("sha256", "md5")
 _NETWORK_ERRORS = urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError
-# Only the 2 um bins of binned outputs are used; the coarser ones would double the size.
-_BINS_ARCHIVE, _BINS = "_binned_outputs.tar.gz", "binned_outputs/square_002um"
+# What is used of an archive: of binned outputs, the 2 um bins (the coarser ones would double the size), and of Xenium's output the tables
+# (its images and the files of Xenium Explorer are ten times as large).
+_XENIUM = (MANIFEST, MATRIX, CELLS[0], *BOUNDARIES.values(), TRANSCRIPTS)
+_ARCHIVES = {
+    "_binned_outputs.tar.gz": ["binned_outputs/square_002um"],
+    "_outs.zip": [f"outs/{name}" for name in _XENIUM],
+}
 
 
 def download(sources: Sequence[Mapping[str, Any]], data_dir: Path) -> list[Path]:
@@ -91,7 +98,7 @@ def download_section(spec: SectionSpec) -> list[Path]:
     ----------
     spec
         The section. Its `download` contains `folder`, `urls`, and checksums by file name as `sha256` or `md5`. Of archives named
-        `*_binned_outputs.tar.gz`, the 2 um bins are unpacked into the folder.
+        `*_binned_outputs.tar.gz`, the 2 um bins are unpacked into the folder; of `*_outs.zip` of Xenium, the tables into `outs` in it.
 
     Raises
     ------
@@ -105,8 +112,8 @@ def download_section(spec: SectionSpec) -> list[Path]:
     for url in node["urls"]:
         name = _file_name(url)
         known = {kind: (node.get(kind) or {}).get(name) for kind in _HASHES}
-        archive = name.endswith(_BINS_ARCHIVE)
-        sources.append({"url": url, "path": "." if archive else name, "unpack": [_BINS] if archive else None, **known})
+        wanted = next((members for ending, members in _ARCHIVES.items() if name.endswith(ending)), None)
+        sources.append({"url": url, "path": name if wanted is None else ".", "unpack": wanted, **known})
     return download(sources, Path(node["folder"]))
 
 
@@ -233,7 +240,7 @@ def _fetch_archive(source: Mapping[str, Any], folder: Path, members: list[str]) 
     archive = _fetch_file(source, folder / _file_name(source["url"]))
     try:
         _unpack(archive, folder, members)
-    except (tarfile.ReadError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
+    except (tarfile.ReadError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError) as error:
         archive.unlink()
         raise InputError(f"{archive}: damaged archive ({error}), removed; run it again") from error
     if not members:
@@ -246,12 +253,15 @@ def _unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
     """Unpack into a temporary folder first, so that nothing incomplete is left if the process is killed."""
     logger.info("unpacking %s", archive.name)
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=folder) as temporary:
-        with tarfile.open(archive) as tar:
-            try:
-                for member in track(_selected(tar, members), f"unpacking {archive.name}"):
-                    tar.extract(member, temporary, filter="data")
-            except tarfile.FilterError as error:
-                raise InputError(f"{archive}: not safe to unpack ({error}); check the URL") from error
+        if archive.suffix == ".zip":
+            _unzip(archive, Path(temporary), members)
+        else:
+            with tarfile.open(archive) as tar:
+                try:
+                    for member in track(_selected(tar, members), f"unpacking {archive.name}"):
+                        tar.extract(member, temporary, filter="data")
+                except tarfile.FilterError as error:
+                    raise InputError(f"{archive}: not safe to unpack ({error}); check the URL") from error
         for name in members or [path.name for path in sorted(Path(temporary).iterdir())]:
             source, target = Path(temporary) / name, folder / name
             if not source.exists():
@@ -260,6 +270,20 @@ def _unpack(archive: Path, folder: Path, members: Sequence[str]) -> None:
             if target.is_dir():
                 shutil.rmtree(target)
             source.replace(target)
+
+
+def _unzip(archive: Path, folder: Path, members: Sequence[str]) -> None:
+    """Unpack files of a zip archive, which may hold them in the named folder or without it."""
+    with zipfile.ZipFile(archive) as held:
+        names = set(held.namelist())
+        for member in track(members, f"unpacking {archive.name}"):
+            found = next((name for name in (member, PurePosixPath(member).name) if name in names), None)
+            if found is None:
+                continue
+            target = folder / member
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with held.open(found) as source, target.open("wb") as handle:
+                shutil.copyfileobj(source, handle, _BLOCK)
 
 
 def _selected(tar: tarfile.TarFile, members: Sequence[str]) -> Iterator[tarfile.TarInfo]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
 from prts.io.slide_bounds import Bounds
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
-from prts.platforms.base import HasUnits
+from prts.platforms.base import HasOutlines, HasUnits
+from prts.platforms.spaceranger_outs import find_outs, has_spots
 
 if TYPE_CHECKING:
     from prts.platforms.base import Measurement
@@ -30,7 +30,8 @@ _IMAGE_SUFFIXES = (
     *(".tif", ".tiff", ".btf", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm"),
     *(".png", ".jpg", ".jpeg"),
 )
-_IMAGES = ("tissue_image.*", "*_tissue_image.*")
+# As Space Ranger and Xenium name the H&E image.
+_IMAGES = ("tissue_image.*", "*_tissue_image.*", "he_image.ome.tif", "*_he_image.ome.tif")
 # Where Space Ranger and prts write nuclei.
 _NUCLEI = (
     *("nucleus_segmentations.geojson", "nucleus_segmentations.geojson.gz"),
@@ -137,7 +138,8 @@ def read_visium_hd(
     Parameters
     ----------
     path
-        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs` or `binned_outputs/square_NNNum`.
+        Space Ranger's `outs`, a folder that contains it, the section's folder, `binned_outputs`, `binned_outputs/square_NNNum` or
+        `segmented_outputs`.
     image
         The full-resolution H&E image; if None, the only `tissue_image.*` in the section's folder.
     name
@@ -176,11 +178,10 @@ def read_visium_hd(
         raise ParameterError("", "bin_um", "belongs to units='bins'; omit it, or choose those units")
     path = Path(path)
     folder = _section_folder(path)
-    measurement = platforms["visium_hd"].find(path)
+    measurement = platforms["visium_hd"].find(path) or platforms["visium_hd"].find(folder)
     if measurement is None:
-        raise InputError(
-            f"{path}: contains no Visium HD bins; give Space Ranger's outs folder with binned_outputs/square_002um"
-        )
+        what = "is Visium with spots of 55 um" if has_spots(path) else "contains no Visium HD bins"
+        raise InputError(f"{path}: {what}; give Space Ranger's outs folder with binned_outputs/square_002um")
     if units == "bins" and isinstance(measurement, HasUnits):
         measurement = measurement.with_units(8 if bin_um is None else bin_um)
     return open_section(
@@ -202,9 +203,11 @@ def read_section(
     mpp: float | None = None,
     nuclei: Path | str | None = None,
     spots: Path | str | None = None,
+    platform: str | None = None,
     max_pixels: int | None = None,
+    **files: Any,
 ) -> Section:
-    """Read a section that has an image but no measured counts per nucleus.
+    """Read a section: an image alone, or with the counts of any platform.
 
     Parameters
     ----------
@@ -218,8 +221,13 @@ def read_section(
         Nuclei from another tool, in any format that `prts.io.nuclei` reads.
     spots
         Measured spots (.h5ad).
+    platform
+        What measured the section: `"xenium"`, `"anndata"`, `"spatialdata"`, `"visium_hd"` or another name in
+        `prts.platforms.platforms`; None if nothing did.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
+    **files
+        Arguments of the platform, such as `outs` of `prts.platforms.xenium.Xenium`.
 
     Returns
     -------
@@ -233,9 +241,19 @@ def read_section(
     Examples
     --------
     >>> section = read_section("slide.svs", mpp=0.5)  # doctest: +SKIP
+    >>> section = read_section("he_image.ome.tif", platform="xenium", outs="sample/outs")  # doctest: +SKIP
     """
+    name = Path(image).stem if name is None else name
+    if platform is None and files:
+        raise ParameterError("", "platform", f"is missing; name the platform that {next(iter(files))} belongs to")
     return open_section(
-        Path(image).stem if name is None else name, image, mpp=mpp, nuclei=nuclei, spots=spots, max_pixels=max_pixels
+        name,
+        image,
+        measurement=None if platform is None else make_measurement(name, platform, files),
+        mpp=mpp,
+        nuclei=nuclei,
+        spots=spots,
+        max_pixels=max_pixels,
     )
 
 
@@ -286,8 +304,11 @@ def open_section(
         if path is not None and not path.exists():
             raise InputError(f"{path}: no such file; give the {key} of section {name}, or omit them")
     sources = [] if measurement is None else measurement.mpp_sources()
+    # outlines were registered to the image, and `check` can say what is wrong with the registration
+    registered = isinstance(measurement, HasOutlines)
+    stated, fallback = ([], sources) if registered else (sources, [])
     image = Path(image)
-    with open_slide(image, mpp=mpp, sources=sources, max_pixels=max_pixels) as slide:
+    with open_slide(image, mpp=mpp, sources=stated, fallback=fallback, max_pixels=max_pixels) as slide:
         section = Section(
             name=name,
             image=image,
@@ -304,6 +325,8 @@ def open_section(
         )
     if measurement is not None:
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))
+        if (outs := find_outs(measurement.path)) is not None:
+            logger.info("section %s: %s", name, outs.sentence())
     if section.spots is not None:
         _check_spots(section, section.spots)
     logger.info(
@@ -315,16 +338,16 @@ def open_section(
 def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixels: int | None = None) -> Section:
     """Open a section's folder as 10x delivers it: `tissue_image.*`, measured counts, and optional files.
 
-    Counts come from the first platform whose files are found, Visium HD first. Nuclei are taken from
-    `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`, spots from
-    `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
+    Counts come from the first platform whose files are found, Visium HD first unless the folder is `segmented_outputs`. Nuclei are
+    taken from `nucleus_segmentations.geojson[.gz]` (also in `segmented_outputs` and `outs/segmented_outputs`) or `nuclei.parquet`,
+    spots from `spots.h5ad`, the truth of a simulated section from `truth.h5ad`.
 
     Parameters
     ----------
     folder
-        The section's folder.
+        The section's folder, or Space Ranger's `outs` in it or a folder in that.
     name
-        Name of the section; by default the name of the folder.
+        Name of the section; by default the name of the section's folder.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29 px.
 
@@ -336,10 +359,11 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a section's folder with tissue_image.*")
+    given, folder = folder, folder if find_outs(folder) is None else _section_folder(folder)
     return open_section(
         _name(folder) if name is None else name,
         _image(folder),
-        measurement=_find_measurement(folder),
+        measurement=_find_measurement(given),
         nuclei=_first(folder, *_NUCLEI),
         spots=_first(folder, "spots.h5ad"),
         truth=_first(folder, "truth.h5ad"),
@@ -364,14 +388,13 @@ def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> M
     ParameterError
         If there is no such platform, or it does not accept these settings.
     """
-    kind: Any = platforms[platform]
+    from prts.arguments import checked_call  # imports pydantic, which is not needed to open bins
+
+    kind = platforms[platform]
     try:
-        inspect.signature(kind).bind(**settings)
-    except TypeError as error:
-        raise ParameterError(
-            "section", section, f"the platform {platform} does not accept these settings ({error})"
-        ) from error
-    made: Measurement = kind(**settings)
+        made: Measurement = checked_call(kind, settings, "section")
+    except ParameterError as error:
+        raise ParameterError("section", f"{section}.{error.name}", error.problem) from error
     return made
 
 
@@ -380,7 +403,7 @@ def _section_folder(path: Path) -> Path:
     if not path.is_dir():
         raise InputError(f"{path}: no such folder; give Space Ranger's outs, or its binned_outputs/square_002um")
     folder = path.resolve()
-    for inner in (r"square_\d{3}um", "binned_outputs", "outs"):
+    for inner in (r"square_\d{3}um", r"(binned|segmented)_outputs", "outs"):
         if re.fullmatch(inner, folder.name):
             folder = folder.parent
     return folder
@@ -397,7 +420,10 @@ def _image(folder: Path) -> Path:
     images = sorted({path for path in found if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file()})
     if len(images) != 1:
         what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
-        raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.*")
+        hint = " (or *_he_image.ome.tif)"
+        if not images and find_outs(folder) is not None:
+            hint = " (the microscope image that Space Ranger was run with as --image, which it does not copy)"
+        raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.*{hint}")
     return images[0]
 
 

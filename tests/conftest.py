@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,3 +67,58 @@ def poisson_nuclei() -> Callable[..., NucleusSet]:
         return nuclei_from(features, rng.poisson(mean * np.exp(features @ effect)), f"s{seed}")
 
     return draw
+
+
+def slow_cells(positions: Any, nuclei: np.ndarray, reach: int, shared: str = "nearest") -> tuple[dict, dict]:
+    """Cell and nucleus of each bin (row, col) that has one, one bin at a time."""
+    import shapely
+
+    xy = {(r, c): (x, y) for r, c, y, x in positions.iloc[:, 2:].itertuples(index=False)}
+    centre = [(point.x, point.y) for point in shapely.centroid(nuclei)]
+
+    def squared(bin_: tuple, nucleus: int) -> float:
+        return (xy[bin_][0] - centre[nucleus][0]) ** 2 + (xy[bin_][1] - centre[nucleus][1]) ** 2
+
+    nucleus_of, dropped = {}, set()
+    for bin_, at in xy.items():
+        inside = np.flatnonzero(shapely.contains_properly(nuclei, shapely.Point(at))).tolist()
+        if inside and (len(inside) == 1 or shared != "drop"):
+            nucleus_of[bin_] = min(inside, key=lambda k, bin_=bin_: squared(bin_, k))
+        elif inside:
+            dropped.add(bin_)
+    cell_of = dict(nucleus_of)
+    if not reach:
+        return cell_of, nucleus_of
+    for row, col in xy.keys() - nucleus_of.keys() - dropped:
+        found = [
+            (dy * dy + dx * dx, squared((row, col), nucleus_of[row + dy, col + dx]), nucleus_of[row + dy, col + dx])
+            for dy in range(-reach, reach + 1)
+            for dx in range(-reach, reach + 1)
+            if dy * dy + dx * dx <= reach * reach and (row + dy, col + dx) in nucleus_of
+        ]
+        if found:
+            cell_of[row, col] = min(found)[2]
+    for cell in set(cell_of.values()):
+        left = {bin_ for bin_, owner in cell_of.items() if owner == cell}
+        pieces = []
+        while left:
+            piece, ahead = set(), deque([left.pop()])
+            while ahead:
+                row, col = ahead.popleft()
+                piece.add((row, col))
+                for beside in ((row - 1, col), (row + 1, col), (row, col - 1), (row, col + 1)):
+                    if beside in left:
+                        left.discard(beside)
+                        ahead.append(beside)
+            pieces.append(piece)
+        pieces.sort(key=lambda piece: (-len(piece), min(piece)))
+        for piece in pieces[1:]:
+            for bin_ in piece:
+                del cell_of[bin_]
+    return cell_of, nucleus_of
+
+
+@pytest.fixture(scope="session")
+def cells_bin_by_bin() -> Callable[..., tuple[dict, dict]]:
+    """Assigns bins to cells by the definition of Space Ranger 4, slowly and independently of prts."""
+    return slow_cells

@@ -7,6 +7,7 @@ import random
 import re
 import tarfile
 import threading
+import zipfile
 
 import pytest
 
@@ -267,3 +268,27 @@ def test_a_section_of_a_tissue_config(server, tmp_path):
     assert names(tmp_path / "L/binned_outputs") == ["square_002um", "square_002um/m.h5"]
     with pytest.raises(InputError, match=r"section lung1\.download: is incomplete"):
         download_section(SectionSpec(name="lung1", download={"folder": "x"}))
+
+
+@pytest.mark.parametrize("inner", ["", "outs/"])
+def test_of_the_output_of_xenium_only_the_tables_are_kept(server, tmp_path, inner):
+    tables = ["experiment.xenium", "cell_feature_matrix.h5", "cells.parquet", "nucleus_boundaries.parquet"]
+    tables += ["cell_boundaries.parquet", "transcripts.parquet"]
+    body = io.BytesIO()
+    with zipfile.ZipFile(body, "w") as archive:
+        for name in [*tables, "morphology.ome.tif", "../escaped"]:
+            archive.writestr(f"{inner}{name}", name * 10)
+    server.files = {"s_outs.zip": body.getvalue(), "s_he_image.ome.tif": b"image"}
+    urls = [server.url(name) for name in server.files]
+    spec = SectionSpec("s", download={"folder": str(tmp_path / "data"), "urls": urls})
+    download_section(spec)
+    kept = ["outs", *(f"outs/{name}" for name in tables), "s_he_image.ome.tif"]
+    assert names(tmp_path / "data") == sorted(kept)
+    assert (tmp_path / "data/outs/cells.parquet").read_text() == "cells.parquet" * 10
+    assert names(tmp_path) == ["data", *sorted(f"data/{name}" for name in kept)]
+    requests = len(server.requests)
+    download_section(spec)
+    assert len(server.requests) == requests
+    server.files["t_outs.zip"] = body.getvalue()[:-30]
+    with pytest.raises(InputError, match="damaged archive"):
+        download_section(SectionSpec("t", download={"folder": str(tmp_path / "t"), "urls": [server.url("t_outs.zip")]}))

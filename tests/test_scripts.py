@@ -106,7 +106,7 @@ def test_the_downloader_lists_every_public_section(
     assert download_data.main(["--list", "--data-dir", str(tmp_path)]) == 0
 
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert {row[0] for row in rows} == {"brain", "breast", "lung"}
+    assert {row[0] for row in rows} == {"brain", "breast", "colon", "lung", "prostate", "xenium_breast", "xenium_lung"}
     assert rows[0][:2] == ["brain", "ffpe"]
     assert "md5 2e728d1c1bda99a36535ba45b4319a98" in {row[3] for row in rows}
     assert all(row[2].startswith("https://") for row in rows)
@@ -132,5 +132,6 @@ def test_the_downloader_names_what_it_does_not_know(
     assert download_data.main(["demo"]) == 2
 
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "download_data: liver: no such tissue; choose from brain, breast, lung"
-    assert lines[1] == "download_data: demo: has no download address; choose from brain, breast, lung"
+    known = "choose from brain, breast, colon, lung, prostate, xenium_breast, xenium_lung"
+    assert lines[0] == f"download_data: liver: no such tissue; {known}"
+    assert lines[1] == f"download_data: demo: has no download address; {known}"

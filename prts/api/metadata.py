@@ -17,6 +17,7 @@ from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.models.predictor import LIMIT_MULTIPLE, highest_counts
 from prts.models.scale import describe_nuclei
+from prts.platforms.base import HasOutlines
 from prts.preprocess.stains.base import sample_slides, statistics
 from prts.segmentation.segment import describe_segmenter
 
@@ -71,6 +72,7 @@ def bundle_metadata(
         "segmentation": _segmentation(plan, datamodule),
         "qc": preparation.qc.settings(),
         "register": preparation.register,
+        "counting": preparation.counting.settings(),
         "tissue": datamodule.tissue.name,
         "species": datamodule.tissue.species,
         "train_sections": _train_sections(datamodule),
@@ -131,6 +133,9 @@ def _nuclei(datamodule: PRTSDataModule) -> dict[str, Any]:
 def _segmentation(plan: TrainingPlan, datamodule: PRTSDataModule) -> dict[str, Any]:
     """The segmenter of the training nuclei by its registered name, so that prediction finds nuclei in the same way."""
     sections = datamodule.tissue.sections
-    if plan.preparation.prefer_given and any(sections[name].section.nuclei for name in _train_sections(datamodule)):
+    given = (sections[name].section for name in _train_sections(datamodule))
+    if plan.preparation.prefer_given and any(
+        section.nuclei or isinstance(section.measurement, HasOutlines) for section in given
+    ):
         return {"name": "given", "arguments": {}}
     return describe_segmenter(plan.preparation.segmenter)

@@ -200,7 +200,8 @@ class Model:
             Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
         settings
             Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `seed`, `trainer`, ...) and of
-            `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`, `check_image`).
+            `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
+            `counting`, `exposure`, `check_image`).
 
         Returns
         -------

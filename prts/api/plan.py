@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prts.features.encoders import Encoder
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
+    from prts.platforms.bin_owners import CountSettings
     from prts.preprocess.counts import QCSettings
     from prts.section import Section
     from prts.segmentation.segment import Segmenter
@@ -87,6 +88,11 @@ class SectionSettings:
         Correct the shift between bins and nuclei. It is measured and reported either way.
     artefacts
         Leave out nuclei on glass, in folds, under bubbles or pen, out of focus or merged.
+    counting
+        Which bins are counted for a nucleus (`prts.platforms.bin_owners.CountSettings`), such as those of Space Ranger 4's cells;
+        None: those in the nucleus.
+    exposure
+        Model rows and columns of the array that capture more or fewer UMIs as an offset of the Poisson likelihood.
     check_image
         Refuse images that cannot be H&E.
     """
@@ -96,6 +102,8 @@ class SectionSettings:
     qc: QCSettings | None = None
     register: bool = False
     artefacts: bool = False
+    counting: CountSettings | None = None
+    exposure: bool = False
     check_image: bool = True
 
 
@@ -318,6 +326,7 @@ def make_plan(
     from prts.api.training_plan import DataSettings, TrainingPlan
     from prts.data.prepare import PrepareSettings, prepare_sections
     from prts.features.no_encoder import needed_encoder
+    from prts.platforms.bin_owners import CountSettings
     from prts.preprocess.counts import QCSettings
     from prts.segmentation.bins import Bins
 
@@ -329,6 +338,8 @@ def make_plan(
         qc=preparation.qc or (QCSettings.for_bins() if bins else QCSettings()),
         register=preparation.register,
         artefacts=preparation.artefacts,
+        counting=preparation.counting or CountSettings(),
+        exposure=preparation.exposure,
         splitter=splitter,
         panel=panel_builder(preparation.genes),
         encoder=needed_encoder(encoder, features),

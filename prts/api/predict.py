@@ -29,6 +29,7 @@ from prts.preprocess.stains.base import match_stain
 from prts.section import Section, read_section
 from prts.segmentation import segmenters
 from prts.segmentation.bins import Bins
+from prts.segmentation.measured import measured_outlines
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import recorded_segmenter
 from prts.stopwatch import Stopwatch, peak_rss_mb
@@ -305,6 +306,8 @@ def _chosen_segmenter(nuclei: NucleiSource, bundle: Bundle, section: Section) ->
             return trained
         if section.nuclei is not None:
             return Polygons(section.nuclei)
+        if (outlined := measured_outlines(section)) is not None:
+            return outlined
         raise ParameterError(
             "",
             "nuclei",

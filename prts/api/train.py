@@ -22,6 +22,7 @@ from prts.evaluation.intervals import marginal_bounds, score_intervals
 from prts.evaluation.predictable import predictable, validated_genes
 from prts.evaluation.registration import registration_figures
 from prts.evaluation.scored_section import Scoring, score_sections
+from prts.evaluation.stripes import stripe_figures
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
 from prts.models.bundle import Bundle, load_bundle, save_bundle
@@ -253,6 +254,7 @@ class _Training:
         metrics: dict[str, Any] = unpooled_mean(validation, "val") | unpooled_mean(tested, "test")
         with self.watch("baselines"):
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
+        metrics |= stripe_figures(datamodule.tissue)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
         if datamodule.split_report["warning"] is not None:
             metrics["warning/split"] = datamodule.split_report["warning"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from prts.errors import ParameterError
 from prts.evaluation.settings import EvaluationSettings
 from prts.stopwatch import Stopwatch
 
@@ -61,6 +62,11 @@ class TrainingPlan:
         Genes whose mean PCC is reported separately.
     config
         The settings as the user wrote them, for config.yaml and provenance; JSON-like.
+
+    Raises
+    ------
+    ParameterError
+        If nuclei are to have exposures, which the likelihood cannot take.
     """
 
     prepare: Prepare
@@ -70,3 +76,12 @@ class TrainingPlan:
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     markers: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        likelihood = self.recipe.likelihood
+        if self.preparation.exposure and not (likelihood.takes_exposure and self.recipe.baseline is None):
+            raise ParameterError(
+                "counts",
+                "exposure",
+                "needs a network with the Poisson likelihood; use loss=poisson without an offset, or leave counts.exposure=false",
+            )

@@ -1,9 +1,9 @@
 """Download the public sections of a tissue.
 
-usage: prts download tissue=brain|lung|breast [paths.data_dir=DIR]
+usage: prts download tissue=brain|lung|breast|colon|prostate|xenium_breast|xenium_lung [paths.data_dir=DIR]
 
-Downloads missing files to the data folder, resumes interrupted downloads, verifies checksums if known, and unpacks only the 2 um bins.
-Expect 5 to 15 GB per section.
+Downloads missing files to the data folder, resumes interrupted downloads, verifies checksums if known, and unpacks only the 2 um bins of
+Visium HD and the tables of Xenium. Expect 5 to 25 GB per section.
 
 example: prts download tissue=lung paths.data_dir=data
 """
@@ -30,7 +30,8 @@ def main(cfg: DictConfig) -> None:
     tissue = parse_tissue(plain(cfg.tissue))
     with_address = [spec for spec in tissue.sections.values() if spec.download]
     if not with_address:
-        raise InputError(f"tissue={tissue.name}: its sections have no download address; choose brain, lung or breast")
+        known = "brain, lung, breast, colon, prostate, xenium_breast or xenium_lung"
+        raise InputError(f"tissue={tissue.name}: its sections have no download address; choose {known}")
     for spec in with_address:
         download_section(spec)
     logger.info("%s is complete; run `prts train tissue=%s`", tissue.name, tissue.name)

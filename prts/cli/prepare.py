@@ -1,6 +1,7 @@
 """Segment, count, choose genes and compute features for every section of a tissue.
 
-usage: prts prepare tissue=NAME [units=nuclei|bins] [bin_um=8] [segmentation=...] [encoder=...] [panel=...] [preprocess.register=true]
+usage: prts prepare tissue=NAME [units=nuclei|bins] [bin_um=8] [segmentation=...] [encoder=...] [panel=...]
+                    [preprocess.register=true] [counts.expand_um=8]
 
 Writes everything that training needs to the cache (paths.cache_dir). Steps that are up to date are skipped, a killed run resumes where it
 stopped, and parallel runs can share a cache. `prts train` runs this step automatically. The shift between bins and nuclei is measured in
@@ -45,13 +46,18 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     from prts.features.encoders import encoders
     from prts.features.feature_reader import STORED
     from prts.features.no_encoder import needed_encoder
+    from prts.platforms.bin_owners import CountSettings
     from prts.preprocess.counts import QCSettings
 
     segmenter, prefer_given = chosen_segmenter(plain(with_units(cfg).segmentation))
+    counts = plain(cfg.counts)
+    exposure = counts.pop("exposure")
     settings = PrepareSettings(
         segmenter=segmenter,
         prefer_given=prefer_given,
         qc=QCSettings(**plain(cfg.qc)),
+        counting=CountSettings(**counts, seed=cfg.get("seed", 0)),
+        exposure=exposure,
         **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
@@ -70,7 +76,8 @@ def with_units(cfg: DictConfig) -> DictConfig:
     Raises
     ------
     ParameterError
-        If the segmentation is bins but the units are nuclei, or a segmentation was asked for and the units are bins.
+        If the segmentation is bins but the units are nuclei, or a segmentation or a way to count was asked
+        for and the units are bins.
     """
     from prts.segmentation.bins import Bins
 
@@ -78,6 +85,10 @@ def with_units(cfg: DictConfig) -> DictConfig:
         if any(given.startswith("segmentation") for given in _overrides()):
             raise ParameterError(
                 "", "segmentation", "has no effect on bins, which are not segmented; omit it, or use units=nuclei"
+            )
+        if any(given.startswith("counts.") for given in _overrides()):
+            raise ParameterError(
+                "", "counts", "has no effect on bins, which keep their counts; omit it, or use units=nuclei"
             )
         cfg = cfg.copy()
         cfg.segmentation = {"name": Bins.name, "prefer_given": False, "bin_um": cfg.bin_um}

@@ -73,6 +73,16 @@ class Preprocess:
 
 
 @dataclass
+class Counts:
+    """`counts` of `prepare` and `train`."""
+
+    expand_um: Annotated[float, Field(ge=0, le=100)]
+    shared: Literal["drop", "nearest", "split"]
+    sigma_um: Annotated[float, Field(gt=0, le=100)]
+    exposure: bool
+
+
+@dataclass
 class Simulation:
     """The arguments of a simulated section."""
 
@@ -88,6 +98,8 @@ class Simulation:
     species: Species
     artefacts: Annotated[int, Field(ge=0, le=100)]
     program_seed: Annotated[int, Field(ge=0, lt=2**63)]
+    stripes: Annotated[float, Field(ge=0, le=1)]
+    layout: Name
 
 
 @dataclass
@@ -234,6 +246,7 @@ class Prepare:
     split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
+    counts: Counts
     check_image: bool
     max_pixels: Annotated[int, Field(ge=1)] | None
     units: Units

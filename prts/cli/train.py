@@ -1,6 +1,6 @@
 """Train a model, and test it next to baselines.
 
-usage: prts train [tissue=demo|her2st|brain|lung|breast|kidney] [units=nuclei|bins] [bin_um=8]
+usage: prts train [tissue=demo|her2st|brain|lung|breast|kidney|...] [units=nuclei|bins] [bin_um=8]
                   [ablation=full|local_only|global_only] [encoder=...] [seed=0]
 
 Prepares the sections if needed, fits the network, chooses output rule and threshold on validation, and scores the test sections.

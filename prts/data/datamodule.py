@@ -38,10 +38,14 @@ __all__ = ["Batch", "DeviceBatches", "NucleusBatches", "NucleusSet", "PRTSDataMo
 
 
 class Batch(NamedTuple):
-    """Features (b, d) and raw counts (b, g), both float32. The target is computed from the counts on the network's device."""
+    """Features (b, d) and raw counts (b, g), both float32, and exposures (b, 1) if the nuclei have any.
+
+    The target is computed from the counts on the network's device.
+    """
 
     features: Tensor
     counts: Tensor
+    exposure: Tensor | None = None
 
 
 class NucleusBatches(Dataset[Batch]):
@@ -51,6 +55,7 @@ class NucleusBatches(Dataset[Batch]):
         self._features = [nuclei.features for nuclei in sets]
         # converted once, so that each batch is densified in the network's dtype
         self._counts = [nuclei.counts.astype(np.float32) for nuclei in sets]
+        self._exposure = _exposures(sets)
         self._starts = np.cumsum([0, *(len(nuclei) for nuclei in sets)])
 
     def __len__(self) -> int:
@@ -68,7 +73,8 @@ class NucleusBatches(Dataset[Batch]):
                 rows = indices[mine] - self._starts[number]
                 features[mine] = self._features[number][rows]
                 counts[mine] = self._counts[number][rows].toarray()
-        return Batch(torch.from_numpy(features), torch.from_numpy(counts))
+        exposure = None if self._exposure is None else torch.from_numpy(self._exposure[indices])
+        return Batch(torch.from_numpy(features), torch.from_numpy(counts), exposure)
 
 
 class DeviceBatches(Dataset[Batch]):
@@ -90,6 +96,8 @@ class DeviceBatches(Dataset[Batch]):
         self._features = torch.cat([torch.from_numpy(nuclei.features) for nuclei in sets]).to(device)
         self._umi = torch.from_numpy(counts.data).to(device)
         self._gene = torch.from_numpy(counts.indices).to(device)
+        exposure = _exposures(sets)
+        self._exposure = None if exposure is None else torch.from_numpy(exposure).to(device)
 
     @staticmethod
     def n_bytes(sets: Sequence[NucleusSet]) -> int:
@@ -108,7 +116,15 @@ class DeviceBatches(Dataset[Batch]):
         place = torch.arange(total, device=chosen.device) + shift[row]
         counts = self._umi.new_zeros((len(indices), self._n_genes))
         counts[row, self._gene[place].long()] = self._umi[place]
-        return Batch(self._features[chosen], counts)
+        return Batch(self._features[chosen], counts, None if self._exposure is None else self._exposure[chosen])
+
+
+def _exposures(sets: Sequence[NucleusSet]) -> NDArray[np.float32] | None:
+    """Exposures (n, 1) of the nuclei of all sets; None if no set has any."""
+    if all(nuclei.exposure is None for nuclei in sets):
+        return None
+    known = [np.ones(len(part), np.float32) if part.exposure is None else part.exposure for part in sets]
+    return np.concatenate(known)[:, None]
 
 
 class ShuffledBatches(Sampler[NDArray[np.int64]]):
@@ -352,6 +368,7 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
         counts=panel.align(counts)[row],
         total_counts=counts.obs["total_counts"].to_numpy(dtype=np.int64)[row],
         area_um2=counts.obs["area_um2"].to_numpy(dtype=np.float64)[row],
+        exposure=counts.obs["exposure"].to_numpy(dtype=np.float32)[row] if "exposure" in counts.obs else None,
     )
     return _Loaded(nuclei, row, xy_um, read.widths, is_artefact(counts.obs)[row])
 

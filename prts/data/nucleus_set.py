@@ -30,6 +30,8 @@ class NucleusSet:
         (n,) UMI of all genes.
     area_um2
         (n,) area in um2.
+    exposure
+        (n,) relative capture of the nucleus's bins, with which expected counts are multiplied in training; None: 1.
     """
 
     section: str
@@ -39,6 +41,7 @@ class NucleusSet:
     counts: Any
     total_counts: NDArray[np.int64]
     area_um2: NDArray[np.float64]
+    exposure: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.cell_id)
@@ -53,6 +56,7 @@ class NucleusSet:
             counts=self.counts[rows],
             total_counts=self.total_counts[rows],
             area_um2=self.area_um2[rows],
+            exposure=None if self.exposure is None else self.exposure[rows],
         )
 
 

@@ -32,17 +32,19 @@ from prts.features.no_encoder import NoEncoder
 from prts.io.cache import file_identity, fingerprint
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import load_nuclei, write_nuclei
-from prts.platforms.base import WARN_UM, HasUnits, Registration
+from prts.platforms.base import WARN_UM, CountsBins, HasUnits, Registration
 from prts.preprocess.artefacts import KINDS, find_artefacts, is_artefact, log_artefacts
-from prts.preprocess.counts import measured_counts, required_measurement
+from prts.preprocess.counts import counted_in_bins, measured_counts, required_measurement
 from prts.preprocess.image_check import require_h_and_e
 from prts.preprocess.species import mitochondrial_prefix
 from prts.segmentation.bins import Bins, measured_bins
+from prts.segmentation.measured import measured_outlines
 from prts.segmentation.polygons import Polygons
 from prts.segmentation.segment import segment
 from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from anndata import AnnData
     from geopandas import GeoDataFrame
 
     from prts.data.tissue import Tissue
@@ -140,6 +142,7 @@ def prepare_sections(
     counts: dict[str, Path] = {}
     passing: dict[str, str] = {}
     registration: dict[str, Registration | None] = {}
+    tables: dict[str, Path | None] = {}
     for key, section in sections.items():
         with watch("segment"):
             nuclei[key] = prepare_nuclei(
@@ -150,6 +153,7 @@ def prepare_sections(
             passing[key] = f"counts-{fingerprint(decides)}"
             counts[key] = _counts(root / key, section, nuclei[key], species, settings, decides)
             registration[key] = _registration(counts[key], section, settings.register)
+            tables[key] = None if bins else _bin_table(counts[key], section, nuclei[key], settings)
     with watch("panel"):
         panel = _panel(root, roles, sections, counts, settings)
     prepared = {}
@@ -163,7 +167,9 @@ def prepare_sections(
             colour = prepare_colour(root / key, section, kept, colour_tile(bins=bins), passing[key])
         with watch("context"):
             around = prepare_context(root / key, section, kept, passing[key])
-        prepared[key] = PreparedSection(section, nuclei[key], counts[key], features, colour, around, registration[key])
+        prepared[key] = PreparedSection(
+            section, nuclei[key], counts[key], features, colour, around, registration[key], tables[key]
+        )
     return PreparedTissue(
         name=name,
         species=species,
@@ -212,10 +218,13 @@ def prepare_nuclei(
     InputError
         If the image is not H&E, no nucleus is found, or the nuclei file does not fit the image.
     """
-    if segmenter is None or (prefer_given and section.nuclei is not None):
-        used: Segmenter = Polygons(section.nuclei)
+    used: Segmenter
+    outlined = measured_outlines(section)
+    given = prefer_given or segmenter is None
+    if given and (section.nuclei is not None or outlined is not None):
+        used = Polygons(section.nuclei) if section.nuclei is not None or outlined is None else outlined
     else:
-        used = measured_bins(section, segmenter) or segmenter
+        used = measured_bins(section, segmenter) or segmenter or Polygons(None)
     settings = {
         "version": STAGE_VERSION["nuclei"],
         "image": file_identity(section.image),
@@ -243,6 +252,7 @@ def _passing_settings(section: Section, nuclei: Path, species: str, settings: Pr
         "qc": settings.qc.settings(),
         "species": species,
         **({"registered": STAGE_VERSION["registration"]} if settings.register else {}),
+        **({"counting": settings.counting.settings()} if settings.counting.settings() else {}),
     }
 
 
@@ -257,9 +267,17 @@ def _counts(
     def make(path: Path) -> None:
         polygons = load_nuclei(nuclei)
         kept = measured_counts(
-            section, polygons, species=species, register=settings.register, qc=settings.qc, report_shift=True
+            section,
+            polygons,
+            species=species,
+            register=settings.register,
+            qc=settings.qc,
+            report_shift=True,
+            counting=settings.counting,
         )
         kept.uns["prts"].update(section=section.name, species=species, nuclei=nuclei.name, mpp=section.mpp)
+        if settings.exposure:
+            _add_exposure(kept, section, polygons, settings)
         if settings.artefacts:
             with section.open_slide() as slide:
                 kind = pd.Series(find_artefacts(slide, polygons), index=polygons["cell_id"])
@@ -270,18 +288,40 @@ def _counts(
     decides = {**decides, "registration": STAGE_VERSION["registration"]}
     if settings.artefacts:
         decides["artefacts"] = STAGE_VERSION["artefacts"]
+    if settings.exposure:
+        decides["exposure"] = STAGE_VERSION["exposure"]
     return build(folder / f"counts-{fingerprint(decides)}.h5ad", make, what=f"{section.name}: counts of nuclei")
+
+
+def _add_exposure(kept: AnnData, section: Section, nuclei: GeoDataFrame, settings: PrepareSettings) -> None:
+    """Add `exposure` to the nuclei that passed quality control."""
+    measurement = counted_in_bins(required_measurement(section))
+    report = kept.uns["prts"].get("registration")
+    shift = Registration.from_report(report) if settings.register and report is not None else None
+    exposure, effects = measurement.exposure(nuclei, settings.counting, registration=shift)
+    kept.obs["exposure"] = pd.Series(exposure, index=nuclei["cell_id"]).loc[kept.obs_names].to_numpy()
+    kept.uns["prts"]["array_effects"] = {**effects.report(), "used": effects.helps}
+
+
+def _bin_table(counts: Path, section: Section, nuclei: Path, settings: PrepareSettings) -> Path | None:
+    """The table of the bins that were counted, made if needed."""
+    measurement = required_measurement(section)
+    if not isinstance(measurement, CountsBins):
+        return None
+
+    def make(path: Path) -> None:
+        shift = _stored_registration(counts, section) if settings.register else None
+        measurement.write_bin_table(path, load_nuclei(nuclei), settings.counting, registration=shift)
+
+    path = counts.with_name(f"{counts.stem.replace('counts', 'barcode_mappings')}.parquet")
+    return build(path, make, what=f"{section.name}: table of bins and nuclei")
 
 
 def _registration(counts: Path, section: Section, register: bool) -> Registration | None:
     """The displacement measured when the counts were made, logged in every run that uses them."""
-    from anndata.io import read_elem
-
-    with h5py.File(counts) as file:
-        if "registration" not in file["uns/prts"]:
-            return None
-        # counts of older versions do not store the um/px here
-        found = Registration.from_report({"mpp": section.mpp, **read_elem(file["uns/prts/registration"])})
+    found = _stored_registration(counts, section)
+    if found is None:
+        return None
     if not found.measured or found.displacement_um <= WARN_UM:
         logger.info("%s: %s", section.name, found.sentence())
     elif register:
@@ -289,6 +329,17 @@ def _registration(counts: Path, section: Section, register: bool) -> Registratio
     else:
         logger.warning("%s: %s; set the `register` option to correct them", section.name, found.sentence())
     return found
+
+
+def _stored_registration(counts: Path, section: Section) -> Registration | None:
+    """The displacement measured when the counts were made."""
+    from anndata.io import read_elem
+
+    with h5py.File(counts) as file:
+        if "registration" not in file["uns/prts"]:
+            return None
+        # counts of older versions do not store the um/px here
+        return Registration.from_report({"mpp": section.mpp, **read_elem(file["uns/prts/registration"])})
 
 
 def _panel(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prts.platforms.bin_owners import CountSettings
 from prts.preprocess.counts import QCSettings
 
 if TYPE_CHECKING:
@@ -49,13 +50,17 @@ class PrepareSettings:
     cache_dir
         Folder for `<tissue>/<section>/...`.
     prefer_given
-        Use a section's own nuclei file, if it has one, instead of segmenting.
+        Use a section's own nuclei, if it has any, instead of segmenting: a file, or the outlines of its platform.
     qc
         Limits of quality control.
     register
         Correct the shift between counts and nuclei. If the platform allows, it is measured either way.
     artefacts
         Find artifacts among the nuclei, and choose genes and train without them.
+    counting
+        Which bins are counted for a nucleus, on platforms that measure in bins.
+    exposure
+        Model rows and columns of the array that capture more or fewer UMIs as exposure of the nuclei.
     check_image
         Refuse images that cannot be H&E.
     max_pixels
@@ -71,6 +76,8 @@ class PrepareSettings:
     qc: QCSettings = field(default_factory=QCSettings)
     register: bool = False
     artefacts: bool = False
+    counting: CountSettings = field(default_factory=CountSettings)
+    exposure: bool = False
     check_image: bool = True
     max_pixels: int | None = None
 
@@ -93,6 +100,8 @@ class PreparedSection:
         Color statistics of these nuclei: of tile and nucleus, and at several scales.
     registration
         Displacement of the counts before any correction; None if the platform cannot measure it.
+    bin_table
+        Which bins were counted for which nucleus (`barcode_mappings-*.parquet`); None if counts are not sums of bins.
     """
 
     section: Section
@@ -102,6 +111,7 @@ class PreparedSection:
     colour: Path
     context: Path
     registration: Registration | None
+    bin_table: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from prts.errors import InputError, ParameterError
 from prts.evaluation.matching import MatchedNuclei, align_genes, match
 from prts.io.mpp import require_agreement
 from prts.io.nuclei import read_nuclei
-from prts.platforms.base import Registration
+from prts.platforms.base import CountsBins, Registration
+from prts.platforms.bin_owners import CountSettings
 from prts.preprocess.counts import QCSettings, measured_counts, required_measurement
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def measure_training(
     panel
         The same nuclei x the genes of the prediction.
     """
+    from prts.segmentation.measured import measured_outlines
     from prts.segmentation.segment import segment
 
     about = _about(prediction)
@@ -121,9 +123,9 @@ def measure_training(
         found = read_nuclei(
             path, mpp=section.mpp, width=section.width, height=section.height, max_pixels=section.max_pixels
         )
-    elif segmenter is not None:
+    elif (source := measured_outlines(section) or segmenter) is not None:
         with section.open_slide() as slide:
-            found = segment(slide, segmenter)
+            found = segment(slide, source)
     else:
         raise ParameterError(
             "",
@@ -153,6 +155,10 @@ def _counted(
         # predictions of older versions do not record it
         register=bool(about.get("register", False)) if register is None else register,
         qc=QCSettings.from_stored(about["qc"]) if qc is None else qc,
+        # the counts of other platforms are those of their units
+        counting=CountSettings.from_stored(about.get("counting", {}))
+        if isinstance(section.measurement, CountsBins)
+        else None,
     )
     if "registration" in counts.uns["prts"]:
         logger.info("%s: %s", section.name, Registration.from_report(counts.uns["prts"]["registration"]).sentence())

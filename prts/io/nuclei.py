@@ -65,7 +65,7 @@ def make_nuclei(
     """
     shapes = np.array(geometry, dtype=object, ndmin=1).ravel()
     n = len(shapes)
-    ids = np.arange(n).astype(str).astype(object) if cell_id is None else _as_str(cell_id)
+    ids = np.arange(n).astype(str).astype(object) if cell_id is None else as_str(cell_id)
     scores = np.full(n, np.nan) if score is None else np.asarray(score, dtype=float)
 
     shapes, log = _repair(shapes)
@@ -195,7 +195,7 @@ def _unique(ids: NDArray[Any], source: str) -> NDArray[Any]:
     return unique
 
 
-def _as_str(ids: ArrayLike) -> NDArray[Any]:
+def as_str(ids: ArrayLike) -> NDArray[Any]:
     """Ids as str; integers stored as floats lose their `.0`."""
     values = pd.Series(np.asarray(ids)).infer_objects()
     if pd.api.types.is_float_dtype(values) and (values % 1 == 0).all():

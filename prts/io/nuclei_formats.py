@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import geopandas as gpd
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import shapely
 from numpy.typing import NDArray
 
@@ -27,9 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet, shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
-
-
+NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet (or Parquet with WKB), shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
 # Labels may be at most this much coarser or finer than the image: masks of 2 um per pixel, of images of 0.25.
 _MAX_FACTOR = 8.0
 
@@ -86,7 +85,7 @@ def read_table(reader: Callable[..., Any], path: Path) -> Any:
 
 def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any, Any]:
     """Ids, scores and classes of a table."""
-    candidates = {name: frame[name] for name in ("cell_id", "id") if name in frame}
+    candidates = {name: frame[name] for name in ("cell_id", "id", "EntityID") if name in frame}
     index = frame.index
     if not isinstance(index, pd.MultiIndex | pd.RangeIndex) and (
         pd.api.types.is_string_dtype(index) or index.is_unique
@@ -104,11 +103,23 @@ def _from_geojson(path: Path, _size: ImageSize) -> Shapes:
 
 
 def _from_geoparquet(path: Path, _size: ImageSize) -> Shapes:
-    frame = read_table(gpd.read_parquet, path)
+    frame = read_table(_read_parquet, path)
     shapes = frame.geometry.to_numpy()
     if "radius" in frame and (shapely.get_type_id(shapes) == shapely.GeometryType.POINT).all():  # SpatialData's circles
         shapes = shapely.buffer(shapes, pd.to_numeric(frame["radius"], errors="coerce").fillna(0).to_numpy(float))
     return Shapes(shapes, *_columns(frame, path))
+
+
+def _read_parquet(path: Path) -> gpd.GeoDataFrame | pd.DataFrame:
+    """GeoParquet, or a table with a column of WKB, such as `Geometry` of MERSCOPE's cell_boundaries.parquet."""
+    if b"geo" in (pq.read_schema(path).metadata or {}):
+        return gpd.read_parquet(path)
+    table = pd.read_parquet(path)
+    for name in table.columns:
+        if len(filled := table[name].dropna()) and isinstance(filled.iloc[0], bytes):
+            shapes = shapely.from_wkb(table[name].to_numpy(object), on_invalid="ignore")
+            return gpd.GeoDataFrame(table.drop(columns=name), geometry=shapes)
+    return table
 
 
 def _from_shapefile(path: Path, _size: ImageSize) -> Shapes:

@@ -81,7 +81,7 @@ def _bands_of_labels(labels: NDArray[Any], band: int) -> tuple[NDArray[np.int32]
 
 def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int]:
     """Outlines of one array; see `labels_to_polygons`."""
-    padded, dropped = _largest_parts(np.pad(labels, 1))
+    padded, dropped = largest_parts(np.pad(labels, 1))
     pixel, direction = _sides(padded)
     order, ring = _ring_order(_following(padded, pixel, direction))
     pixel, direction, ring = pixel[order], direction[order], ring[order]
@@ -117,8 +117,18 @@ def _outline(labels: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[Any], int
     return name.astype(np.int64), polygon, dropped
 
 
-def _largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
-    """The label image with only the largest 4-connected part of each label, and the number of dropped parts."""
+def largest_parts(labels: NDArray[Any]) -> tuple[NDArray[Any], int]:
+    """Keep the largest 4-connected part of each label.
+
+    Parameters
+    ----------
+    labels
+        (height, width), integer; 0 is background.
+
+    Returns
+    -------
+    The label image without the other parts, and how many were dropped.
+    """
     part, n_parts = connected_parts(labels, background=0, connectivity=1, return_num=True)  # type: ignore[no-untyped-call]
     inside = np.flatnonzero(part)
     part_inside = part.ravel()[inside]

@@ -257,6 +257,7 @@ def open_slide(
     *,
     mpp: float | None = None,
     sources: Sequence[MppSource] = (),
+    fallback: Sequence[MppSource] = (),
     orientation: Orientation = UPRIGHT,
     max_pixels: int | None = None,
 ) -> Slide:
@@ -272,6 +273,8 @@ def open_slide(
         um per full-resolution pixel, as given by the user.
     sources
         um/px in other files of the section, such as `microns_per_pixel` of scalefactors_json.json.
+    fallback
+        um/px that are used only if nothing else states them, and compared with nothing here.
     orientation
         Rotation and flip as the slide is read.
     max_pixels
@@ -279,8 +282,8 @@ def open_slide(
 
     Returns
     -------
-    The slide. Its `mpp` is the first one of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF resolution or dpi tags. Metadata
-    outside 0.05-5 um/px, such as a default of 72 dpi, is ignored. If metadata contradicts `mpp`, a warning names both.
+    The slide. Its `mpp` is the first one of: `mpp`, `sources`, OME, Aperio or OpenSlide metadata, TIFF resolution or dpi tags,
+    `fallback`. Metadata outside 0.05-5 um/px, such as a default of 72 dpi, is ignored. If metadata contradicts `mpp`, a warning names both.
 
     Raises
     ------
@@ -295,7 +298,10 @@ def open_slide(
         )
     reader = _open_reader(path, max_pixels)
     try:
-        source, value = resolve_mpp(path, [*sources, *_metadata_sources(path, reader, mpp)], mpp)
+        stated = [*sources, *_metadata_sources(path, reader, mpp)]
+        if not any(is_plausible(value) for _, value in stated):
+            stated = [*stated, *fallback]
+        source, value = resolve_mpp(path, stated, mpp)
     except BaseException:
         reader.close()
         raise

@@ -135,7 +135,8 @@ class PRTSModule(pl.LightningModule):
     def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
         # float32 even if the network ran in bf16, because the loss sums over half a million pairs
         outputs = tuple(output.float() for output in self.net(batch.features))
-        return self.likelihood.loss(outputs, batch.counts), outputs
+        exposed = outputs if batch.exposure is None else self.likelihood.exposed(outputs, batch.exposure)
+        return self.likelihood.loss(exposed, batch.counts), outputs
 
     def _log_means(self, stage: str, means: _Means) -> dict[str, Tensor]:
         taken = means.take()

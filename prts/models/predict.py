@@ -202,6 +202,7 @@ def write_prediction(
             "species": meta["species"],
             "qc": meta["qc"],
             "register": meta.get("register", False),
+            "counting": meta.get("counting", {}),
             "threshold": bundle.rule.threshold,
             "interval_level": None if ranges is None else ranges.level,
             "gate": bundle.rule.gate,

@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     import geopandas as gpd
     import scipy.sparse as sp
     from anndata import AnnData
+    from numpy.typing import NDArray
 
     from prts.io.mpp import MppSource
+    from prts.platforms.array_effects import ArrayEffects
+    from prts.platforms.bin_owners import CountSettings
 
 WARN_UM = 2.0
 """Displacement beyond which transcripts of one nucleus are counted for its neighbor or for none."""
@@ -63,7 +66,8 @@ class Measurement(Protocol):
     def identity(self) -> dict[str, Any]:
         """Everything that decides the counts apart from the nuclei, JSON-like: file identities and settings.
 
-        Part of the fingerprint of cached counts, so the keys must not be `version`, `nuclei`, `qc`, `species` or `registered`.
+        Part of the fingerprint of cached counts, so the keys must not be `version`, `nuclei`, `qc`, `species`, `registered` or
+        `counting`.
         """
         ...
 
@@ -159,6 +163,86 @@ class HasUnits(Protocol):
         ----------
         mpp
             um per full-resolution pixel.
+        """
+        ...
+
+
+@runtime_checkable
+class CountsBins(Protocol):
+    """A measurement in bins so small that it is a matter of choice which of them are counted for a nucleus."""
+
+    def counts_by(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> AnnData:
+        """Count the transcripts of each nucleus as in `Measurement.counts`, with another choice of bins.
+
+        Parameters
+        ----------
+        nuclei, registration
+            As for `Measurement.counts`.
+        counting
+            How far nuclei grow, and what happens to bins in several.
+        """
+        ...
+
+    def exposure(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> tuple[NDArray[np.float64], ArrayEffects]:
+        """How much the bins of each nucleus capture relative to the others of the array.
+
+        Parameters
+        ----------
+        nuclei, counting, registration
+            As for `counts_by`.
+
+        Returns
+        -------
+        exposure
+            (n_nuclei,), around 1; all 1 if the effects of rows and columns do not explain bins that they were not fitted on.
+        effects
+            These effects.
+        """
+        ...
+
+    def write_bin_table(
+        self,
+        path: Path,
+        nuclei: gpd.GeoDataFrame,
+        counting: CountSettings,
+        *,
+        registration: Registration | None = None,
+    ) -> None:
+        """Write which bins are counted for which nucleus, in the columns of Space Ranger's `barcode_mappings.parquet`.
+
+        Parameters
+        ----------
+        path
+            The file.
+        nuclei, counting, registration
+            As for `counts_by`.
+        """
+        ...
+
+
+@runtime_checkable
+class HasOutlines(Protocol):
+    """A measurement of cells or nuclei that its files outline: these are a section's nuclei unless others are given.
+
+    Its `mpp_sources` are used only if nothing else states the um/px; `check` compares them, and says what is wrong with a registration.
+    """
+
+    def outlines(self, mpp: float) -> gpd.GeoDataFrame:
+        """The cells or nuclei that were counted, in the columns of nuclei: `geometry` in full-resolution pixels.
+
+        Parameters
+        ----------
+        mpp
+            um per full-resolution pixel.
+
+        Raises
+        ------
+        InputError
+            If a file is damaged.
         """
         ...
 

@@ -1,6 +1,7 @@
-"""Counts per nucleus on Visium HD: the 2 um bins whose center is within exactly one nucleus, summed per nucleus and gene.
+"""Counts per nucleus on Visium HD: the 2 um bins of each nucleus, summed per nucleus and gene.
 
-The definition is that of the 10x guide "Nuclei Segmentation and Custom Binning", which the paper follows.
+By default these are the bins whose center is within exactly one nucleus. This definition is that of the 10x guide "Nuclei Segmentation and
+Custom Binning", which the paper follows; `prts.platforms.bin_owners.CountSettings` has others.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
-from prts.geometry import lattice_points_within
+from prts.platforms.array_effects import ArrayEffects, fit_array_effects, umi_of_bins
+from prts.platforms.barcode_mappings import write_barcode_mappings
 from prts.platforms.base import counts_table
 from prts.platforms.bin_matrix import BinMatrix
-from prts.platforms.bin_positions import BinGrid, is_raw, matrix_path, read_positions
+from prts.platforms.bin_owners import NO_UNIT, SHARED, CountSettings, assign_bins
+from prts.platforms.bin_positions import BinGrid, matrix_path, read_positions
+from prts.platforms.bin_split import BinSplit
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -29,15 +33,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_NNZ = 20_000_000
-_NO_NUCLEUS, _SHARED = -1, -2
 
 
-def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None) -> AnnData:
+def count_bins(
+    bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None, settings: CountSettings | None = None
+) -> AnnData:
     """Sum the 2 um bins of each nucleus, for all nuclei and all genes.
 
-    A bin belongs to the nucleus whose polygon contains its center (shapely's `within`: a center on a boundary is in none). Bins in
-    two or more nuclei are dropped; bins that the matrix does not list have no counts. The matrix is streamed: memory is bounded by
-    one chunk of it and the non-zero sums.
+    Bins are assigned by `prts.platforms.bin_owners.assign_bins`; bins that the matrix does not list have no counts. The matrix is streamed:
+    memory is bounded by one chunk of it and the non-zero sums.
 
     Parameters
     ----------
@@ -47,6 +51,8 @@ def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None
         Nuclei with `cell_id`, `geometry` in full-resolution pixels, `area_um2`; (n_nuclei,).
     grid
         Positions of the bins, instead of the folder's own.
+    settings
+        How far nuclei grow, and what happens to bins in several; the paper's rule if None.
 
     Returns
     -------
@@ -57,18 +63,30 @@ def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None
     InputError
         If matrix and positions do not belong together, or no nucleus receives a UMI.
     """
+    settings = CountSettings() if settings is None else settings
     polygons = np.asarray(nuclei.geometry.array, dtype=object)
     path = matrix_path(bins)
     with BinMatrix(path) as matrix:
-        owner = nucleus_of_bins(polygons, read_positions(bins) if grid is None else grid, matrix)
-        X, umi = sum_bins(matrix, owner, len(polygons))
+        grid = read_positions(bins) if grid is None else grid
+        require_positions(matrix, grid)
+        owners = assign_bins(polygons, grid, settings)
+        owner = owners.unit[matrix.array_row, matrix.array_col]
+        split = None if owners.shared is None else BinSplit(owners.shared, matrix, grid.n_cols, settings.seed)
+        X, umi = sum_bins(matrix, owner, len(polygons), split)
+        in_nucleus = owners.in_nucleus[matrix.array_row, matrix.array_col]
         var = matrix.var()
-    report = {
+    report: dict[str, Any] = {
         "n_bins": len(owner),
         "n_bins_assigned": int(np.count_nonzero(owner >= 0)),
-        "n_bins_shared_dropped": int(np.count_nonzero(owner == _SHARED)),
+        "n_bins_shared_dropped": int(np.count_nonzero(owner == SHARED)),
         **umi,
     }
+    if settings.settings():
+        report |= {
+            "n_bins_outside_nucleus": report["n_bins_assigned"] - int(np.count_nonzero(in_nucleus)),
+            "n_bins_divided": 0 if split is None else split.n_bins,
+            "counting": settings.settings(),
+        }
     if umi["umi_total"] == 0:
         raise InputError(f"{path}: contains no UMI; give a matrix with counts")
     if umi["umi_assigned"] == 0:
@@ -77,10 +95,87 @@ def count_bins(bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None
             "give bins and nuclei of the same image"
         )
     logger.info(
-        "%d of %d bins are within one nucleus, %d in several (dropped); %d of %d UMIs counted",
-        *(report[key] for key in ("n_bins_assigned", "n_bins", "n_bins_shared_dropped", "umi_assigned", "umi_total")),
+        "%d of %d bins belong to one nucleus, %d in several are dropped%s; %d of %d UMIs counted",
+        *(report[key] for key in ("n_bins_assigned", "n_bins", "n_bins_shared_dropped")),
+        f", {split.n_bins} are divided" if split is not None else "",
+        *(report[key] for key in ("umi_assigned", "umi_total")),
     )
     return counts_table(X, nuclei, var, report)
+
+
+def write_bin_table(
+    path: Path,
+    bins: Path,
+    nuclei: gpd.GeoDataFrame,
+    grid: BinGrid | None = None,
+    settings: CountSettings | None = None,
+) -> None:
+    """Write the bins that `count_bins` counts, with the nucleus of each, in the columns of Space Ranger's `barcode_mappings.parquet`.
+
+    Parameters
+    ----------
+    path
+        The file.
+    bins, nuclei, grid, settings
+        As for `count_bins`. With `shared="split"`, a bin has one row per nucleus and the column `share`.
+    """
+    settings = CountSettings() if settings is None else settings
+    polygons = np.asarray(nuclei.geometry.array, dtype=object)
+    grid = read_positions(bins) if grid is None else grid
+    owners = assign_bins(polygons, grid, settings)
+    with BinMatrix(matrix_path(bins)) as matrix:
+        require_positions(matrix, grid)
+        place = np.sort(matrix.array_row.astype(np.int64) * grid.n_cols + matrix.array_col)
+    unit = owners.unit.ravel()[place]
+    place, unit = place[unit >= 0], unit[unit >= 0].astype(np.int64)
+    share = None
+    if owners.shared is not None:
+        own = ~np.isin(place, owners.shared.place)
+        listed = np.isin(owners.shared.place, place)
+        place = np.concatenate([place[own], owners.shared.place[listed]])
+        order = np.argsort(place, kind="stable")
+        unit = np.concatenate([unit[own], owners.shared.unit[listed]])[order]
+        share = np.concatenate([np.ones(own.sum()), owners.shared.share[listed]])[order]
+        place = place[order]
+    row, col = np.divmod(place, grid.n_cols)
+    ids = nuclei["cell_id"].to_numpy(dtype=object)
+    write_barcode_mappings(path, row, col, unit, ids, owners.in_nucleus.ravel()[place], share)
+
+
+def exposure_of_nuclei(
+    bins: Path, nuclei: gpd.GeoDataFrame, grid: BinGrid | None = None, settings: CountSettings | None = None
+) -> tuple[NDArray[np.float64], ArrayEffects]:
+    """Mean effect of rows and columns of the array over the bins that `count_bins` counts.
+
+    Parameters
+    ----------
+    bins, nuclei, grid, settings
+        As for `count_bins`.
+
+    Returns
+    -------
+    exposure
+        (n_nuclei,); all 1 if the effects do not explain bins that they were not fitted on.
+    effects
+        The effects of rows and columns.
+    """
+    polygons = np.asarray(nuclei.geometry.array, dtype=object)
+    grid = read_positions(bins) if grid is None else grid
+    with BinMatrix(matrix_path(bins)) as matrix:
+        require_positions(matrix, grid)
+        umi, listed = umi_of_bins(matrix, (grid.n_rows, grid.n_cols))
+    effects = fit_array_effects(umi, listed)
+    said = "stripe index of rows and columns %.4f, %.4f with their effects as exposure%s"
+    logger.info(
+        said,
+        effects.stripes_before,
+        effects.stripes_after,
+        "" if effects.helps else ": no improvement, left off",
+    )
+    if not effects.helps:
+        return np.ones(len(polygons)), effects
+    unit = np.where(listed, assign_bins(polygons, grid, settings).unit, NO_UNIT)
+    return effects.exposure(unit, len(polygons)), effects
 
 
 def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) -> NDArray[np.int32]:
@@ -104,26 +199,9 @@ def nucleus_of_bins(polygons: NDArray[Any], grid: BinGrid, matrix: BinMatrix) ->
     InputError
         If the matrix has bins without a position.
     """
-    row, col = matrix.array_row, matrix.array_col
     require_positions(matrix, grid)
-    # the residual is the largest along one axis
-    nucleus, at_row, at_col = lattice_points_within(
-        polygons, grid.affine, grid.n_cols, grid.n_rows, xy=grid.xy, residual=1.5 * grid.residual_px
-    )
-    place = at_row * grid.n_cols + at_col
-    owner = np.full(grid.n_rows * grid.n_cols, _NO_NUCLEUS, dtype=np.int32)
-    owner[place] = nucleus
-    # a nucleus claims a bin once, so a nucleus that is not the owner shares the bin with another
-    owner[place[owner[place] != nucleus]] = _SHARED
-    of_bin: NDArray[np.int32] = owner[row.astype(np.int64) * grid.n_cols + col]
-    return np.where(in_tissue(matrix, grid), of_bin, _NO_NUCLEUS).astype(np.int32)
-
-
-def in_tissue(matrix: BinMatrix, grid: BinGrid) -> NDArray[np.bool_]:
-    """Whether the filtered matrix has these bins, (n_bins,): all of it, and those in tissue of a raw one."""
-    if not is_raw(matrix.path) or not grid.in_tissue.any():
-        return np.ones(matrix.n_bins, np.bool_)
-    return np.asarray(grid.in_tissue[matrix.array_row, matrix.array_col])
+    of_bin: NDArray[np.int32] = assign_bins(polygons, grid).unit[matrix.array_row, matrix.array_col]
+    return of_bin
 
 
 def require_positions(matrix: BinMatrix, grid: BinGrid) -> None:
@@ -142,7 +220,9 @@ def require_positions(matrix: BinMatrix, grid: BinGrid) -> None:
         )
 
 
-def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tuple[csr_matrix, dict[str, int]]:
+def sum_bins(
+    matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int, split: BinSplit | None = None
+) -> tuple[csr_matrix, dict[str, int]]:
     """Sum the bins of each nucleus.
 
     Parameters
@@ -153,6 +233,8 @@ def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tupl
         From `nucleus_of_bins`, (n_bins,).
     n_nuclei
         Number of nuclei.
+    split
+        Divides the bins that several nuclei share.
 
     Returns
     -------
@@ -166,12 +248,16 @@ def sum_bins(matrix: BinMatrix, owner: NDArray[np.int32], n_nuclei: int) -> tupl
         bin_umi = np.asarray(chunk.sum(axis=1), dtype=np.int64).ravel()
         umi["umi_total"] += int(bin_umi.sum())
         umi["umi_assigned"] += int(bin_umi[nucleus >= 0].sum())
-        umi["umi_shared_dropped"] += int(bin_umi[nucleus == _SHARED].sum())
-        umi["umi_outside"] += int(bin_umi[nucleus == _NO_NUCLEUS].sum())
+        umi["umi_shared_dropped"] += int(bin_umi[nucleus == SHARED].sum())
+        umi["umi_outside"] += int(bin_umi[nucleus == NO_UNIT].sum())
         bins = np.flatnonzero(nucleus >= 0)
+        divided = None
+        if split is not None:
+            rows, divided = split(start, chunk, n_nuclei)
+            bins = np.setdiff1d(bins, rows, assume_unique=True)
         ones = np.ones(len(bins), dtype=np.int32)
         selector = csr_matrix((ones, (nucleus[bins], bins)), shape=(n_nuclei, stop - start))
-        part = selector @ chunk
+        part = selector @ chunk if divided is None else selector @ chunk + divided
         part.sort_indices()
         parts.append(part)
         # like a binary counter: only sums of similar size are added, so each non-zero is moved O(log chunks) times

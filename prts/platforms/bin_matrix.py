@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import h5py
 import numpy as np
@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
 from prts.io.h5_checks import DAMAGED, fits_in_file
-from prts.platforms.bin_positions import bin_size, bins_folder
+from prts.platforms.bin_positions import bin_size, bins_folder, is_raw, read_positions
 from prts.platforms.bin_text import as_hdf5
 
 _ROW, _COLUMN = slice(8, 13), slice(14, 19)
@@ -33,6 +33,28 @@ def barcode(bin_um: int, row: int, col: int) -> str:
     's_008um_00012_00034-1'
     """
     return f"s_{bin_um:03d}um_{row:05d}_{col:05d}-1"
+
+
+def bin_names(bin_um: int, row: NDArray[Any], col: NDArray[Any]) -> NDArray[np.object_]:
+    """Barcodes (n,) of bins at these rows and columns of the array.
+
+    Examples
+    --------
+    >>> bin_names(8, np.array([0, 12]), np.array([1, 34])).tolist()
+    ['s_008um_00000_00001-1', 's_008um_00012_00034-1']
+    """
+    return bin_barcodes(bin_um, row, col).astype(str).astype(object)
+
+
+def bin_barcodes(bin_um: int, row: NDArray[Any], col: NDArray[Any]) -> NDArray[np.bytes_]:
+    """Barcodes (n,) as bytes, as 10x's HDF5 files store them."""
+    start = barcode(bin_um, 0, 0).encode()
+    text = np.empty((len(row), len(start)), np.uint8)
+    text[:] = np.frombuffer(start, np.uint8)
+    for at, number in ((8, row), (14, col)):
+        digits = np.asarray(number, np.int64)[:, None] // np.array([10_000, 1_000, 100, 10, 1]) % 10
+        text[:, at : at + 5] += digits.astype(np.uint8)
+    return text.view(f"S{len(start)}").ravel()
 
 
 class BinMatrix:
@@ -52,7 +74,7 @@ class BinMatrix:
     n_bins, n_genes, nnz
         Size, and number of stored entries.
     array_row, array_col
-        (n_bins,) int32, from the barcodes.
+        (n_bins,) int32, from the barcodes. Of a raw matrix, only bins in tissue are listed.
 
     Raises
     ------
@@ -61,11 +83,16 @@ class BinMatrix:
         inconsistent content.
     """
 
+    # What wrote the file, and how it calls it, for messages.
+    _writer: ClassVar[str] = "Space Ranger"
+    _file_name: ClassVar[str] = "filtered_feature_bc_matrix.h5"
+    _keep: NDArray[np.bool_] | None = None
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.bin_um = bin_size(self.path.parent)
         if not self.path.exists():
-            raise InputError(f"{self.path}: no such file; give Space Ranger's filtered_feature_bc_matrix.h5")
+            raise InputError(f"{self.path}: no such file; give {self._writer}'s {self._file_name}")
         stored = as_hdf5(self.path) if self.path.is_dir() else self.path
         try:
             self._file = h5py.File(stored, "r")
@@ -74,6 +101,8 @@ class BinMatrix:
         try:
             with self._reading():
                 self._open()
+            if is_raw(self.path):
+                self._leave_out_glass()
         except BaseException:
             self._file.close()
             raise
@@ -123,11 +152,11 @@ class BinMatrix:
         InputError
             If a count is negative or fractional, a gene index is out of range, or the file is damaged.
         """
-        first = 0
-        while first < self.n_bins:
+        first, done, n_stored = 0, 0, len(self._indptr) - 1
+        while first < n_stored:
             start = int(self._indptr[first])
             stop = int(np.searchsorted(self._indptr, start + max_nnz, side="right")) - 1
-            stop = min(max(stop, first + 1), self.n_bins)
+            stop = min(max(stop, first + 1), n_stored)
             end = int(self._indptr[stop])
             with self._reading():
                 data, indices = self._data[start:end], self._indices[start:end]
@@ -140,8 +169,21 @@ class BinMatrix:
             counts = csr_matrix(
                 (self._counts(data), indices.astype(np.int32), indptr), shape=(stop - first, n_features)
             )
-            yield first, stop, counts if self._is_gene.all() else counts[:, self._is_gene]
-            first = stop
+            counts = counts if self._is_gene.all() else counts[:, self._is_gene]
+            counts = counts if self._keep is None else counts[self._keep[first:stop]]
+            yield done, done + counts.shape[0], counts
+            first, done = stop, done + counts.shape[0]
+
+    def _leave_out_glass(self) -> None:
+        """Of a raw matrix, list the bins in tissue only, which are those of the filtered one."""
+        grid = read_positions(self.path.parent)
+        listed = grid.lists(self.array_row, self.array_col)
+        if not grid.in_tissue.any():
+            return
+        keep = ~listed  # bins without a position are not dropped silently
+        keep[listed] = grid.in_tissue[self.array_row[listed], self.array_col[listed]]
+        self._keep, self.n_bins = keep, int(keep.sum())
+        self.array_row, self.array_col = self.array_row[keep], self.array_col[keep]
 
     def _counts(self, data: NDArray[Any]) -> NDArray[np.int32]:
         if len(data) and not (data.min() >= 0 and data.max() <= np.iinfo(np.int32).max):  # NaN fails both
@@ -173,11 +215,11 @@ class BinMatrix:
         self._indices = self._get(matrix, "indices", h5py.Dataset)
         if self._data.dtype.kind not in "iuf" or self._indices.dtype.kind not in "iu":
             raise InputError(
-                f"{self.path}: matrix/data and matrix/indices must be numbers; give the file of Space Ranger"
+                f"{self.path}: matrix/data and matrix/indices must be numbers; give the file of {self._writer}"
             )
         indptr = self._get(matrix, "indptr", h5py.Dataset)
         if indptr.dtype.kind not in "iu":
-            raise InputError(f"{self.path}: matrix/indptr must be whole numbers; give the file of Space Ranger")
+            raise InputError(f"{self.path}: matrix/indptr must be whole numbers; give the file of {self._writer}")
         self._indptr = indptr[:].astype(np.int64)
         self.array_row, self.array_col = self._bins(self._get(matrix, "barcodes", h5py.Dataset))
         self.n_bins, self.n_genes, self.nnz = len(self.array_row), len(self.gene_ids), self._data.shape[0]
@@ -198,7 +240,7 @@ class BinMatrix:
     def _bins(self, barcodes: h5py.Dataset) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Rows and columns of the array, from the digits of `s_<size>um_<row>_<column>-1`."""
         if len(barcodes.shape) != 1 or barcodes.dtype.kind not in "SO":
-            raise InputError(f"{self.path}: matrix/barcodes must be text; give the file of Space Ranger")
+            raise InputError(f"{self.path}: matrix/barcodes must be text; give the file of {self._writer}")
         rows = np.empty(barcodes.shape[0], np.int32)
         columns = np.empty_like(rows)
         pattern = np.frombuffer(barcode(self.bin_um, 0, 0).encode(), np.uint8)
@@ -241,7 +283,7 @@ class BinMatrix:
         if dataset.dtype.kind == "S":
             return np.char.decode(dataset[:], "utf-8").astype(object)
         if h5py.check_string_dtype(dataset.dtype) is None:
-            raise InputError(f"{self.path}: {dataset.name[1:]} must be text; give the file of Space Ranger")
+            raise InputError(f"{self.path}: {dataset.name[1:]} must be text; give the file of {self._writer}")
         return np.asarray(dataset.asstr()[:], dtype=object)
 
     def _get(self, group: h5py.Group, name: str, kind: type) -> Any:
@@ -249,12 +291,12 @@ class BinMatrix:
         where = f"{group.name}/{name}".lstrip("/")
         link = group.get(name, getlink=True)
         if link is None:
-            raise InputError(f"{self.path}: {where} is missing; give 10x's filtered_feature_bc_matrix.h5 (version 3)")
+            raise InputError(f"{self.path}: {where} is missing; give 10x's {self._file_name} (version 3)")
         if not isinstance(link, h5py.HardLink):
             raise InputError(f"{self.path}: {where} is a link to another file; give a file that contains its own data")
         found = group[name]
         if not isinstance(found, kind):
-            raise InputError(f"{self.path}: {where} is not a {kind.__name__.lower()}; give the file of Space Ranger")
+            raise InputError(f"{self.path}: {where} is not a {kind.__name__.lower()}; give the file of {self._writer}")
         if isinstance(found, h5py.Dataset) and (found.is_virtual or found.external):
             raise InputError(f"{self.path}: {where} is stored in other files; give a file that contains its own data")
         if isinstance(found, h5py.Dataset) and not fits_in_file(found):

@@ -154,11 +154,11 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     Parameters
     ----------
     bins
-        The folder `square_NNNum`.
+        The folder `square_NNNum`, or `segmented_outputs`.
 
     Returns
     -------
-    Its numbers by name: `bin_size_um`, and if given `microns_per_pixel` (um per full-resolution pixel),
+    Its numbers by name: if given `bin_size_um`, `microns_per_pixel` (um per full-resolution pixel),
     `tissue_hires_scalef` and others.
 
     Raises
@@ -182,10 +182,9 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     for key in ("bin_size_um", "microns_per_pixel"):
         if key in content and not (key in factors and math.isfinite(factors[key]) and factors[key] > 0):
             raise InputError(f"{path}: {key} is {content[key]!r}; give a positive number")
-    if "bin_size_um" not in factors:
-        raise InputError(f"{path}: bin_size_um is missing; give the scale factors of Visium HD bins")
     expected = bin_size(bins)
-    if factors["bin_size_um"] != expected:
+    # cells have none, and some files of bins lack it
+    if factors.get("bin_size_um", expected) != expected:
         raise InputError(
             f"{path}: bins of {factors['bin_size_um']:g} um; give those of {expected} um, in {bins_folder(expected)}"
         )

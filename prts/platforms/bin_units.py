@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import geopandas as gpd
 import numpy as np
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError
 from prts.platforms.base import counts_table
-from prts.platforms.bin_counts import in_tissue, require_positions, sum_bins
-from prts.platforms.bin_matrix import BinMatrix, barcode
+from prts.platforms.bin_counts import require_positions, sum_bins
+from prts.platforms.bin_matrix import BinMatrix, bin_names
 from prts.platforms.bin_positions import matrix_path, read_positions
 
 if TYPE_CHECKING:
@@ -25,23 +25,6 @@ if TYPE_CHECKING:
 _CELL_ID = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})-1")
 # Share of a bin's side. Squares that are further off are others with the same names, such as a tiling of the image.
 _SAME_PLACE = 0.25
-
-
-def bin_names(bin_um: int, row: NDArray[Any], col: NDArray[Any]) -> NDArray[np.object_]:
-    """Barcodes (n,) of bins at these rows and columns of the array.
-
-    Examples
-    --------
-    >>> bin_names(8, np.array([0, 12]), np.array([1, 34])).tolist()
-    ['s_008um_00000_00001-1', 's_008um_00012_00034-1']
-    """
-    start = barcode(bin_um, 0, 0).encode()
-    text = np.empty((len(row), len(start)), np.uint8)
-    text[:] = np.frombuffer(start, np.uint8)
-    for at, number in ((8, row), (14, col)):
-        digits = np.asarray(number, np.int64)[:, None] // np.array([10_000, 1_000, 100, 10, 1]) % 10
-        text[:, at : at + 5] += digits.astype(np.uint8)
-    return text.view(f"S{len(start)}").ravel().astype(str).astype(object)
 
 
 def bin_um_of(nuclei: gpd.GeoDataFrame) -> int | None:
@@ -103,8 +86,6 @@ def measured_squares(bins: Path, mpp: float) -> gpd.GeoDataFrame:
         row, col, bin_um = matrix.array_row, matrix.array_col, matrix.bin_um
         grid = read_positions(bins)
         require_positions(matrix, grid)
-        keep = in_tissue(matrix, grid)
-        row, col = row[keep], col[keep]
     return squares(grid.xy(row, col), grid.affine, bin_names(bin_um, row, col), mpp)
 
 

@@ -14,11 +14,13 @@ from prts.io.cache import file_identity
 from prts.io.mpp import MppSource, require_agreement
 from prts.platforms import platforms
 from prts.platforms.base import Registration
-from prts.platforms.bin_counts import count_bins
+from prts.platforms.bin_counts import count_bins, exposure_of_nuclei, write_bin_table
 from prts.platforms.bin_matrix import BinMatrix
+from prts.platforms.bin_owners import CountSettings
 from prts.platforms.bin_positions import (
     BIN_SIZE_UM,
     SCALEFACTORS,
+    BinGrid,
     bin_files,
     bin_size,
     bins_folder,
@@ -30,11 +32,16 @@ from prts.platforms.bin_positions import (
 )
 from prts.platforms.bin_registration import corrected, register_bins
 from prts.platforms.bin_units import bin_um_of, count_squares, measured_squares
+from prts.platforms.spaceranger_outs import SEGMENTED, find_outs
 
 if TYPE_CHECKING:
     import geopandas as gpd
+    import numpy as np
     import pandas as pd
     from anndata import AnnData
+    from numpy.typing import NDArray
+
+    from prts.platforms.array_effects import ArrayEffects
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +66,7 @@ class VisiumHD:
     Parameters
     ----------
     bins
-        Folder `binned_outputs/square_NNNum` of Space Ranger's output.
+        Folder `binned_outputs/square_NNNum` of Space Ranger's output, or `outs`, or the folder that it is in.
     bin_um
         Side of the bins that are the units, from the folder of their size next to `bins`; None: the 2 um bins are summed in nuclei.
     """
@@ -71,8 +78,17 @@ class VisiumHD:
     @property
     def path(self) -> Path:
         """The folder of bins."""
-        bins = Path(self.bins)
-        return bins if self.bin_um is None else _of_size(bins, self.bin_um)
+        return self._bins if self.bin_um is None else _of_size(self._bins, self.bin_um)
+
+    @property
+    def _bins(self) -> Path:
+        """The folder of bins, also from another folder of the same output."""
+        given = Path(self.bins)
+        if bins_folder(bin_size(given)) == given.absolute().name or bin_files(given)["positions"].is_file():
+            return given
+        outs = find_outs(given)
+        sizes = {} if outs is None else outs.bins
+        return sizes.get(int(BIN_SIZE_UM), next(iter(sizes.values()), given))
 
     @property
     def files(self) -> dict[str, Path]:
@@ -81,7 +97,7 @@ class VisiumHD:
 
     @classmethod
     def find(cls, folder: Path) -> VisiumHD | None:
-        """The bins in a section's folder, in Space Ranger's `outs` or `binned_outputs`, or the folder of bins itself.
+        """The bins in a section's folder or in Space Ranger's `outs`, from any folder in it, or the folder of bins itself.
 
         Of several sizes, the smallest; bins that are larger than 2 um are units themselves.
         """
@@ -90,18 +106,22 @@ class VisiumHD:
         else:
             found = next((path for inner in _PARENTS for path in bins_folders(folder / inner).values()), None)
         if found is None:
-            return None
+            # from other folders in it, but whoever names the folder of cells means these
+            outs = None if folder.absolute().name == SEGMENTED else find_outs(folder)
+            if outs is None or not outs.bins:
+                return None
+            found = next(iter(outs.bins.values()))
         size = bin_size(found)
         return cls(found, None if size == BIN_SIZE_UM else size)
 
     def with_units(self, bin_um: int) -> VisiumHD:
         """The same section with its bins of this size as units."""
-        if not _of_size(Path(self.bins), bin_um).exists():
-            there = ", ".join(map(str, bins_folders(Path(self.bins).parent))) or "none"
+        if not _of_size(self._bins, bin_um).exists():
+            there = ", ".join(map(str, bins_folders(self._bins.parent))) or "none"
             raise InputError(
                 f"{self.bins}: {bins_folder(bin_um)} is not next to it; set `bin_um` to a size that is there ({there})"
             )
-        return VisiumHD(self.bins, bin_um)
+        return VisiumHD(self._bins, bin_um)
 
     def units(self, mpp: float) -> gpd.GeoDataFrame:
         """The bins of the matrix as squares."""
@@ -151,16 +171,42 @@ class VisiumHD:
         return register_bins(self.path, nuclei, mpp)
 
     def counts(self, nuclei: gpd.GeoDataFrame, *, registration: Registration | None = None) -> AnnData:
-        """Sum the bins whose center is within exactly one nucleus; bins that are the units themselves keep their counts."""
+        """Sum the bins whose center is within exactly one nucleus."""
+        return self.counts_by(nuclei, CountSettings(), registration=registration)
+
+    def counts_by(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> AnnData:
+        """Sum the bins of each nucleus; bins that are the units themselves keep their counts."""
         bin_um = bin_um_of(nuclei)
         if bin_um is None:
             self._require_small()
-        elif _of_size(Path(self.bins), bin_um).is_dir():
-            exact = count_squares(_of_size(Path(self.bins), bin_um), nuclei)
+        elif _of_size(self._bins, bin_um).is_dir():
+            exact = count_squares(_of_size(self._bins, bin_um), nuclei)
             if exact is not None:
                 return exact
-        grid = None if registration is None else corrected(read_positions(self.path), registration)
-        return count_bins(self.path, nuclei, grid)
+        return count_bins(self.path, nuclei, self._grid(registration), counting if bin_um is None else None)
+
+    def exposure(
+        self, nuclei: gpd.GeoDataFrame, counting: CountSettings, *, registration: Registration | None = None
+    ) -> tuple[NDArray[np.float64], ArrayEffects]:
+        """The mean effect of rows and columns over the bins of each nucleus."""
+        return exposure_of_nuclei(self.path, nuclei, self._grid(registration), counting)
+
+    def write_bin_table(
+        self,
+        path: Path,
+        nuclei: gpd.GeoDataFrame,
+        counting: CountSettings,
+        *,
+        registration: Registration | None = None,
+    ) -> None:
+        """Write which bins are summed in which nucleus."""
+        write_bin_table(path, self.path, nuclei, self._grid(registration), counting)
+
+    def _grid(self, registration: Registration | None) -> BinGrid | None:
+        """The corrected positions of the bins; None: those of the files."""
+        return None if registration is None else corrected(read_positions(self.path), registration)
 
     def _require_small(self) -> None:
         """Refuse to sum bins in nuclei that are hardly larger."""

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from prts.errors import InputError
-from prts.platforms.base import Registrable
+from prts.errors import InputError, ParameterError
+from prts.platforms.base import CountsBins, Registrable
 from prts.platforms.bin_units import bin_um_of
 from prts.preprocess.species import mitochondrial_genes, mitochondrial_prefix
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
     from prts.platforms.base import Measurement, Registration
+    from prts.platforms.bin_owners import CountSettings
     from prts.section import Section
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def measured_counts(
     register: bool = False,
     qc: QCSettings | None = None,
     report_shift: bool = False,
+    counting: CountSettings | None = None,
 ) -> AnnData:
     """Sum a section's measured counts in nuclei; preparation, evaluation, analysis and reports all use this function.
 
@@ -98,6 +100,8 @@ def measured_counts(
         Limits of quality control; the paper's if None.
     report_shift
         Measure the shift even if it is not corrected, which takes one pass over all counts.
+    counting
+        Which bins are counted for a nucleus; the paper's rule if None.
 
     Returns
     -------
@@ -136,6 +140,7 @@ def measured_counts(
         nuclei,
         species=species,
         registration=registration if register else None,
+        counting=counting,
         mt_prefix=qc.mt_prefix,
     )
     if registration is not None:
@@ -164,6 +169,7 @@ def count_nuclei(
     *,
     species: str,
     registration: Registration | None = None,
+    counting: CountSettings | None = None,
     mt_prefix: str | None = None,
 ) -> AnnData:
     """Count all genes in all nuclei, with the statistics that quality control needs.
@@ -178,6 +184,8 @@ def count_nuclei(
         Which genes are mitochondrial; see `prts.preprocess.species`.
     registration
         Shift to correct.
+    counting
+        Which bins are counted for a nucleus; the paper's rule if None.
     mt_prefix
         How the names of mitochondrial genes begin, instead.
 
@@ -193,9 +201,30 @@ def count_nuclei(
         If the species is unknown or not the section's, or the platform cannot count.
     """
     mitochondrial_prefix(species, mt_prefix)  # before the counting, which takes minutes
-    counts = measurement.counts(nuclei, registration=registration)
+    if counting is None or not counting.settings():
+        counts = measurement.counts(nuclei, registration=registration)
+    else:
+        counts = counted_in_bins(measurement).counts_by(nuclei, counting, registration=registration)
     add_quality_figures(counts, species, measurement.path, mt_prefix)
     return counts
+
+
+def counted_in_bins(measurement: Measurement) -> CountsBins:
+    """A measurement that is counted bin by bin.
+
+    Raises
+    ------
+    ParameterError
+        If it is counted in another way.
+    """
+    if not isinstance(measurement, CountsBins):
+        raise ParameterError(
+            "",
+            "counts",
+            f"{measurement.name} delivers counts of whole units, to which no bins can be added; leave counts.expand_um=0 and "
+            "counts.shared=drop, or give Visium HD with bins of 2 um",
+        )
+    return measurement
 
 
 def add_quality_figures(counts: AnnData, species: str, source: Path, mt_prefix: str | None = None) -> None:

@@ -11,7 +11,8 @@ from scipy import ndimage
 
 from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, read_without_black
 from prts.platforms.base import HasUnits
-from prts.platforms.bin_units import bin_names, squares
+from prts.platforms.bin_matrix import bin_names
+from prts.platforms.bin_units import squares
 from prts.segmentation import segmenters
 from prts.segmentation.segment import blocks
 

@@ -47,6 +47,7 @@ def draw_counts(
     lattice: BinLattice,
     diffusion_um: float,
     rng: np.random.Generator,
+    capture: tuple[Floats, Floats] | None = None,
 ) -> BinCounts:
     """Draw every UMI of the section and put it into a bin.
 
@@ -64,6 +65,8 @@ def draw_counts(
         Standard deviation, per direction, of the distance between origin and capture of a UMI; 0 keeps each UMI in its bin.
     rng
         Source of all randomness here.
+    capture
+        Relative capture of rows (n_rows,) and columns (n_cols,) of bins, at most 1; None: all bins capture alike.
 
     Returns
     -------
@@ -100,6 +103,9 @@ def draw_counts(
     key = np.concatenate(keys)
     keys.clear()
     key = key[in_tissue[key // n_genes]]
+    if capture is not None:
+        at_row, at_col = np.divmod(key // n_genes, shape[1])
+        key = key[rng.random(len(key)) < capture[0][at_row] * capture[1][at_col]]
     counts = _tally(key, in_tissue, n_genes)
     return BinCounts(in_tissue.reshape(shape), counts, drawn + n_ambient, drawn + n_ambient - len(key))
 

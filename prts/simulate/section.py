@@ -1,10 +1,10 @@
-"""Simulate a Visium HD section with known truth, in the layout of Space Ranger."""
+"""Simulate a section with known truth, in the layout of Space Ranger or of another platform."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from pathlib import Path
@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import tifffile
-from PIL import Image
 
-from prts.errors import ParameterError
+from prts.errors import ParameterError, did_you_mean
 from prts.io.cache import atomic
 from prts.io.hdf5 import write_h5ad
 from prts.io.nuclei import make_nuclei, write_nuclei
 from prts.io.outputs import check_out_folder
 from prts.progress import track
 from prts.simulate.artefacts import ARTEFACT_KINDS, draw_artefacts
-from prts.simulate.bins import write_bins
+from prts.simulate.bins import BINS
 from prts.simulate.draw_counts import BinCounts, draw_counts
 from prts.simulate.gene_programs import DENSE_ENTRIES, GenePrograms, draw_gene_programs, make_truth, true_rates
 from prts.simulate.lattice import make_lattice
+from prts.simulate.layouts import DEFAULT_LAYOUT, layouts
+from prts.simulate.layouts.base import Preview, SimulatedSection
 from prts.simulate.nuclei import SimulatedNuclei, place_nuclei
 from prts.simulate.stain import BAND_ROWS, render, shifted_stain
 from prts.simulate.tissue import Layout, build_layout
@@ -36,9 +37,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BINS = Path("binned_outputs/square_002um")
-_OWN = {"tissue_image.tif", "binned_outputs", "truth.h5ad", "truth_nuclei.parquet"}
-_LOWRES_PX = 600
+__all__ = ["BINS", "SimulationSettings", "simulate_section"]
+
+# Written in every layout.
+_OWN = {"tissue_image.tif", "truth.h5ad", "truth_nuclei.parquet"}
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class SimulationSettings:
         Name of the section in `truth.h5ad`; the name of its folder by default.
     artefacts
         Number of folds, and as many blurred patches, bubbles and pen strokes, 0 to 100. `truth.obs["artefact"]` marks affected nuclei.
+    stripes
+        Standard deviation of the log of what rows and columns of bins capture, 0 to 1: an effect of the array, drawn from `seed`.
+    layout
+        Platform whose files are written: `visium_hd` (Space Ranger 3), `spaceranger4`, `xenium`, or another name in
+        `prts.simulate.layouts.layouts`. Image and truth do not depend on it.
 
     Raises
     ------
@@ -90,11 +97,14 @@ class SimulationSettings:
     species: str = "human"
     name: str | None = None
     artefacts: int = 0
+    stripes: float = 0.0
+    layout: str = DEFAULT_LAYOUT
 
     def __post_init__(self) -> None:
         whole = {"cells": (50, 10**7), "genes": (50, 10**6), "artefacts": (0, 100)}
         whole |= dict.fromkeys(("seed", "program_seed"), (0, 2**63))
         real = {"mpp": (0.1, 1.0), "stain": (-2.0, 2.0), "tilt_deg": (-20.0, 20.0), "diffusion_um": (0.0, 20.0)}
+        real["stripes"] = (0.0, 1.0)
         for key, (low, high) in whole.items():
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
@@ -107,6 +117,10 @@ class SimulationSettings:
         object.__setattr__(self, "shift_um", tuple(_real("shift_um", value, -1000, 1000) for value in self.shift_um))
         if self.species not in ("human", "mouse"):
             raise ParameterError("", "species", f"{self.species!r} is not supported; choose human or mouse")
+        if self.layout not in layouts:
+            known = layouts.names()
+            hint = did_you_mean(str(self.layout), known)
+            raise ParameterError("", "layout", f"{self.layout!r} is not known{hint}; choose {' or '.join(known)}")
 
 
 def _real(name: str, value: object, low: float, high: float) -> float:
@@ -154,8 +168,8 @@ def simulate_section(out: Path, settings: SimulationSettings | None = None, **ke
     _refuse_foreign(folder)
 
     rngs = [np.random.default_rng([given.seed, stream]) for stream in range(5)]
-    layout = build_layout(given.cells, rngs[0])
-    nuclei = place_nuclei(layout, given.cells, rngs[1])
+    tissue = build_layout(given.cells, rngs[0])
+    nuclei = place_nuclei(tissue, given.cells, rngs[1])
     outlines = make_nuclei(
         nuclei.polygons(given.mpp),
         given.mpp,
@@ -165,16 +179,21 @@ def simulate_section(out: Path, settings: SimulationSettings | None = None, **ke
     )
     programs = draw_gene_programs(given.genes, species=given.species, program_seed=given.program_seed)
     truth = make_truth(nuclei, outlines, programs, rngs[2])
-    lattice = make_lattice(layout, given.tilt_deg, given.shift_um)
-    counts = draw_counts(layout, nuclei, truth, lattice, given.diffusion_um, rngs[3])
-    shape = (math.ceil(layout.height_um / given.mpp), math.ceil(layout.width_um / given.mpp))
+    lattice = make_lattice(tissue, given.tilt_deg, given.shift_um)
+    capture = _capture(lattice.n_rows, lattice.n_cols, given)
+    counts = draw_counts(tissue, nuclei, truth, lattice, given.diffusion_um, rngs[3], capture)
+    shape = (math.ceil(tissue.height_um / given.mpp), math.ceil(tissue.width_um / given.mpp))
     _annotate(truth, nuclei, programs, counts, _parameters(given, folder))
 
+    layout = layouts[given.layout]()
     with atomic(folder) as temporary:
-        lowres = min(1.0, _LOWRES_PX / max(shape))
-        write_bins(temporary / BINS, lattice, counts, truth, given.mpp, shape, lowres)
-        bands = _render(layout, nuclei, truth, shape, given, rngs[4])
-        _write_image(temporary, bands, shape, given.mpp, lowres)
+        temporary.mkdir()
+        bands = _render(tissue, nuclei, truth, shape, given, rngs[4])
+        previews = _write_image(temporary / "tissue_image.tif", bands, shape, given.mpp, layout.previews)
+        layout.write(
+            temporary,
+            SimulatedSection(truth, outlines, lattice, counts, given.mpp, shape, previews, given.seed),
+        )
         write_nuclei(outlines, temporary / "truth_nuclei.parquet")
         write_h5ad(truth, temporary / "truth.h5ad")
     logger.info(
@@ -189,9 +208,23 @@ def _parameters(settings: SimulationSettings, folder: Path) -> dict[str, Any]:
     """The settings as `truth.h5ad` records them."""
     parameters = asdict(settings)
     parameters["name"] = folder.name if settings.name is None else str(settings.name)
+    del parameters["layout"]  # the truth is the same in all
     if not settings.artefacts:  # sections without artifacts keep the bytes they had before artifacts existed
         del parameters["artefacts"]
+    if not settings.stripes:
+        del parameters["stripes"]
     return parameters
+
+
+def _capture(
+    n_rows: int, n_cols: int, settings: SimulationSettings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:
+    """Relative capture of rows and columns; None if all are alike."""
+    if not settings.stripes:
+        return None
+    rng = np.random.default_rng([settings.seed, 6])
+    row, col = (np.exp(settings.stripes * rng.standard_normal(n)) for n in (n_rows, n_cols))
+    return row / row.max(), col / col.max()
 
 
 def _refuse_foreign(out: Path) -> None:
@@ -200,8 +233,9 @@ def _refuse_foreign(out: Path) -> None:
     if out == Path.cwd():
         raise ParameterError("", "out", f"{out} is the current folder; give a new folder")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if held and ("truth.h5ad" not in held or held - _OWN):
-        foreign = min(held - _OWN, default=min(held))
+    own = _OWN.union(*(layouts[name].entries for name in layouts.names()))
+    if held and ("truth.h5ad" not in held or held - own):
+        foreign = min(held - own, default=min(held))
         raise ParameterError(
             "", "out", f"{out} contains {foreign}, which is not part of a simulated section; choose another folder"
         )
@@ -250,20 +284,24 @@ def _annotate(
 
 
 def _write_image(
-    folder: Path, bands: Iterable[NDArray[np.uint8]], shape: tuple[int, int], mpp: float, lowres: float
-) -> None:
-    """Write the full-resolution TIFF tile by tile as it is rendered, and the small PNG."""
-    small = np.zeros((*(math.ceil(side * lowres) for side in shape), 3))
-    weight = np.zeros((*small.shape[:2], 1))
+    path: Path, bands: Iterable[NDArray[np.uint8]], shape: tuple[int, int], mpp: float, sides: Mapping[str, int]
+) -> dict[str, Preview]:
+    """Write the full-resolution TIFF tile by tile as it is rendered, and return small copies of these largest sides (px)."""
+    scales = {name: min(1.0, side / max(shape)) for name, side in sides.items()}
+    sums = {
+        name: np.zeros((*(math.ceil(side * scale) for side in shape), 4), np.float64 if scale < 1 else np.float32)
+        for name, scale in scales.items()
+    }
 
     def tiles() -> Iterator[NDArray[np.uint8]]:
         for number, band in enumerate(track(bands, "image", total=math.ceil(shape[0] / BAND_ROWS))):
-            _add_small(small, weight, band, number * BAND_ROWS, lowres)
+            for name, scale in scales.items():
+                _add_small(sums[name], band, number * BAND_ROWS, scale)
             whole = np.pad(band, ((0, BAND_ROWS - band.shape[0]), (0, -band.shape[1] % BAND_ROWS), (0, 0)), mode="edge")
             yield from (np.ascontiguousarray(whole[:, x : x + BAND_ROWS]) for x in range(0, whole.shape[1], BAND_ROWS))
 
     per_cm = (10_000 / mpp, 10_000 / mpp)
-    with tifffile.TiffWriter(folder / "tissue_image.tif", bigtiff=shape[0] * shape[1] > 10**9) as tif:
+    with tifffile.TiffWriter(path, bigtiff=shape[0] * shape[1] > 10**9) as tif:
         tif.write(
             tiles(),
             shape=(*shape, 3),
@@ -277,18 +315,17 @@ def _write_image(
             metadata=None,
             software="prts",
         )
-    Image.fromarray(np.rint(small / weight).astype(np.uint8)).save(folder / BINS / "spatial/tissue_lowres_image.png")
+    return {
+        name: Preview(np.rint(total[..., :3] / total[..., 3:]).astype(np.uint8), scales[name])
+        for name, total in sums.items()
+    }
 
 
-def _add_small(
-    small: NDArray[np.float64], weight: NDArray[np.float64], band: NDArray[np.uint8], top: int, scale: float
-) -> None:
-    """Add a band to the pixel sums of the small image."""
+def _add_small(total: NDArray[np.floating[Any]], band: NDArray[np.uint8], top: int, scale: float) -> None:
+    """Add a band to the pixel sums of a small image; the last channel counts pixels."""
     rows = ((np.arange(band.shape[0]) + top + 0.5) * scale).astype(np.intp)
     cols = ((np.arange(band.shape[1]) + 0.5) * scale).astype(np.intp)
     row_at, col_at = (np.flatnonzero(np.diff(a, prepend=-1)) for a in (rows, cols))
-    sums = np.add.reduceat(np.add.reduceat(band, row_at, axis=0, dtype=np.float64), col_at, axis=1)
-    size = np.outer(np.diff(row_at, append=len(rows)), np.diff(col_at, append=len(cols)))
-    first = rows[0]
-    small[first : first + len(row_at)] += sums
-    weight[first : first + len(row_at)] += size[..., None]
+    part = slice(rows[0], rows[0] + len(row_at))
+    total[part, :, :3] += np.add.reduceat(np.add.reduceat(band, row_at, axis=0, dtype=np.float64), col_at, axis=1)
+    total[part, :, 3] += np.outer(np.diff(row_at, append=len(rows)), np.diff(col_at, append=len(cols)))

@@ -19,7 +19,7 @@ from prts.cli.main import main
 from prts.cli.overrides import quote_paths
 from prts.errors import ParameterError
 
-TISSUES = ("demo", "her2st", "brain", "lung", "breast")
+TISSUES = ("demo", "her2st", "brain", "lung", "breast", "colon", "xenium_breast")
 ABLATIONS = ("full", "local_only", "global_only")
 
 

@@ -166,6 +166,23 @@ class Likelihood(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def takes_exposure(self) -> bool:
+        """Whether `exposed` is implemented."""
+        return False
+
+    def exposed(self, outputs: Outputs, exposure: Tensor) -> Outputs:
+        """The outputs for nuclei whose expected UMIs are multiplied by an exposure, for the loss.
+
+        Parameters
+        ----------
+        outputs
+            The network's outputs, (b, g) each.
+        exposure
+            (b, 1), positive.
+        """
+        raise NotImplementedError
+
     def mean(self, outputs: Outputs) -> Tensor:
         """Expected UMI before the gate, (b, g), never negative."""
         raise NotImplementedError

@@ -75,6 +75,16 @@ class Poisson(Likelihood):
         reg = (depth * level.exp() - counts * level).mean()
         return self.weighted_sum(reg, cross_entropy(logit, counts))
 
+    @property
+    def takes_exposure(self) -> bool:
+        """Whether the level is the log of a rate; shares do not depend on the exposure."""
+        return self.offset == "none"
+
+    def exposed(self, outputs: Outputs, exposure: Tensor) -> Outputs:
+        """The level plus the log of the exposure."""
+        level, *others = outputs
+        return level + exposure.log(), *others
+
     def mean(self, outputs: Outputs) -> Tensor:
         """exp(level), times the mean depth if the level is a share."""
         rate = outputs[0].clamp(max=MAX_LOG_UMI).exp()
