@@ -84,6 +84,20 @@ def some_of(names: Iterable[str], n: int = 3) -> str:
     return ", ".join(listed[:n]) + more
 
 
+def choose(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that a file lacks: the nearest one, and what there is.
+
+    Examples
+    --------
+    >>> choose("count", ["counts", "lognorm"])
+    ", did you mean 'counts'?; choose from counts, lognorm"
+    >>> choose("x", [])
+    '; there is none'
+    """
+    names = list(known)
+    return f"{did_you_mean(word, names)}; choose from {some_of(names, 8)}" if names else "; there is none"
+
+
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An exception and its causes, since libraries wrap what the operating system reported."""
     seen: set[int] = set()

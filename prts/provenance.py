@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,12 @@ def code() -> dict[str, Any]:
 
 
 def identity(path: Path) -> dict[str, Any]:
-    """Identity of a file on any machine: its name, size, and the SHA-256 of its first and last MiB."""
+    """Identity of a file on any machine: its name, size, and the SHA-256 of its first and last MiB; of a folder, of all its files."""
     found = file_identity(path)
+    if path.is_dir():
+        listed = "".join(f"{name} {each['sha256']}\n" for name, each in sorted(found.items()))
+        size = sum(each["size"] for each in found.values())
+        return {"name": path.name, "size": size, "sha256_of_ends": hashlib.sha256(listed.encode()).hexdigest()}
     return {"name": path.name, "size": found["size"], "sha256_of_ends": found["sha256"]}
 
 
@@ -45,4 +50,4 @@ def section_files(section: Section) -> dict[str, Any]:
     files = {"image": section.image, "nuclei": section.nuclei}
     if section.measurement is not None:
         files |= section.measurement.files
-    return {key: identity(path) for key, path in files.items() if path is not None and path.is_file()}
+    return {key: identity(path) for key, path in files.items() if path is not None and path.exists()}

@@ -17,6 +17,7 @@ import prts
 from prts.cli.config import config_dir
 from prts.cli.prepare import preparation
 from prts.errors import InputError
+from prts.features.encoders import Classical
 from prts.simulate.section import simulate_section
 from prts.stopwatch import Stopwatch
 
@@ -78,7 +79,14 @@ def prepared(nodes: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPath
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = compose("prepare", [*choices, *where])
     prepare, _ = preparation(cfg)
-    return prepare(Stopwatch())
+    with pytest.MonkeyPatch.context() as patch:
+        nothing = {"global": 384, "local": 192}  # features are not what is tested
+        patch.setattr(
+            Classical,
+            "encode",
+            lambda self, tiles, _: tuple(np.zeros((len(tiles), n), np.float32) for n in nothing.values()),
+        )
+        return prepare(Stopwatch())
 
 
 def test_all_platforms_give_the_same_counts(prepared) -> None:
@@ -128,6 +136,6 @@ def test_panels_that_do_not_overlap_are_refused(nodes, tmp_path: Path) -> None:
         )
         for name, path in (("here", nodes["cells"]["cells"]), ("there", tmp_path / "other.h5ad"))
     )
-    model = prts.Model("classical", features=("context",), network={"hidden": (4,)})
+    model = prts.Model("classical", features=("morphology",), network={"hidden": (4,)})
     with pytest.raises(InputError, match=r"gene"):
         model.train([here, there], genes=20, max_epochs=1, cache_dir=tmp_path, species="human")

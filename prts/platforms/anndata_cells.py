@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy.sparse import csr_matrix
 
-from prts.errors import InputError, ParameterError, did_you_mean, some_of
+from prts.errors import InputError, ParameterError, choose, some_of
 from prts.io.cache import file_identity
 from prts.io.h5_checks import check_h5, check_matrix
 from prts.io.mpp import MppSource, agree
@@ -221,8 +221,7 @@ class AnnDataCells:
             parent, _, key = name.rpartition("/")
             held = list(file.get(parent, [])) if parent else list(file)
             if key not in held:
-                hint = did_you_mean(key, held) or f"; it has {some_of(held, 8) or 'none'}"
-                raise InputError(f"{self.path}: has no {name}{hint}")
+                raise InputError(f"{self.path}: has no {name}{choose(key, held)}")
             try:
                 return read_elem(file[name])
             except Exception as error:  # anndata raises anything for unexpected contents
@@ -242,8 +241,9 @@ class AnnDataCells:
     def _column(self, key: str, name: str) -> pd.Series[Any]:
         """A column of obs that a setting names."""
         if name not in self._obs:
-            hint = did_you_mean(name, map(str, self._obs)) or f"; it has {some_of(self._obs, 8) or 'none'}"
-            raise InputError(f"{self.path}: obs has no column {name!r}, which `{key}` names{hint}")
+            raise InputError(
+                f"{self.path}: obs has no column {name!r}, which `{key}` names{choose(name, map(str, self._obs))}"
+            )
         return self._obs[name]
 
     @cached_property

@@ -13,7 +13,7 @@ import pandas as pd
 import shapely
 from numpy.typing import NDArray
 
-from prts.errors import InputError, did_you_mean, some_of
+from prts.errors import InputError, choose, some_of
 from prts.io.cache import file_identity
 from prts.io.h5_checks import check_matrix
 from prts.io.limits import check_pixels
@@ -135,7 +135,7 @@ class SpatialDataCells:
     def _counts(self) -> Any:
         table = self._table
         if self.layer is not None and self.layer not in table.layers:
-            raise InputError(f"{self._where}: has no layer {self.layer!r}{_hint(self.layer, table.layers)}")
+            raise InputError(f"{self._where}: has no layer {self.layer!r}{choose(self.layer, table.layers)}")
         X = table.X if self.layer is None else table.layers[self.layer]
         source = f"{self._where} {'X' if self.layer is None else self.layer}"
         check_matrix(self.path, source, X)
@@ -160,7 +160,7 @@ class SpatialDataCells:
         """The element of a kind that a setting names, or the only one; None if there is none."""
         names, given = self._names(kind), getattr(self, key)
         if given is not None and given not in names:
-            raise InputError(f"{self.path}: has no {given!r} in {kind}{_hint(given, names)}")
+            raise InputError(f"{self.path}: has no {given!r} in {kind}{choose(given, names)}")
         if given is None and len(names) > 1:
             raise InputError(f"{self.path}: has several {kind} ({some_of(names, 8)}); name one as `{key}`")
         return given if given is not None else next(iter(names), None)
@@ -299,13 +299,9 @@ class SpatialDataCells:
             given = names[0] if len(names) == 1 else _GLOBAL
         if given not in names:
             raise InputError(
-                f"{self.path}: has no coordinate system {given!r}{_hint(given, names)}; set `coordinate_system`"
+                f"{self.path}: has no coordinate system {given!r}{choose(given, names)}; set `coordinate_system`"
             )
         return given
-
-
-def _hint(given: str, names: Any) -> str:
-    return did_you_mean(given, map(str, names)) or f"; it has {some_of(names, 8) or 'none'}"
 
 
 def _full(raster: Any) -> Any:

@@ -180,7 +180,7 @@ def cells(folder: Path, tmp_path: Path) -> Path:
     [
         (
             {"coordinates": "um", "radius": 4.0},
-            "X: has values such as 0.693147, which are not raw counts; name the layer",
+            "which are not raw counts; name the layer with raw counts as `layer` (counts)",
         ),
         ({"coordinates": "um", "radius": 4.0, "layer": "count"}, "has no layers/count, did you mean 'counts'"),
         (
@@ -200,7 +200,6 @@ def cells(folder: Path, tmp_path: Path) -> Path:
         ({"coordinates": "px"}, "give exactly one of polygons, labels and radius"),
         ({"coordinates": "px", "radius": 4.0, "polygons": "x.geojson"}, "polygons and radius given"),
         ({"coordinates": "nm", "radius": 4.0}, "'nm' is not accepted; give px or um"),
-        ({"radius": 4.0}, "coordinates: is required for the platform anndata"),
     ],
 )
 def test_wrong_cells_are_refused(
@@ -223,3 +222,8 @@ def test_wrong_cells_are_refused(
     }
     status, line = prepare(tmp_path, image=folder / "tissue_image.tif", platform="anndata", cells=cells, **given)
     assert status == 2 and words in line and ";" in line and "\n" not in line, line
+
+
+def test_the_unit_has_to_be_said(folder: Path, cells: Path, tmp_path: Path) -> None:
+    status, line = prepare(tmp_path, image=folder / "tissue_image.tif", platform="anndata", cells=cells, radius=4.0)
+    assert (status, line) == (2, "tissue.sections.s.coordinates: is required for the platform anndata")
