@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from prts.errors import InputError, ParameterError
 from prts.io.mpp import MPP_RANGE, MppSource, is_plausible, resolve_mpp
 from prts.io.orientation import UPRIGHT, Orientation
+from prts.io.slide_paths import refuse_thumbnail, slide_of
 from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
 from prts.io.slide_tiff import check_tiles, open_tiff
 
@@ -31,15 +32,6 @@ _BLOCK = 256
 _MAX_SOURCE = 4096
 # A level up to 1 % too coarse is accepted: a pyramid of 0.2506 um/px provides 0.5 from its level 1.
 _LEVEL_TOLERANCE = 1.01
-_NOT_READ = {
-    ".vsi": "Olympus VSI, whose pixels are in a folder next to it,",
-    ".ets": "Olympus ETS",
-    ".czi": "Zeiss CZI",
-    ".lif": "Leica LIF",
-    ".nd2": "Nikon ND2",
-    ".isyntax": "Philips iSyntax",
-}
-_LOOKED_AT = 100
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -359,7 +351,7 @@ def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
 
 def _open_reader(path: Path, max_pixels: int | None) -> Reader:
     if path.is_dir():
-        raise InputError(f"{path}: is a folder; give {_slide_of(path)}")
+        raise InputError(f"{path}: is a folder; give {slide_of(path)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an H&E image")
     try:
@@ -367,7 +359,7 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
             magic = handle.read(4)
         if not magic:
             raise InputError("empty file; get a complete copy")
-        _refuse_thumbnail(path)
+        refuse_thumbnail(path)
         vendor = openslide.OpenSlide.detect_format(str(path))
         if vendor not in (None, "generic-tiff"):
             if magic in _TIFF_MAGIC:
@@ -386,31 +378,6 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
         raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:
         raise InputError(f"{path}: the image cannot be read ({_reason(error)}); get a complete copy") from error
-
-
-def _slide_of(folder: Path) -> str:
-    """What to open instead of a folder."""
-    if (folder / "Slidedat.ini").is_file():
-        return f"the file {folder.name}.mrxs next to it"
-    for path in sorted(folder.iterdir())[:_LOOKED_AT]:
-        if path.is_file() and not path.name.startswith("."):
-            with path.open("rb") as file:
-                if path.suffix.lower() == ".dcm" or file.read(132).endswith(b"DICM"):
-                    return f"one of its DICOM files, such as {path.name}, from which the others are found"
-    return "the image file"
-
-
-def _refuse_thumbnail(path: Path) -> None:
-    """Refuse a file that holds only a picture of the slide, whose pixels are in a folder next to it or that prts cannot read."""
-    suffix = path.suffix.lower()
-    if suffix == ".mrxs" and not path.with_suffix("").joinpath("Slidedat.ini").is_file():
-        raise InputError(
-            f"holds only a thumbnail; put the slide's folder {path.stem}, with Slidedat.ini, next to it, or give an OME-TIFF"
-        )
-    if suffix in _NOT_READ:
-        raise InputError(
-            f"{_NOT_READ[suffix]} cannot be read; convert the slide to OME-TIFF, such as with QuPath (Export images)"
-        )
 
 
 def _reason(error: Exception) -> str:
