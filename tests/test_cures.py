@@ -19,7 +19,6 @@ import shapely
 import tifffile
 from PIL import Image
 
-from prts.data.prepare import prepare_nuclei
 from prts.data.splits import Blocks, Random
 from prts.errors import InputError
 from prts.io.nuclei import make_nuclei, read_nuclei
@@ -165,6 +164,8 @@ def a_box_upside_down(_: Path) -> tuple[Attempt, Advice]:
 
 
 def dark_image(tmp_path: Path) -> tuple[Attempt, Advice]:
+    from prts.data.prepare import prepare_nuclei
+
     path = image(tmp_path / "a.tif", np.random.default_rng(0).integers(0, 60, (300, 300, 3), np.uint8))
 
     def attempt(**options: bool) -> object:

@@ -96,7 +96,7 @@ def region_on_slide(region: BaseGeometry, bounds: Bounds | None, source: object)
         return region
     part = shapely.box(0, 0, bounds.width, bounds.height)
     on_slide, on_part = (region.intersection(box).area for box in (_moved(part, bounds.x, bounds.y), part))
-    if on_slide > on_part:
+    if on_slide > on_part or not on_part:
         return region
     fits_both = on_slide > 0.5 * on_part
     logger.log(

@@ -224,11 +224,7 @@ def _pillow_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
         samples = np.asarray(image).astype(np.uint16)
         grey = to_uint8(samples, used_bits(path, int(samples.max(initial=0)), 16))
         return np.repeat(grey[..., None], 3, axis=2)
-    if any(str(tile[3]).endswith(";16B") for tile in getattr(image, "tile", ())) and image.mode in (
-        "RGB",
-        "RGBA",
-        "LA",
-    ):
+    if image.mode in ("RGB", "RGBA", "LA") and _is_deep_png(path):
         return _deep_rgb(path)
     if image.mode == "F":
         raise InputError("contains floating point pixels; give an RGB image with 8 or 16 bits")
@@ -247,6 +243,13 @@ def _pillow_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
         else:
             pixels[top : top + n_rows] = np.asarray(rows.convert("RGB"))
     return pixels
+
+
+def _is_deep_png(path: Path) -> bool:
+    """Whether a file is a PNG of 16 bits a color, by its header: Pillow's image does not say."""
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head.startswith(b"\x89PNG") and head[24:] == b"\x10"
 
 
 def _deep_rgb(path: Path) -> NDArray[np.uint8]:
