@@ -132,7 +132,7 @@ def ids_of_some(tmp_path: Path) -> tuple[Attempt, Advice]:
 
 def nuclei_in_um(tmp_path: Path) -> tuple[Attempt, Advice]:
     """At 2 um per pixel, positions in um are outside the image."""
-    size = {**SIZE, "mpp": 2.0}
+    size = {**SIZE, "mpp": 2.0, "width": 300}
     shapes = [shapely.transform(s, lambda xy: xy * 2 + [300, 0]) for s in DISCS[1:]]
     path = write(tmp_path / "a.geojson", features_of(shapes))
 
@@ -142,16 +142,17 @@ def nuclei_in_um(tmp_path: Path) -> tuple[Attempt, Advice]:
             write(path, features_of([shapely.transform(s, lambda xy: xy / mpp) for s in shapes])), **size
         )
 
-    return lambda: read_nuclei(path, **{**size, "width": 300}), lambda said: advice(said)
+    return lambda: read_nuclei(path, **size), advice
 
 
 def swapped_axes(tmp_path: Path) -> tuple[Attempt, Advice]:
-    swapped = [shapely.transform(s, lambda xy: xy[:, ::-1]) for s in DISCS[1:]]
+    right = [shapely.Point(x, 40).buffer(6) for x in (130, 170)]
+    swapped = [shapely.transform(s, lambda xy: xy[:, ::-1]) for s in right]
     path = write(tmp_path / "a.geojson", features_of(swapped))
 
     def advice(said: str) -> object:
         assert "with x and y swapped they fit" in said
-        return read_nuclei(write(path, features_of(DISCS[1:])), **SIZE)
+        return read_nuclei(write(path, features_of(right)), **SIZE)
 
     return lambda: read_nuclei(path, **SIZE), advice
 
