@@ -96,7 +96,7 @@ def test_what_models_read_is_the_same_beside_black_as_beside_white(fill: int, tm
         with open_slide(tmp_path / f"{name}.png", mpp=0.5) as slide:
             plan = plan_tiles(nuclei, 0.5, 0.5, 256)
             tiles.append(next(cut_tiles(slide, 0.5, plan, [slice(0, 6)])).numpy())
-            surroundings.append(context(slide, xy))
+            surroundings.append(context(slide, xy, block=32))
             bins.append(len(Bins(bin_um=8)(slide)))
     assert np.array_equal(*tiles)
     assert 0.85 * bins[1] <= bins[0] <= bins[1]
