@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := stardist,analysis,spatial,sweeps,loggers,docs,dev
+EXTRAS := all,docs,dev
 RUN := outputs/demo/make
 
 .PHONY: setup demo test test-fast lint docs bench quality clean

@@ -48,7 +48,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            value: Any = version("prts")
+            value: Any = version("prts-spatial")
         except PackageNotFoundError:  # a source tree that is not installed
             value = "0+unknown"
     elif name in _PUBLIC:

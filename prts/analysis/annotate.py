@@ -13,6 +13,7 @@ import pandas as pd
 
 from prts.analysis.symbols import Orthologs
 from prts.errors import InputError, ParameterError
+from prts.extras import install_command
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def annotate(
     try:
         import decoupler
     except ImportError as error:
-        raise ParameterError("", "markers", "needs decoupler; pip install 'prts[analysis]'") from error
+        raise ParameterError("", "markers", f"needs decoupler; run {install_command('analysis')}") from error
 
     tested = set(background)
     net = table[table["gene"].isin(tested)].rename(columns={"type": "source", "gene": "target"})

@@ -20,6 +20,7 @@ import pandas as pd
 
 from prts.analysis.symbols import Orthologs
 from prts.errors import InputError, ParameterError
+from prts.extras import install_command
 
 if TYPE_CHECKING:
     from goatools.obo_parser import GODag
@@ -149,7 +150,7 @@ def enrich_gmt(
     try:
         import gseapy
     except ImportError as error:
-        raise ParameterError("enrich", "gmt", "needs gseapy; pip install 'prts[analysis]'") from error
+        raise ParameterError("enrich", "gmt", f"needs gseapy; run {install_command('analysis')}") from error
 
     own = _annotation_names(background, species, orthologs)
     tested = {name for names in own.values() for name in names}
@@ -220,7 +221,7 @@ def enrich_go(
     try:
         from goatools.go_enrichment import GOEnrichmentStudy
     except ImportError as error:
-        raise ParameterError("enrich", "obo", "needs goatools; pip install 'prts[analysis]'") from error
+        raise ParameterError("enrich", "obo", f"needs goatools; run {install_command('analysis')}") from error
 
     for path, what in ((obo, "an ontology (go-basic.obo)"), (annotations, "a GAF, or a table of gene and GO ids")):
         if not Path(path).is_file():

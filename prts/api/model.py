@@ -24,6 +24,7 @@ from prts.api.plan import (
 from prts.api.polygons import attach_nuclei, nuclei_of
 from prts.api.predict import EncoderRuntime, SlideSettings, build_encoder, predict_slide
 from prts.errors import InputError
+from prts.extras import require_extra
 from prts.io.cache import atomic, default_cache
 from prts.models.bundle import Bundle, load_bundle
 
@@ -221,6 +222,7 @@ class Model:
         >>> history["epoch"].tolist()
         [0, 1]
         """
+        require_extra("train", "Model.train")
         from prts.api.train import train_run
 
         fitting, preparation = split_settings({**settings, "nuclei": nuclei, "genes": genes})

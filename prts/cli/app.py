@@ -17,10 +17,14 @@ from contextlib import contextmanager
 from prts.cli.config import config_dir, plain, require
 from prts.cli.exit_status import INTERRUPTED, TERMINATED, exit_status_of, system_exit_status
 from prts.cli.overrides import config_folders, quote_paths, split_flags
+from prts.extras import require_extra
 
 __all__ = ["COMMANDS", "command_help", "config_dir", "overview", "plain", "require", "run"]
 
 COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "download", "doctor")
+
+# Extras without which a command cannot start.
+_NEEDS = {"prepare": "train", "train": "train", "evaluate": "train", "analyze": "analysis", "report": "report"}
 
 
 def overview() -> str:
@@ -66,6 +70,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         try:
             overrides, flags = split_flags(quote_paths(arguments))
             folders = config_folders(flags, config_dir())
+            if (extra := _NEEDS.get(command)) is not None:
+                require_extra(extra, command)
             from prts.cli.hydra_main import launch  # slow to import, and not needed to reject a wrong flag
 
             return launch(command, overrides, flags, folders)

@@ -19,40 +19,32 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prts import __version__
 from prts.errors import InputError
+from prts.extras import EXTRAS, install_command, missing_modules
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 Check = tuple[str, str, str]  # PASS, WARN or FAIL; what was checked; a sentence
 
-_EXTRAS = {
-    "stardist": ("stardist", "the default segmenter of real tissues"),
-    "sweeps": ("hydra_plugins.hydra_joblib_launcher", "hydra/launcher=joblib and submitit"),
-    "loggers": ("tensorboard", "logger=tensorboard and wandb"),
-}
 _MIN_FREE_GB = 20
-
-
-def _has(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _software() -> Iterator[Check]:
     yield "PASS", "python", sys.version.split()[0]
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}"
-        for name in ("torch", "torchvision", "timm", "pytorch-lightning", "anndata", "scanpy", "geopandas")
+        for name in ("torch", "torchvision", "timm", "anndata", "geopandas", "pytorch-lightning", "scanpy")
+        if _has_package(name)
     )
     yield "PASS", "packages", versions
-    for extra, (module, use) in _EXTRAS.items():
-        if _has(module):
+    for extra, (_, use) in EXTRAS.items():
+        missing = ", ".join(missing_modules(extra))
+        if not missing:
             yield "PASS", f"extra {extra}", use
         else:
-            yield "WARN", f"extra {extra}", f"not installed ({use}); run pip install 'prts[{extra}]'"
+            yield "WARN", f"extra {extra}", f"{missing} not installed ({use}); run {install_command(extra)}"
 
 
 def _hardware() -> Iterator[Check]:
@@ -124,8 +116,8 @@ def _segmentation(recorded: dict[str, Any]) -> Check:
     if name not in segmenters:
         return "WARN", what, f"{name} is not installed: choose another segmenter ({', '.join(segmenters.names())})"
     extra = segmenters[name].extra
-    if extra is not None and not _has(_EXTRAS[extra][0] if extra in _EXTRAS else extra):
-        return "WARN", what, f"{name} needs pip install 'prts[{extra}]'"
+    if extra is not None and (missing_modules(extra) if extra in EXTRAS else importlib.util.find_spec(extra) is None):
+        return "WARN", what, f"{name} needs {install_command(extra)}"
     return "PASS", what, name
 
 
@@ -141,6 +133,7 @@ def _provenance(about: dict[str, Any]) -> Iterator[Check]:
         yield "PASS", "bundle trust", f"format version {about['format_version']}, with {', '.join(known)}"
 
     here = {name: importlib.metadata.version(name) for name in about["versions"] if _has_package(name)}
+    here["prts"] = __version__
     other = [
         f"{name} {then} (here: {here.get(name, 'not installed')})"
         for name, then in about["versions"].items()

@@ -11,6 +11,7 @@ from prts.cli.config import compose, config_groups, plain
 from prts.cli.config_keys import all_keys
 from prts.cli.schema import SCHEMAS
 from prts.errors import InputError, did_you_mean
+from prts.extras import install_command
 
 
 def explained(error: Exception, command: str, overrides: Sequence[str], folders: Sequence[Path]) -> Exception:
@@ -38,7 +39,7 @@ def explained(error: Exception, command: str, overrides: Sequence[str], folders:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         options = [str(option) for option in error.options or [] if not str(option).startswith("_")]
         if group in ("hydra/launcher", "hydra/sweeper") and name.startswith(("joblib", "submitit_", "optuna")):
-            return InputError(f"{group}={name}: needs the extra `sweeps`; run pip install 'prts[sweeps]'")
+            return InputError(f"{group}={name}: needs the extra `sweeps`; run {install_command('sweeps')}")
         return InputError(
             f"{group}={name}: no such choice{did_you_mean(name, options)} (there are: {', '.join(options)})"
         )

@@ -13,6 +13,7 @@ import scipy.sparse as sp
 
 from prts.errors import InputError, ParameterError
 from prts.export.source import by_rows
+from prts.extras import install_command
 from prts.io.cache import atomic
 from prts.io.slide import Slide, open_slide
 
@@ -80,7 +81,7 @@ def write_spatialdata(
     try:
         import spatialdata as sd
     except ImportError as error:
-        raise ParameterError("", "format", "spatialdata is not installed; pip install 'prts[spatial]'") from error
+        raise ParameterError("", "format", f"spatialdata is not installed; run {install_command('spatial')}") from error
     from spatialdata.models import Image2DModel, ShapesModel, TableModel
     from spatialdata.transformations import Identity, Scale, Sequence
 

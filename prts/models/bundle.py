@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prts import __version__
 from prts.data.slide_scale import SlideScale
 from prts.errors import InputError
 from prts.io.cache import atomic, sha256_file
@@ -36,7 +37,7 @@ from prts.models.uncertainty import CountIntervals
 
 ARCHITECTURES: dict[str, type[PRTSNet]] = {"mlp": PRTSNet}
 
-_PACKAGES = ("prts", "torch", "timm", "pytorch-lightning", "numpy", "scipy", "anndata", "scanpy", "stardist")
+_PACKAGES = ("torch", "timm", "pytorch-lightning", "numpy", "scipy", "anndata", "scanpy", "stardist")
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ def _tensors(parts: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"prts": __version__}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

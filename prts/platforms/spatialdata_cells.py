@@ -14,6 +14,7 @@ import shapely
 from numpy.typing import NDArray
 
 from prts.errors import InputError, choose, some_of
+from prts.extras import install_command
 from prts.io.cache import file_identity
 from prts.io.h5_checks import check_matrix
 from prts.io.limits import check_pixels
@@ -202,7 +203,7 @@ class SpatialDataCells:
             import spatialdata
         except ImportError as error:
             raise InputError(
-                f"{self.path}: needs spatialdata, which is not installed; pip install 'prts[spatial]'"
+                f"{self.path}: needs spatialdata, which is not installed; run {install_command('spatial')}"
             ) from error
         self._names("tables")
         _refuse_pickle(self.path)

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import shapely
 from numpy.typing import NDArray
 
 PROB_STEPS = 50
 PERCENTILE = 99
 # Columns with more categories than colors can distinguish, such as names of nuclei, are left out.
 _MOST_CATEGORIES = 100
+_MOST_VERTICES = 255
 
 
 def packed(values: NDArray[Any]) -> str:
@@ -95,6 +97,28 @@ def measured_blocks(counts: sp.csr_matrix, rows: NDArray[np.intp], n_nuclei: int
         block = np.full(n_nuclei, missing, kind)
         block[rows] = np.minimum(umi, missing - 1)
         yield packed(block), block.itemsize
+
+
+def outline_blocks(outlines: NDArray[np.object_], xy: NDArray[np.float32], step: float) -> dict[str, str]:
+    """Encode polygons as the number of their vertices, one byte, and the vertices' offsets from the center, two bytes each.
+
+    Parameters
+    ----------
+    outlines
+        Polygons, (n_nuclei,).
+    xy
+        Their centers, (n_nuclei, 2).
+    step
+        Unit of the offsets, px; polygons are simplified by as much. Vertices more than 127 steps from the center are moved closer.
+    """
+    rings = shapely.simplify(shapely.get_exterior_ring(outlines), step)
+    points, owner = shapely.get_coordinates(rings, return_index=True)
+    first = np.searchsorted(owner, np.arange(len(outlines)))
+    rank = np.arange(len(owner)) - first[owner]
+    n = np.bincount(owner, minlength=len(outlines)) - 1  # the last vertex repeats the first
+    keep = (rank < n[owner]) & (rank < _MOST_VERTICES)
+    offsets = np.rint((points[keep] - xy[owner[keep]]) / step).clip(-127, 127).astype(np.int8)
+    return {"outline_n": packed(np.minimum(n, _MOST_VERTICES).astype(np.uint8)), "outline_xy": packed(offsets)}
 
 
 def colour_top(values: NDArray[Any]) -> NDArray[np.float64]:

@@ -30,6 +30,7 @@ from prts.report.embed import (
     delta_blocks,
     measured_blocks,
     nucleus_columns,
+    outline_blocks,
     packed,
     packed_text,
     predicted_codes,
@@ -47,7 +48,7 @@ MOST_GENES = 200
 _FEW_VALUES, _MOST_VALUES = 2_000_000, 12_000_000
 _JPEG_QUALITY = 80
 _FOLDER = Path(__file__).parent / "page"
-_SCRIPTS = ("data.js", "map.js", "legend.js", "table.js", "region.js", "main.js")
+_SCRIPTS = ("data.js", "outlines.js", "map.js", "link.js", "legend.js", "table.js", "region.js", "main.js")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class PageContent:
         metrics.json of a run, or the scores of an evaluation (`test/...`).
     model
         model.json of the bundle, if known.
+    outlines
+        Polygons of the nuclei in full-resolution pixels, (n_nuclei,), shown when zoomed in; None shows points.
     """
 
     prediction: ad.AnnData
@@ -87,6 +90,7 @@ class PageContent:
     per_gene: pd.DataFrame | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    outlines: NDArray[np.object_] | None = None
 
 
 def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | None = None) -> Path:
@@ -121,6 +125,7 @@ def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | Non
     content = environment.get_template("page.html").render(
         about=about,
         version=__version__,
+        model_name=about.get("model", {}).get("tissue", ""),
         n_nuclei=page.prediction.n_obs,
         n_genes=page.prediction.n_vars,
         n_shown=len(chosen),
@@ -235,14 +240,19 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
     for end in ("lower", "upper") if "upper" in prediction.layers else ():
         counted = np.minimum(_dense(prediction.layers[end], chosen), 255)
         blocks[end] = delta_blocks(counted.astype(np.uint8), codes)
+    area = _areas(prediction)
+    diameter_um = 2 * float(np.sqrt(area.median() / np.pi)) if area.notna().any() else 7.0
+    diameter = diameter_um / float(about["mpp"])  # px
     columns = nucleus_columns(prediction.obs, page.measured_obs)
     blocks |= _position_blocks(prediction)
+    step = diameter / 40
+    if page.outlines is not None:
+        blocks |= outline_blocks(page.outlines, np.asarray(prediction.obsm["spatial"], np.float32), step)
     blocks["columns"] = [column.pop("block") for column in columns]
     blocks["measured_columns"] = [column.pop("measured_block") for column in columns]
     for column, block in zip(columns, blocks["measured_columns"], strict=True):
         column["measured"] = block is not None
-    xy, area = np.asarray(prediction.obsm["spatial"], np.float32), _areas(prediction)
-    diameter_um = 2 * float(np.sqrt(area.median() / np.pi)) if area.notna().any() else 7.0
+    xy = np.asarray(prediction.obsm["spatial"], np.float32)
     keys = [key for key in _HEADINGS if key in table]
     meta = {
         "section": str(about["section"]),
@@ -251,7 +261,8 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
         "width": int(about["width"]),
         "height": int(about["height"]),
         "mpp": float(about["mpp"]),
-        "diameter": diameter_um / float(about["mpp"]),
+        "diameter": diameter,
+        "outline_step": step,
         "bounds": [*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist()],
         "percentile": PERCENTILE,
         "prob_steps": PROB_STEPS,

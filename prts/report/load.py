@@ -111,6 +111,7 @@ def load_run(folder: Path, evaluation: EvaluationSettings) -> list[ReportSource]
             per_gene=result.per_gene,
             metrics=metrics,
             model=model,
+            outlines=_outlines(path, prediction.obs_names),
         )
         scored = _scored(prediction, section, matched, result)
         found.append(ReportSource(path, page, scored, path.stem.removeprefix("predictions")))
@@ -156,8 +157,9 @@ def load_prediction(
             )
         picture = slide.thumbnail(PICTURE_PX)
     measured_obs = None if analysis is None else _join_analysis(prediction, analysis)
+    outlines = _outlines(path, prediction.obs_names)
     if section_folder is None:
-        return ReportSource(path, PageContent(prediction, picture))
+        return ReportSource(path, PageContent(prediction, picture, outlines=outlines))
     section = open_section_folder(section_folder)
     matched = measure_predicted(prediction, load_nuclei(nuclei_path(path)), section).matched
     result = _evaluate(matched, prediction, section, evaluation or EvaluationSettings())
@@ -168,6 +170,7 @@ def load_prediction(
         measured_obs=measured_obs,
         per_gene=result.per_gene,
         metrics={f"test/{key}": value for key, value in result.summary.items()},
+        outlines=outlines,
     )
     return ReportSource(path, page, _scored(prediction, section, matched, result))
 
@@ -200,7 +203,29 @@ def content_after_training(
     prediction = ad.AnnData(scored.umi, **parts, obsm={"spatial": xy}, layers=layers)
     picture = parts["uns"]["spatial"][scored.section.name]["images"]["hires"]
     measured = MeasuredCounts(scored.nuclei.counts, np.arange(len(scored.nuclei)))
-    return PageContent(prediction, picture, measured, per_gene=scored.result.per_gene, metrics=metrics, model=model)
+    return PageContent(
+        prediction,
+        picture,
+        measured,
+        per_gene=scored.result.per_gene,
+        metrics=metrics,
+        model=model,
+        outlines=_outlines(path, prediction.obs_names),
+    )
+
+
+def _outlines(path: Path, cell_ids: pd.Index) -> NDArray[np.object_] | None:
+    """Polygons next to a prediction, in the order of its nuclei; None if the file was not kept, or belongs to another prediction."""
+    file = nuclei_path(path)
+    if not file.is_file():
+        logger.info("%s is not there; the page shows points instead of outlines", file.name)
+        return None
+    nuclei = load_nuclei(file)
+    place = pd.Index(nuclei["cell_id"]).get_indexer(cell_ids)
+    if (place < 0).any():
+        logger.warning("%s: lacks nuclei of %s; the page shows points instead of outlines", file, path.name)
+        return None
+    return nuclei.geometry.to_numpy()[place]
 
 
 def _picture(section: Section) -> NDArray[np.uint8]:
@@ -245,13 +270,26 @@ def _evaluate(
 def _join_analysis(prediction: ad.AnnData, path: Path) -> pd.DataFrame | None:
     """Add the columns of an analysis to the nuclei of the prediction, and return those of measured.h5ad next to it, if any."""
     before = prediction.obs.columns
-    prediction.obs = join_analysis(prediction.obs, path)
+    joined = join_analysis(prediction.obs, path)
+    named = _score_names(joined)
+    prediction.obs = joined.rename(columns=named)
     measured = path.with_name("measured.h5ad")
     if not measured.is_file():
         return None
     of_measured = read_analysis_obs(measured)
-    columns = [column for column in prediction.obs.columns if column not in before and column in of_measured]
-    return of_measured[columns].reindex(prediction.obs_names)
+    columns = [column for column in joined.columns if column not in before and column in of_measured]
+    return of_measured[columns].reindex(prediction.obs_names).rename(columns=named)
+
+
+def _score_names(obs: pd.DataFrame) -> dict[str, str]:
+    """Readable names of the columns `score_<cluster>`, with the cell type of the cluster if it has one."""
+    clusters = obs["cluster"].dropna().astype(str).unique() if "cluster" in obs else []
+    found = {}
+    for cluster in clusters:
+        name = f"marker score, cluster {cluster}"
+        types = obs.loc[obs["cluster"].astype(str) == cluster, "type"].dropna() if "type" in obs else ()
+        found[f"score_{cluster}"] = f"{name} ({types.iloc[0]})" if len(types) else name
+    return found
 
 
 def _dense(matrix: Any) -> NDArray[np.float32]:

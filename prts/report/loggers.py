@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from prts.errors import ParameterError
+from prts.extras import install_command
 from prts.io.cache import lock
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class RunLoggers:
         for name in self._specs:
             package, extra = _EXTRAS.get(name, ("", ""))
             if package and importlib.util.find_spec(package) is None:
-                raise ParameterError("", "logger", f"{package} is not installed; pip install 'prts[{extra}]'")
+                raise ParameterError("", "logger", f"{package} is not installed; run {install_command(extra)}")
 
     def __enter__(self) -> RunLoggers:
         return self

@@ -37,7 +37,7 @@ class Segmenter(Protocol):
     """Name of the segmenter; set by `segmenters.register`."""
 
     extra: ClassVar[str | None]
-    """The optional dependencies (`pip install "prts[<extra>]"`) that it needs; None if it needs none."""
+    """The optional dependencies (`pip install "prts-spatial[<extra>]"`) that it needs; None if it needs none."""
 
     hint: ClassVar[str]
     """What a user can change if no nucleus is found."""

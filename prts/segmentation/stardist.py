@@ -19,6 +19,7 @@ import shapely
 from pydantic import Field
 
 from prts.errors import InputError, ParameterError
+from prts.extras import install_command
 from prts.io.cache import file_identity
 from prts.io.nuclei import make_nuclei
 from prts.io.optical_density import without_black
@@ -173,7 +174,7 @@ def _load(name: str) -> Any:
         raise ParameterError(
             "segmenter",
             "",
-            f'stardist needs StarDist and TensorFlow ({error}); run pip install "prts[stardist]", or choose watershed',
+            f"stardist needs StarDist and TensorFlow ({error}); run {install_command('stardist')}, or choose watershed",
         ) from error
     try:
         with _silence():

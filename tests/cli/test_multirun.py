@@ -77,7 +77,7 @@ def test_loggers_are_closed_as_failed_when_the_run_fails(tmp_path):
 
 def test_a_logger_that_is_not_installed_is_named_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"logger: wandb is not installed; pip install 'prts\[loggers\]'"):
+    with pytest.raises(InputError, match=r"logger: wandb is not installed; run pip install 'prts-spatial\[loggers\]'"):
         run_loggers(composed("logger=wandb", hydra=False), tmp_path)
 
 

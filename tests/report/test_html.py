@@ -23,6 +23,7 @@ from prts.report.embed import (
     predicted_codes,
 )
 from prts.report.html import MeasuredCounts, PageContent, choose_genes, gene_table, write_page
+from prts.report.load import _score_names
 
 EVIL = ["<script>alert(1)</script>", "</script>", "A&amp;B", '" onload="x']
 
@@ -321,3 +322,10 @@ def test_wrong_input_is_one_line_and_exit_2(arguments, words, tmp_path, monkeypa
     assert error.count("\n") == 1
     assert words in error
     assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_clusters_are_named_after_their_type():
+    obs = pd.DataFrame({"cluster": ["0", "1", None], "type": ["T cell", None, None], "score_0": 1.0, "score_1": 2.0})
+    named = _score_names(obs)
+    assert named == {"score_0": "marker score, cluster 0 (T cell)", "score_1": "marker score, cluster 1"}
+    assert _score_names(obs[["score_0"]]) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+import shapely
 
 from prts.report.html import MeasuredCounts, PageContent, write_page
 
@@ -105,7 +107,9 @@ def section() -> dict[str, Any]:
     picture = np.full((400, 400, 3), (238, 210, 224), np.uint8)
     measured = MeasuredCounts(sp.csr_matrix(counts[rows]), rows)
     metrics = {"test/pcc_mean": 0.3, "test/n_genes": 4, "test/n_cells": N}
-    page = PageContent(prediction, picture, measured, per_gene=per_gene, metrics=metrics)
+    half = np.array([30, 20])
+    outlines = shapely.box(*(xy - half).T, *(xy + half).T)
+    page = PageContent(prediction, picture, measured, per_gene=per_gene, metrics=metrics, outlines=outlines)
     return {"page": page, "umi": umi, "counts": counts, "rows": rows, "xy": xy, "left": left}
 
 
@@ -145,7 +149,7 @@ START = """async gene => {
     e.value = value; e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change'));
   };
   await prts.region.clear();
-  Object.assign(prts.map.state, {view: 'both', own: false, colour: 'expression'});
+  Object.assign(prts.map.state, {view: 'both', own: false, colour: 'expression', extra: [null, null]});
   document.querySelector('#views input[value=both]').checked = true;
   document.querySelector('#drag input[value=pan]').click();
   document.getElementById('own').checked = false;
@@ -208,7 +212,7 @@ def test_probability_and_a_column_of_nuclei_can_be_shown(opened, section):
     opened.tab.click(".kinds button >> text=neuron")
     opened.settle()
     np.testing.assert_array_equal(np.isnan(opened.drawn(0)), section["left"])
-    assert opened.tab.title() == "s <1>: predicted expression"  # EVIL, a category and a gene, stayed text
+    assert opened.tab.title() == "s <1>: expression predicted"  # EVIL, a category and a gene, stayed text
     assert EVIL in opened.tab.inner_text("#legend")
 
 
@@ -420,3 +424,119 @@ def test_a_phone_shows_one_column(browser, file):
     assert tops[1] > tops[0] + 100  # predicted below measured
     assert complaints(opened, file) == []
     opened.tab.close()
+
+
+def test_zooming_in_shows_outlines_in_the_color_of_the_value(opened, section):
+    assert opened.js("() => prts.outlines.shown()") is False
+    x, y = section["xy"][42]
+    opened.js("([x, y]) => prts.map.center(x, y)", [x, y])
+    opened.js("() => prts.map.zoom(0.1)")
+    opened.wait("() => prts.outlines.shown() && prts.map.div._fullData[1].marker.opacity === 0")
+    opened.settle()
+    corner = opened.js("() => { const {x, y} = prts.map.nuclei(); return prts.outlines.ring(42, x, y) }")
+    np.testing.assert_allclose(np.sort(np.abs(np.array(corner) - [x, y]), axis=0)[0], [30, 20], atol=0.5)
+    # inside the corner of the box, where a round point would not reach
+    pixel = opened.js(
+        """([x, y]) => {
+          const {xaxis2, yaxis2} = prts.map.div._fullLayout, canvas = prts.outlines.canvas, f = window.devicePixelRatio;
+          const at = [xaxis2._offset + xaxis2.l2p(x + 27), yaxis2._offset + yaxis2.l2p(y + 17)].map(v => Math.round(v * f));
+          return Array.from(canvas.getContext('2d').getImageData(...at, 1, 1).data);
+        }""",
+        [x, y],
+    )
+    assert pixel[3] > 100 and max(pixel[:3]) > 0
+    opened.js("() => prts.map.reset()")
+    opened.wait("() => !prts.outlines.shown() && prts.map.div._fullData[1].marker.opacity > 0")
+
+
+def test_the_address_brings_gene_view_and_region_back(browser, opened, file):
+    opened.js("async () => { await prts.choose(1); await prts.map.zoom(0.4); await prts.map.selectView(); }")
+    opened.wait("() => location.hash.includes('region=') && location.hash.includes('Plp1')")
+    address = opened.js("() => location.href")
+    tab = browser.new_page(viewport={"width": 1366, "height": 900})
+    tab.set_default_timeout(60_000)
+    tab.goto(address, wait_until="commit")
+    tab.wait_for_function(
+        "() => typeof prts !== 'undefined' && prts.ready && !document.getElementById('region').hidden"
+    )
+    assert tab.evaluate("() => prts.map.panels()[0].label") == "Plp1"
+    assert tab.evaluate("() => prts.map.state.range.x") == pytest.approx(
+        opened.js("() => prts.map.state.range.x"), abs=2
+    )
+    assert not tab.evaluate("() => document.getElementById('overview').hidden")
+    tab.goto(file.as_uri() + "#gene=nothing&color=column:none&view=upside&at=1,2&region=3", wait_until="commit")
+    tab.reload(wait_until="commit")
+    tab.wait_for_function("() => typeof prts !== 'undefined' && prts.ready")
+    assert tab.evaluate("() => prts.map.panels()[0].label") == "Ttr"  # as it opens without an address
+    tab.close()
+
+
+def test_selected_nuclei_are_saved(opened, section, tmp_path):
+    opened.js("() => prts.map.select([[0, 0], [1000, 0], [1000, 1000], [0, 1000]])")
+    opened.wait("() => !document.getElementById('region').hidden")
+    within = np.flatnonzero((section["xy"] < 1000).all(axis=1))
+    for name in ("CSV", "GeoJSON"):
+        with opened.tab.expect_download() as download:
+            opened.tab.click(f"text=Save {name}")
+        download.value.save_as(tmp_path / name)
+    table = pd.read_csv(tmp_path / "CSV", keep_default_na=False)
+    assert table["cell_id"].tolist() == [f"n{i}" for i in within]
+    assert table["type"].unique().tolist() == ["neuron"]
+    np.testing.assert_allclose(table["Ttr"], section["umi"][within, 1], rtol=0.02, atol=0.02)
+    assert EVIL in table.columns
+    features = json.loads((tmp_path / "GeoJSON").read_text(encoding="utf-8"))["features"]
+    assert [feature["id"] for feature in features] == table["cell_id"].tolist()
+    found = shapely.polygons([feature["geometry"]["coordinates"][0] for feature in features])
+    assert shapely.area(found) == pytest.approx(60 * 40, rel=0.03)
+    assert features[0]["properties"]["classification"] == {"name": "neuron"}
+
+
+def test_three_genes_mix_as_red_green_and_blue(opened, section):
+    opened.js(
+        "() => { const e = document.getElementById('colour'); e.value = 'genes'; e.dispatchEvent(new Event('change')) }"
+    )
+    opened.tab.fill("#gene2", "Plp1")
+    opened.tab.dispatch_event("#gene2", "change")
+    opened.wait("() => prts.map.panels()[1].label === 'Ttr, Plp1'")
+    red, green, blue = np.array(
+        [color[4:-1].split(",") for color in opened.js("() => prts.map.panels()[1].colours")], dtype=int
+    ).T
+    level = np.log1p(section["umi"])
+    assert np.corrcoef(green, np.minimum(level[:, 0], np.percentile(level[:, 0], 99)))[0, 1] > 0.9
+    assert red[section["left"]].min() > red[~section["left"]].max()
+    assert (blue == 0).all()
+    assert opened.tab.locator("#legend .channel").all_inner_texts() == ["Ttr", "Plp1"]
+
+
+def test_the_table_is_one_tab_stop(opened):
+    assert opened.tab.locator("#genes [tabindex='0']").count() == 1
+    opened.tab.focus("#genes [tabindex='0']")
+    opened.tab.keyboard.press("Home")
+    assert opened.js("() => document.activeElement.closest('thead') !== null")
+    names = opened.js("() => Array.from(document.querySelectorAll('#genes tbody button'), b => b.textContent)")
+    for name in names[:2]:
+        opened.tab.keyboard.press("ArrowDown")
+        assert opened.js("() => document.activeElement.textContent") == name
+    assert opened.tab.locator("#genes [tabindex='0']").count() == 1
+    opened.tab.keyboard.press("Tab")
+    assert opened.js("() => document.activeElement.closest('#genes') === null")
+
+
+def test_dark_mode_and_paper(browser, file):
+    dark = browser.new_context(color_scheme="dark", viewport={"width": 1366, "height": 900}).new_page()
+    dark.goto(file.as_uri(), wait_until="commit")
+    dark.wait_for_function("() => typeof prts !== 'undefined' && prts.ready", timeout=60_000)
+    background, ink = dark.evaluate(
+        "() => { const s = getComputedStyle(document.body); return [s.backgroundColor, s.color] }"
+    )
+    brightness = [sum(int(part) for part in re.findall(r"\d+", color)[:3]) for color in (background, ink)]
+    assert brightness[0] < 150 and brightness[1] > 600
+    dark.evaluate("() => window.dispatchEvent(new Event('beforeprint'))")
+    dark.emulate_media(media="print")
+    zoom, width = dark.evaluate(
+        "() => { const f = document.getElementById('frame'); return [f.style.zoom, prts.map.div._fullLayout.width] }"
+    )
+    assert float(zoom) * width == pytest.approx(690, abs=2)  # an A4 sheet without its margins
+    assert not dark.locator("#controls").is_visible()
+    assert dark.evaluate("() => getComputedStyle(document.body).color") == "rgb(27, 31, 36)"  # dark ink on white paper
+    dark.context.close()

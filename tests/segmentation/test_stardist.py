@@ -64,7 +64,7 @@ def test_a_slide_of_one_colour_has_no_nuclei(tmp_path):
 
 def test_without_the_extra_the_error_names_it(slide, monkeypatch):
     monkeypatch.setitem(sys.modules, "stardist.models", None)
-    with pytest.raises(InputError, match=r'pip install "prts\[stardist\]"'):
+    with pytest.raises(InputError, match=r"pip install 'prts-spatial\[stardist\]'"):
         StarDist()(slide)
 
 

@@ -23,7 +23,7 @@ const prts = (() => {
     return cache.get(key);
   }
 
-  const has = { measured: meta.n_measured > 0, prob: "prob" in blocks, interval: "upper" in blocks };
+  const has = { measured: meta.n_measured > 0, prob: "prob" in blocks, interval: "upper" in blocks, outlines: "outline_n" in blocks };
 
   // Codes of a gene, and the log1p(UMI) of each code; NaN means "not measured".
   const predictedCodes = (gene) => block("predicted", gene, Uint8Array);
@@ -53,6 +53,7 @@ const prts = (() => {
   }
 
   const coordinates = () => Promise.all([block("x", null, Float32Array), block("y", null, Float32Array)]);
+  const outlineBlocks = () => Promise.all([block("outline_n", null, Uint8Array), block("outline_xy", null, Int8Array)]);
   const area = () => block("area", null, Float32Array);
   let names = null;
   const ids = async () => (names ??= JSON.parse(new TextDecoder().decode(await block("ids", null, Uint8Array))));
@@ -73,5 +74,5 @@ const prts = (() => {
   const say = (text) => { document.getElementById("status").textContent = text; };
 
   return { meta, has, predicted, measured, prob, interval, column, predictedCodes, measuredCodes, predictedLevels, missing,
-    coordinates, area, ids, number, element, say };
+    coordinates, outlineBlocks, area, ids, number, element, say };
 })();

@@ -3,6 +3,7 @@
 prts.legend = (() => {
   const { meta, element, number } = prts;
   const box = document.getElementById("legend");
+  const rgb = ["#ff0000", "#00ff00", "#0000ff"];
 
   function words(panel, state) {
     if (state.colour === "prob") return `${panel.label}: P(expressed)` + (state.view === "both" || state.view === "measured" ? "; measured: expressed or not" : "");
@@ -19,7 +20,7 @@ prts.legend = (() => {
 
   // Color scales to show: one if the panels share it.
   function scales(panels, state) {
-    const coloured = panels.filter((panel) => panel.values && !panel.labels);
+    const coloured = panels.filter((panel) => panel.values && !panel.labels && !panel.colours);
     const apart = coloured.length === 2 && coloured[0].high !== coloured[1].high;
     return (apart ? coloured : coloured.slice(-1)).map((panel) => ({
       text: (apart ? `${prts.map.title(panel)}: ` : "") + words(panel, state), ends: ends(panel, state),
@@ -33,6 +34,10 @@ prts.legend = (() => {
         element("span", { class: "ramp-bar", style: `background:linear-gradient(to right,${prts.map.viridis.join()})` }), element("span", {}, high))));
     const kinds = panels.find((panel) => panel.labels);
     if (kinds) made.push(categories(kinds, state));
+    const channels = panels.find((panel) => panel.channels)?.channels;
+    if (channels) made.push(element("div", { class: "kinds" }, ...channels.map((name, c) => element("span", { class: "channel" },
+      element("span", { class: "swatch", style: `background:${rgb[c]}` }), name)),
+      element("span", { class: "quiet" }, "log1p(UMI) of each gene, black to its color; mixtures add up")));
     if (state.colour === "expression" && state.view !== "image" && prts.has.measured && state.view !== "predicted" && meta.n_measured < meta.n)
       made.push(element("span", { class: "quiet" }, `Measured: ${meta.n_measured.toLocaleString("en")} of ${meta.n.toLocaleString("en")} nuclei; the others did not pass quality control.`));
     box.replaceChildren(...made);
@@ -57,7 +62,8 @@ prts.legend = (() => {
     const image = new Image();
     await new Promise((resolve, reject) => { image.onload = resolve; image.onerror = reject; image.src = source; });
     const shown = panels(), ramps = scales(shown, state), labelled = shown.find((panel) => panel.labels);
-    const visible = labelled ? labelled.labels.map((label, code) => [label, code]).filter(([, code]) => !state.hidden.has(code)) : [];
+    const channels = shown.find((panel) => panel.channels)?.channels;
+    const visible = channels ? channels.map((name, c) => [name, c]) : labelled ? labelled.labels.map((label, code) => [label, code]).filter(([, code]) => !state.hidden.has(code)) : [];
     const columns = Math.max(1, Math.floor(full.width / 180));
     const foot = 14 + 40 * ramps.length + 20 * Math.ceil(visible.length / columns);
     const canvas = element("canvas", { width: full.width * factor, height: (full.height + head + foot) * factor });
@@ -66,6 +72,7 @@ prts.legend = (() => {
     pen.fillStyle = "#fff";
     pen.fillRect(0, 0, full.width, full.height + head + foot);
     pen.drawImage(image, 0, head, full.width, full.height);
+    if (prts.outlines.shown()) pen.drawImage(prts.outlines.canvas, 0, head, full.width, full.height);
     pen.fillStyle = "#1a1a1a";
     pen.font = "600 15px system-ui, sans-serif";
     shown.forEach((panel, i) => {
@@ -94,7 +101,7 @@ prts.legend = (() => {
     pen.font = "13px system-ui, sans-serif";
     visible.forEach(([label, code], i) => {
       const left = 8 + (i % columns) * 180, line = top + 20 * Math.floor(i / columns);
-      pen.fillStyle = kinds[code % kinds.length];
+      pen.fillStyle = channels ? rgb[code] : kinds[code % kinds.length];
       pen.fillRect(left, line - 10, 11, 11);
       pen.fillStyle = "#1a1a1a";
       pen.fillText(label, left + 17, line, 158);

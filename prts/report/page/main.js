@@ -9,6 +9,7 @@
   async function render() {
     for (const input of $("views").querySelectorAll("input"))
       input.disabled = prts.map.single() && (input.value === "measured" || input.value === "both");
+    $("more-genes").hidden = state.colour !== "genes";
     $("own-label").hidden = !(state.colour === "expression" && state.view === "both");
     await prts.map.render();
   }
@@ -22,6 +23,14 @@
     await render();
     prts.say(`Showing ${name}.`);
   };
+
+  // The second and third gene of a map in three colors; an empty field leaves one out.
+  function another(k) {
+    const text = $(`gene${k}`).value.trim(), gene = place.get(text);
+    if (text && gene === undefined) return prts.say(`${text} is not among the ${meta.genes.length} genes on the map.`);
+    state.extra[k - 2] = gene ?? null;
+    return render();
+  }
 
   function find() {
     const wanted = $("gene").value.trim();
@@ -38,7 +47,8 @@
     $("gene").addEventListener("change", find);
     $("gene").addEventListener("input", () => { if (place.has($("gene").value)) find(); });
     $("gene").addEventListener("keydown", (event) => { if (event.key === "Enter") find(); });
-    const colours = [["expression", "expression"], ...(has.prob ? [["prob", "P(expressed)"]] : []), ...(has.interval ? [["interval", "uncertainty"]] : [])];
+    for (const k of [2, 3]) $(`gene${k}`).addEventListener("change", () => another(k));
+    const colours = [["expression", "expression"], ...(meta.genes.length > 1 ? [["genes", "with other genes"]] : []), ...(has.prob ? [["prob", "P(expressed)"]] : []), ...(has.interval ? [["interval", "uncertainty"]] : [])];
     $("colour").append(element("optgroup", { label: "the gene" }, ...colours.map(([value, text]) => element("option", { value }, text))));
     if (meta.columns.length) $("colour").append(element("optgroup", { label: "nuclei" },
       ...meta.columns.map(({ name }, i) => element("option", { value: `column:${i}` }, name.replaceAll("_", " ")))));
@@ -57,7 +67,28 @@
     $("zoom-out").addEventListener("click", () => prts.map.zoom(1 / 0.7));
     $("zoom-reset").addEventListener("click", () => prts.map.reset());
     $("png").addEventListener("click", () => prts.legend.picture());
+    printing();
     $("controls").hidden = $("tools").hidden = false;
+  }
+
+  // Show what the address asks for.
+  async function recall() {
+    const { region, ...asked } = prts.link.read();
+    Object.assign(state, asked);
+    if (asked.gene !== undefined) { $("gene").value = meta.genes[asked.gene].name; prts.table.mark(asked.gene); }
+    $("colour").value = state.colour;
+    state.extra.forEach((gene, k) => { $(`gene${k + 2}`).value = gene === null ? "" : meta.genes[gene].name; });
+    for (const input of $("views").querySelectorAll("input")) input.checked = input.value === state.view;
+    await render();
+    if (region) await prts.map.select(region);
+  }
+
+  // On paper, the map shrinks to the width of the sheet.
+  function printing() {
+    const frame = $("frame");
+    window.addEventListener("beforeprint", () => { frame.style.zoom = Math.min(1, 690 / frame.clientWidth); });
+    window.addEventListener("afterprint", () => { frame.style.zoom = ""; });
+    $("print").addEventListener("click", () => window.print());
   }
 
   async function start() {
@@ -66,7 +97,7 @@
     const first = prts.table.first();
     if (first) { state.gene = first.place; $("gene").value = first.name; prts.table.mark(first.place); }
     await prts.map.start();
-    await render();
+    await recall();
     $("loading").remove();
     prts.ready = performance.now();
   }

@@ -16,7 +16,7 @@ prts.map = (() => {
 
   const state = {
     gene: 0, colour: "expression", view: "predicted", own: false, opacity: 0.85, drag: "pan", polygon: null,
-    hidden: new Set(), range: null,
+    hidden: new Set(), range: null, extra: [null, null],
   };
   let x = null, y = null, area = null, ids = null;
   let panels = []; // what is drawn: {what, values, low, high, labels, label}
@@ -45,6 +45,7 @@ prts.map = (() => {
       const visible = state.hidden.size ? shown.map((code) => (state.hidden.has(code) ? NaN : code)) : shown;
       return { what, values: visible, labels: column.labels, label: column.name };
     }
+    if (state.colour === "genes") return composite(what);
     if (state.colour === "interval") {
       const [lower, upper] = await prts.interval(state.gene);
       const width = upper.map((count, k) => count - lower[k]);
@@ -58,6 +59,27 @@ prts.map = (() => {
     const shown = what === "measured" ? await prts.measured(state.gene) : await prts.predicted(state.gene);
     const high = what === "predicted" && state.own ? gene.own : gene.top;
     return { what, values: shown, low: 0, high: high || 1, label: gene.name };
+  }
+
+  // Up to three genes as red, green and blue, each from 0 to the top of its own color scale.
+  async function composite(what) {
+    const chosen = [state.gene, ...state.extra];
+    const levels = await Promise.all(chosen.map((gene) => gene === null ? null : what === "measured" ? prts.measured(gene) : prts.predicted(gene)));
+    const tops = chosen.map((gene) => (gene === null ? 1 : meta.genes[gene].top || 1));
+    const colours = Array.from(levels[0], (_, i) => `rgb(${levels.map((level, c) =>
+      (level === null || Number.isNaN(level[i]) ? 0 : Math.round(255 * Math.min(1, level[i] / tops[c])))).join()})`);
+    const labels = chosen.filter((gene) => gene !== null).map((gene) => meta.genes[gene].name);
+    return { what, values: levels[0], colours, channels: labels, label: labels.join(", ") };
+  }
+
+  // Color of a nucleus, as on the color scale of its panel.
+  function colourOf(panel, i) {
+    if (panel.colours) return panel.colours[i];
+    if (panel.labels) return kinds[panel.values[i] % kinds.length];
+    const at = Math.max(0, Math.min(1, (panel.values[i] - panel.low) / (panel.high - panel.low || 1))) * (viridis.length - 1);
+    const k = Math.min(viridis.length - 2, Math.floor(at));
+    const [from, to] = [viridis[k], viridis[k + 1]].map((hex) => [1, 3, 5].map((c) => parseInt(hex.slice(c, c + 2), 16)));
+    return `rgb(${from.map((value, c) => Math.round(value + (at - k) * (to[c] - value))).join()})`;
   }
 
   // A column of obs has a single map unless it was also found in the measured counts.
@@ -81,7 +103,7 @@ prts.map = (() => {
     return {
       ...axes, type: "scattergl", mode: "markers", hoverinfo: "none",
       x: gaps ? x.map((v, k) => (Number.isNaN(panel.values[k]) ? NaN : v)) : x, y,
-      marker: { color: gaps ? panel.values.map((v) => (Number.isNaN(v) ? 0 : v)) : panel.values, colorscale, cmin: low, cmax: high,
+      marker: panel.colours ? { color: panel.colours, size, opacity: state.opacity, line: { width: 0 } } : { color: gaps ? panel.values.map((v) => (Number.isNaN(v) ? 0 : v)) : panel.values, colorscale, cmin: low, cmax: high,
         size, opacity: state.opacity, line: { width: 0 } },
     };
   }
@@ -122,7 +144,9 @@ prts.map = (() => {
     if (!listening) listen();
     await follow();
     overlaid();
+    await detailed();
     prts.legend.draw(panels, state);
+    prts.link.write();
   }
 
   const axes = () => ({ x: div._fullLayout.xaxis, y: div._fullLayout.yaxis });
@@ -140,14 +164,23 @@ prts.map = (() => {
     }
   }
 
+  // Outlines instead of points where the zoom shows the shape of nuclei.
+  async function detailed() {
+    const drawn = panels.flatMap((panel, i) => (panel.values ? [i] : []));
+    const opacity = prts.outlines.draw(panels, x, y, size, colourOf, state.opacity, div._fullLayout) ? 0 : state.opacity;
+    if (drawn.length && div._fullData[drawn[0]].marker.opacity !== opacity) await Plotly.restyle(div, { "marker.opacity": opacity }, drawn);
+  }
+
   function listen() {
     listening = true;
     div.on("plotly_relayout", async (change) => {
       if (change.shapes) return drawn(change.shapes.at(-1));
       await follow();
       overlaid();
+      await detailed();
+      prts.link.write();
     });
-    div.on("plotly_relayouting", () => { hide(); overlaid(); });
+    div.on("plotly_relayouting", () => { hide(); overlaid(); prts.outlines.clear(); });
     div.on("plotly_hover", (event) => hover(event.points[0].pointNumber));
     div.on("plotly_unhover", hide);
     div.on("plotly_doubleclick", reset);
@@ -182,6 +215,7 @@ prts.map = (() => {
     const { element } = prts;
     const full = div._fullLayout;
     const length = bar();
+    prts.link.follow();
     overlay.replaceChildren(...panels.map((panel, i) => {
       const [across, down] = [full[`xaxis${i ? "2" : ""}`], full[`yaxis${i ? "2" : ""}`]];
       const box = element("div", { class: "panel", style: `left:${across._offset}px;top:${down._offset}px;width:${across._length}px;height:${down._length}px` },
@@ -217,25 +251,28 @@ prts.map = (() => {
           Number.isNaN(value) ? "n/a" : column.labels ? column.labels[value] : String(Number(value.toPrecision(4)))]);
       }
     } else {
-      lines.push([gene.name, ""]);
-      if (prts.has.measured) {
+      lines.push([state.colour === "genes" ? panels.at(-1).label : gene.name, ""]);
+      for (const other of state.colour === "genes" ? [state.gene, ...state.extra] : [])
+        if (other !== null) lines.push([meta.genes[other].name, `${number(Math.expm1((await prts.predicted(other))[i]), 2)} UMI`]);
+      if (state.colour === "genes") { /* the values of each gene are listed */ } else if (prts.has.measured) {
         const value = (await prts.measured(state.gene))[i];
         lines.push(["measured", Number.isNaN(value) ? "not measured" : `${number(Math.expm1(value), 0)} UMI`]);
       }
-      lines.push(["predicted", `${number(Math.expm1((await prts.predicted(state.gene))[i]), 2)} UMI`]);
-      if (prts.has.interval) {
+      if (state.colour !== "genes") lines.push(["predicted", `${number(Math.expm1((await prts.predicted(state.gene))[i]), 2)} UMI`]);
+      if (prts.has.interval && state.colour !== "genes") {
         const [lower, upper] = await prts.interval(state.gene);
         lines.push([`${Math.round(100 * meta.interval)}% interval`, `${lower[i]} to ${upper[i]} UMI`]);
       }
-      if (prts.has.prob) lines.push(["P(expressed)", number((await prts.prob(state.gene))[i], 2)]);
+      if (prts.has.prob && state.colour !== "genes") lines.push(["P(expressed)", number((await prts.prob(state.gene))[i], 2)]);
     }
     if (hovered !== i) return; // the mouse has moved to another nucleus
     tooltip.replaceChildren(...lines.map(([name, value]) => element("div", {}, element("span", {}, name), element("b", {}, value))));
     tooltip.hidden = false;
     const first = overlay.querySelector(".panel");
     const left = first.offsetLeft + place.left, top = first.offsetTop + place.top;
-    tooltip.style.left = `${Math.max(4, Math.min(left + 14, frame.clientWidth - tooltip.offsetWidth - 6))}px`;
-    tooltip.style.top = `${top + tooltip.offsetHeight + 20 > frame.clientHeight ? top - tooltip.offsetHeight - 10 : top + 14}px`;
+    // in the corner of the map that is farthest from the nucleus, so that its surroundings stay in sight
+    tooltip.style.left = `${left > frame.clientWidth / 2 ? 8 : Math.max(4, frame.clientWidth - tooltip.offsetWidth - 8)}px`;
+    tooltip.style.top = `${top > frame.clientHeight / 2 ? 34 : frame.clientHeight - tooltip.offsetHeight - 34}px`;
   }
   function hide() {
     hovered = null;
@@ -251,6 +288,11 @@ prts.map = (() => {
     };
     return Plotly.relayout(div, { "xaxis.range": moved(x, dx), "yaxis.range": moved(y, dy) });
   }
+  function center(px, py) {
+    const { x, y } = axes();
+    const around = (axis, middle) => { const half = (axis.range[1] - axis.range[0]) / 2; return [middle - half, middle + half]; };
+    return Plotly.relayout(div, { "xaxis.range": around(x, px), "yaxis.range": around(y, py) });
+  }
   function reset() {
     const { x, y } = whole();
     return Plotly.relayout(div, { "xaxis.range": x, "yaxis.range": y });
@@ -263,7 +305,8 @@ prts.map = (() => {
   });
 
   async function start() {
-    [[x, y], area, ids] = await Promise.all([prts.coordinates(), prts.area(), prts.ids()]);
+    [[x, y], area, ids] = await Promise.all([prts.coordinates(), prts.area(), prts.ids(), prts.outlines.start()]);
+    prts.link.start();
   }
-  return { state, single, start, render, select, selectView, zoom, reset, bar, title, div, viridis, kinds, panels: () => panels };
+  return { state, single, start, render, select, selectView, zoom, center, reset, atHome, nuclei: () => ({ x, y, area, ids }), bar, title, div, viridis, kinds, panels: () => panels };
 })();

@@ -59,7 +59,7 @@ prts.region = (() => {
       genes.push(row);
       if (mine !== turn) return;
     }
-    found = { genes, n, out: mask.length - n };
+    found = { genes, n, out: mask.length - n, rows: Array.from(mask.keys()).filter((i) => mask[i]) };
     list();
     prts.say(`${n.toLocaleString("en")} nuclei selected. The genes that differ most are listed below the map.`);
   }
@@ -86,12 +86,48 @@ prts.region = (() => {
       ...sources.flatMap((s) => [number(row[s].inside, 2), number(row[s].outside, 2), number(row[s].effect, 2)].map((text) => element("td", { class: "n" }, text)))));
     box.replaceChildren(
       element("h3", {}, `Selection: ${found.n.toLocaleString("en")} nuclei vs. ${found.out.toLocaleString("en")} others`),
-      element("div", { class: "bar" }, ...controls),
+      element("div", { class: "bar" }, ...controls,
+        element("button", { type: "button", onclick: () => save("csv") }, "Save CSV"),
+        ...(prts.outlines.known() ? [element("button", { type: "button", onclick: () => save("geojson") }, "Save GeoJSON")] : [])),
       element("div", { class: "scroll" }, element("table", {},
         element("caption", { class: "hidden" }, "Genes that differ most between the selection and the rest"),
         element("thead", {}, ...top), element("tbody", {}, ...lines))),
       element("p", { class: "quiet" }, `Inside, outside: mean UMI per nucleus. Difference: in mean log1p(UMI), in standard deviations over all nuclei. Covers the ${meta.genes.length} genes on the map.`));
     box.hidden = false;
+  }
+
+  // The selected nuclei: position, area, columns of obs, and the predicted UMI of the genes on the map.
+  async function save(format) {
+    const { x, y, area, ids } = prts.map.nuclei();
+    const columns = await Promise.all(meta.columns.map(async (column, k) => {
+      const values = await prts.column(k);
+      return [column.name, (i) => (Number.isNaN(values[i]) ? null : column.labels ? column.labels[values[i]] : Number(values[i].toPrecision(6)))];
+    }));
+    const genes = await Promise.all(meta.genes.map(async ({ name }, k) => {
+      const values = await prts.predicted(k);
+      return [name, (i) => Number(Math.expm1(values[i]).toPrecision(4))];
+    }));
+    const text = format === "csv" ? csv(found.rows, [["cell_id", (i) => ids[i]], ["x", (i) => x[i]], ["y", (i) => y[i]],
+      ...(meta.columns.some(({ name }) => name === "area_um2") ? [] : [["area_um2", (i) => area[i]]]), ...columns, ...genes])
+      : geojson(found.rows, ids, x, y, columns, genes);
+    const link = element("a", { href: URL.createObjectURL(new Blob([text], { type: format === "csv" ? "text/csv" : "application/geo+json" })),
+      download: `${meta.section}_selection.${format}`.replace(/[^A-Za-z0-9.+-]+/g, "_") });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+  function csv(rows, columns) {
+    const field = (value) => (value === null ? "" : /[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+    return [columns.map(([name]) => field(name)), ...rows.map((i) => columns.map(([, of]) => field(of(i))))].map((cells) => `${cells.join(",")}\n`).join("");
+  }
+  function geojson(rows, ids, x, y, columns, genes) {
+    const features = rows.map((i) => {
+      const ring = prts.outlines.ring(i, x, y).map((point) => point.map((value) => Number(value.toFixed(2))));
+      const values = [...columns, ...genes].map(([name, of]) => [name, of(i)]);
+      const type = columns.find(([name]) => name === "type")?.[1](i);
+      return { type: "Feature", id: ids[i], geometry: { type: "Polygon", coordinates: [[...ring, ring[0]]] }, properties: { objectType: "detection", name: ids[i],
+        ...(type ? { classification: { name: type } } : {}), measurements: Object.fromEntries(values.filter(([, value]) => typeof value === "number")) } };
+    });
+    return JSON.stringify({ type: "FeatureCollection", features });
   }
 
   function clear() {

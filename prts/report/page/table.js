@@ -8,7 +8,7 @@ prts.table = (() => {
   let sorted = { column: meta.headings.length ? 1 : 0, down: meta.headings.length > 0 };
 
   function line(row) {
-    const button = element("button", { type: "button", disabled: row.place < 0, title: row.place < 0 ? `${row.name} is not included in the map` : row.name,
+    const button = element("button", { type: "button", tabindex: -1, disabled: row.place < 0, title: row.place < 0 ? `${row.name} is not included in the map` : row.name,
       onclick: () => prts.choose(row.place) }, row.name);
     const made = element("tr", { class: row.predictable ? "" : "grey", title: row.predictable ? null : "not predictable on the validation data" },
       element("th", { scope: "row" }, button));
@@ -38,6 +38,25 @@ prts.table = (() => {
     const wanted = text.trim().toLowerCase();
     for (const row of rows) row.line.hidden = !row.name.toLowerCase().includes(wanted);
   }
+  // The table is one tab stop; arrows, Home and End move within it.
+  function stops() {
+    const rowsShown = () => rows.filter((row) => !row.line.hidden && row.place >= 0).map((row) => row.line.querySelector("button"));
+    const grid = () => [[...head.querySelectorAll("button")], ...rowsShown().map((button) => [button])];
+    const table = head.parentElement;
+    table.addEventListener("focusin", (event) => {
+      table.querySelectorAll("button[tabindex='0']").forEach((button) => { button.tabIndex = -1; });
+      event.target.tabIndex = 0;
+    });
+    table.addEventListener("keydown", (event) => {
+      const all = grid(), down = all.findIndex((line) => line.includes(event.target)), across = all[down]?.indexOf(event.target) ?? -1;
+      const to = { ArrowDown: [down + 1, 0], ArrowUp: [down - 1, 0], Home: [0, 0], End: [all.length - 1, 0], ArrowLeft: [down, across - 1], ArrowRight: [down, across + 1] }[event.key];
+      const button = to && down >= 0 && all[to[0]]?.[to[1]];
+      if (!to) return;
+      event.preventDefault();
+      if (button) button.focus();
+    });
+    (rowsShown()[0] ?? head.querySelector("button"))?.setAttribute("tabindex", "0");
+  }
   function mark(gene) {
     for (const row of rows) {
       const chosen = row.place === gene;
@@ -48,9 +67,10 @@ prts.table = (() => {
 
   function start() {
     head.append(element("tr", {}, ...columns.map((column, i) => element("th", { scope: "col", class: i ? "n" : "" },
-      element("button", { type: "button", title: column.title, onclick: () => sort(i) }, column.label)))));
+      element("button", { type: "button", tabindex: -1, title: column.title, onclick: () => sort(i) }, column.label)))));
     for (const row of rows) row.line = line(row);
     arrange();
+    stops();
     document.getElementById("filter").addEventListener("input", (event) => filter(event.target.value));
   }
   return { start, mark, first: () => rows.find((row) => row.place >= 0 && row.predictable) ?? rows.find((row) => row.place >= 0) };
