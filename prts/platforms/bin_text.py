@@ -115,7 +115,7 @@ def _write_entries(out: h5py.File, path: Path, n_features: int, n_bins: int) -> 
                 f"{path.name} has {rows} x {columns} values for {n_features} features and {n_bins} barcodes"
             )
         data, indices, bins = (
-            out.create_dataset(name, (nnz,), dtype, chunks=(min(max(nnz, 1), 1 << 18),))
+            out.create_dataset(name, (nnz,), dtype, maxshape=(None,), chunks=(1 << 18,))
             for name, dtype in (("matrix/data", np.float64), ("matrix/indices", np.int64), ("bins", np.int64))
         )
         start, last, is_sorted = 0, 0, True
