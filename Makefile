@@ -40,7 +40,7 @@ docs: setup
 	rm -rf docs/reference/generated
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs docs/_build/html
 
-# Speed and memory, about 15 minutes on two idle cores; PARTS="counts train" measures only some stages.
+# Speed, memory and the loss on changed images, about 20 minutes on two idle cores; PARTS="counts train" measures only some stages.
 bench: setup
 	$(BIN)/python -m benchmarks $(PARTS)
 

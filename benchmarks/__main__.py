@@ -3,7 +3,7 @@
 usage: python -m benchmarks [PART ...] [--quick] [--out FILE] [--no-docs]
 
 Prints a table and writes it to benchmarks/results.json and docs/benchmarks.md. Parts that are not run keep their earlier figures. Takes
-about 15 minutes on two idle cores. PRTS_DATA names the folder of real data; what is slow to make is kept in $PRTS_CACHE/benchmarks.
+about 20 minutes on two idle cores. PRTS_DATA names the folder of real data; what is slow to make is kept in $PRTS_CACHE/benchmarks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from pathlib import Path
 from benchmarks.harness import ROOT, MissingDataError, commit, data_folder, machine
 from benchmarks.table import into_page, markdown, merge, write
 
-PARTS = ("counts", "platforms", "extract", "grid", "train", "predict", "predict_million", "segment", "startup")
+PARTS = (
+    "counts",
+    "platforms",
+    "extract",
+    "grid",
+    "train",
+    "predict",
+    "predict_million",
+    "segment",
+    "startup",
+    "travel",
+)
 # Half an hour of extraction, so only on request.
 ON_DEMAND = ("grid_pcc",)
 

@@ -116,7 +116,7 @@ def _write_store(path: Path, table: Any, outlines: Any) -> None:
     table.obs["region"] = table.obs["region"].astype("category")
     shapes = ShapesModel.parse(outlines.set_index("cell_id")[["geometry"]])
     made = TableModel.parse(table, region="cells", region_key="region", instance_key="cell_id")
-    sd.SpatialData(shapes={"cells": shapes}, tables={"cells": made}).write(path)
+    sd.SpatialData(shapes={"cells": shapes}, tables={"counts": made}).write(path)
 
 
 def count(way: str, n: int, genes: int) -> dict[str, Any]:
@@ -187,4 +187,4 @@ def _anndata(folder: Path) -> int:
 def _spatialdata(folder: Path) -> int:
     import spatialdata as sd
 
-    return int(sd.read_zarr(folder / "cells.zarr").tables["cells"].X.sum())
+    return int(sd.read_zarr(folder / "cells.zarr").tables["counts"].X.sum())

@@ -164,6 +164,9 @@ def check_value(owner: str, name: str, value: Any, annotation: Any) -> Any:
         return value
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()
+    if isinstance(value, bool) and get_origin(annotation) is Literal and bool not in map(type, get_args(annotation)):
+        # true equals 1 in Python, and so for pydantic
+        raise ParameterError(owner, name, f"{shown(value)} is not accepted; give {expected(annotation)}")
     try:
         return adapter.validate_python(value, strict=True)
     except ValidationError:

@@ -88,3 +88,10 @@ def test_the_decorator_checks_positional_arguments_and_leaves_pythons_errors():
         Blur(1.0, "near", 3)
     with pytest.raises(TypeError):
         Blur(1.0, sigma=2.0)
+
+
+def test_true_is_not_the_choice_1():
+    assert check_value("", "tta", 1, Literal[1, 4, 8]) == 1
+    assert check_value("", "on", True, Literal[True, "auto"]) is True
+    with pytest.raises(ParameterError, match="tta: true is not accepted; give 1, 4 or 8"):
+        check_value("", "tta", True, Literal[1, 4, 8])

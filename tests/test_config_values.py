@@ -19,6 +19,7 @@ REQUIRED = {
     "evaluate": ["prediction=p", "section=s", "out=o"],
     "analyze": ["prediction=p", "out=o"],
     "export": ["prediction=p", "format=csv", "out=o"],
+    "bench": ["section=s"],
     "download": ["tissue=lung"],
 }
 CHOICES = [
@@ -51,14 +52,14 @@ MEANT = {
     r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mt_prefix|mean|std|min_cells|min_umi|model_mpp|mpp|name"
     r"|nms_thresh|nuclei|obo|orthologs|out|path|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section|segmentation"
     r"|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|model\.(baseline|scheduler|net\.rank|optimizer\.fused)"
-    r"|encoder\.(layer|scales)|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
+    r"|encoder\.(hub|kwargs|layer|scales)|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
     "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
     "flag": r"encoder\.compile|intervals|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
     r"|model\.optimizer\.fused",
     "huge": r"max_pixels|encoder\.(stride|batch_size)|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|logger\.\w+\.version"
     r"|trainer\.(devices|limit_\w+|num_sanity_val_steps)",
     "empty": r"(.*\.)?(tissues|markers|val|test|gmt|genes|figures|hidden|broad\.\w+)|trainer\.devices|callbacks|logger",
-    "mapping": r"callbacks|logger|.*\.md5",
+    "mapping": r"callbacks|logger|encoder\.kwargs|.*\.md5",
 }
 # wandb takes what it likes; `download` reads nothing of the choices that a tissue makes for training
 ANYTHING = r"logger\.wandb\.(group|mode|settings.*)|download:(segmentation|panel|encoder|split|qc|units|bin_um).*"

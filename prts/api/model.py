@@ -55,7 +55,8 @@ class Model:
     likelihood
         Model of the counts: a name (`"poisson"`, `"hurdle"`, `"paper"`, `"released"`) or a likelihood.
     network
-        Arguments of `prts.models.network.PRTSNet` that differ from the defaults: `hidden`, `order`, `dropout`, `heads`, `standardize`.
+        Arguments of `prts.models.network.PRTSNet` that differ from the defaults: `hidden`, `order`, `dropout`, `heads`, `standardize`,
+        `rank`.
     features
         Blocks of features in the order of the network's input: `local` (the nucleus), `global` (its 128 um surroundings) and
         `morphology` (shape and crowding of the polygons) are the default; `context` is color around the nucleus at seven scales. Without
@@ -200,7 +201,7 @@ class Model:
         cache_dir
             Folder of the cache; None: `$PRTS_CACHE`, else `cache`.
         settings
-            Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `seed`, `trainer`, ...) and of
+            Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `scale`, `seed`, `trainer`, ...) and of
             `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
             `counting`, `exposure`, `check_image`).
 
@@ -262,6 +263,7 @@ class Model:
         check_image: bool = True,
         check_scale: bool = True,
         max_pixels: int | None = None,
+        tta: Literal[1, 4, 8] = 1,
         strict: bool = False,
         cache_dir: Path | str | None = None,
     ) -> AnnData:
@@ -279,7 +281,7 @@ class Model:
             um per pixel of the image, if its metadata lack it. It is never guessed.
         out
             Write the prediction to this `.h5ad` file chunk by chunk, in bounded memory, and the polygons to `<out>.nuclei.parquet`.
-        roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels, strict
+        roi, stain, rotate, flip, intervals, artefacts, check_image, check_scale, max_pixels, tta, strict
             See `prts.api.predict.SlideSettings`.
         cache_dir
             Folder of the cache, where nuclei and features are kept; None: `$PRTS_CACHE`, else `cache`.
@@ -306,7 +308,7 @@ class Model:
         import anndata as ad
 
         settings = SlideSettings(
-            mpp, stain, rotate, flip, roi, intervals, artefacts, check_image, check_scale, max_pixels, strict
+            mpp, stain, rotate, flip, roi, intervals, artefacts, check_image, check_scale, max_pixels, tta, strict
         )
         cache = default_cache(cache_dir)
 

@@ -17,12 +17,13 @@ from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
 from prts.errors import InputError, ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
 from prts.features.encoders.tokens import torch_device
+from prts.features.feature_reader import STORED
 from prts.io.cache import default_cache, fingerprint, reading
 from prts.io.nuclei import load_nuclei, make_nuclei
 from prts.io.orientation import Orientation
 from prts.io.prediction import check_out
 from prts.io.region import inside, read_region
-from prts.models.predict import predict_store, write_prediction
+from prts.models.predict import View, predict_store, predict_views, write_prediction
 from prts.models.scale import check_scale
 from prts.preprocess.artefacts import log_artefacts
 from prts.preprocess.stains.base import match_stain
@@ -76,6 +77,9 @@ class SlideSettings:
         Refuse slides whose nuclei are more than 2.5 times as large, or as small, as in training.
     max_pixels
         Largest image that is decoded as a whole (PNG, JPEG, untiled TIFF); None: 2^29.
+    tta
+        Average the predictions of the slide as read in 4 rotations, or in these and their mirror images (8); features take 4 or 8 times as
+        long. `obs["tta_sd"]` is then the spread over the views.
     strict
         Refuse a slide whose prediction should not be believed, and write nothing.
     """
@@ -90,6 +94,7 @@ class SlideSettings:
     check_image: bool = True
     check_scale: bool = True
     max_pixels: int | None = None
+    tta: Literal[1, 4, 8] = 1
     strict: bool = False
 
 
@@ -204,25 +209,30 @@ def _predict(
 ) -> PredictedSlide:
     watch = Stopwatch()
     orientation, device = Orientation(settings.rotate, settings.flip), torch_device(runtime.device)
+    views = _views(bundle, orientation, settings.tta)
     section = _open(image, settings)
     reader, segmenter = build_encoder(bundle, runtime), as_segmenter(nuclei, bundle, section)
     seen = match_stain(section.reoriented(orientation), settings.stain, bundle.metadata.get("stain"))
     folder = cache / "predict" / section.name
     found = _find_nuclei(bundle, section, seen, segmenter, settings, folder, watch)
     with watch("features"):
-        stores = prepare_input(folder, seen, found.nuclei, bundle.input_use, lambda: reader, found.source)
+        readings = [_read(bundle, seen, view, found, folder, reader) for view in views]
     with watch("predict"):
         bundle.to(device)
-        chunks = predict_store(
-            bundle, stores.features, found.nuclei, section.mpp, among=found.everywhere, context=stores.context
-        )
+        if len(readings) == 1:
+            (only,) = readings
+            chunks = predict_store(
+                bundle, only.features, only.nuclei, section.mpp, among=only.among, context=only.context
+            )
+        else:
+            chunks = predict_views(bundle, readings, section.mpp)
         verdict = write_prediction(
             out,
             bundle,
             section,
             found.in_file,
             chunks,
-            store=stores.features,
+            store=readings[0].features,
             intervals=settings.intervals,
             provenance=_provenance(bundle, settings, orientation, found),
             strict=settings.strict,
@@ -234,6 +244,34 @@ def _predict(
         return PredictedSlide(out, None, dict(watch.seconds))
     logger.log(logging.INFO if verdict.believable else logging.WARNING, "verdict: %s", verdict.text)
     return PredictedSlide(out, verdict.text, dict(watch.seconds), verdict.believable)
+
+
+def _views(bundle: Bundle, orientation: Orientation, tta: int) -> tuple[Orientation, ...]:
+    """The orientations in which the slide is read."""
+    views = orientation.views(tta)
+    if len(views) > 1 and not any(block in STORED for block in bundle.input_use):
+        raise ParameterError(
+            "",
+            "tta",
+            f"{tta}, but this model has no encoder and reads {' and '.join(bundle.input_use)}, which have no direction; omit it",
+        )
+    return views
+
+
+def _read(
+    bundle: Bundle, seen: Section, orientation: Orientation, found: _Found, folder: Path, reader: Encoder
+) -> View:
+    """What the model reads of the nuclei in one orientation."""
+    if orientation == seen.orientation:
+        nuclei, among = found.nuclei, found.everywhere
+    else:
+        back, size = seen.orientation, seen.file_size
+        nuclei, among = (
+            orientation.nuclei(back.nuclei_in_file(table, size), size) for table in (found.nuclei, found.everywhere)
+        )
+        seen = seen.reoriented(orientation)
+    stores = prepare_input(folder, seen, nuclei, bundle.input_use, lambda: reader, found.source)
+    return View(nuclei, among, stores.features, stores.context)
 
 
 class _GivenNuclei:
@@ -413,6 +451,7 @@ def _provenance(bundle: Bundle, settings: SlideSettings, orientation: Orientatio
     return {
         "stain": settings.stain,
         "orientation": orientation.settings(),
+        "tta": settings.tta,
         "scaling": found.scaling,
         "roi": None if found.region is None else found.region.wkt,
         "bundle": {

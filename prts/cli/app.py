@@ -21,7 +21,10 @@ from prts.extras import require_extra
 
 __all__ = ["COMMANDS", "command_help", "config_dir", "overview", "plain", "require", "run"]
 
-COMMANDS = ("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "download", "doctor")
+COMMANDS = (
+    *("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "download"),
+    *("bench", "doctor"),
+)
 
 # Extras without which a command cannot start.
 _NEEDS = {"prepare": "train", "train": "train", "evaluate": "train", "analyze": "analysis", "report": "report"}

@@ -3,7 +3,7 @@
 usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] [segmentation=stardist|watershed]
                     [units=nuclei|bins] [bin_um=8]
                     [encoder.weights=FILE] [stain=none|histogram|reinhard|macenko] [rotate=0|90|180|270]
-                    [flip=none|horizontal|vertical] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
+                    [flip=none|horizontal|vertical] [tta=1|4|8] [roi=[x0,y0,x1,y1]|[[x,y],[x,y],[x,y],...]|FILE.geojson]
 
 Nuclei are read from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image) or found with `segmentation=`, by default the
 segmenter used in training. `units=bins`, the default of a model trained on bins, tiles the tissue with squares of `bin_um=` um instead;
@@ -11,9 +11,11 @@ glass is left out, and ids are written like 10x's barcodes. um/px comes from `mp
 encoder's weights are read from `encoder.weights=`, by default from the path used in training. Encoder and network run on
 `encoder.device=`, by default a GPU if there is one. `stain=` matches the slide's colors to the training section. `rotate=` (degrees
 counterclockwise), then `flip=`, match its orientation to the training tissue; coordinates in input and output still refer to the image
-file. `roi=` predicts only nuclei centered in a region. If nuclei are more than 2.5 times larger or smaller than in training, um/px is
-probably wrong and the command stops; check_scale=false continues anyway. With strict=true, a slide that is unlike the training slides is
-refused, too; otherwise a warning says that its prediction should not be believed.
+file. `tta=4` averages the predictions of the slide in its four rotations, `tta=8` also of their mirror images: features take 4 or 8 times
+as long, and obs["tta_sd"] says how much the prediction of a nucleus depends on its orientation. `roi=` predicts only nuclei centered in a
+region. If nuclei are more than 2.5 times larger or smaller than in training, um/px is probably wrong and the command stops;
+check_scale=false continues anyway. With strict=true, a slide that is unlike the training slides is refused, too; otherwise a warning says
+that its prediction should not be believed.
 
 Writes FILE.h5ad (nuclei x genes) and FILE.nuclei.parquet (polygons). X is the expected UMI, layers["prob"] is P(expressed), layers["lower"]
 and layers["upper"] are the 90% interval of the count (omitted with intervals=false), and obs["artefact"] flags nuclei on glass, in a fold,
@@ -54,6 +56,7 @@ def main(cfg: DictConfig) -> None:
         "check_image",
         "check_scale",
         "max_pixels",
+        "tta",
         "strict",
     )
     given = plain(cfg)

@@ -300,6 +300,7 @@ class Predict:
     stain: Name
     rotate: Literal[0, 90, 180, 270]
     flip: Literal["none", "horizontal", "vertical"]
+    tta: Literal[1, 4, 8]
     roi: (
         Annotated[
             Annotated[str, Field(pattern=r"[^-+.\deE]")]  # text that is not a plain number: a file, or a list as typed
@@ -432,6 +433,24 @@ class Report:
 
 
 @dataclass
+class Bench:
+    """`prts bench`."""
+
+    paths: Paths
+    segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
+    qc: QualityControl
+    units: Units
+    section: FilePath
+    encoders: Annotated[list[Name], Field(min_length=1)]
+    weights: dict[str, FilePath] | None
+    n: Annotated[int, Field(ge=100, le=2**31 - 1)]
+    genes: Count
+    seed: Seed
+    bin_um: BinUm
+    out: FilePath | None
+
+
+@dataclass
 class Export:
     """`prts export`."""
 
@@ -480,5 +499,6 @@ SCHEMAS: dict[str, type] = {
     "report": Report,
     "export": Export,
     "download": Download,
+    "bench": Bench,
     "doctor": Doctor,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -26,6 +27,8 @@ _HUB_TIMEOUT = 10.0
 
 def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, torch.Tensor]:
     """Read the tensors of a checkpoint as float32, without the prefixes `module.` and `backbone.` of DINO.
+
+    A DINOv2 network saved by `transformers` gets the names of its original (`as_dinov2`).
 
     Parameters
     ----------
@@ -54,7 +57,52 @@ def read_weights(path: Path, checkpoint_key: str | None = None) -> dict[str, tor
         while name.startswith(_PREFIXES):
             name = name.split(".", 1)[1]
         out[name] = tensor.float() if tensor.is_floating_point() else tensor
-    return out
+    return as_dinov2(out) if "embeddings.cls_token" in out else out
+
+
+# Names of `transformers`' Dinov2Model, with and without registers, and of the original, which timm reads.
+_TRANSFORMERS = (
+    (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),  # before and since version 5
+    (r"\.attention\.(attention\.query|q_proj)\.", ".attn.qkv.0."),
+    (r"\.attention\.(attention\.key|k_proj)\.", ".attn.qkv.1."),
+    (r"\.attention\.(attention\.value|v_proj)\.", ".attn.qkv.2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.w12.0."),
+    (r"\.mlp\.up_proj\.", ".mlp.w12.1."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.(weights_out|down_proj)\.", ".mlp.w3."),
+)
+_PART = re.compile(r"^(blocks\.\d+\.(?:attn\.qkv|mlp\.w12))\.(\d)\.(weight|bias)$")
+
+
+def as_dinov2(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the tensors of a DINOv2 network that `transformers` saved, and join those that the original keeps as one.
+
+    Parameters
+    ----------
+    tensors
+        Under the names of `transformers`.
+
+    Returns
+    -------
+    The same under the names of the original code.
+    """
+    out: dict[str, torch.Tensor] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        for pattern, name in _TRANSFORMERS:
+            key = re.sub(pattern, name, key)
+        if match := _PART.match(key):
+            layer, place, kind = match.groups()
+            parts.setdefault(f"{layer}.{kind}", {})[place] = tensor
+        else:
+            out[key] = tensor
+    return out | {key: torch.cat([part[place] for place in sorted(part)]) for key, part in parts.items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:

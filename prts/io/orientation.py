@@ -24,6 +24,7 @@ N = TypeVar("N", int, float)
 
 ROTATE = (0, 90, 180, 270)
 FLIP = ("none", "horizontal", "vertical")
+VIEWS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,27 @@ class Orientation:
     def settings(self) -> dict[str, int | str]:
         """Rotation and flip, JSON-like."""
         return {"rotate": self.rotate, "flip": self.flip}
+
+    def views(self, n: int) -> tuple[Orientation, ...]:
+        """Orientations of the same slide, this one first.
+
+        Parameters
+        ----------
+        n
+            1: only this one; 4: its four rotations; 8: these and their mirror images, which are all there are.
+
+        Raises
+        ------
+        ParameterError
+            If `n` is another number.
+        """
+        if isinstance(n, bool) or n not in VIEWS:
+            raise ParameterError("", "tta", f"{n!r} is not supported; choose one of {', '.join(map(str, VIEWS))} views")
+        mirrored = "horizontal" if self.flip == "none" else "none"
+        turned = [
+            Orientation((self.rotate + degrees) % 360, flip) for flip in (self.flip, mirrored) for degrees in ROTATE
+        ]
+        return tuple(turned[: int(n)])
 
     @property
     def transposes(self) -> bool:

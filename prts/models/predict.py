@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,15 +39,34 @@ _HELD_BYTES = 512 << 20
 
 
 class Chunk(NamedTuple):
-    """Expected UMI (b, g) and P(expressed) (b, g) of some nuclei.
+    """Prediction of some nuclei.
 
-    If the bundle can tell: how unusual each is (b,), and how many of its genes are at the bundle's limit (b,).
+    Attributes
+    ----------
+    umi, prob
+        Expected UMI and P(expressed), (b, g).
+    ood
+        How unusual each nucleus is, (b,), if the bundle can tell.
+    capped
+        How many genes of each nucleus are at the bundle's limit, (b,), if the bundle has one.
+    spread
+        How much the expected UMI depends on the orientation of the slide, (b,), if it was read in several (`predict_views`).
     """
 
     umi: NDArray[np.float32]
     prob: NDArray[np.float32]
     ood: NDArray[np.float32] | None = None
     capped: NDArray[np.int32] | None = None
+    spread: NDArray[np.float32] | None = None
+
+
+class View(NamedTuple):
+    """A slide as it is read in one orientation: its nuclei (n,) and all nuclei of the section in its pixels, and their input."""
+
+    nuclei: GeoDataFrame
+    among: GeoDataFrame
+    features: Path | None
+    context: Path | None
 
 
 def predict_store(
@@ -78,11 +98,70 @@ def predict_store(
     context
         Context statistics of these nuclei, if the model uses them.
     """
-    read = InputReader(store, bundle.input_use, lambda: nuclei if among is None else among, mpp, context)
-    cell_ids = nuclei["cell_id"].to_numpy()
-    held = max(1, _HELD_BYTES // (4 * sum(read.widths.values()) * chunk)) * chunk
+    chunks = _predicted(
+        bundle, View(nuclei, nuclei if among is None else among, store, context), mpp, chunk, _HELD_BYTES
+    )
+    yield from track(chunks, "predict", total=-(-len(nuclei) // chunk))
+
+
+def predict_views(bundle: Bundle, views: Sequence[View], mpp: float, chunk: int = CHUNK) -> Iterator[Chunk]:
+    """Average the predictions of a slide that was read in several orientations.
+
+    Views are added up one after the other, so that memory does not grow with their number.
+
+    Parameters
+    ----------
+    bundle
+        The model.
+    views
+        The same nuclei in each orientation, in the same order.
+    mpp
+        um per full-resolution pixel.
+    chunk
+        Nuclei at a time.
+
+    Yields
+    ------
+    Means of the expected UMI and of P(expressed). `spread` is the standard deviation of log1p(expected UMI) over the views, as the root
+    mean square over the genes. `capped` is the most in any view, and `ood` that of the first, since its calibration is for a single one.
+    """
+    readings = [_predicted(bundle, view, mpp, chunk, _HELD_BYTES // len(views)) for view in views]
+    chunks = (_averaged(parts) for parts in _in_step(readings))
+    yield from track(chunks, "predict", total=-(-len(views[0].nuclei) // chunk))
+
+
+def _in_step(readings: Sequence[Iterator[Chunk]]) -> Iterator[Iterator[Chunk]]:
+    """For each chunk of nuclei its prediction in every view, made only when it is asked for."""
+    for first in readings[0]:
+        yield itertools.chain([first], (next(reading) for reading in readings[1:]))
+
+
+def _averaged(parts: Iterator[Chunk]) -> Chunk:
+    """The mean over views, with the running variance of Welford (1962)."""
+    first = next(parts)
+    umi, prob, mean, capped = first.umi.copy(), first.prob.copy(), np.log1p(first.umi), first.capped
+    squares = np.zeros_like(mean)
+    n = 1
+    for n, part in enumerate(parts, start=2):
+        umi += part.umi
+        prob += part.prob
+        level = np.log1p(part.umi)
+        step = level - mean
+        mean += step / n
+        squares += step * (level - mean)
+        if capped is not None and part.capped is not None:
+            capped = np.maximum(capped, part.capped)
+    umi /= n
+    prob /= n
+    return Chunk(umi, prob, first.ood, capped, np.sqrt((squares / n).mean(axis=1)))
+
+
+def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: int) -> Iterator[Chunk]:
+    read = InputReader(view.features, bundle.input_use, lambda: view.among, mpp, view.context)
+    cell_ids = view.nuclei["cell_id"].to_numpy()
+    held = max(1, held_bytes // (4 * sum(read.widths.values()) * chunk)) * chunk
     parts = [cell_ids[start : start + held] for start in range(0, len(cell_ids), held)]
-    seen = _by_slide(bundle, read, parts, whole=among is None or len(among) == len(nuclei))
+    seen = _by_slide(bundle, read, parts, whole=len(view.among) == len(view.nuclei))
 
     limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
 
@@ -96,12 +175,9 @@ def predict_store(
                 None if limit is None else (umi >= limit).sum(axis=1, dtype=np.int32),
             )
 
-    def chunks() -> Iterator[Chunk]:
-        for part in parts:
-            # unnamed, or one batch would be kept while the next is read
-            yield from batch(seen(read(part)))
-
-    yield from track(chunks(), "predict", total=-(-len(cell_ids) // chunk))
+    for part in parts:
+        # unnamed, or one batch would be kept while the next is read
+        yield from batch(seen(read(part)))
 
 
 def _by_slide(
@@ -154,7 +230,7 @@ def write_prediction(
     nuclei
         (n,) the predicted nuclei, in pixels of the image file; columns such as `artefact` go into `obs`.
     chunks
-        Their predictions in order, as `predict_store` yields them.
+        Their predictions in order, as `predict_store` or `predict_views` yields them.
     store
         The feature store, for provenance; None if the model needs no encoder.
     intervals
@@ -213,14 +289,18 @@ def write_prediction(
         "spatial": spatial_uns(section.name, thumbnail, section.width, diameter_um / section.mpp),
     }
     with PredictionWriter(out, genes, nuclei, uns, intervals=ranges is not None) as writer:
-        start, strangeness, capped, said = 0, [], [], None
-        for umi, prob, ood, cut in chunks:
+        start, strangeness, capped, spreads, said = 0, [], [], [], None
+        for umi, prob, ood, cut, spread in chunks:
             writer.write(start, umi, prob, None if ranges is None else ranges.bounds(umi, table))
             start += len(umi)
             if ood is not None:
                 strangeness.append(ood)
             if cut is not None:
                 capped.append(cut)
+            if spread is not None:
+                spreads.append(spread)
+        if spreads:
+            writer.add(obs={"tta_sd": np.concatenate(spreads)})
         counted = np.concatenate(capped) if capped else None
         if counted is not None:
             writer.add(obs={"n_capped": counted})

@@ -26,7 +26,7 @@ Prediction = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 def highest_counts(train: Sequence[NucleusSet]) -> NDArray[np.int64]:
     """Highest count of each gene in any training nucleus, (g,), at least 1."""
-    highest = np.max([part.counts.max(axis=0).toarray()[0] for part in train], axis=0)
+    highest: NDArray[np.int64] = np.max([part.counts.max(axis=0).toarray()[0] for part in train], axis=0)
     return highest.astype(np.int64).clip(min=1)
 
 

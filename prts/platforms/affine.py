@@ -64,7 +64,11 @@ def read_matrix(path: Path) -> Matrix:
         rows = [line.replace(",", " ").split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a CSV file of an affine matrix") from error
-    return as_matrix([row for row in rows if row], path)  # type: ignore[arg-type]  # numpy reads the numbers
+    try:
+        numbers = [[float(each) for each in row] for row in rows if row]
+    except ValueError as error:
+        raise InputError(f"{path}: not a matrix of numbers; {_SHAPE}") from error
+    return as_matrix(numbers, path)
 
 
 def scale_of(matrix: Matrix) -> float:

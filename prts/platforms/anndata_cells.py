@@ -166,7 +166,7 @@ class AnnDataCells:
         otherwise = "give the image that `affine` leads to"
         if self.affine is not None:
             why = "with the inverse of `affine` they fit: it must take the cells to the image"
-            others[why] = move(np.linalg.inv(to_px), xy)
+            others[why] = move(np.asarray(np.linalg.inv(to_px), dtype=np.float64), xy)
         else:
             otherwise = "give `affine`, from the pixels or um of the cells to the pixels of this image"
             if self.coordinates == "px":

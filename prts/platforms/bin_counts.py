@@ -96,7 +96,8 @@ def count_bins(
         )
     logger.info(
         "%d of %d bins belong to one nucleus, %d in several are dropped%s; %d of %d UMIs counted",
-        *(report[key] for key in ("n_bins_assigned", "n_bins", "n_bins_shared_dropped")),
+        report["n_bins_assigned"] - (0 if split is None else split.n_bins),
+        *(report[key] for key in ("n_bins", "n_bins_shared_dropped")),
         f", {split.n_bins} are divided" if split is not None else "",
         *(report[key] for key in ("umi_assigned", "umi_total")),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import h5py
 import numpy as np
@@ -107,7 +107,7 @@ class BinMatrix:
             self._file.close()
             raise
 
-    def __enter__(self) -> BinMatrix:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -280,4 +280,5 @@ def whole_counts(X: Any, source: object, cure: str) -> csr_matrix:
 
 
 def _centers(frame: gpd.GeoDataFrame) -> NDArray[np.float64]:
-    return shapely.get_coordinates(shapely.centroid(np.asarray(frame.geometry.array, dtype=object)))
+    shapes = np.asarray(frame.geometry.array, dtype=object)
+    return np.asarray(shapely.get_coordinates(shapely.centroid(shapes)), dtype=np.float64)

@@ -83,9 +83,8 @@ def find_outs(path: Path) -> SpaceRangerOuts | None:
     -------
     What is there; None if it is not the output of Space Ranger 3 or later.
     """
-    path = path.absolute()
-    while _INNER.fullmatch(path.name):
-        path = path.parent
+    while _INNER.fullmatch(path.absolute().name):
+        path = path.parent if path.name else path.absolute().parent
     for folder in (path, path / "outs"):
         bins = bins_folders(folder / "binned_outputs")
         segmented = folder / SEGMENTED

@@ -128,7 +128,7 @@ class Xenium:
                 f"{explained(self._to_px, mpp[1], self._pixel_size)}"
             )
         _, um = read_centroids(self.path)
-        inverse = np.linalg.inv(self._to_px)
+        inverse = np.asarray(np.linalg.inv(self._to_px), dtype=np.float64)
         others = {
             f"with the inverse of {self._alignment.name} they fit: export it from Xenium Explorer again, unchanged": move(
                 inverse, um / self._pixel_size

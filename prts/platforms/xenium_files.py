@@ -99,7 +99,7 @@ def find_alignment(outs: Path) -> Path | None:
         found = sorted({path for folder in (outs, outs.parent) for path in folder.glob(pattern)})
         if len(found) > 1:
             raise InputError(
-                f"{outs}: has several alignments ({some_of(found)}); name that of the H&E image as `alignment`"
+                f"{outs}: has several alignments ({some_of(map(str, found))}); name that of the H&E image as `alignment`"
             )
         if found:
             return found[0]

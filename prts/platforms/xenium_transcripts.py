@@ -136,7 +136,8 @@ def _good(path: Path, genes: Genes, columns: list[str]) -> Iterator[tuple[pa.Rec
 def _index_in(values: pa.Array, known: pa.Array) -> NDArray[np.int64]:
     """The place of each value among the known ones, -1 for others; ids may be stored as text, bytes or numbers."""
     if pa.types.is_dictionary(values.type):
-        return _index_in(values.dictionary, known)[values.indices.to_numpy(zero_copy_only=False)]
+        place: NDArray[np.int64] = _index_in(values.dictionary, known)[values.indices.to_numpy(zero_copy_only=False)]
+        return place
     found = pc.index_in(values.cast(pa.string()), value_set=known)
     return np.asarray(pc.fill_null(found, -1).to_numpy(zero_copy_only=False), dtype=np.int64)
 

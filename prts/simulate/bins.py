@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+from scipy import sparse
 
 import prts
 from prts.io.hdf5 import NewFile
@@ -21,7 +22,6 @@ from prts.simulate.lattice import BIN_UM
 if TYPE_CHECKING:
     import anndata as ad
     from numpy.typing import NDArray
-    from scipy import sparse
 
     from prts.simulate.draw_counts import BinCounts
     from prts.simulate.lattice import BinLattice
@@ -41,8 +41,9 @@ def write_bins(
     mpp: float,
     shape: tuple[int, int],
     lowres: float,
+    bin_um: int = int(BIN_UM),
 ) -> None:
-    """Write `square_002um` as Space Ranger 3 does.
+    """Write `square_NNNum` as Space Ranger 3 does.
 
     Parameters
     ----------
@@ -58,12 +59,17 @@ def write_bins(
         Rows and columns of the full-resolution image.
     lowres
         Scale of `tissue_lowres_image.png`, which `write_previews` writes.
+    bin_um
+        Side of the bins that are written, a multiple of 2; each holds the UMIs of the 2 um bins in it.
     """
     (folder / "spatial").mkdir(parents=True)
-    in_tissue = counts.in_tissue.ravel()
-    row, col = (a.ravel() for a in np.indices(counts.in_tissue.shape, dtype=np.int32))
-    barcodes = bin_barcodes(int(BIN_UM), row, col)
-    xy = (lattice.to_um(row, col) + np.asarray(lattice.shift_um)) / mpp
+    times = bin_um // int(BIN_UM)
+    tissue, umi = _coarser(counts, times)
+    in_tissue = tissue.ravel()
+    row, col = (a.ravel() for a in np.indices(tissue.shape, dtype=np.int32))
+    barcodes = bin_barcodes(bin_um, row, col)
+    middle = (times - 1) / 2
+    xy = (lattice.to_um(row * times + middle, col * times + middle) + np.asarray(lattice.shift_um)) / mpp
     table = pa.table(
         {
             "barcode": arrow_strings(barcodes),
@@ -75,16 +81,34 @@ def write_bins(
         }
     )
     pq.write_table(table, folder / "spatial/tissue_positions.parquet")
-    (folder / "spatial/scalefactors_json.json").write_text(json.dumps(scalefactors(mpp, shape, lowres), indent=4))
-    write_matrix(folder / "filtered_feature_bc_matrix.h5", counts.counts, barcodes[in_tissue], truth)
+    (folder / "spatial/scalefactors_json.json").write_text(
+        json.dumps(scalefactors(mpp, shape, lowres, bin_um), indent=4)
+    )
+    write_matrix(folder / "filtered_feature_bc_matrix.h5", umi, barcodes[in_tissue], truth)
 
 
-def scalefactors(mpp: float, shape: tuple[int, int], lowres: float) -> dict[str, float]:
-    """Content of `scalefactors_json.json` beside bins of 2 um; the parameters are those of `write_bins`."""
+def _coarser(counts: BinCounts, times: int) -> tuple[NDArray[np.bool_], sparse.csr_matrix]:
+    """Which larger bins have tissue, and their counts."""
+    if times == 1:
+        return counts.in_tissue, counts.counts
+    row, col = np.nonzero(counts.in_tissue)
+    n_rows, n_cols = (-(-side // times) for side in counts.in_tissue.shape)
+    outer = row // times * n_cols + col // times
+    listed, place = np.unique(outer, return_inverse=True)
+    tissue = np.zeros(n_rows * n_cols, np.bool_)
+    tissue[listed] = True
+    members = sparse.csr_matrix((np.ones(len(place), np.int32), (place, np.arange(len(place)))))
+    summed = sparse.csr_matrix(members @ counts.counts)
+    summed.sort_indices()
+    return tissue.reshape(n_rows, n_cols), summed
+
+
+def scalefactors(mpp: float, shape: tuple[int, int], lowres: float, bin_um: float = BIN_UM) -> dict[str, float]:
+    """Content of `scalefactors_json.json` beside bins; the parameters are those of `write_bins`."""
     hires = min(1.0, HIRES_PX / max(shape))
     return {
-        "spot_diameter_fullres": BIN_UM / mpp,
-        "bin_size_um": BIN_UM,
+        "spot_diameter_fullres": bin_um / mpp,
+        "bin_size_um": float(bin_um),
         "microns_per_pixel": mpp,
         "regist_target_img_scalef": hires,
         "tissue_lowres_scalef": lowres,

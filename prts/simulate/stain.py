@@ -74,6 +74,13 @@ def shifted_stain(shift: float) -> Stain:
     )
 
 
+def stain_colours(stain: Stain, jitter: NDArray[np.float64] | float = 0.0) -> NDArray[np.float64]:
+    """Optical density of hematoxylin, eosin and hemoglobin (rows) in red, green and blue, scaled to length 1; `jitter` is added first."""
+    colours = _STAINS + np.array([stain.turn, 0.0, -stain.turn]) + jitter
+    scaled: NDArray[np.float64] = colours / np.linalg.norm(colours, axis=1, keepdims=True)
+    return scaled
+
+
 class _Tiles(NamedTuple):
     """Periodic noise tiles of several grain sizes."""
 
@@ -155,8 +162,7 @@ class _Canvas:
         thickness = 1 + 0.07 * smooth_field(rng, layout.domain.shape, GRID_UM, 150)
         self.thickness = np.asarray(thickness, np.float32)
         self.red_xy, self.red_radius = _red_cells(layout, rng)
-        colours = _STAINS + np.array([stain.turn, 0.0, -stain.turn]) + rng.normal(0, 0.006, (3, 3))
-        self.colours = (colours / np.linalg.norm(colours, axis=1, keepdims=True)).astype(np.float32)
+        self.colours = stain_colours(stain, rng.normal(0, 0.006, (3, 3))).astype(np.float32)
         self.lamp = rng.uniform(0, 6.3, 2)
 
     def band(self, top: int, n_rows: int) -> NDArray[np.uint8]:

@@ -111,3 +111,23 @@ def test_invalid_rotations_are_refused(rotate: object) -> None:
 def test_invalid_flips_are_refused(flip: object) -> None:
     with pytest.raises(InputError, match=r"flip: .*none, horizontal, vertical"):
         Orientation(flip=flip)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("flip", FLIP)
+@pytest.mark.parametrize("rotate", ROTATE)
+def test_views_are_the_turns_then_also_the_mirror_images(rotate: int, flip: str) -> None:
+    image = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    this = Orientation(rotate, flip)
+    read = [view.pixels(image) for view in this.views(8)]
+    assert this.views(1) == (this,) and this.views(4) == this.views(8)[:4]
+    # a view is the first one, turned or mirrored further
+    for k in range(4):
+        assert any(np.array_equal(np.rot90(read[0], k), one) for one in read[:4])
+        assert any(np.array_equal(np.rot90(read[0][:, ::-1], k), one) for one in read[4:])
+    assert len({(one.shape, one.tobytes()) for one in read}) == 8
+
+
+@pytest.mark.parametrize("n", [0, 2, 3, 16, True, 4.5, "8"])
+def test_another_number_of_views_is_refused(n: object) -> None:
+    with pytest.raises(InputError, match=r"tta: .* is not supported; choose one of 1, 4, 8 views"):
+        Orientation().views(n)

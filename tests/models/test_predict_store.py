@@ -4,6 +4,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from prts.data.slide_scale import SlideScale
 from prts.features.feature_reader import InputReader
 from prts.features.store import Rows, write_store
-from prts.models.predict import predict_store
+from prts.models.predict import View, predict_store, predict_views
 
 
 class Copy:
@@ -131,3 +132,36 @@ def test_few_nuclei_read_few_rows(tmp_path: Path, rows_read: Counter[str]) -> No
     rows_read.clear()
     list(predict_store(Copy(), tmp_path / "s.h5", pd.DataFrame({"cell_id": ["c900", "c800", "c850"]}), 0.5))
     assert rows_read["/local"] == 101
+
+
+def test_views_are_averaged_in_step_and_only_the_first_says_how_strange(tmp_path: Path) -> None:
+    """Three stores of the same nuclei in other orders; 8 of 20 nuclei at a time."""
+    values = np.random.default_rng(0).gamma(2.0, size=(3, 20, 2)).astype(np.float32)
+    ids = np.array([f"c{i}" for i in range(20)])
+    nuclei = pd.DataFrame({"cell_id": ids})
+    views = []
+    for k, rows in enumerate(values):
+        order = np.random.default_rng(k).permutation(20)
+        write_store(
+            tmp_path / f"{k}.h5",
+            ids[order],
+            np.zeros((20, 2)),
+            (1, 1),
+            [Rows(rows[order, 1:], rows[order, :1])],
+            {},
+        )
+        views.append(View(nuclei, nuclei, tmp_path / f"{k}.h5", None))
+
+    class Judged(Copy):
+        ood = SimpleNamespace(share=lambda features: features[:, 0])
+
+    chunks = list(predict_views(Judged(), views, 0.5, 8))
+
+    assert [len(chunk.umi) for chunk in chunks] == [8, 8, 4]
+    umi, prob, ood, spread = (
+        np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in ("umi", "prob", "ood", "spread")
+    )
+    np.testing.assert_allclose(umi, values.mean(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(prob, values.mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(ood, values[0, :, 0])
+    np.testing.assert_allclose(spread, np.sqrt(np.log1p(values).var(axis=0).mean(axis=1)), rtol=1e-5)

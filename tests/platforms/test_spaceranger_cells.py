@@ -134,7 +134,7 @@ def test_what_was_found_is_logged(copy: Path, caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         open_section_folder(copy)
     assert (
-        f"section copy: Space Ranger 4.0.1 in {copy / 'outs'}: bins of 2 um; outlines of cell and nucleus; counts of cells; "
+        f"section copy: Space Ranger 4.0.1 in {copy / 'outs'}: bins of 2, 8, 16 um; outlines of cell and nucleus; counts of cells; "
         "barcode_mappings.parquet"
     ) in caplog.messages
     shutil.rmtree(copy / "outs/segmented_outputs")
@@ -142,7 +142,7 @@ def test_what_was_found_is_logged(copy: Path, caplog: pytest.LogCaptureFixture) 
     assert (
         find_outs(copy)
         .sentence()
-        .endswith(f"Space Ranger 3 or later in {copy / 'outs'}: bins of 2 um; no segmentation")
+        .endswith(f"Space Ranger 3 or later in {copy / 'outs'}: bins of 2, 8, 16 um; no segmentation")
     )  # type: ignore[union-attr]
 
 

@@ -89,6 +89,30 @@ def test_cells_hold_the_counts_of_their_bins(sections: dict[str, Path], mappings
     pd.testing.assert_frame_equal(cells, bins.groupby(cell_of.to_numpy()).sum(), check_dtype=False)
 
 
+def test_larger_bins_hold_those_of_2_um(sections: dict[str, Path]) -> None:
+    binned = sections["spaceranger4"] / "outs/binned_outputs"
+    small = pd.read_parquet(binned / "square_002um/spatial/tissue_positions.parquet")
+    counts = read_10x(binned / "square_002um/filtered_feature_bc_matrix.h5")
+    for size in (8, 16):
+        positions = pd.read_parquet(binned / f"square_{size:03d}um/spatial/tissue_positions.parquet")
+        inner = small.assign(r=small["array_row"] * 2 // size, c=small["array_col"] * 2 // size).groupby(["r", "c"])
+        whole = (inner.size() == (size // 2) ** 2).to_numpy()
+        for name in ("pxl_row_in_fullres", "pxl_col_in_fullres"):
+            np.testing.assert_allclose(positions[name][whole], inner[name].mean()[whole], atol=1e-9)
+        assert (positions["in_tissue"] == inner["in_tissue"].max().to_numpy()).all()
+        at = small.set_index("barcode").loc[counts.index]
+        outer = [
+            f"s_{size:03d}um_{r:05d}_{c:05d}-1" for r, c in (at[["array_row", "array_col"]] * 2 // size).to_numpy()
+        ]
+        large = read_10x(binned / f"square_{size:03d}um/filtered_feature_bc_matrix.h5")
+        pd.testing.assert_frame_equal(large, counts.groupby(outer).sum().loc[large.index], check_dtype=False)
+        assert large.index.tolist() == positions["barcode"][positions["in_tissue"] == 1].tolist()
+        assert (
+            json.loads((binned / f"square_{size:03d}um/spatial/scalefactors_json.json").read_text())["bin_size_um"]
+            == size
+        )
+
+
 def test_outlines_contain_the_bins_of_their_cell(sections: dict[str, Path], mappings: pd.DataFrame) -> None:
     outs = sections["spaceranger4"] / "outs"
     positions = pd.read_parquet(outs / BINS / "spatial/tissue_positions.parquet")

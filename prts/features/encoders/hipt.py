@@ -36,7 +36,8 @@ class ViT256Settings(TokenSettings):
 class ViT256(TokenEncoder):
     """ViT-S/16 from a DINO checkpoint file, HIPT's `vit256_small_dino.pth` in the paper.
 
-    Position embeddings are interpolated to the tile as DINO does.
+    Position embeddings are interpolated to the tile as DINO does. HIPT's weights are for non-commercial academic use only; the presets
+    `hibou_b` (Apache 2.0) and `midnight` (MIT) of `Timm` allow commercial use.
 
     Parameters
     ----------
@@ -110,4 +111,7 @@ class ViT256(TokenEncoder):
         raise ParameterError("encoder", "weights", f"not given{self._where()}")
 
     def _where(self) -> str:
-        return f"; download HIPT's vit256_small_dino.pth from {_SOURCE} and give its path"
+        return (
+            f"; download HIPT's vit256_small_dino.pth (non-commercial use only) from {_SOURCE} and give its path, or choose another "
+            "encoder, such as hibou_b (Apache 2.0)"
+        )

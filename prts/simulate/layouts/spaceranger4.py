@@ -14,9 +14,9 @@ import shapely
 from scipy.sparse import csr_matrix
 
 from prts.io.outlines import labels_to_polygons
-from prts.platforms.barcode_mappings import MAPPINGS, write_barcode_mappings
+from prts.platforms.barcode_mappings import MAPPINGS, SIZES_UM, write_barcode_mappings
 from prts.platforms.bin_owners import BinOwners, CountSettings, assign_bins
-from prts.platforms.bin_positions import read_positions
+from prts.platforms.bin_positions import bins_folder, read_positions
 from prts.simulate.bins import BINS, HIRES_PX, scalefactors, write_bins, write_matrix, write_previews
 from prts.simulate.layouts import layouts
 
@@ -32,7 +32,7 @@ EXPAND_UM = 8.0
 
 @layouts.register("spaceranger4")
 class SpaceRanger4Layout:
-    """`outs` with bins of 2 um, cells, and the table of bins and cells."""
+    """`outs` with bins of 2, 8 and 16 um, cells, and the table of bins and cells."""
 
     name: ClassVar[str]
     entries: ClassVar[frozenset[str]] = frozenset({"outs"})
@@ -43,7 +43,10 @@ class SpaceRanger4Layout:
         outs = folder / "outs"
         bins, segmented = outs / BINS, outs / "segmented_outputs"
         lowres = section.previews["lowres"].scale
-        write_bins(bins, section.lattice, section.counts, section.truth, section.mpp, section.shape, lowres)
+        for size in SIZES_UM:
+            square = bins.parent / bins_folder(size)
+            write_bins(square, section.lattice, section.counts, section.truth, section.mpp, section.shape, lowres, size)
+            write_previews(square / "spatial", section.previews)
         grid = read_positions(bins)
         # StarDist's nuclei do not overlap
         nuclei = np.asarray(section.outlines.geometry.array, dtype=object)
@@ -60,8 +63,7 @@ class SpaceRanger4Layout:
         for of_bins in ("bin_size_um", "spot_diameter_fullres"):
             del factors[of_bins]
         (segmented / "spatial/scalefactors_json.json").write_text(json.dumps(factors, indent=4))
-        for spatial in (bins / "spatial", segmented / "spatial"):
-            write_previews(spatial, section.previews)
+        write_previews(segmented / "spatial", section.previews)
         row, col = (a.ravel() for a in np.indices(owners.unit.shape, dtype=np.int32))
         ids = cell_barcodes(np.arange(1, len(nuclei) + 1)).astype(str).astype(object)
         write_barcode_mappings(outs / MAPPINGS, row, col, owners.unit.ravel(), ids, owners.in_nucleus.ravel())
