@@ -85,8 +85,10 @@ def _open(path: Path) -> TextIO:
 
 def _table(path: Path) -> pd.DataFrame:
     with _open(path) as text:
-        table = pd.read_csv(text, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
-    return table.apply(lambda column: column.str.replace(r'^"(.*)"$', r"\1", regex=True))  # as R writes them
+        table: pd.DataFrame = pd.read_csv(text, sep="\t", header=None, dtype=str, keep_default_na=False, quoting=3)
+    for name in table:  # as R writes them
+        table[name] = table[name].str.replace(r'^"(.*)"$', r"\1", regex=True)
+    return table
 
 
 def _write_features(out: h5py.File, features: pd.DataFrame) -> None:
