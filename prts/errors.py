@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 _LONGEST = 1500
+# As torch words it on CUDA, MPS and the CPU, and the libraries that it calls on a GPU.
+_OUT_OF_MEMORY = r"out of memory|DefaultCPUAllocator|_STATUS_ALLOC_FAILED|Invalid buffer size"
 
 
 class InputError(Exception):
@@ -115,6 +117,15 @@ def full_disk(error: BaseException | None) -> str | None:
             return (
                 "the disk is full; free some space or choose another folder and run it again (finished parts are kept)"
             )
+    return None
+
+
+def out_of_memory(error: BaseException | None) -> str | None:
+    """What torch or a library that it calls says of a device without memory, in one sentence, else None."""
+    for each in chain(error):
+        text = " ".join(str(each).split())
+        if isinstance(each, RuntimeError) and re.search(_OUT_OF_MEMORY, text):
+            return text.split(". ")[0]
     return None
 
 

@@ -12,6 +12,7 @@ from prts.errors import InputError, ParameterError
 from prts.io.mpp import require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
+from prts.io.slide_bounds import Bounds
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
 from prts.platforms.base import HasOutlines, HasUnits
@@ -73,6 +74,8 @@ class Section:
         Rotation and flip applied as the image is read.
     max_pixels
         Largest image that is decoded as a whole; None: 2^29 px.
+    bounds
+        The part of the image file that was scanned, if that is not all of it.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Section:
     recolour: StainTransform | None = None
     orientation: Orientation = UPRIGHT
     max_pixels: int | None = None
+    bounds: Bounds | None = None
 
     def open_slide(self) -> Slide:
         """The image, at the section's um/px."""
@@ -317,6 +321,7 @@ def open_section(
             spots=spots,
             truth=truth,
             max_pixels=max_pixels,
+            bounds=slide.bounds,
         )
     if measurement is not None:
         measurement.check(image, section.width, section.height, (section.mpp_source, section.mpp))

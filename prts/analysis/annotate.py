@@ -245,7 +245,7 @@ def _of_species(path: Path, table: pd.DataFrame, species: str) -> pd.DataFrame:
     if "species" not in table:
         return table
     words = table["species"].str.casefold()
-    short, *full = _SPECIES[species]
+    short, *full = _SPECIES.get(species, (species, species))
     kept = table[words.str.split().map(lambda w: short in w) | words.isin(full)]
     if kept.empty:
         there = ", ".join(sorted(table["species"].unique())[:4])

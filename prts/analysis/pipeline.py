@@ -245,7 +245,7 @@ class _Steps:
     ) -> _Steps:
         prediction = read_prediction(path)
         species = str(prediction.uns["prts"].get("species", ""))
-        if species not in ("human", "mouse"):
+        if not species:
             raise InputError(f"{path}: uns['prts'] has no species; predict again with this version of prts")
         return cls(
             prediction=prediction,

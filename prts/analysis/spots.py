@@ -89,8 +89,9 @@ def read_visium(folder: Path) -> Spots:
     Parameters
     ----------
     folder
-        Contains `filtered_feature_bc_matrix.h5` or `raw_feature_bc_matrix.h5`, and in `spatial/` the file `scalefactors_json.json` and
-        `tissue_positions.csv` or `.parquet` (before Space Ranger 2, `tissue_positions_list.csv` without a header).
+        Contains `filtered_feature_bc_matrix.h5`, or the folder `filtered_feature_bc_matrix`, or the raw matrix, and in `spatial/` the file
+        `scalefactors_json.json` and `tissue_positions.csv` or `.parquet` (before Space Ranger 2, `tissue_positions_list.csv` without a
+        header).
 
     Raises
     ------
@@ -100,14 +101,15 @@ def read_visium(folder: Path) -> Spots:
     import scanpy as sc
 
     folder = Path(folder)
-    matrix = _existing(folder, "filtered_feature_bc_matrix.h5", "raw_feature_bc_matrix.h5")
+    kinds = ("filtered_feature_bc_matrix", "raw_feature_bc_matrix")
+    matrix = _existing(folder, *(f"{kind}{suffix}" for kind in kinds for suffix in (".h5", "")))
     positions = _positions(
         _existing(folder / "spatial", "tissue_positions.csv", "tissue_positions.parquet", "tissue_positions_list.csv")
     )
     factors = _existing(folder / "spatial", "scalefactors_json.json")
     try:
         diameter = float(json.loads(factors.read_text(encoding="utf-8"))["spot_diameter_fullres"])
-        counts = sc.read_10x_h5(matrix)
+        counts = sc.read_10x_mtx(matrix, make_unique=False) if matrix.is_dir() else sc.read_10x_h5(matrix)
     except Exception as error:  # scanpy can raise anything on a malformed HDF5 file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
@@ -244,7 +246,7 @@ def _log_pcc(a: pd.Series, b: pd.Series) -> float:
 
 
 def _existing(folder: Path, *names: str) -> Path:
-    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
         raise InputError(f"{folder}: has no {names[0]}; expected the `outs` folder of a Visium run")
     return found
@@ -254,9 +256,11 @@ def _positions(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             table = pd.read_parquet(path)
+            table = table if "barcode" in table else table.reset_index(names="barcode")
         else:
-            header = 0 if path.name == "tissue_positions.csv" else None
-            table = pd.read_csv(path, header=header, names=_POSITIONS if header is None else None)
+            table = pd.read_csv(path, header=None, names=_POSITIONS, dtype={"barcode": str})
+            if len(table) and table["array_row"].iloc[0] == "array_row":
+                table = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise InputError(
             f"{path}: cannot be read ({str(error).splitlines()[0]}); expected the file that Space Ranger wrote"

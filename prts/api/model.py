@@ -169,7 +169,7 @@ class Model:
         *,
         test: Sequence[Section] = (),
         split: Splitter | str | None = None,
-        species: Literal["human", "mouse"] | None = None,
+        species: str | None = None,
         nuclei: Segmenter | str | None = None,
         genes: int | Sequence[str] | Path | str | PanelBuilder = 1000,
         out: Path | str | None = None,
@@ -192,7 +192,7 @@ class Model:
         split
             `"by_section"`, `"blocks"` or a splitter; None: by section if there is a validation section, else blocks.
         species
-            `"human"` or `"mouse"`, for the mitochondrial share; None: inferred from the gene names.
+            `"human"`, `"mouse"` or another, for the mitochondrial share; None: inferred from the gene names.
         nuclei
             A segmenter or its name, `"bins"` for square bins; None: bins if the sections were read with `units="bins"`, else a section's
             own nuclei if it has some, else StarDist.

@@ -37,8 +37,6 @@ NETWORK: dict[str, Any] = {
 FEATURES = ("local", "global", "morphology")
 """Blocks that a model uses by default; `prts.features.feature_reader.BLOCKS` are all that there are."""
 
-_ENSEMBL = {"human": r"ENSG\d", "mouse": r"ENSMUSG\d"}
-
 
 @dataclass(frozen=True)
 class FitSettings:
@@ -180,7 +178,7 @@ def split_settings(given: Mapping[str, Any]) -> tuple[FitSettings, SectionSettin
 def common_species(sections: Iterable[Section]) -> str:
     """Infer the species from the gene names of all sections.
 
-    Mitochondrial genes start with MT- (human) or mt- (mouse), gene ids with ENSG or ENSMUSG.
+    Gene ids start with ENSG (human), ENSMUSG (mouse) and so on, mitochondrial genes with MT- or mt-.
 
     Raises
     ------
@@ -191,19 +189,17 @@ def common_species(sections: Iterable[Section]) -> str:
     if len(set(found.values())) == 1 and None not in found.values():
         return str(next(iter(found.values())))
     said = ", ".join(f"{name}: {species or 'unclear'}" for name, species in found.items())
-    raise ParameterError("", "species", f"the gene names are inconclusive ({said}); give species='human' or 'mouse'")
+    raise ParameterError(
+        "", "species", f"the gene names are inconclusive ({said}); give species='human', 'mouse' or another"
+    )
 
 
 def _species(section: Section) -> str | None:
     """The species according to the section's gene ids or mitochondrial genes; None if unclear."""
-    from prts.preprocess.counts import MITOCHONDRIAL_PREFIX
+    from prts.preprocess.species import species_of
 
     assert section.measurement is not None
-    genes = section.measurement.genes()
-    ids, names = genes["gene_id"].astype(str), genes.index.astype(str)
-    said = {species for species, prefix in _ENSEMBL.items() if ids.str.match(prefix).any()}
-    said = said or {species for species, prefix in MITOCHONDRIAL_PREFIX.items() if names.str.startswith(prefix).any()}
-    return said.pop() if len(said) == 1 else None
+    return species_of(section.measurement.genes())
 
 
 def assign_roles(
@@ -277,6 +273,7 @@ def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: Fi
     from prts.models.fit import Recipe
     from prts.models.module import KeepBest, quiet_lightning
     from prts.models.network import PRTSNet
+    from prts.models.slurm import own_processes
     from prts.precision import training_precision
 
     quiet_lightning()
@@ -292,7 +289,8 @@ def make_recipe(likelihood: Likelihood, network: Mapping[str, Any], settings: Fi
         **settings.trainer,
     }
     if "precision" not in options:
-        device = pl.Trainer(**{**options, "logger": False}).strategy.root_device
+        trainer = partial(pl.Trainer, **{**options, "logger": False})
+        device = trainer(**own_processes(trainer)).strategy.root_device
         options["precision"] = training_precision("auto", device)
     known = [
         name for name in inspect.signature(PRTSNet).parameters if name not in ("in_features", "n_genes", "outputs")

@@ -363,7 +363,9 @@ def _find_nuclei(
     watch: Stopwatch,
 ) -> _Found:
     """Nuclei of the slide as read (`seen`), checked against training, and the ones in the region."""
-    region = None if settings.roi is None else read_region(_text(settings.roi), section.width, section.height)
+    region = None
+    if settings.roi is not None:
+        region = read_region(_text(settings.roi), section.width, section.height, section.bounds)
     with watch("segment"):
         path = prepare_nuclei(folder, seen, segmenter, False, check_image=settings.check_image)
     everywhere = load_nuclei(path)

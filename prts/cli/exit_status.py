@@ -5,15 +5,10 @@
 
 from __future__ import annotations
 
-import re
-
-from prts.errors import InputError, ParameterError, chain, refusal
+from prts.errors import InputError, ParameterError, chain, out_of_memory, refusal
 
 INTERRUPTED = 130
 TERMINATED = 143
-
-# As torch words it on CUDA, MPS and the CPU, and the libraries that it calls on a GPU.
-_OUT_OF_MEMORY = r"out of memory|DefaultCPUAllocator|_STATUS_ALLOC_FAILED|Invalid buffer size"
 
 # The config key under which the parameters of each owner are set; that of others is their own name.
 _KEYS = {
@@ -55,14 +50,13 @@ def exit_status_of(error: BaseException) -> tuple[int, str]:
 
 def device_memory(error: BaseException | None) -> str | None:
     """Message if a device or torch ran out of memory, else None."""
-    for each in chain(error):
-        text = " ".join(str(each).split())
-        if isinstance(each, RuntimeError) and re.search(_OUT_OF_MEMORY, text):
-            return (
-                f"out of memory ({text.split('. ')[0]}); lower encoder.batch_size (features) or data.batch_size (training), "
-                "or use another device (encoder.device=cpu, trainer=cpu)"
-            )
-    return None
+    reason = out_of_memory(error)
+    if reason is None:
+        return None
+    return (
+        f"out of memory ({reason}); lower encoder.batch_size (features) or data.batch_size (training), "
+        "or use another device (encoder.device=cpu, trainer=cpu)"
+    )
 
 
 def input_error(error: BaseException | None) -> InputError | None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prts.cli.check import check
+from prts.cli.devices import own_gpu
 from prts.cli.exit_status import INTERRUPTED, exit_status_of
 from prts.cli.processes import process_rank
 from prts.io.cache import fingerprint, lock
@@ -90,7 +91,8 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
         message = folder / (f"{_MESSAGE}-{rank}" if rank else _MESSAGE)
         message.write_text(json.dumps({"command": command, "config": config, "hydra": hydra}), encoding="utf-8")
         try:
-            status = _wait(message, threads(settings.launcher, os.environ))
+            with own_gpu(config) as gpu:
+                status = _wait(message, {**threads(settings.launcher, os.environ), **gpu})
         finally:
             message.unlink(missing_ok=True)
         if status == INTERRUPTED:

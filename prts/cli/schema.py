@@ -60,6 +60,7 @@ class QualityControl:
     min_umi: NotNegative | None
     max_area_um2: Positive | None
     max_pct_mt: Positive | None
+    mt_prefix: Name | None
     max_area_px: Positive | None = None
 
 
@@ -129,7 +130,7 @@ class Tissue:
     """`configs/tissue`."""
 
     name: Name
-    species: Species
+    species: Name
     sections: Annotated[Mapping, Field(min_length=1, description="a mapping of section names to their files")]
     train: Annotated[list[str], Field(min_length=1)]
     val: list[str] | None = None

@@ -116,13 +116,15 @@ def settled(cfg: DictConfig) -> DictConfig:
 
     from prts.models.linear import LIKELIHOOD
     from prts.models.module import quiet_lightning
+    from prts.models.slurm import own_processes
     from prts.precision import training_precision
 
     quiet_lightning()
     cfg, precision = cfg.copy(), cfg.trainer.precision
     if precision == "auto":
         cfg.trainer.precision = "32-true"  # until Lightning has found the device
-        device = instantiate(cfg.trainer, logger=False).strategy.root_device
+        trainer = instantiate(cfg.trainer, _partial_=True)
+        device = trainer(logger=False, **own_processes(trainer)).strategy.root_device
         cfg.trainer.precision = training_precision(precision, device)
     for name, node in cfg.callbacks.items():
         if "monitor" in node and node.monitor not in MONITORED:

@@ -38,6 +38,7 @@ from prts.platforms.base import HasUnits, Registration
 from prts.preprocess.artefacts import is_artefact
 from prts.preprocess.counts import required_measurement
 from prts.preprocess.image_check import require_h_and_e
+from prts.preprocess.species import mitochondrial_prefix
 from prts.segmentation.bins import Bins
 from prts.stopwatch import Stopwatch
 
@@ -85,6 +86,7 @@ def prepare_tissue(tissue: Tissue, settings: PrepareSettings, stopwatch: Stopwat
     InputError
         From any stage whose input is wrong. Finished stages stay in the cache.
     """
+    mitochondrial_prefix(tissue.species, settings.qc.mt_prefix, owner="tissue")
     watch, bad = stopwatch or Stopwatch(), BadSections(skip=settings.skip_bad)
     sections, roles = _opened(tissue, settings, watch, bad)
     return _prepared(tissue.name, tissue.species, sections, roles, settings, watch, bad)
@@ -159,7 +161,7 @@ def prepare_sections(
     name
         Name of the tissue, a folder in the cache.
     species
-        "human" or "mouse".
+        Name of the species; see `prts.preprocess.species`.
     sections
         The sections by name.
     roles

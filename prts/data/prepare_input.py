@@ -37,9 +37,9 @@ STAGE_VERSION = {
     "artefacts": 1,
     "exposure": 1,
     "panel": 1,
-    "features": 1,
-    "context": 1,
-    "colour": 1,
+    "features": 2,
+    "context": 2,
+    "colour": 2,
 }
 
 

@@ -10,9 +10,7 @@ from typing import Any
 
 from prts.errors import ParameterError, did_you_mean
 from prts.platforms import DEFAULT_PLATFORM, platforms
-from prts.preprocess.counts import MITOCHONDRIAL_PREFIX
 
-SPECIES = tuple(MITOCHONDRIAL_PREFIX)
 ROLES = ("train", "val", "test")
 
 
@@ -84,14 +82,12 @@ def parse_tissue(config: Mapping[str, Any]) -> Tissue:
     Raises
     ------
     ParameterError
-        For unknown or missing keys, an unknown species, or a role that names no section.
+        For unknown or missing keys, or a role that names no section.
     """
     _refuse_unknown("tissue", "", config, ["name", "species", "sections", "markers", *ROLES])
     for key in ("name", "species", "sections", "train"):
         if not config.get(key):
             raise ParameterError("tissue", key, "is required")
-    if config["species"] not in SPECIES:
-        raise ParameterError("tissue", "species", f"{config['species']!r} is not one of {', '.join(SPECIES)}")
     if not isinstance(config["sections"], Mapping):
         raise ParameterError(
             "tissue", "sections", "must map a section's name to its files, such as {lung1: {image: ..., bins: ...}}"

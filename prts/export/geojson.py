@@ -14,6 +14,7 @@ import shapely
 
 from prts.errors import ParameterError
 from prts.io.cache import atomic
+from prts.io.slide_bounds import Bounds, to_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +54,7 @@ def class_column(prediction: PredictionFile, asked: str | None) -> str | None:
 def write_geojson(
     prediction: PredictionFile, columns: NDArray[np.intp], out: Path, classification: str | None = None
 ) -> None:
-    """Write a FeatureCollection of detections in full-resolution pixels; `id` and name are the `cell_id`.
+    """Write a FeatureCollection of detections in full-resolution pixels as QuPath counts them; `id` and name are the `cell_id`.
 
     Measurements are the numeric columns of `obs` and the expected UMI of genes; NaN values are left out.
 
@@ -69,6 +70,11 @@ def write_geojson(
         Column of `obs`, or None. Nuclei with a missing value are not classified.
     """
     outlines = prediction.nuclei().geometry.to_numpy()
+    if (bounds := prediction.uns["prts"].get("bounds")) is not None:
+        logger.info(
+            "%s: pixels are counted from the corner of the part of the slide that was scanned, as in QuPath", out
+        )
+        outlines = to_part(outlines, Bounds(*np.asarray(bounds, int).tolist()))
     numbers = prediction.obs.select_dtypes(["number", "bool"]).astype(float)
     names = _json(prediction.obs.index.to_numpy(dtype=object))
     classes = _classes(prediction.obs, classification)

@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from prts.io.optical_density import read_without_black
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -88,7 +90,7 @@ def context(slide: Slide, xy: Points, *, block: int = _BLOCK) -> Floats:
     side = block + 2 * _MARGIN
     for (column, row), members in by_block(at, block):
         left, top = column * block - _MARGIN, row * block - _MARGIN
-        pixels = slide.read_region(left, top, side, side, mpp=MPP)
+        pixels = read_without_black(slide, left, top, side, side, MPP)
         here = at[members] - (left, top)
         for channel in range(3):
             out[members, channel::3] = _channel(DENSITY[pixels[..., channel]], here)

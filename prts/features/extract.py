@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import shapely
+import torch
 from numpy.typing import NDArray
 
 from prts import __version__
-from prts.errors import InputError
+from prts.errors import InputError, out_of_memory
 from prts.features.chunk_store import Parts
 from prts.features.store import Rows, write_store
 from prts.features.tiles import TilePlan, cut_tiles
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
     from prts.features.encoders import Encoder
+    from prts.features.encoders.base import Floats, Polygons
     from prts.io.slide import Slide
 
 logger = logging.getLogger(__name__)
@@ -197,17 +199,64 @@ def _encode(
     ]
     pooled: list[NDArray[np.float32]] = []
     local: list[NDArray[np.float32]] = []
+    encode = _WithinMemory(encoder)
     cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches], encoder.device)
     with contextlib.closing(_ahead(cut, _BATCHES_AHEAD)) as groups:
         pairs = zip(batches, groups, strict=True)
         for (k, batch), tiles in track(pairs, description, total=len(batches)):
             nuclei = plan.nuclei(batch)
-            made = encoder.encode_planned(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
+            made = encode(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
             for vectors, of in zip((pooled, local), made, strict=True):
                 vectors.append(of.ravel())
             if batch.stop == chunks.tiles[k].stop:
                 parts.write(k, np.concatenate(pooled + local))
                 pooled, local = [], []
+
+
+class _WithinMemory:
+    """`Encoder.encode_planned` in parts of a batch that fit into the memory of the device, halved whenever it is full."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder, self._at_once = encoder, encoder.batch_size
+
+    def __call__(self, tiles: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        parts: list[tuple[Floats, Floats]] = []
+        start = 0
+        while start < len(tiles):
+            stop = min(start + self._at_once, len(tiles))
+            here = slice(*np.searchsorted(tile, [start, stop]))
+            made = self._encoded(tiles[start:stop], polygons[here], tile[here] - start)
+            if made is not None:
+                parts.append(made)
+                start = stop
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+    def _encoded(
+        self, tiles: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64]
+    ) -> tuple[Floats, Floats] | None:
+        """The vectors; None if the device is full, after which half as many tiles are tried."""
+        try:
+            return self._encoder.encode_planned(tiles, polygons, tile)
+        except RuntimeError as error:
+            if len(tiles) < 2 or (reason := out_of_memory(error)) is None:
+                raise
+        self._at_once = len(tiles) // 2
+        logger.warning(
+            "out of memory with %d tiles at a time (%s); goes on with %d, set `encoder.batch_size` to that to start with it",
+            *(len(tiles), reason, self._at_once),
+        )
+        _free_memory(self._encoder.device)
+        return None
+
+
+def _free_memory(device: torch.device | None) -> None:
+    """Give back what torch keeps for later."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device is not None and device.type == "mps":
+        torch.mps.empty_cache()
 
 
 def _ahead(items: Iterator[T], n: int) -> Generator[T]:

@@ -19,6 +19,8 @@ import shapely
 import torch
 from numpy.typing import NDArray
 
+from prts.io.optical_density import read_without_black
+
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
@@ -202,8 +204,9 @@ class _BandBuffer:
         self.filled[block] = True
 
     def _read(self, stripe: int, columns: slice) -> NDArray[np.uint8]:
-        width = columns.stop - columns.start
-        return self.slide.read_region(self.left + columns.start, stripe * self.rows, width, self.rows, mpp=self.mpp)
+        return read_without_black(
+            self.slide, self.left + columns.start, stripe * self.rows, columns.stop - columns.start, self.rows, self.mpp
+        )
 
     # numpy, not torch, in main memory: this runs in its own thread, and torch would start more threads that compete with the encoder
 

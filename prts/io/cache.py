@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import glob
 import hashlib
 import json
@@ -24,6 +26,9 @@ from prts.errors import InputError, chain, full_disk
 logger = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 1 << 20
+_BLOCKS, _INSIDE_BYTES = 256, 16 << 20
+# Of file systems without locks: NFS and Lustre mounted without them, FUSE, and the 524 of some kernels.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, 524}
 _PATIENCE_S = 5.0  # until a waiting process reports it
 _in_progress: set[Path] = set()  # temporary names of this process
 _waits: ContextVar[bool] = ContextVar("waits", default=True)
@@ -34,7 +39,7 @@ class LockedError(Exception):
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Identify a version of a file without reading gigabytes.
+    """Identify the content of a file without reading gigabytes, so that a copy is the same file.
 
     Parameters
     ----------
@@ -43,7 +48,7 @@ def file_identity(path: Path) -> dict[str, Any]:
 
     Returns
     -------
-    Size, modification time (ns), and SHA-256 of the first and last MiB of the file.
+    Size, SHA-256 of the first and last MiB, and of larger files that of blocks in between.
 
     Raises
     ------
@@ -55,14 +60,22 @@ def file_identity(path: Path) -> dict[str, Any]:
         return {str(p.relative_to(path)): file_identity(p) for p in sorted(path.rglob("*")) if p.is_file()}
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
-    stat = path.stat()
+    size = path.stat().st_size
     digest = hashlib.sha256()
     with path.open("rb") as handle:
         digest.update(handle.read(_SAMPLE_BYTES))
-        if stat.st_size > _SAMPLE_BYTES:
-            handle.seek(max(_SAMPLE_BYTES, stat.st_size - _SAMPLE_BYTES))
+        if size > _SAMPLE_BYTES:
+            handle.seek(max(_SAMPLE_BYTES, size - _SAMPLE_BYTES))
             digest.update(handle.read(_SAMPLE_BYTES))
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": digest.hexdigest()}
+        found = {"size": size, "sha256": digest.hexdigest()}
+        if (between := size - 2 * _SAMPLE_BYTES) <= 0:
+            return found
+        # all of up to 16 MiB in between, else as much in 256 blocks at equal distances
+        inside, length = hashlib.sha256(), -(-min(between, _INSIDE_BYTES) // _BLOCKS)
+        for block in range(_BLOCKS):
+            handle.seek(_SAMPLE_BYTES + block * between // _BLOCKS)
+            inside.update(handle.read(length))
+    return {**found, "sha256_inside": inside.hexdigest()}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -172,7 +185,8 @@ def _remove(path: Path) -> None:
 def lock(path: Path) -> Iterator[None]:
     """Hold the lock of a cache file while building it; other processes wait, report who is building it, and then find it built.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock when the process ends, however it ends. On a file system without locks, nobody waits: two
+    processes may build the same file, and the last one to finish replaces that of the other.
 
     Raises
     ------
@@ -185,18 +199,47 @@ def lock(path: Path) -> Iterator[None]:
     held = filelock.FileLock(path.with_name(f".{path.name}.lock"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _acquire(held, path)
+        if (without := _missing_locks(Path(held.lock_file))) is not None:
+            _warn_of_missing_locks(path.parent, without)
+        else:
+            _acquire(held, path)
     except OSError as error:
         why = (
             full_disk(error) or f"does not exist and cannot be written ({error.strerror}); choose another cache folder"
         )
         raise InputError(f"{path}: {why}") from error
+    if without is not None:
+        yield
+        return
     try:
         with contextlib.suppress(OSError):  # on a full disk; this only informs waiting processes
             Path(held.lock_file).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
         yield
     finally:
         held.release()
+
+
+def _missing_locks(file: Path) -> str | None:
+    """Why a file cannot be locked: its file system has no locks; None if it can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, whose file systems have locks
+        return None
+    with file.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_UN)
+        except OSError as error:
+            return str(error) if error.errno in _NO_LOCKS else None
+    return None
+
+
+@functools.cache
+def _warn_of_missing_locks(folder: Path, why: str) -> None:
+    logger.warning(
+        "%s: its file system has no file locks (%s), so only one run at a time may use this cache; set another one for the others",
+        *(folder, why),
+    )
 
 
 @contextmanager

@@ -1,17 +1,26 @@
-"""GeoJSON as segmentation tools write it: also gzipped, with a byte order mark, as a bare list, or as a GeometryCollection."""
+"""GeoJSON as segmentation tools write it, feature by feature: also gzipped, with a byte order mark, or as a bare list or collection.
+
+The JSON of HoVer-Net and CellViT, whose cells have a `contour`, is read in the same way.
+"""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TextIO
 
 from prts.errors import InputError
+from prts.progress import track
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+_CHUNK = 1 << 20
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODER = json.JSONDecoder()
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", "Point", "MultiPoint", "LineString", "MultiLineString")
 
 
@@ -30,8 +39,8 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: cannot be read as text ({error}); get a complete copy") from error
 
 
-def read_features(path: Path) -> list[dict[str, Any]]:
-    """Features of a GeoJSON file, each with a mapping as its `properties`.
+def read_features(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the features of a GeoJSON file, each with a mapping as its `properties`, and hold one at a time.
 
     A bare geometry is a feature without properties; a geometry collection of the whole file is one feature per geometry.
 
@@ -41,19 +50,137 @@ def read_features(path: Path) -> list[dict[str, Any]]:
         If the file is not GeoJSON.
     """
     try:
-        document = json.loads(read_text(path))
+        with _open_text(path) as file:
+            for item in _items(_Values(_chunks(file, path))):
+                feature = _feature(item)
+                if feature is None:
+                    raise InputError(f"{path}: JSON, but not GeoJSON; give a FeatureCollection or a list of features")
+                if not isinstance(feature["properties"], dict):
+                    raise InputError(
+                        f"{path}: not GeoJSON: the properties of a feature must be an object; export it again"
+                    )
+                yield feature
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error}); get a complete copy") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error}); export it again") from error
-    items = document if isinstance(document, list) else [document]
-    if isinstance(document, dict):
-        items = document.get("features" if "features" in document else "geometries", items)
-    features = [_feature(item) for item in items] if isinstance(items, list) else [None]
-    known = [feature for feature in features if feature is not None]
-    if len(known) < len(features):
-        raise InputError(f"{path}: JSON, but not GeoJSON; give a FeatureCollection or a list of features")
-    if not all(isinstance(feature["properties"], dict) for feature in known):
-        raise InputError(f"{path}: not GeoJSON: the properties of a feature must be an object; export it again")
-    return known
+
+
+def _open_text(path: Path) -> TextIO:
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig")
+
+
+def _chunks(file: TextIO, path: Path) -> Iterator[str]:
+    chunks = iter(lambda: file.read(_CHUNK), "")
+    return track(chunks, f"read {path.name}", total=-(-path.stat().st_size // _CHUNK))
+
+
+class _Values:
+    """The values of a JSON text that arrives in chunks, parsed one by one."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks = chunks
+        self._text, self._at = "", 0
+        self._before, self._ended = 0, False
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._more()
+
+    def take(self, expected: str) -> str:
+        """Pass a character, one of those that are expected."""
+        found = self.peek()
+        if not found or found not in expected:
+            what = repr(found) if found else "the end"
+            instead = " or ".join(expected) or "the end"
+            raise ValueError(f"{what} at character {self._before + self._at} instead of {instead}")
+        self._at += 1
+        return found
+
+    def value(self) -> Any:
+        """Pass a value."""
+        self.peek()
+        while True:
+            try:
+                found, end = _DECODER.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if self._ended:
+                    raise ValueError(f"{error.msg} at character {self._before + error.pos}") from error
+            else:
+                if end < len(self._text) or self._ended:  # or a number may go on
+                    self._at = end
+                    return found
+            self._more()
+
+    def elements(self) -> Iterator[Any]:
+        """Pass an array, element by element."""
+        self.take("[")
+        if self.peek() == "]":
+            self.take("]")
+            return
+        while True:
+            yield self.value()
+            if self.take(",]") == "]":
+                return
+
+    def _more(self) -> None:
+        # twice as much each time, or a long value would be parsed from its start for every chunk
+        left = len(self._text) - self._at
+        parts, n_new = [self._text[self._at :]], 0
+        while n_new < max(left, 1) and not self._ended:
+            part = next(self._chunks, "")
+            parts.append(part)
+            n_new += len(part)
+            self._ended = not part
+        self._before += self._at
+        self._text, self._at = "".join(parts), 0
+
+
+def _items(values: _Values) -> Iterator[Any]:
+    """What may be features: the elements of a list or collection, or the whole document."""
+    if values.peek() == "[":
+        yield from values.elements()
+    elif values.peek() != "{":
+        yield values.value()
+    else:
+        values.take("{")
+        document: dict[str, Any] = {}
+        is_collection = False
+        while values.peek() != "}":
+            key = values.value()
+            values.take(":")
+            if key in ("features", "geometries", "cells") and values.peek() == "[":
+                is_collection = True
+                yield from (_cell(item, document.get("type_map")) for item in values.elements())
+            elif key == "nuc" and values.peek() == "{":
+                is_collection = True
+                yield from (_cell({"id": name, **item}, {}) for name, item in values.value().items())
+            else:
+                document[key] = values.value()
+            if values.peek() != "}":
+                values.take(",")
+        values.take("}")
+        if not is_collection:
+            yield document
+    if values.peek():
+        values.take("")
+
+
+def _cell(item: Any, types: Any) -> Any:
+    """A cell with a `contour`, as HoVer-Net and CellViT write them in their own JSON, as a feature; anything else as it is."""
+    if not isinstance(item, dict) or "contour" not in item:
+        return item
+    contour, kind = item["contour"], item.get("type")
+    ring = [*contour, contour[0]] if isinstance(contour, list) and contour else []
+    named = types.get(str(kind), kind) if isinstance(types, dict) else kind
+    about = {"id": item.get("id"), "score": item.get("type_prob"), "class": None if named is None else str(named)}
+    return {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": about}
 
 
 def _feature(item: Any) -> dict[str, Any] | None:

@@ -91,10 +91,11 @@ def make_nuclei(
 def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: int | None = None) -> gpd.GeoDataFrame:
     """Read nuclei from another segmentation tool; the format is detected from the content, not from the name.
 
-    Formats: GeoJSON of QuPath (the nucleus of each cell) or Space Ranger 4 (`nucleus_segmentations.geojson`), also gzipped; GeoParquet;
-    shapefile; CSV or TSV with a WKT column; TIFF or PNG label image of the same size as the image. Ids are taken from a property or column
-    `cell_id`, else `id`, else from the feature id of QuPath, `cell`, or the index of a GeoParquet file, else they are row numbers; labels
-    are their own ids. Multipolygons that hold many nuclei are taken apart, and regions larger than any nucleus are left out.
+    Formats: GeoJSON of QuPath (the nucleus of each cell) or Space Ranger 4 (`nucleus_segmentations.geojson`), also gzipped; the JSON of
+    HoVer-Net and CellViT; GeoParquet; shapefile; CSV or TSV with a WKT column; TIFF or PNG label image of the whole image, at its
+    resolution or another one. Ids are taken from a property or column `cell_id`, else `id`, else from the feature id of QuPath, `cell`, or
+    the index of a GeoParquet file, else they are row numbers; labels are their own ids. Multipolygons that hold many nuclei are taken
+    apart, and regions larger than any nucleus are left out.
 
     Parameters
     ----------

@@ -7,7 +7,6 @@ import io
 import logging
 import re
 import zlib
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import geopandas as gpd
@@ -18,8 +17,9 @@ import shapely
 from numpy.typing import NDArray
 
 from prts.errors import InputError
-from prts.io.geojson import read_features, read_text
-from prts.io.nuclei_parts import Shapes
+from prts.io.geojson import read_text
+from prts.io.nuclei_geojson import shapes_of_geojson
+from prts.io.nuclei_parts import Shapes, choose_id
 from prts.io.outlines import labels_to_polygons
 
 if TYPE_CHECKING:
@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUCLEI_FORMATS = "GeoJSON (also .gz), GeoParquet (or Parquet with WKB), shapefile, CSV/TSV with a WKT column, or a TIFF/PNG label image"
-# Object types of QuPath that are regions, not nuclei; annotations are nuclei if nothing else is there.
-_NEVER_NUCLEI = ("tile", "root", "tmacore")
-_QUPATH_REGIONS = ("annotation", *_NEVER_NUCLEI)
-# Types that some versions and converters write in place of an id.
-_TYPE_WORDS = r"Path\w*Object|TMACoreObject|tmaCore|PathRoot\w*"
+# Labels may be at most this much coarser or finer than the image: masks of 2 um per pixel, of images of 0.25.
+_MAX_FACTOR = 8.0
 
 
 class ImageSize(NamedTuple):
@@ -69,107 +66,6 @@ def reader_of(path: Path) -> Callable[[Path, ImageSize], Shapes]:
     raise InputError(f"{path}: unknown format of nuclei; give {NUCLEI_FORMATS}")
 
 
-def _choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
-    """The first kind of id that any nucleus has; then all nuclei must have it."""
-    for name, values in candidates.items():
-        if (
-            values.dtype == object
-            and not values.map(lambda value: value is None or isinstance(value, str | int | float)).all()
-        ):
-            raise InputError(f"{path}: {name} contains values other than text and numbers; give valid ids")
-        absent = values.isna() | (values.astype(str) == "")
-        if absent.all():
-            continue
-        if absent.any():
-            raise InputError(
-                f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {name}; give it to all nuclei or to none"
-            )
-        return values.to_numpy(object)
-    return None
-
-
-def _from_geojson(path: Path, _size: ImageSize) -> Shapes:
-    features = read_features(path)
-    kinds = np.array([_kind(feature) for feature in features], dtype=object)
-    region = np.isin(kinds, _QUPATH_REGIONS)
-    if (kinds == "annotation").sum() == len(kinds) - np.isin(kinds, _NEVER_NUCLEI).sum():  # nuclei that somebody drew
-        region &= kinds != "annotation"
-    if region.any() and not region.all():
-        logger.info("%s: %d QuPath annotations that are not nuclei left out", path, region.sum())
-        features = [feature for feature, left_out in zip(features, region, strict=True) if not left_out]
-    properties = [feature["properties"] for feature in features]
-
-    geometry = _geojson_shapes([feature.get("nucleusGeometry") or feature.get("geometry") for feature in features])
-    ids = {
-        name: pd.Series([None if _is_type(item.get(key)) else item.get(key) for item in source], dtype=object)
-        for name, source, key in (
-            ("cell_id", properties, "cell_id"),
-            ("id", properties, "id"),
-            ("feature id", features, "id"),
-            ("cell", properties, "cell"),
-        )
-    }
-    score = pd.to_numeric(pd.Series([item.get("score") for item in properties], dtype=object), errors="coerce")
-    return Shapes(geometry, _choose_id(ids, path), score, _classification(properties))
-
-
-def _word(text: Any) -> str:
-    return re.sub(r"[^a-z]|^path|object$", "", str(text).lower())
-
-
-def _kind(feature: dict[str, Any]) -> str:
-    """The type of a QuPath object; older versions write it as the id, such as `PathDetectionObject`."""
-    kind = feature.get("objectType") or feature["properties"].get("objectType")
-    return _word(kind or (feature.get("id") if _is_type(feature.get("id")) else ""))
-
-
-def _is_type(identifier: Any) -> bool:
-    return isinstance(identifier, str) and re.fullmatch(_TYPE_WORDS, identifier) is not None
-
-
-def _classification(properties: list[dict[str, Any]]) -> Any:
-    """The class of each shape, if any: its name, or text."""
-    found = []
-    for item in properties:
-        value = item.get("classification", item.get("class"))
-        value = value.get("name") if isinstance(value, dict) else value
-        found.append(value if isinstance(value, str) and value else None)
-    return np.array(found, dtype=object) if any(value is not None for value in found) else None
-
-
-def _geojson_shapes(geometries: list[Any]) -> NDArray[Any]:
-    """Shapes from GeoJSON geometries; None for invalid ones."""
-    shapes = np.full(len(geometries), None, dtype=object)
-    is_polygon = np.array([isinstance(item, dict) and item.get("type") == "Polygon" for item in geometries], dtype=bool)
-    try:
-        shapes[is_polygon] = _plain_polygons([geometries[index]["coordinates"] for index in np.flatnonzero(is_polygon)])
-        rest = np.flatnonzero(~is_polygon)
-    except (ValueError, TypeError, KeyError, OverflowError, shapely.errors.ShapelyError):
-        rest = np.arange(len(geometries))  # one of them is irregular: an open ring, a missing number
-    for index in rest:
-        try:
-            with np.errstate(invalid="ignore"):
-                shapes[index] = shapely.geometry.shape(geometries[index])
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, shapely.errors.ShapelyError):
-            shapes[index] = None
-    return shapes
-
-
-def _plain_polygons(coordinates: list[list[list[list[float]]]]) -> NDArray[Any]:
-    """Polygons from GeoJSON coordinates, all at once; ValueError or TypeError if any of them violates the standard."""
-    rings = list(chain.from_iterable(coordinates))
-    points = np.array(list(chain.from_iterable(rings)), dtype=float)
-    if not len(points):
-        raise ValueError("no coordinates")
-    n_rings = np.fromiter(map(len, coordinates), np.int64, len(coordinates))
-    n_points = np.fromiter(map(len, rings), np.int64, len(rings))
-    ring = np.r_[0, np.cumsum(n_points)]
-    if not (n_rings > 0).all() or not (n_points > 3).all() or not (points[ring[:-1]] == points[ring[1:] - 1]).all():
-        raise ValueError("an empty polygon, a short or an open ring, or a coordinate that is not a number")
-    offsets = (ring, np.r_[0, np.cumsum(n_rings)])
-    return np.asarray(shapely.from_ragged_array(shapely.GeometryType.POLYGON, points[:, :2].copy(), offsets))
-
-
 def read_table(reader: Callable[..., Any], path: Path) -> Any:
     """Read a GeoDataFrame with a reader of geopandas, turning its many kinds of errors into one.
 
@@ -195,16 +91,23 @@ def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any, Any]:
         pd.api.types.is_string_dtype(index) or index.is_unique
     ):
         candidates["index"] = index.to_series()  # as SpatialData writes shapes
-    ids = _choose_id(candidates, path)
+    ids = choose_id(candidates, path)
     score = pd.to_numeric(frame["score"], errors="coerce") if "score" in frame else None
     named = next((frame[name] for name in ("classification", "class") if name in frame), pd.Series(dtype=object))
     text = named.map(lambda value: value if isinstance(value, str) and value else None).astype(object)
     return ids, score, text.to_numpy(object) if text.notna().any() else None
 
 
+def _from_geojson(path: Path, _size: ImageSize) -> Shapes:
+    return shapes_of_geojson(path)
+
+
 def _from_geoparquet(path: Path, _size: ImageSize) -> Shapes:
     frame = read_table(_read_parquet, path)
-    return Shapes(frame.geometry.to_numpy(), *_columns(frame, path))
+    shapes = frame.geometry.to_numpy()
+    if "radius" in frame and (shapely.get_type_id(shapes) == shapely.GeometryType.POINT).all():  # SpatialData's circles
+        shapes = shapely.buffer(shapes, pd.to_numeric(frame["radius"], errors="coerce").fillna(0).to_numpy(float))
+    return Shapes(shapes, *_columns(frame, path))
 
 
 def _read_parquet(path: Path) -> gpd.GeoDataFrame | pd.DataFrame:
@@ -258,11 +161,30 @@ def _from_label_image(path: Path, size: ImageSize) -> Shapes:
         names, inverse = np.unique(np.append(labels.ravel(), 0), return_inverse=True)
         labels = inverse[:-1].reshape(labels.shape)
     label, polygons, n_parts = labels_to_polygons(labels)
+    if labels.shape != size[:2]:
+        polygons = _enlarged(polygons, labels.shape, size, path)
     if n_parts:
         logger.info("%s: %d smaller parts of labels dropped", path, n_parts)
     if len(label) == 1 and n_parts > 1:
         raise InputError(f"{path}: a mask, one label in {n_parts + 1} parts; give one label per nucleus")
     return Shapes(polygons, label if names is None else names[label])
+
+
+def _enlarged(polygons: NDArray[Any], shape: tuple[int, ...], size: ImageSize, path: Path) -> NDArray[Any]:
+    """Outlines in the pixels of the image, from those of labels at another resolution."""
+    factor = np.array([size.width / shape[1], size.height / shape[0]])
+    logger.warning(
+        "%s: %d x %d px for an image of %d x %d px; taken for the same area at another resolution, and scaled by %.4g",
+        *(path, shape[1], shape[0], size.width, size.height, factor.mean()),
+    )
+    return np.asarray(shapely.transform(polygons, lambda xy: xy * factor))
+
+
+def _is_rescaled(width: int, height: int, size: ImageSize) -> bool:
+    """Whether an image of this size may be the other one at another resolution, with its size rounded either way."""
+    low = max(size.width / (width + 1), size.height / (height + 1))
+    high = min(size.width / max(width - 1, 0.5), size.height / max(height - 1, 0.5))
+    return low < high and low < _MAX_FACTOR and high > 1 / _MAX_FACTOR
 
 
 def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
@@ -280,9 +202,9 @@ def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
             raise InputError(
                 f"not a label image (shape {shape}, type {dtype}); give one channel of whole numbers, 0 outside nuclei"
             )
-        if shape != size[:2]:
+        if shape != size[:2] and not _is_rescaled(shape[1], shape[0], size):
             raise InputError(
-                f"a label image of {shape[1]} x {shape[0]} px for an image of {size.width} x {size.height} px; give one of the same size"
+                f"a label image of {shape[1]} x {shape[0]} px for an image of {size.width} x {size.height} px; give one of the same area"
             )
         check(shape[1], shape[0], "a label image", dtype)
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 import shapely
 from numpy.typing import NDArray
+
+from prts.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -109,3 +115,28 @@ def without_regions(shapes: Shapes, source: str, mpp: float) -> Shapes:
         *(source, region.sum(), area[region].min(), usual),
     )
     return shapes.take(np.flatnonzero(~region))
+
+
+def choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
+    """The first kind of id that any nucleus has; then all nuclei must have it.
+
+    Raises
+    ------
+    InputError
+        If only some nuclei have it, or it is not text or a number.
+    """
+    for name, values in candidates.items():
+        if (
+            values.dtype == object
+            and not values.map(lambda value: value is None or isinstance(value, str | int | float)).all()
+        ):
+            raise InputError(f"{path}: {name} contains values other than text and numbers; give valid ids")
+        absent = values.isna() | (values.astype(str) == "")
+        if absent.all():
+            continue
+        if absent.any():
+            raise InputError(
+                f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {name}; give it to all nuclei or to none"
+            )
+        return values.to_numpy(object)
+    return None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+
+if TYPE_CHECKING:
+    from prts.io.slide import Slide
 
 OPTICAL_DENSITY = -np.log10(np.maximum(np.arange(256), 1) / 255)
 """Optical density (base 10) of each gray level, (256,)."""
@@ -16,10 +22,10 @@ GLASS_OD = 0.05
 _BLACK, _SIDE, _RIM = 10, 9, 8
 
 
-def without_black(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def without_black(rgb: NDArray[np.uint8], rim: int = _RIM) -> NDArray[np.uint8]:
     """Pixels (h, w, 3) with unscanned, black areas as white as glass; the same array if there are none.
 
-    Such areas are at least 9 px wide, so nothing that a stain colors is one.
+    Such areas are at least 9 px wide, so nothing that a stain colors is one. Pixels up to `rim` px from them become white, too.
     """
     black = (rgb <= _BLACK).all(axis=2)
     if np.count_nonzero(black) < _SIDE**2:
@@ -28,5 +34,17 @@ def without_black(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if not wide.any():
         return rgb
     white = rgb.copy()
-    white[ndimage.maximum_filter(wide, _SIDE + 2 * _RIM) > 0] = 255
+    white[ndimage.maximum_filter(wide, _SIDE + 2 * rim) > 0] = 255
     return white
+
+
+def read_without_black(slide: Slide, x: int, y: int, width: int, height: int, mpp: float) -> NDArray[np.uint8]:
+    """`Slide.read_region` with unscanned, black areas as white as glass, also those that continue beyond the region."""
+    rgb = slide.read_region(x, y, width, height, mpp)
+    if np.count_nonzero((rgb <= _BLACK).all(axis=2)) < _SIDE**2:
+        return rgb
+    # a block of full-resolution pixels, and what resampling blends
+    rim = min(_RIM, math.ceil(_RIM * slide.mpp / mpp) + 1)
+    margin = _SIDE + rim
+    wider = slide.read_region(x - margin, y - margin, width + 2 * margin, height + 2 * margin, mpp)
+    return np.ascontiguousarray(without_black(wider, rim)[margin:-margin, margin:-margin])

@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from prts.errors import InputError, ParameterError
 from prts.io.geojson import read_features
+from prts.io.slide_bounds import region_on_slide
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from shapely.geometry.base import BaseGeometry
 
+    from prts.io.slide_bounds import Bounds
 
-def read_region(text: str, width: int, height: int) -> BaseGeometry:
+
+def read_region(text: str, width: int, height: int, bounds: Bounds | None = None) -> BaseGeometry:
     """Read a region of interest.
 
     Parameters
@@ -28,6 +31,8 @@ def read_region(text: str, width: int, height: int) -> BaseGeometry:
         with polygons in the same pixels (QuPath's annotations).
     width, height
         Size of the image in full-resolution pixels.
+    bounds
+        The part of the slide that was scanned, from whose corner QuPath counts pixels; None if it is all of it.
 
     Returns
     -------
@@ -39,12 +44,13 @@ def read_region(text: str, width: int, height: int) -> BaseGeometry:
         If it is none of these, empty, or outside the image.
     """
     text = str(text).strip()
-    region = _drawn(text) if text.startswith("[") and not _is_file(Path(text)) else _polygons(Path(text))
+    drawn = text.startswith("[") and not _is_file(Path(text))
+    region = _drawn(text) if drawn else region_on_slide(_polygons(Path(text)), bounds, text)
     if region.area == 0 or region.intersection(shapely.box(0, 0, width, height)).area == 0:
-        bounds = "empty" if region.is_empty else ", ".join(f"{value:g}" for value in region.bounds)
+        extent = "empty" if region.is_empty else ", ".join(f"{value:g}" for value in region.bounds)
         raise _error(
             text,
-            f"does not overlap the image ({bounds} of {width} x {height} px); give full-resolution pixels, x before y",
+            f"does not overlap the image ({extent} of {width} x {height} px); give full-resolution pixels, x before y",
         )
     return region
 
@@ -96,7 +102,7 @@ def _polygons(path: Path) -> BaseGeometry:
             "does not exist; give a GeoJSON file with polygons, a box [x0,y0,x1,y1] or a polygon [[x,y],[x,y],[x,y]]",
         )
     try:
-        features = read_features(path)
+        features = list(read_features(path))
         found = shapely.from_geojson([json.dumps(feature.get("geometry")) for feature in features])
     except (InputError, TypeError, shapely.errors.ShapelyError) as error:
         reason = str(error).removeprefix(f"{path}: ").splitlines()[0]

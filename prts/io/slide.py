@@ -19,6 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from prts.errors import InputError, ParameterError
 from prts.io.mpp import MPP_RANGE, MppSource, is_plausible, resolve_mpp
 from prts.io.orientation import UPRIGHT, Orientation
+from prts.io.slide_paths import refuse_thumbnail, slide_of
 from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
 from prts.io.slide_tiff import check_tiles, open_tiff
 
@@ -31,14 +32,6 @@ _BLOCK = 256
 _MAX_SOURCE = 4096
 # A level up to 1 % too coarse is accepted: a pyramid of 0.2506 um/px provides 0.5 from its level 1.
 _LEVEL_TOLERANCE = 1.01
-_NOT_READ = {
-    ".vsi": "Olympus VSI, whose pixels are in a folder next to it,",
-    ".ets": "Olympus ETS",
-    ".czi": "Zeiss CZI",
-    ".lif": "Leica LIF",
-    ".nd2": "Nikon ND2",
-    ".isyntax": "Philips iSyntax",
-}
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -67,6 +60,8 @@ class Slide:
         Width and height of the image in the file.
     orientation
         Rotation and flip as the slide is read; all regions are of the reoriented slide.
+    bounds
+        The part of the image file that was scanned, if that is not all of it.
     mpp
         um per full-resolution pixel.
     mpp_source
@@ -87,6 +82,7 @@ class Slide:
         self.mpp = mpp
         self.mpp_source = mpp_source
         self.orientation = orientation
+        self.bounds = reader.bounds
         self._reader = reader
         full = reader.levels[0]
         self.file_size = full.width, full.height
@@ -355,8 +351,7 @@ def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
 
 def _open_reader(path: Path, max_pixels: int | None) -> Reader:
     if path.is_dir():
-        inside = "one of its .dcm files" if next(path.glob("*.dcm"), None) else "the image file"
-        raise InputError(f"{path}: is a folder; give {inside}")
+        raise InputError(f"{path}: is a folder; give {slide_of(path)}")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give an H&E image")
     try:
@@ -364,7 +359,7 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
             magic = handle.read(4)
         if not magic:
             raise InputError("empty file; get a complete copy")
-        _refuse_thumbnail(path)
+        refuse_thumbnail(path)
         vendor = openslide.OpenSlide.detect_format(str(path))
         if vendor not in (None, "generic-tiff"):
             if magic in _TIFF_MAGIC:
@@ -383,19 +378,6 @@ def _open_reader(path: Path, max_pixels: int | None) -> Reader:
         raise InputError(f"{path}: cannot be read ({error.strerror}); change its permissions") from error
     except Exception as error:
         raise InputError(f"{path}: the image cannot be read ({_reason(error)}); get a complete copy") from error
-
-
-def _refuse_thumbnail(path: Path) -> None:
-    """Refuse a file that holds only a picture of the slide, whose pixels are in a folder next to it or that prts cannot read."""
-    suffix = path.suffix.lower()
-    if suffix == ".mrxs" and not path.with_suffix("").joinpath("Slidedat.ini").is_file():
-        raise InputError(
-            f"holds only a thumbnail; put the slide's folder {path.stem}, with Slidedat.ini, next to it, or give an OME-TIFF"
-        )
-    if suffix in _NOT_READ:
-        raise InputError(
-            f"{_NOT_READ[suffix]} cannot be read; convert the slide to OME-TIFF, such as with QuPath (Export images)"
-        )
 
 
 def _reason(error: Exception) -> str:

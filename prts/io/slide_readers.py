@@ -22,6 +22,7 @@ from PIL import Image
 from prts.errors import InputError
 from prts.io.limits import check_pixels
 from prts.io.mpp import UM_PER_INCH, MppSource, from_axes
+from prts.io.slide_bounds import Bounds
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +55,10 @@ class Level:
 
 
 class Reader(Protocol):
-    """An open image: levels, finest first, whose tiles can be decoded in any order."""
+    """An open image: levels, finest first, whose tiles can be decoded in any order, and the part that was scanned, if not all."""
 
     levels: list[Level]
+    bounds: Bounds | None
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """RGB pixels of a tile, (height, width, 3); errors of the decoder are passed on."""
@@ -134,6 +136,7 @@ class OpenSlideReader:
     def __init__(self, path: Path) -> None:
         self._slide = openslide.OpenSlide(str(path))
         self.levels = [Level(width, height, self._TILE, self._TILE) for width, height in self._slide.level_dimensions]
+        self.bounds = Bounds.of(self._slide.properties)
 
     def tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         """See `Reader`."""
@@ -163,6 +166,8 @@ class OpenSlideReader:
 
 class ArrayReader:
     """An image that is decoded whole: PNG, JPEG, and TIFF layouts that cannot be read in parts."""
+
+    bounds: Bounds | None = None
 
     def __init__(self, pixels: NDArray[np.uint8], sources: list[MppSource]) -> None:
         self._pixels = pixels
@@ -219,6 +224,8 @@ def _pillow_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
         samples = np.asarray(image).astype(np.uint16)
         grey = to_uint8(samples, used_bits(path, int(samples.max(initial=0)), 16))
         return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("RGB", "RGBA", "LA") and _is_deep_png(path):
+        return _deep_rgb(path)
     if image.mode == "F":
         raise InputError("contains floating point pixels; give an RGB image with 8 or 16 bits")
     transparent = image.has_transparency_data
@@ -236,3 +243,26 @@ def _pillow_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
         else:
             pixels[top : top + n_rows] = np.asarray(rows.convert("RGB"))
     return pixels
+
+
+def _is_deep_png(path: Path) -> bool:
+    """Whether a file is a PNG of 16 bits a color, by its header: Pillow's image does not say."""
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head.startswith(b"\x89PNG") and head[24:] == b"\x10"
+
+
+def _deep_rgb(path: Path) -> NDArray[np.uint8]:
+    """A PNG of 16 bits a color, of which Pillow would read the upper eight."""
+    import imagecodecs
+
+    samples = imagecodecs.png_decode(path.read_bytes())
+    n_colours = 1 if samples.shape[2] == 2 else 3
+    colours, alpha = samples[..., :n_colours], samples[..., n_colours:]
+    rgb = to_uint8(colours, used_bits(path, int(colours.max(initial=0)), 16))
+    rgb = np.repeat(rgb, 3, axis=2) if n_colours == 1 else rgb
+    if alpha.size and not alpha.any():
+        warn_transparent(path)
+    elif alpha.size and alpha.min() < (1 << 16) - 1:
+        return composite(rgb, to_uint8(alpha[..., 0], 16))
+    return np.ascontiguousarray(rgb)

@@ -14,6 +14,7 @@ from PIL import Image
 from prts.errors import InputError
 from prts.io.limits import check_pixels
 from prts.io.mpp import MppSource, tiff_sources
+from prts.io.slide_bounds import Bounds
 from prts.io.slide_readers import (
     ArrayReader,
     Level,
@@ -58,6 +59,8 @@ class _Samples:
 
 class TiffReader:
     """The largest image of a TIFF and its pyramid, if any (SubIFDs, or pages of decreasing size)."""
+
+    bounds: Bounds | None = None
 
     def __init__(self, path: Path, max_pixels: int | None = None) -> None:
         self._path = path

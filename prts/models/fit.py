@@ -26,6 +26,7 @@ from prts.models.linear import LIKELIHOOD, check_linear, fit_linear
 from prts.models.module import KeepBest, PRTSModule, lacks_length, quiet_lightning
 from prts.models.network import PRTSNet
 from prts.models.output import OutputSettings
+from prts.models.slurm import own_processes
 
 if TYPE_CHECKING:
     from prts.data.datamodule import PRTSDataModule
@@ -87,7 +88,7 @@ class Recipe:
         if self.scheduler is not None:
             length = {"total_steps": 2} if lacks_length(self.scheduler) else {}
             _make("scheduler", self.scheduler, optimizer, **length)
-        trainer: pl.Trainer = _make("trainer", self.trainer, logger=False)
+        trainer: pl.Trainer = _make("trainer", self.trainer, logger=False, **own_processes(self.trainer))
         for name in ("max_epochs", "max_steps", "limit_train_batches"):
             if getattr(trainer, name) == 0:
                 raise ParameterError("trainer", name, "0 trains nothing; use 1 or more")
@@ -182,6 +183,7 @@ def fit(
         logger=start_loggers() or False,
         default_root_dir=str(root),
         use_distributed_sampler=False,  # the datamodule deals each batch to the processes; Lightning would repeat some nuclei
+        **own_processes(recipe.trainer),
     )
     if trainer.world_size > 1:
         synchronize(net)

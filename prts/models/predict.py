@@ -272,6 +272,7 @@ def write_prediction(
             "image_path": _relative(section.image, out),
             "width": section.width,
             "height": section.height,
+            "bounds": None if section.bounds is None else list(section.bounds),
             "mpp": section.mpp,
             "mpp_source": section.mpp_source,
             "species": meta["species"],

@@ -216,7 +216,7 @@ def require_positions(matrix: BinMatrix, grid: BinGrid) -> None:
     unlisted = int(np.count_nonzero(~grid.lists(matrix.array_row, matrix.array_col)))
     if unlisted:
         raise InputError(
-            f"{matrix.path}: {unlisted} of {matrix.n_bins} bins are not in spatial/tissue_positions.parquet; give matrix and "
+            f"{matrix.path}: {unlisted} of {matrix.n_bins} bins have no position in the folder's spatial/; give matrix and "
             "positions of one run of Space Ranger"
         )
 

@@ -17,7 +17,8 @@ from scipy.sparse import csr_matrix
 
 from prts.errors import InputError
 from prts.io.h5_checks import DAMAGED, fits_in_file
-from prts.platforms.bin_positions import bin_size, bins_folder
+from prts.platforms.bin_positions import bin_size, bins_folder, is_raw, read_positions
+from prts.platforms.bin_text import as_hdf5
 
 _ROW, _COLUMN = slice(8, 13), slice(14, 19)
 _BARCODES_AT_ONCE = 1 << 21
@@ -57,12 +58,12 @@ def bin_barcodes(bin_um: int, row: NDArray[Any], col: NDArray[Any]) -> NDArray[n
 
 
 class BinMatrix:
-    """`filtered_feature_bc_matrix.h5` of the bins of one size; a context manager.
+    """`filtered_feature_bc_matrix.h5` of the bins of one size, or the same matrix as a folder of text; a context manager.
 
     Attributes
     ----------
     path
-        The file.
+        The file or folder.
     bin_um
         Side of the bins, which the folder states (`prts.platforms.bin_positions.bin_size`).
     gene_ids, gene_names
@@ -73,7 +74,7 @@ class BinMatrix:
     n_bins, n_genes, nnz
         Size, and number of stored entries.
     array_row, array_col
-        (n_bins,) int32, from the barcodes.
+        (n_bins,) int32, from the barcodes. Of a raw matrix, only bins in tissue are listed.
 
     Raises
     ------
@@ -85,19 +86,23 @@ class BinMatrix:
     # What wrote the file, and how it calls it, for messages.
     _writer: ClassVar[str] = "Space Ranger"
     _file_name: ClassVar[str] = "filtered_feature_bc_matrix.h5"
+    _keep: NDArray[np.bool_] | None = None
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.bin_um = bin_size(self.path.parent)
-        if not self.path.is_file():
+        if not self.path.exists():
             raise InputError(f"{self.path}: no such file; give {self._writer}'s {self._file_name}")
+        stored = as_hdf5(self.path) if self.path.is_dir() else self.path
         try:
-            self._file = h5py.File(self.path, "r")
+            self._file = h5py.File(stored, "r")
         except OSError as error:
             raise InputError(f"{self.path}: not HDF5, or damaged ({error}); get a complete copy") from error
         try:
             with self._reading():
                 self._open()
+            if is_raw(self.path):
+                self._leave_out_glass()
         except BaseException:
             self._file.close()
             raise
@@ -147,11 +152,11 @@ class BinMatrix:
         InputError
             If a count is negative or fractional, a gene index is out of range, or the file is damaged.
         """
-        first = 0
-        while first < self.n_bins:
+        first, done, n_stored = 0, 0, len(self._indptr) - 1
+        while first < n_stored:
             start = int(self._indptr[first])
             stop = int(np.searchsorted(self._indptr, start + max_nnz, side="right")) - 1
-            stop = min(max(stop, first + 1), self.n_bins)
+            stop = min(max(stop, first + 1), n_stored)
             end = int(self._indptr[stop])
             with self._reading():
                 data, indices = self._data[start:end], self._indices[start:end]
@@ -164,8 +169,21 @@ class BinMatrix:
             counts = csr_matrix(
                 (self._counts(data), indices.astype(np.int32), indptr), shape=(stop - first, n_features)
             )
-            yield first, stop, counts if self._is_gene.all() else counts[:, self._is_gene]
-            first = stop
+            counts = counts if self._is_gene.all() else counts[:, self._is_gene]
+            counts = counts if self._keep is None else counts[self._keep[first:stop]]
+            yield done, done + counts.shape[0], counts
+            first, done = stop, done + counts.shape[0]
+
+    def _leave_out_glass(self) -> None:
+        """Of a raw matrix, list the bins in tissue only, which are those of the filtered one."""
+        grid = read_positions(self.path.parent)
+        listed = grid.lists(self.array_row, self.array_col)
+        if not grid.in_tissue.any():
+            return
+        keep = ~listed  # bins without a position are not dropped silently
+        keep[listed] = grid.in_tissue[self.array_row[listed], self.array_col[listed]]
+        self._keep, self.n_bins = keep, int(keep.sum())
+        self.array_row, self.array_col = self.array_row[keep], self.array_col[keep]
 
     def _counts(self, data: NDArray[Any]) -> NDArray[np.int32]:
         if len(data) and not (data.min() >= 0 and data.max() <= np.iinfo(np.int32).max):  # NaN fails both

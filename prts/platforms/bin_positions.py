@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -25,6 +27,12 @@ _FOLDER = re.compile(r"square_(\d{3})um")
 SCALEFACTORS = "spatial/scalefactors_json.json"
 POSITIONS = "spatial/tissue_positions.parquet"
 MATRIX = "filtered_feature_bc_matrix.h5"
+# What is read where one of the two is missing: tables of other versions, the matrix as text, and the bins outside tissue, too.
+_POSITIONS_ELSE = ("spatial/tissue_positions.csv", "spatial/tissue_positions_list.csv")
+_RAW = ("raw_feature_bc_matrix.h5", "raw_feature_bc_matrix")
+_MATRIX_ELSE = ("filtered_feature_bc_matrix", *_RAW)
+# Of tissue_positions_list.csv, which has no header.
+_COLUMNS = ("barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres")
 
 # A capture area has 3,350 x 3,350 bins; positions are kept on the full grid, and anything larger is not an array of bins.
 _MAX_GRID = 1 << 26
@@ -115,9 +123,29 @@ def bins_folders(parent: Path) -> dict[int, Path]:
     return {bin_size(path): path for path in sorted(found)}
 
 
+def bin_files(bins: Path) -> dict[str, Path]:
+    """The matrix and the positions of a folder of bins, those of Space Ranger's usual names if there are several or none.
+
+    The matrix may also be the folder `filtered_feature_bc_matrix`, or the raw one; the positions may also be CSV.
+    """
+    names = {"matrix": (MATRIX, *_MATRIX_ELSE), "positions": (POSITIONS, *_POSITIONS_ELSE)}
+    paths = {key: [bins / name for name in each] for key, each in names.items()}
+    return {key: next((path for path in each if path.exists()), each[0]) for key, each in paths.items()}
+
+
 def matrix_path(bins: Path) -> Path:
-    """The matrix of a folder of bins."""
-    return _file(Path(bins), MATRIX)
+    """The matrix of a folder of bins; see `bin_files`."""
+    return _file(Path(bins), bin_files(Path(bins))["matrix"])
+
+
+def positions_path(bins: Path) -> Path:
+    """The table of positions of a folder of bins; see `bin_files`."""
+    return _file(Path(bins), bin_files(Path(bins))["positions"])
+
+
+def is_raw(matrix: Path) -> bool:
+    """Whether a matrix also has the bins outside tissue, by its name."""
+    return matrix.name in _RAW
 
 
 def read_scalefactors(bins: Path) -> dict[str, float]:
@@ -139,7 +167,7 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
         If the folder is another one, the file is missing or not a JSON object of positive numbers, or the bins are not of the size that the
         folder is named after.
     """
-    path = _file(Path(bins), SCALEFACTORS)
+    path = _file(Path(bins), Path(bins) / SCALEFACTORS)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -164,7 +192,7 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
 
 
 def read_positions(bins: Path) -> BinGrid:
-    """Read `spatial/tissue_positions.parquet`: its numbers only, 11 million bins in about 0.6 GB.
+    """Read `spatial/tissue_positions.parquet`, or the same table as CSV: its numbers only, 11 million bins in about 0.6 GB.
 
     Parameters
     ----------
@@ -174,11 +202,12 @@ def read_positions(bins: Path) -> BinGrid:
     Raises
     ------
     InputError
-        If the file is missing, not Parquet or lacks a column, a position is missing or given twice, or the bins do not
+        If the file is missing, not a table or lacks a column, a position is missing or given twice, or the bins do not
         span a plane.
     """
-    path = _file(Path(bins), POSITIONS)
-    row, col = _numbers(path, "array_row", integer=True), _numbers(path, "array_col", integer=True)
+    path = positions_path(bins)
+    read = _csv(path) if path.suffix == ".csv" else _parquet(path)
+    row, col = _numbers(path, "array_row", read, integer=True), _numbers(path, "array_col", read, integer=True)
     if len(row) == 0:
         raise InputError(f"{path}: lists no bins; give Space Ranger's own file")
     if row.min() < 0 or col.min() < 0 or (int(row.max()) + 1) * (int(col.max()) + 1) > _MAX_GRID:
@@ -189,20 +218,19 @@ def read_positions(bins: Path) -> BinGrid:
     shape = (int(row.max()) + 1, int(col.max()) + 1)
     place = row.astype(np.int64) * shape[1] + col
     in_tissue = np.zeros(shape, np.bool_)
-    in_tissue.reshape(-1)[place] = _numbers(path, "in_tissue", integer=True) != 0
+    in_tissue.reshape(-1)[place] = _numbers(path, "in_tissue", read, integer=True) != 0
     positions = np.full((*shape, 2), np.nan)
     for axis, name in enumerate(("pxl_col_in_fullres", "pxl_row_in_fullres")):
-        positions.reshape(-1, 2)[place, axis] = _numbers(path, name, integer=False)
+        positions.reshape(-1, 2)[place, axis] = _numbers(path, name, read, integer=False)
     if np.isnan(positions[..., 0]).sum() != positions[..., 0].size - len(place):
         raise InputError(f"{path}: lists bins twice; give one position per (array_row, array_col)")
     affine = _fit(path, row, col, positions)
     return BinGrid(positions, in_tissue, affine, _residual(affine, positions))
 
 
-def _file(bins: Path, name: str) -> Path:
+def _file(bins: Path, path: Path) -> Path:
     """A file in the folder of bins; the error for a folder above names the right one."""
-    path = bins / name
-    if path.is_file():
+    if path.exists():
         return path
     folder = bins_folder(bin_size(bins))
     if not bins.is_dir():
@@ -220,27 +248,62 @@ def _float(value: float) -> float:
         return math.inf
 
 
-def _numbers(path: Path, name: str, *, integer: bool) -> NDArray[Any]:
-    """One numeric column without gaps."""
+def _parquet(path: Path) -> Callable[[str], pa.Table]:
+    """Reader of one column at a time, which saves memory."""
     try:
-        with pq.ParquetFile(path) as file:  # not read_table, which takes a folder called "a=b" for a column
+        with pq.ParquetFile(path) as file:
             n_rows = file.metadata.num_rows
-            column = file.read(columns=[name]) if n_rows <= _MAX_GRID else None
+            _ = file.schema_arrow  # names that are no text
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable Parquet file ({error}); get a complete copy") from error
-    if column is None:
+    if n_rows > _MAX_GRID:
         raise InputError(f"{path}: lists {n_rows} bins, more than any array has; give Space Ranger's own file")
+
+    def read(name: str) -> pa.Table:
+        with pq.ParquetFile(path) as file:  # not read_table, which takes a folder called "a=b" for a column
+            column = file.read(columns=[name])
+        if column.num_columns == 1 and len(column.column(0)) != n_rows:
+            raise InputError(
+                f"{path}: column {name} has {len(column.column(0))} of {n_rows} values; get a complete copy"
+            )
+        return column
+
+    return read
+
+
+def _csv(path: Path) -> Callable[[str], pa.Table]:
+    """Reader of the columns of a CSV file, with or without a header."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            first = file.readline().rstrip("\r\n").split(",")
+        options = pa.csv.ReadOptions(column_names=None if "array_row" in first else _COLUMNS)
+        table = pa.csv.read_csv(path, options)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable CSV file ({error}); give Space Ranger's own file") from error
+    return lambda name: table.select([i for i, column in enumerate(table.column_names) if column == name])
+
+
+def _numbers(path: Path, name: str, read: Callable[[str], pa.Table], *, integer: bool) -> NDArray[Any]:
+    """One numeric column without gaps."""
+    try:
+        column = read(name)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); get a complete copy") from error
     if column.column_names.count(name) != 1:
         what = "two columns" if name in column.column_names else "no column"
         raise InputError(f"{path}: has {what} {name}; give Space Ranger's own file")
     values = column.column(name)
-    if len(values) != n_rows:
-        raise InputError(f"{path}: column {name} has {len(values)} of {n_rows} values; get a complete copy")
-    is_number = pa.types.is_integer(values.type) or (not integer and pa.types.is_floating(values.type))
+    kind = values.type
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    numbers = values.to_numpy() if is_number and not values.null_count else np.empty(0)
+    if integer and numbers.dtype.kind == "f" and len(numbers):  # tables that pandas saved again
+        is_number = bool((np.abs(numbers) < _MAX_GRID).all() and (numbers % 1 == 0).all())
+        numbers = numbers.astype(np.int64) if is_number else numbers
     if not is_number or values.null_count:
         what = "whole numbers" if integer else "numbers"
         raise InputError(f"{path}: column {name} must have {what} for all bins; give Space Ranger's own file")
-    numbers: NDArray[Any] = values.to_numpy()
+    if numbers.dtype == bool:
+        numbers = numbers.astype(np.int64)
     if numbers.dtype == np.uint64:  # with other types it would become float
         numbers = np.minimum(numbers, np.uint64(np.iinfo(np.int64).max)).astype(np.int64)
     if not integer and not np.isfinite(numbers).all():

@@ -21,7 +21,7 @@ from prts.io.mpp import MppSource, require_agreement
 from prts.io.nuclei import as_str, make_nuclei
 from prts.io.nuclei_formats import ImageSize, reader_of
 from prts.platforms import platforms
-from prts.platforms.bin_positions import POSITIONS, SCALEFACTORS, BinGrid, read_positions, read_scalefactors
+from prts.platforms.bin_positions import SCALEFACTORS, BinGrid, bin_files, read_positions, read_scalefactors
 from prts.platforms.cell_matrix import CellMatrix
 from prts.platforms.cell_units import count_cells, largest_of_each, mpp_of, own_rows, require_inside, warn_of_size
 from prts.platforms.spaceranger_outs import CELL_MATRIX, OUTLINES, SEGMENTED, find_outs, has_spots
@@ -172,7 +172,7 @@ class SpaceRangerCells:
         """Positions of the smallest bins of the same output, if they are there."""
         outs = find_outs(self.path)
         bins = next(iter(outs.bins.values()), None) if outs is not None else None
-        return read_positions(bins) if bins is not None and (bins / POSITIONS).is_file() else None
+        return read_positions(bins) if bins is not None and bin_files(bins)["positions"].is_file() else None
 
     def _file(self, name: str) -> Path:
         """A file in the folder of cells; the error says what the folder is instead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -18,13 +19,13 @@ from prts.platforms.bin_matrix import BinMatrix
 from prts.platforms.bin_owners import CountSettings
 from prts.platforms.bin_positions import (
     BIN_SIZE_UM,
-    MATRIX,
-    POSITIONS,
     SCALEFACTORS,
     BinGrid,
+    bin_files,
     bin_size,
     bins_folder,
     bins_folders,
+    is_raw,
     matrix_path,
     read_positions,
     read_scalefactors,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from prts.platforms.array_effects import ArrayEffects
+
+logger = logging.getLogger(__name__)
 
 # Bins at the edge may extend beyond an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
@@ -81,7 +84,7 @@ class VisiumHD:
     def _bins(self) -> Path:
         """The folder of bins, also from another folder of the same output."""
         given = Path(self.bins)
-        if bins_folder(bin_size(given)) == given.absolute().name or (given / POSITIONS).is_file():
+        if bins_folder(bin_size(given)) == given.absolute().name or bin_files(given)["positions"].is_file():
             return given
         outs = find_outs(given)
         sizes = {} if outs is None else outs.bins
@@ -90,7 +93,7 @@ class VisiumHD:
     @property
     def files(self) -> dict[str, Path]:
         """Matrix and positions."""
-        return {"matrix": self.path / MATRIX, "positions": self.path / POSITIONS}
+        return bin_files(self.path)
 
     @classmethod
     def find(cls, folder: Path) -> VisiumHD | None:
@@ -98,7 +101,7 @@ class VisiumHD:
 
         Of several sizes, the smallest; bins that are larger than 2 um are units themselves.
         """
-        if bins_folder(bin_size(folder)) == folder.absolute().name or (folder / POSITIONS).is_file():
+        if bins_folder(bin_size(folder)) == folder.absolute().name or bin_files(folder)["positions"].is_file():
             found: Path | None = folder
         else:
             found = next((path for inner in _PARENTS for path in bins_folders(folder / inner).values()), None)
@@ -140,7 +143,10 @@ class VisiumHD:
 
     def check(self, image: Path, width: int, height: int, mpp: MppSource) -> None:
         """Check that the matrix is there, that the image is fine enough, and that spacing and positions of the bins fit it."""
-        matrix_path(self.path)
+        if is_raw(matrix := matrix_path(self.path)):
+            logger.warning(
+                "%s: the filtered matrix is not there; bins of this one are used where they are in tissue", matrix
+            )
         if mpp[1] > max(_COARSEST_MPP, bin_size(self.path) / _PX_PER_BIN):
             raise InputError(
                 f"{image}: {mpp[1]:.4g} um/px is too coarse to show nuclei, like the image of a CytAssist; give the microscope "
@@ -148,7 +154,7 @@ class VisiumHD:
             )
         grid = read_positions(self.path)
         spacing = [
-            (f"the spacing of bins along {axis} of the array in {self.path / POSITIONS}", bin_size(self.path) / px)
+            (f"the spacing of bins along {axis} of the array in {self.files['positions']}", bin_size(self.path) / px)
             for axis, px in zip(("rows", "columns"), grid.pitch_px, strict=True)
         ]
         require_agreement(image, [mpp, *spacing])

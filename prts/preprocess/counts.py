@@ -13,22 +13,19 @@ from pydantic import Field
 from prts.errors import InputError, ParameterError
 from prts.platforms.base import CountsBins, Registrable
 from prts.platforms.bin_units import bin_um_of
+from prts.preprocess.species import mitochondrial_genes, mitochondrial_prefix
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import geopandas as gpd
-    import pandas as pd
     from anndata import AnnData
-    from numpy.typing import NDArray
 
     from prts.platforms.base import Measurement, Registration
     from prts.platforms.bin_owners import CountSettings
     from prts.section import Section
 
 logger = logging.getLogger(__name__)
-
-MITOCHONDRIAL_PREFIX = {"human": "MT-", "mouse": "mt-"}
 
 
 @dataclass(frozen=True)
@@ -45,12 +42,15 @@ class QCSettings:
         The paper's own rule, in full-resolution px^2; replaces `max_area_um2`.
     max_pct_mt
         The mitochondrial share of the UMIs must be below this percentage.
+    mt_prefix
+        How the names of mitochondrial genes begin, such as `"MT-"`; None: by the species.
     """
 
     min_umi: Annotated[int, Field(ge=0)] | None = 20
     max_area_um2: Annotated[float, Field(gt=0)] | None = 150.0
     max_area_px: Annotated[float, Field(gt=0)] | None = None
     max_pct_mt: Annotated[float, Field(gt=0)] | None = 15.0
+    mt_prefix: Annotated[str, Field(min_length=1)] | None = None
 
     @classmethod
     def for_bins(cls) -> QCSettings:
@@ -65,11 +65,13 @@ class QCSettings:
         )
 
     def settings(self) -> dict[str, Any]:
-        """All limits, whole numbers as int so that 150 and 150.0 have one fingerprint."""
-        return {
-            key: int(value) if value is not None and value == int(value) else value
-            for key, value in asdict(self).items()
+        """All limits, whole numbers as int so that 150 and 150.0 have one fingerprint, and the prefix if there is one."""
+        limits = asdict(self)
+        prefix = limits.pop("mt_prefix")
+        whole = {
+            key: int(value) if value is not None and value == int(value) else value for key, value in limits.items()
         }
+        return whole if prefix is None else {**whole, "mt_prefix": prefix}
 
 
 def measured_counts(
@@ -91,7 +93,7 @@ def measured_counts(
     nuclei
         Nuclei with `cell_id`, `geometry` in full-resolution pixels and `area_um2`, (n_nuclei,).
     species
-        "human" or "mouse".
+        Name of the species; see `prts.preprocess.species`.
     register
         Measure and correct the shift between counts and nuclei. If the platform cannot measure it, nothing is corrected.
     qc
@@ -132,11 +134,18 @@ def measured_counts(
                 section.name,
                 measurement.name,
             )
-    used = registration if register else None
-    counts = count_nuclei(measurement, nuclei, species=species, registration=used, counting=counting)
+    qc = QCSettings() if qc is None else qc
+    counts = count_nuclei(
+        measurement,
+        nuclei,
+        species=species,
+        registration=registration if register else None,
+        counting=counting,
+        mt_prefix=qc.mt_prefix,
+    )
     if registration is not None:
         counts.uns["prts"]["registration"] = {**registration.report(), "corrected": register and registration.measured}
-    return quality_control(counts, QCSettings() if qc is None else qc, mpp=section.mpp)
+    return quality_control(counts, qc, mpp=section.mpp)
 
 
 def required_measurement(section: Section) -> Measurement:
@@ -161,6 +170,7 @@ def count_nuclei(
     species: str,
     registration: Registration | None = None,
     counting: CountSettings | None = None,
+    mt_prefix: str | None = None,
 ) -> AnnData:
     """Count all genes in all nuclei, with the statistics that quality control needs.
 
@@ -171,11 +181,13 @@ def count_nuclei(
     nuclei
         Nuclei with `cell_id`, `geometry` in full-resolution pixels and `area_um2`, (n_nuclei,).
     species
-        "human" or "mouse": which genes are mitochondrial (`MT-` or `mt-`).
+        Which genes are mitochondrial; see `prts.preprocess.species`.
     registration
         Shift to correct.
     counting
         Which bins are counted for a nucleus; the paper's rule if None.
+    mt_prefix
+        How the names of mitochondrial genes begin, instead.
 
     Returns
     -------
@@ -188,13 +200,12 @@ def count_nuclei(
     InputError
         If the species is unknown or not the section's, or the platform cannot count.
     """
-    if species not in MITOCHONDRIAL_PREFIX:
-        raise ParameterError("", "species", f"{species!r} is not known; choose {' or '.join(MITOCHONDRIAL_PREFIX)}")
+    mitochondrial_prefix(species, mt_prefix)  # before the counting, which takes minutes
     if counting is None or not counting.settings():
         counts = measurement.counts(nuclei, registration=registration)
     else:
         counts = counted_in_bins(measurement).counts_by(nuclei, counting, registration=registration)
-    add_quality_figures(counts, species, measurement.path)
+    add_quality_figures(counts, species, measurement.path, mt_prefix)
     return counts
 
 
@@ -216,15 +227,15 @@ def counted_in_bins(measurement: Measurement) -> CountsBins:
     return measurement
 
 
-def add_quality_figures(counts: AnnData, species: str, source: Path) -> None:
+def add_quality_figures(counts: AnnData, species: str, source: Path, mt_prefix: str | None = None) -> None:
     """Add total counts, genes and the mitochondrial share of each nucleus to `obs`.
 
     Parameters
     ----------
     counts
         From `Measurement.counts`, (n_nuclei, n_genes).
-    species
-        "human" or "mouse".
+    species, mt_prefix
+        As for `count_nuclei`.
     source
         The file or folder that messages name.
 
@@ -233,7 +244,7 @@ def add_quality_figures(counts: AnnData, species: str, source: Path) -> None:
     ParameterError
         If the mitochondrial genes are from another species.
     """
-    mitochondrial = _mitochondrial(counts.var, species, source)
+    mitochondrial = mitochondrial_genes(counts.var, species, source, mt_prefix)
     X = counts.X
     total = np.asarray(X.sum(axis=1), dtype=np.int64).ravel()
     in_mitochondria = np.asarray(X[:, mitochondrial].sum(axis=1), dtype=np.int64).ravel()
@@ -291,22 +302,3 @@ def quality_control(counts: AnnData, settings: QCSettings, *, mpp: float) -> Ann
     report = {"n_nuclei": len(keep), "n_kept": int(keep.sum()), **removed, **limits}
     kept.uns["prts"] = {**kept.uns.get("prts", {}), "qc": report}
     return kept
-
-
-def _mitochondrial(var: pd.DataFrame, species: str, path: Path) -> NDArray[np.bool_]:
-    """Which genes are mitochondrial; counts with only those of another species are refused."""
-    of = {name: var["symbol"].str.startswith(prefix).to_numpy(bool) for name, prefix in MITOCHONDRIAL_PREFIX.items()}
-    for other, genes in of.items():
-        if genes.any() and not of[species].any():
-            raise ParameterError(
-                "",
-                "species",
-                f"{species}, but {path} has no gene {MITOCHONDRIAL_PREFIX[species]}... and {genes.sum()} genes "
-                f"{MITOCHONDRIAL_PREFIX[other]}...; choose {other}",
-            )
-    if not of[species].any():
-        logger.warning(
-            "%s has no mitochondrial genes (%s...), so their share is 0", path, MITOCHONDRIAL_PREFIX[species]
-        )
-    chosen: NDArray[np.bool_] = of[species]
-    return chosen

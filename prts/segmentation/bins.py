@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 from scipy import ndimage
 
-from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY
+from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, read_without_black
 from prts.platforms.base import HasUnits
 from prts.platforms.bin_matrix import bin_names
 from prts.platforms.bin_units import squares
@@ -116,7 +116,7 @@ def _on_tissue(slide: Slide, bin_um: int) -> NDArray[np.bool_]:
     share = np.zeros((rows, columns), np.float32)
     for block in blocks(columns, rows, _BLOCK):
         width, height = block.x1 - block.x0, block.y1 - block.y0
-        rgb = slide.read_region(block.x0 * _PX, block.y0 * _PX, width * _PX, height * _PX, mpp)
+        rgb = read_without_black(slide, block.x0 * _PX, block.y0 * _PX, width * _PX, height * _PX, mpp)
         tissue = _DENSITY[rgb].mean(axis=-1) > GLASS_OD
         share[block.y0 : block.y1, block.x0 : block.x1] = tissue.reshape(height, _PX, width, _PX).mean(axis=(1, 3))
     around = 2 * round(_AROUND_UM / bin_um / 2) + 1  # an odd number of squares

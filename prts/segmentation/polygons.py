@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from prts.errors import ParameterError
 from prts.io.cache import file_identity
 from prts.io.nuclei import read_nuclei
+from prts.io.slide_bounds import nuclei_on_slide
 from prts.segmentation import segmenters
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ class Polygons:
     Parameters
     ----------
     path
-        A file in any format that `prts.io.nuclei.read_nuclei` reads, in full-resolution pixels of the image file.
+        A file in any format that `prts.io.nuclei.read_nuclei` reads, in full-resolution pixels of the image file or, as QuPath counts them,
+        of the part of it that was scanned.
     """
 
     path: Path | str | None = None
@@ -37,7 +39,7 @@ class Polygons:
         """Read the nuclei and check them against the slide."""
         width, height = slide.file_size
         nuclei = read_nuclei(self._path(), mpp=slide.mpp, width=width, height=height, max_pixels=slide.max_pixels)
-        return slide.orientation.nuclei(nuclei, slide.file_size)
+        return slide.orientation.nuclei(nuclei_on_slide(nuclei, slide, self.path), slide.file_size)
 
     def settings(self) -> dict[str, Any]:
         """The identity of the file."""

@@ -179,7 +179,10 @@ def test_a_gene_list_that_is_not_text_is_refused(tmp_path: Path) -> None:
 
 TISSUE = "name: mine\nspecies: human\nsections: {s1: {image: a.tif, bins: b}}\ntrain: [s1]\nval: []\ntest: []\n"
 WRONG_TISSUE = {
-    "unknown species": (TISSUE.replace("human", "dog"), "tissue.species"),
+    "unknown species": (
+        TISSUE.replace("human", "humann"),
+        "tissue.species: 'humann' is not known, did you mean 'human'",
+    ),
     "no such section": (TISSUE.replace("train: [s1]", "train: [s2]"), "'s2' is not a section"),
     "two roles": (TISSUE.replace("val: []", "val: [s1]"), "give each section one role"),
     "unknown key": (TISSUE.replace("bins: b", "bins: b, imag: c"), "imag: no such key, did you mean 'image'"),

@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
 
 from prts import _numba
+from prts.cli import devices
+from prts.cli.devices import own_gpu
 from prts.cli.exit_status import exit_status_of
 from prts.cli.overrides import quote_paths, split_flags
 from prts.cli.tidy import tidy
+from prts.errors import ParameterError
+from prts.models.slurm import own_processes
 
 
 @pytest.fixture
@@ -134,3 +141,72 @@ def test_a_config_folder_may_be_in_the_home_folder(home: Path) -> None:
     (home / "mine/tissue").mkdir(parents=True)
     _, flags = split_flags(["--config-dir", "~/mine"])
     assert config_folders(flags, Path("configs").resolve()) == [home / "mine"]
+
+
+def slurm(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    for name, value in {"JOB_ID": "7", "JOB_NAME": "prts", "CPUS_ON_NODE": "8", **variables}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.parametrize("variables", [{"NTASKS": "8"}, {"NTASKS": "2", "PROCID": "0", "STEP_NUM_TASKS": "1"}])
+def test_tasks_of_slurm_that_are_meant_as_processors(
+    variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm(monkeypatch, **variables)
+    make = partial(pl.Trainer, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    with pytest.raises(RuntimeError, match="ntasks"):
+        make()
+    trainer = make(**own_processes(make))
+    assert trainer.world_size == 1 and trainer.is_global_zero
+
+
+def test_processes_that_srun_started_are_left_to_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm(monkeypatch, NTASKS="2", STEP_NUM_TASKS="2", PROCID="1")
+    assert own_processes(partial(pl.Trainer, devices=2, strategy="ddp")) == {}
+    with pytest.raises(ParameterError, match=r"srun started 2 tasks .* use srun --ntasks=1 --cpus-per-task=2"):
+        own_processes(partial(pl.Trainer, devices=1))
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert own_processes(partial(pl.Trainer, devices=1)) == {}
+
+
+def test_jobs_side_by_side_have_one_gpu_each(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    monkeypatch.setattr(devices, "_POLL_S", 0.01)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    config = {"trainer": {"accelerator": "auto", "devices": 1}, "encoder": {"device": "auto"}}
+    third: list[dict[str, str]] = []
+
+    def wait() -> None:
+        with own_gpu(config) as environment:
+            third.append(environment)
+
+    with own_gpu(config) as first:
+        with own_gpu(config) as second:
+            assert [first, second] == [{"CUDA_VISIBLE_DEVICES": "3"}, {"CUDA_VISIBLE_DEVICES": "5"}]
+            waiting = threading.Thread(target=wait)
+            waiting.start()
+            waiting.join(0.1)
+            assert waiting.is_alive()
+        waiting.join(10)
+        assert third == [{"CUDA_VISIBLE_DEVICES": "5"}]
+
+
+@pytest.mark.parametrize(
+    ("change", "gpus"),
+    [
+        ({"trainer": {"accelerator": "cpu", "devices": 1}, "encoder": {"device": "cpu"}}, 2),
+        ({"trainer": {"accelerator": "gpu", "devices": -1}, "encoder": {"device": "auto"}}, 2),
+        ({"trainer": {"accelerator": "auto", "devices": 1}}, 0),
+    ],
+)
+def test_other_jobs_keep_their_devices(
+    change: dict, gpus: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    with own_gpu(change) as environment:
+        assert environment == {} and not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import shapely
+import torch
 
 from prts.errors import InputError
 from prts.features import extract as extract_module
@@ -92,6 +93,41 @@ def test_an_interrupted_run_ends_with_the_same_bytes(case, tmp_path, fail_at):
     extract(slide, nuclei, second, resumed)
     assert resumed.read_bytes() == whole.read_bytes()
     assert second.encoded == 300 - fail_at // 64 * 64  # what was done in whole chunks is not done again
+
+
+class SmallDevice(MeanEncoder):
+    """Has memory for five tiles, or for none."""
+
+    holds = 5
+
+    def encode(self, tiles, polygons):
+        if len(tiles) > self.holds:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to hold {len(tiles)} tiles. Sorry")
+        return super().encode(tiles, polygons)
+
+
+def test_a_batch_that_does_not_fit_is_halved(case, tmp_path, caplog):
+    slide, nuclei = case
+    extract(slide, nuclei, MeanEncoder(), tmp_path / "whole.h5")
+    encoder = SmallDevice()
+    extract(slide, nuclei, encoder, tmp_path / "halves.h5")
+    assert (tmp_path / "halves.h5").read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert encoder.encoded == 300
+    lines = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [line.partition(" (")[0] for line in lines] == [
+        "out of memory with 16 tiles at a time",
+        "out of memory with 8 tiles at a time",
+    ]
+    assert "goes on with 4, set `encoder.batch_size` to that" in lines[-1]
+
+
+def test_a_device_without_memory_for_one_tile_is_an_error(case, tmp_path):
+    slide, nuclei = case
+    encoder = SmallDevice()
+    encoder.holds = 0
+    with pytest.raises(torch.OutOfMemoryError, match="hold 1 tiles"):
+        extract(slide, nuclei, encoder, tmp_path / "f.h5")
+    assert not (tmp_path / "f.h5").exists()
 
 
 @pytest.mark.parametrize("change", ["encoder", "polygon", "image", "truncated"])

@@ -20,7 +20,7 @@ import pytest
 
 from prts.errors import InputError
 from prts.io import cache
-from prts.io.cache import atomic, lock, reading
+from prts.io.cache import atomic, file_identity, lock, reading
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -248,4 +248,51 @@ def test_a_cache_that_is_a_file_is_named(tmp_path: Path) -> None:
         pytest.raises(InputError, match=r"file/x/f: does not exist and cannot be written"),
         lock(tmp_path / "file" / "x" / "f"),
     ):
+        pass
+
+
+@pytest.mark.parametrize("size", [0, 10, 3 << 20, 40 << 20])
+def test_a_copy_is_the_same_file_and_a_change_is_not(tmp_path: Path, size: int) -> None:
+    path, copy = tmp_path / "a.bin", tmp_path / "b.bin"
+    path.write_bytes(os.urandom(size))
+    copy.write_bytes(path.read_bytes())
+    os.utime(copy, (1, 1))
+    assert file_identity(path) == file_identity(copy)
+    # blocks at both ends and in between, up to 256 of them in larger files
+    for at in {0, size // 2, size - 1} if 0 < size < 16 << 20 else {0, size - 1} if size else ():
+        data = bytearray(copy.read_bytes())
+        data[at] ^= 1
+        (tmp_path / "c.bin").write_bytes(data)
+        assert file_identity(path) != file_identity(tmp_path / "c.bin"), at
+    data = bytearray(copy.read_bytes())
+    data[size // 3 : size // 2] = bytes(size // 2 - size // 3)
+    (tmp_path / "c.bin").write_bytes(data)
+    assert (file_identity(path) == file_identity(tmp_path / "c.bin")) == (size == 0)
+    (tmp_path / "c.bin").write_bytes(copy.read_bytes() + b"x")
+    assert file_identity(path) != file_identity(tmp_path / "c.bin")
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    cache._warn_of_missing_locks.cache_clear()
+    for name in ("a", "b"):
+        with lock(tmp_path / name), atomic(tmp_path / name) as temporary:
+            temporary.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "has no file locks" in line and "only one run at a time" in line
+
+
+def test_another_error_of_a_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(InputError, match="Input/output error"), lock(tmp_path / "a"):
         pass

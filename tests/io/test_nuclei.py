@@ -194,6 +194,68 @@ def test_labels_may_be_whole_floating_point_numbers(tmp_path, dtype):
             read_nuclei(tmp_path / "l.tif", **SIZE)
 
 
+@pytest.mark.parametrize("factor", [2, 0.5])
+def test_labels_at_another_resolution_are_scaled(tmp_path, factor, caplog):
+    labels = np.zeros((100, 200), np.uint16)
+    labels[20:40, 10:20], labels[50:60, 50:62], labels[10:14, 80:84] = 4, 9, 70
+    labels = labels.repeat(2, 0).repeat(2, 1) if factor == 2 else labels[::2, ::2]
+    tifffile.imwrite(tmp_path / "l.tif", labels)
+    nuclei = read_nuclei(tmp_path / "l.tif", **SIZE)
+    assert sorted(nuclei["cell_id"]) == ["4", "70", "9"]
+    assert nuclei.set_index("cell_id").loc["4"].geometry.equals(box(10, 20, 20, 40))
+    assert f"{200 * factor:.0f} x {100 * factor:.0f} px for an image of 200 x 100 px" in caplog.text
+    tifffile.imwrite(tmp_path / "l.tif", np.pad(labels, ((0, 30), (0, 0))))
+    with pytest.raises(InputError, match="give one of the same area"):
+        read_nuclei(tmp_path / "l.tif", **SIZE)
+
+
+HOVERNET = {
+    "mag": 40,
+    "nuc": {
+        str(i + 7): {
+            "bbox": [],
+            "centroid": [],
+            "contour": [list(xy) for xy in shape.exterior.coords[:-1]],
+            "type_prob": 0.9,
+            "type": i,
+        }
+        for i, shape in enumerate(SHAPES)
+    },
+}
+CELLVIT = {
+    "wsi_metadata": {"base_mpp": 0.25},
+    "type_map": {"0": "Background", "1": "Neoplastic", "2": "Dead"},
+    "cells": [{**cell, "offset_global": [0, 0]} for cell in HOVERNET["nuc"].values()],
+}
+
+
+@pytest.mark.parametrize(
+    ("document", "ids", "classes"),
+    [(HOVERNET, ["7", "8", "9"], ["0", "1", "2"]), (CELLVIT, ["0", "1", "2"], ["Background", "Neoplastic", "Dead"])],
+)
+def test_the_own_json_of_hovernet_and_cellvit(tmp_path, document, ids, classes):
+    nuclei = assert_read(write_json(tmp_path / "n.json", document), ids)
+    assert nuclei["classification"].tolist() == classes and nuclei["score"].tolist() == [0.9] * 3
+
+
+@pytest.mark.parametrize("key", ["objectType", "object_type"])
+def test_types_and_derived_classes_of_any_qupath(tmp_path, key):
+    features = [feature(s, {key: "detection", "classification": {"names": ["Tumor", "Positive"]}}) for s in SHAPES]
+    features.append(feature(box(1, 1, 30, 30), {key: "annotation"}))
+    nuclei = assert_read(write_json(tmp_path / "q.geojson", features), ["0", "1", "2"])
+    assert set(nuclei["classification"]) == {"Tumor: Positive"}
+
+
+def test_circles_of_spatialdata(tmp_path):
+    circles = gpd.GeoDataFrame(
+        {"radius": [5.0, 8.0]}, geometry=shapely.points([[20, 30], [60, 50]]), index=["a-1", "b-1"]
+    )
+    circles.to_parquet(tmp_path / "c.parquet")
+    nuclei = read_nuclei(tmp_path / "c.parquet", **SIZE)
+    assert nuclei["cell_id"].tolist() == ["a-1", "b-1"]
+    np.testing.assert_allclose(nuclei["area_um2"], np.pi * np.array([25, 64]) / 4, rtol=0.02)
+
+
 def test_arrays_of_numpy_are_named(tmp_path):
     np.save(tmp_path / "cells_seg.npy", np.zeros((3, 3), int))
     np.savez(tmp_path / "labels.npz", np.zeros((3, 3), int))

@@ -269,6 +269,29 @@ def test_three_gray_pages_are_red_green_and_blue(dtype, how: dict, tmp_path: Pat
         assert "three gray images are read as red, green and blue" in caplog.text
 
 
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("alpha", [None, 0, "half"])
+def test_png_of_sixteen_bits_a_color(bits: int, alpha: int | str | None, tmp_path: Path, caplog) -> None:
+    import imagecodecs
+
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (40, 50, 3)).astype(float)
+    image[0, 0] = 255
+    deep = (image * ((1 << bits) - 1) / 255).round().astype(np.uint16)
+    opacity = np.full((40, 50, 1), 0xFFFF if alpha is None else 0, np.uint16)
+    if alpha == "half":
+        opacity[:, :25] = 0xFFFF
+    samples = deep if alpha is None else np.dstack([deep, opacity])
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(samples))
+    with open_slide(tmp_path / "a.png", mpp=0.5) as slide:
+        found = slide.read_region(0, 0, 50, 40)
+    expected = image.copy()
+    if alpha == "half":
+        expected[:, 25:] = 255
+    np.testing.assert_allclose(found, expected, atol=1)
+    assert ("uses only" in caplog.text) == (bits < 16) and ("transparent" in caplog.text) == (alpha == 0)
+
+
 def test_a_stack_of_other_images_is_refused_with_the_cure(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif", np.zeros((5, 30, 40), np.uint8), photometric="minisblack")
     with pytest.raises(InputError, match=r"a stack of 5 images; give one H&E image, saved as RGB"):
@@ -310,10 +333,20 @@ def test_a_thumbnail_is_never_taken_for_the_slide(name: str, cure: str, tmp_path
         open_slide(tmp_path / name, mpp=0.5)
 
 
-def test_a_folder_of_dicom_files_is_named(tmp_path: Path) -> None:
-    (tmp_path / "1.dcm").touch()
-    with pytest.raises(InputError, match=r"is a folder; give one of its \.dcm files"):
-        open_slide(tmp_path, mpp=0.5)
+@pytest.mark.parametrize(
+    ("name", "content", "cure"),
+    [
+        ("1.dcm", b"", "one of its DICOM files, such as 1.dcm"),
+        ("IM0001", bytes(128) + b"DICM", "one of its DICOM files, such as IM0001"),
+        ("Slidedat.ini", b"[GENERAL]", r"the file case.mrxs next to it"),
+        ("notes.txt", b"nothing", "give the image file"),
+    ],
+)
+def test_a_folder_names_the_file_to_open(name: str, content: bytes, cure: str, tmp_path: Path) -> None:
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / name).write_bytes(content)
+    with pytest.raises(InputError, match=cure):
+        open_slide(tmp_path / "case", mpp=0.5)
 
 
 def test_float_pixels_are_refused(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csc_matrix, csr_matrix, issparse
 
 from prts.errors import InputError
+from prts.evaluation.matching import align_genes
 from prts.io.spots import read_spots
 
 COUNTS = np.array([[0, 3, 1], [2, 0, 0]])
@@ -65,7 +66,6 @@ def put(where: str, key: str, value: object) -> Callable[[ad.AnnData], None]:
         (change(X=-COUNTS), "negative"),
         (change(X=np.where(COUNTS > 0, COUNTS, np.nan)), "raw UMI counts"),
         (change(X=None), "no counts"),
-        (change(var_names=["X", "X", "Z"]), "duplicate"),
         (delete("obsm", "spatial"), "spatial"),
         (put("obsm", "spatial", np.zeros((2, 3))), "spatial"),
         (put("obsm", "spatial", np.full((2, 2), np.nan)), "spatial"),
@@ -74,12 +74,74 @@ def put(where: str, key: str, value: object) -> Callable[[ad.AnnData], None]:
         (put("uns", "spot_radius_px", "wide"), "spot_radius_px"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Variable names are not unique")
 def test_wrong_spots_are_refused(tmp_path: Path, damage: Callable[[ad.AnnData], None], message: str) -> None:
     data = spots()
     damage(data)
     data.write_h5ad(tmp_path / "spots.h5ad")
     with pytest.raises(InputError, match=rf"spots\.h5ad.*{message}"):
+        read_spots(tmp_path / "spots.h5ad")
+
+
+def as_from_scanpy(data: ad.AnnData) -> None:
+    """The layout of `scanpy.read_visium`."""
+    data.uns = {
+        "spatial": {
+            "V1_Brain": {"images": {}, "scalefactors": {"spot_diameter_fullres": 89.5, "tissue_hires_scalef": 0.1}}
+        }
+    }
+    data.var_names = ["TBCE", "TBCE", "Z"]
+    data.var["gene_ids"] = ["ENSG1", "ENSG2", "ENSG3"]
+
+
+def as_normalized(data: ad.AnnData) -> None:
+    data.layers["counts"] = data.X.copy()
+    data.X = csr_matrix(np.log1p(COUNTS * 0.7))
+
+
+def as_text(data: ad.AnnData) -> None:
+    data.obsm["spatial"] = data.obsm["spatial"].astype(str)
+
+
+def as_nullable(data: ad.AnnData) -> None:
+    data.obs["slide"] = pd.array(["s", None], dtype="string")
+    data.var["gene_name"] = pd.array(["A", "B", None], dtype="string")
+    data.obs["n"] = pd.array([1, None], dtype="Int64")
+    data.X = csc_matrix(data.X)
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique", "ignore:Observation names are not unique")
+@pytest.mark.parametrize("change", [as_from_scanpy, as_normalized, as_text, as_nullable])
+def test_spots_as_other_programs_write_them_are_read(tmp_path: Path, change: Callable[[ad.AnnData], None]) -> None:
+    data = spots()
+    change(data)
+    ad.settings.allow_write_nullable_strings = True
+    data.write_h5ad(tmp_path / "spots.h5ad")
+    ad.settings.allow_write_nullable_strings = False
+    read = read_spots(tmp_path / "spots.h5ad")
+    assert np.array_equal(read.counts.X.toarray(), COUNTS) and read.xy.tolist() == [[10.5, 20.0], [110.5, 21.0]]
+    assert read.radius_px == (44.75 if change is as_from_scanpy else 50.0)
+    if change is as_from_scanpy:
+        assert read.counts.var_names.tolist() == ["TBCE", "TBCE-1", "Z"]
+        assert read.counts.var["gene_id"].tolist() == ["ENSG1", "ENSG2", "ENSG3"]
+
+
+def test_spots_named_by_gene_ids_match_a_prediction_by_id_and_by_symbol(tmp_path: Path) -> None:
+    data = spots()
+    data.var["feature_name"] = ["A", "B", "C"]
+    data.var_names = ["ENSG00000000003.12", "ENSG00000000005", "ENSG00000000419"]
+    data.write_h5ad(tmp_path / "spots.h5ad")
+    read = read_spots(tmp_path / "spots.h5ad").counts
+    by_id = align_genes(read, ["x", "y"], ["ENSG00000000419", "ENSG00000000003"], "spots")
+    assert np.array_equal(by_id.toarray(), COUNTS[:, [2, 0]])
+    assert np.array_equal(align_genes(read, ["B", "A"], None, "spots").toarray(), COUNTS[:, [1, 0]])
+
+
+def test_libraries_with_spots_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    data = spots()
+    sizes = {name: {"scalefactors": {"spot_diameter_fullres": d}} for name, d in (("a", 80.0), ("b", 90.0))}
+    data.uns = {"spatial": sizes}
+    data.write_h5ad(tmp_path / "spots.h5ad")
+    with pytest.raises(InputError, match="2 libraries with spots of different sizes; keep the one"):
         read_spots(tmp_path / "spots.h5ad")
 
 

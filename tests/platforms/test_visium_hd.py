@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,17 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csc_matrix, random_array, vstack
+from scipy.sparse import csc_matrix, csr_matrix, random_array, vstack
 
 from prts.errors import InputError
+from prts.io.nuclei import make_nuclei
+from prts.platforms.bin_counts import count_bins
 from prts.platforms.bin_matrix import BinMatrix
 from prts.platforms.bin_positions import matrix_path, read_positions, read_scalefactors
+from prts.platforms.bin_units import measured_squares
 
 AFFINE = np.array([[-7.3, 0.11, 21_000.0], [0.12, 7.298, 46.8]])
 GENES = {
@@ -486,3 +491,109 @@ def test_chunks_of_a_real_section(prts_data: Path) -> None:
     with BinMatrix(matrix_path(bins)) as matrix:
         assert sum(int(chunk.sum()) for _, _, chunk in matrix.chunks(300_000)) == expected
         assert matrix.var().index.is_unique
+
+
+def read_dense(path: Path) -> tuple[np.ndarray, BinMatrix]:
+    with BinMatrix(path) as matrix:
+        return vstack([chunk for *_, chunk in matrix.chunks(7)]).toarray(), matrix
+
+
+@pytest.mark.parametrize("order", ["sorted by bin", "sorted by gene"])
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("features", ["features.tsv", "genes.tsv"])
+def test_a_matrix_of_text_equals_that_of_hdf5(
+    tmp_path: Path, matrix_file: Path, counts: np.ndarray, order: str, compress: bool, features: str
+) -> None:
+    expected, with_names = read_dense(matrix_file)
+    folder = tmp_path / "filtered_feature_bc_matrix"
+    folder.mkdir()
+    entries = csc_matrix(counts.T).tocoo() if order == "sorted by bin" else csr_matrix(counts.T).tocoo()
+    names = barcodes(with_names.array_row, with_names.array_col).astype(str)
+    kinds = ["\tGene Expression"] * 5 if features == "features.tsv" else [""] * 5
+    texts = {
+        "barcodes.tsv": "\n".join(names) + "\n",
+        features: "".join(
+            f"{i.decode()}\t{n.decode()}{k}\n" for i, n, k in zip(GENES["id"], GENES["name"], kinds, strict=True)
+        ),
+        "matrix.mtx": "%%MatrixMarket matrix coordinate integer general\n%metadata_json: {}\n"
+        + f"5 30 {entries.nnz}\n"
+        + "".join(f"{r + 1} {c + 1} {v}\n" for r, c, v in zip(entries.row, entries.col, entries.data, strict=True)),
+    }
+    for name, text in texts.items():
+        if compress and name != "barcodes.tsv":
+            (folder / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        elif compress:  # unpacked by a browser, and with the quotes of R
+            (folder / f"{name}.gz").write_text("".join(f'"{line}"\n' for line in text.split()))
+        else:
+            (folder / name).write_text(text)
+    found, matrix = read_dense(folder)
+    assert np.array_equal(found, expected) and np.array_equal(matrix.gene_ids, with_names.gene_ids)
+    assert matrix.gene_names.tolist() == ["Actb", "Dup", "Dup", "", "Ttr"]
+    matrix_file.unlink()
+    assert matrix_path(tmp_path) == folder
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("matrix.mtx", "%%MatrixMarket matrix coordinate integer general\n5 3 2\n1 1 4\n", "ends after 1 of 2"),
+        ("matrix.mtx", "%%MatrixMarket matrix coordinate integer general\n5 4 1\n1 1 4\n", "5 x 4 values"),
+        ("matrix.mtx", "%%MatrixMarket matrix coordinate integer general\n5 3 1\n1 9 4\n", "beyond its 3 bins"),
+        ("matrix.mtx", "gene,bin,count\n", "begins with"),
+        ("barcodes.tsv", None, "has no barcodes.tsv.gz"),
+    ],
+)
+def test_a_damaged_matrix_of_text_is_refused(tmp_path: Path, name: str, text: str | None, words: str) -> None:
+    (tmp_path / "features.tsv").write_text("".join(f"E{i}\tG{i}\tGene Expression\n" for i in range(5)))
+    (tmp_path / "barcodes.tsv").write_text("".join(f"s_002um_00000_0000{i}-1\n" for i in range(3)))
+    (tmp_path / "matrix.mtx").write_text("%%MatrixMarket matrix coordinate integer general\n5 3 1\n1 1 4\n")
+    assert read_dense(tmp_path)[0].sum() == 4
+    if name == "matrix.mtx":  # a matrix without entries is one
+        (tmp_path / name).write_text("%%MatrixMarket matrix coordinate pattern symmetric\n5 3 0\n")
+        assert read_dense(tmp_path)[0].shape == (3, 5)
+    (tmp_path / name).unlink()
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=words):
+        read_dense(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tissue_positions.csv", "tissue_positions_list.csv"])
+def test_positions_may_be_csv_with_or_without_a_header(tmp_path: Path, name: str) -> None:
+    frame = write_positions(tmp_path, in_tissue=np.arange(54) % 2)
+    expected = read_positions(tmp_path)
+    (tmp_path / "spatial/tissue_positions.parquet").unlink()
+    frame.to_csv(tmp_path / "spatial" / name, index=False, header="list" not in name)
+    found = read_positions(tmp_path)
+    assert np.array_equal(found.in_tissue, expected.in_tissue)
+    np.testing.assert_allclose(found.positions, expected.positions, rtol=1e-12)
+
+
+def test_positions_may_have_been_saved_again_with_other_types(tmp_path: Path) -> None:
+    frame = write_positions(tmp_path, in_tissue=np.arange(54) % 2)
+    expected = read_positions(tmp_path)
+    other = frame.astype({"in_tissue": bool, "array_row": float, "array_col": "Int64"}).set_index("barcode")
+    other.to_parquet(tmp_path / "spatial/tissue_positions.parquet")
+    found = read_positions(tmp_path)
+    assert np.array_equal(found.in_tissue, expected.in_tissue) and np.array_equal(found.positions, expected.positions)
+    frame.assign(array_row=frame["array_row"] + 0.25).to_parquet(tmp_path / "spatial/tissue_positions.parquet")
+    with pytest.raises(InputError, match="array_row must have whole numbers"):
+        read_positions(tmp_path)
+
+
+def test_of_a_raw_matrix_only_bins_in_tissue_are_used(tmp_path: Path) -> None:
+    """Glass next to a nucleus, which the filtered matrix does not have, adds nothing to it."""
+    bins = tmp_path / "square_002um"
+    frame = write_positions(bins, in_tissue=(np.arange(54) % 9 < 5).astype(int))
+    row, col = frame["array_row"].to_numpy(), frame["array_col"].to_numpy()
+    inside = frame["in_tissue"].to_numpy() == 1
+    counts = np.random.default_rng(0).poisson(2.0, (54, 5)).astype(np.int32)
+    corners = (AFFINE @ np.array([[-1, -1, 1], [9, -1, 1], [9, 6, 1], [-1, 6, 1]]).T).T
+    nuclei = make_nuclei([shapely.Polygon(corners)], 0.27)
+    write_matrix(bins / "filtered_feature_bc_matrix.h5", counts[inside], row[inside], col[inside])
+    filtered, squares = count_bins(bins, nuclei).X.toarray(), measured_squares(bins, 0.27)
+    (bins / "filtered_feature_bc_matrix.h5").unlink()
+    write_matrix(bins / "raw_feature_bc_matrix.h5", counts, row, col)
+    assert np.array_equal(count_bins(bins, nuclei).X.toarray(), filtered)
+    assert filtered.sum() == counts[inside].sum()
+    assert measured_squares(bins, 0.27)["cell_id"].tolist() == squares["cell_id"].tolist()

@@ -7,12 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from shapely import box
 
 from prts.errors import InputError
+from prts.features.context import context
+from prts.features.tiles import cut_tiles, plan_tiles
+from prts.io.nuclei import make_nuclei
 from prts.io.optical_density import without_black
 from prts.io.slide import open_slide
 from prts.preprocess.image_check import require_h_and_e
 from prts.preprocess.stains.base import sample_slides
+from prts.segmentation.bins import Bins
 from prts.segmentation.watershed import Watershed
 
 GLASS, PINK, VIOLET = (243, 242, 244), (225, 160, 200), (90, 60, 140)
@@ -73,3 +78,27 @@ def test_dark_nuclei_stay() -> None:
     image = tissue()
     image[100:108, 100:108] = 5  # a pigment of 4 um
     assert without_black(image) is image
+
+
+@pytest.mark.parametrize("fill", [0, 6])
+def test_what_models_read_is_the_same_beside_black_as_beside_white(fill: int, tmp_path: Path) -> None:
+    image = tissue(300)
+    for name, value in (("black", fill), ("white", 255)):
+        canvas = np.full((700, 700, 3), value, np.uint8)
+        canvas[180:480, 150:450] = image
+        if name == "white":  # the rim that is taken for an artifact of compression
+            canvas[180:188], canvas[472:480], canvas[:, 150:158], canvas[:, 442:450] = 255, 255, 255, 255
+        Image.fromarray(canvas).save(tmp_path / f"{name}.png")
+    nuclei = make_nuclei([box(x, y, x + 16, y + 16) for x in (170, 290, 420) for y in (200, 330)], 0.5)
+    xy = np.array([[158.0 + 20, 208.0], [298.0, 338.0]])
+    tiles, surroundings, bins = [], [], []
+    for name in ("black", "white"):
+        with open_slide(tmp_path / f"{name}.png", mpp=0.5) as slide:
+            plan = plan_tiles(nuclei, 0.5, 0.5, 256)
+            tiles.append(next(cut_tiles(slide, 0.5, plan, [slice(0, 6)])).numpy())
+            surroundings.append(context(slide, xy, block=32))
+            bins.append(len(Bins(bin_um=8)(slide)))
+    assert np.array_equal(*tiles)
+    assert 0.85 * bins[1] <= bins[0] <= bins[1]
+    # at 2 um per pixel the rim is a little wider
+    np.testing.assert_allclose(*surroundings, atol=0.03)

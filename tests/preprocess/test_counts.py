@@ -216,7 +216,10 @@ def test_a_centre_on_the_boundary_is_in_no_nucleus(tmp_path):
 @pytest.mark.parametrize(
     ("symbols", "species", "message"),
     [
-        (SYMBOLS, "rat", "choose human or mouse"),
+        (SYMBOLS, "rat", "no gene Mt-... and 1 genes MT-...; choose human, or set `qc.mt_prefix` to 'MT-'"),
+        (SYMBOLS, "human being", "'human being' is not known, did you mean 'human'.; choose human, mouse, rat"),
+        (["A", "TWIN", "TWIN", "Mt-co1"], "mouse", "choose rat, or set `qc.mt_prefix` to 'Mt-'"),
+        (["A", "TWIN", "TWIN", "mt:CoI"], "zebrafish", "choose fruit fly"),
         (SYMBOLS, "mouse", "choose human"),
         (["A", "TWIN", "TWIN", "mt-Co1"], "human", "choose mouse"),
     ],
@@ -225,6 +228,27 @@ def test_wrong_species(tmp_path, symbols, species, message):
     bins = write_bins(tmp_path, np.ones((4, 4)), row=[0, 0, 1, 1], col=[0, 1, 0, 1], symbols=symbols)
     with pytest.raises(InputError, match=message):
         count_nuclei(VisiumHD(bins), make([around(0, 0)]), species=species)
+
+
+@pytest.mark.parametrize(
+    ("symbol", "species", "prefix"),
+    [
+        ("Mt-co1", "rat", None),
+        ("mt-co1", "zebrafish", None),
+        ("mt:CoI", "fruit fly", None),
+        ("MTCE.26", "worm", "MTCE."),
+    ],
+)
+def test_mitochondrial_genes_of_any_species(tmp_path, symbol, species, prefix):
+    bins = write_bins(tmp_path, np.ones((4, 2)), row=[0, 0, 1, 1], col=[0, 1, 0, 1], symbols=["A", symbol])
+    counts = count_nuclei(VisiumHD(bins), make([around(0, 0)]), species=species, mt_prefix=prefix)
+    assert counts.obs["pct_counts_mt"].tolist() == [50.0]
+
+
+def test_a_wrong_prefix_is_refused(tmp_path):
+    bins = write_bins(tmp_path, np.ones((4, 4)), row=[0, 0, 1, 1], col=[0, 1, 0, 1], symbols=SYMBOLS)
+    with pytest.raises(InputError, match=r"mt_prefix: 'mito-', but .* 1 genes MT-...; set it to 'MT-'"):
+        count_nuclei(VisiumHD(bins), make([around(0, 0)]), species="human", mt_prefix="mito-")
 
 
 def test_no_mitochondrial_gene_is_said(tmp_path, caplog):
@@ -255,7 +279,7 @@ def test_empty_matrix(tmp_path):
 def test_bins_without_position(tmp_path):
     listed = (np.array([0, 0, 1]), np.array([0, 1, 0]))
     bins = write_bins(tmp_path, np.ones((2, 4)), row=[0, 1], col=[0, 1], symbols=SYMBOLS, positions=listed)
-    with pytest.raises(InputError, match="1 of 2 bins are not in"):
+    with pytest.raises(InputError, match="1 of 2 bins have no position"):
         count_nuclei(VisiumHD(bins), make([around(0, 0)]), species="human")
 
 
