@@ -89,12 +89,7 @@ def run_job(command: str, cfg: DictConfig, *, relaunched: bool = False) -> float
         hydra["sweep"]["dir"] = settings.sweep.dir  # resolved here, or ${now:} would give the job's own start time
         hydra["run"]["dir"] = str(folder)  # which Lightning passes to the processes that it starts
         message = folder / (f"{_MESSAGE}-{rank}" if rank else _MESSAGE)
-        message.write_text(json.dumps({"command": command, "config": config, "hydra": hydra}), encoding="utf-8")
-        try:
-            with own_gpu(config) as gpu:
-                status = _wait(message, {**threads(settings.launcher, os.environ), **gpu})
-        finally:
-            message.unlink(missing_ok=True)
+        status = _run(message, {"command": command, "config": config, "hydra": hydra}, settings.launcher)
         if status == INTERRUPTED:
             raise KeyboardInterrupt
         if rank > 0 and status == 0:
@@ -124,8 +119,9 @@ def run_worker(command: str, cfg: DictConfig) -> None:
     error = Path(settings.runtime.output_dir) / "error.txt"
     config = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
     hydra = OmegaConf.to_container(settings, resolve=False, enum_to_str=True)
-    message = {"command": command, "config": config, "hydra": hydra}
-    status = _wait(message, threads(settings.launcher, os.environ))
+    assert isinstance(config, dict)
+    message = error.with_name(f"{_MESSAGE}-worker")
+    status = _run(message, {"command": command, "config": config, "hydra": hydra}, settings.launcher)
     if status == INTERRUPTED:
         raise KeyboardInterrupt
     if status and not error.exists():
@@ -195,6 +191,16 @@ def threads(launcher: Any, environment: Mapping[str, str]) -> dict[str, str]:
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     n = bound if cores is None else min(int(cores), bound)
     return {name: str(n) for name in _THREADS if name not in environment}
+
+
+def _run(message: Path, content: dict[str, Any], launcher: Any) -> int:
+    """Run a job in its own process, with its share of the cores and a GPU of its own; the file `message` tells it what to do."""
+    message.write_text(json.dumps(content), encoding="utf-8")
+    try:
+        with own_gpu(content["config"]) as gpu:
+            return _wait(message, {**threads(launcher, os.environ), **gpu})
+    finally:
+        message.unlink(missing_ok=True)
 
 
 def _wait(message: Path, environment: Mapping[str, str]) -> int:
