@@ -247,6 +247,7 @@ def test_a_damaged_archive_leaves_nothing(server, tmp_path, damage):
         archive("ok.txt", "/etc/evil.txt/../../../../evil.txt"),
         archive(link=("l", "/etc")),
     ],
+    ids=["parent", "absolute", "link"],
 )
 def test_an_archive_cannot_write_outside_its_folder(server, tmp_path, body):
     server.files["x.tar.gz"] = body
