@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import math
 import shlex
 import sys
@@ -18,6 +19,8 @@ from prts.errors import InputError, chain
 _RELAUNCHES = 3
 _EVERY_S = 60.0
 _POLL_S = 5.0
+# Submitit itself sees within seconds that a job has ended; its results may take longer over a network.
+_GONE_POLL_S, _GONE_POLLS = 15.0, 3
 
 
 def planned_jobs(hydra: Any) -> int | None:
@@ -66,8 +69,16 @@ def start_jobs(start: Callable[[Sequence[str]], None], sweep: Callable[[], Path 
     again: list[str] = []
     since = time.time()
     for attempt in range(_RELAUNCHES + 1):
+        gone = threading.Event()
         try:
-            start(again)
+            with _noticing_gone_jobs(sweep, gone):
+                start(again)
+            return
+        except KeyboardInterrupt:
+            folder = sweep()
+            if folder is None or not gone.is_set():
+                raise
+            _wait_for_the_rest(folder, since)
             return
         except Exception as error:
             folder = sweep()
@@ -83,6 +94,38 @@ def start_jobs(start: Callable[[Sequence[str]], None], sweep: Callable[[], Path 
                 ) from error
             sys.stderr.write("prts: a worker was killed; the jobs that it ended start again and resume\n")
             again = [f"hydra.sweep.dir={quoted(str(folder))}"]
+
+
+@contextmanager
+def _noticing_gone_jobs(sweep: Callable[[], Path | None], gone: threading.Event) -> Iterator[None]:
+    """Interrupt this process if SLURM has none of its jobs any more: accounting never hears of one that is canceled while it waits.
+
+    Parameters
+    ----------
+    sweep
+        Folder of the multirun, once there is one.
+    gone
+        Set before the interrupt.
+    """
+    from prts.cli.scheduler import all_gone
+
+    ended = threading.Event()
+
+    def watch() -> None:
+        times = 0
+        while not ended.wait(_GONE_POLL_S):
+            folder = sweep()
+            times = times + 1 if folder is not None and all_gone(folder) else 0
+            if times == _GONE_POLLS and not ended.is_set():
+                gone.set()
+                _thread.interrupt_main()
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _is(error: Exception, name: str) -> bool:

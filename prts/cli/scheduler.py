@@ -34,8 +34,15 @@ def still_there(folder: Path) -> tuple[list[str], str]:
     return [each for each in ids if _is_running(folder, each)], "kill"
 
 
+def all_gone(folder: Path) -> bool:
+    """Whether SLURM answers, and has none of the jobs of a multirun in its queue."""
+    queue = _ask("squeue", "--me", "--noheader", "--array", "--format=%i")
+    ids = submitted(folder)
+    return queue is not None and bool(ids) and not set(ids) & set(queue.split())
+
+
 def ended_early(folder: Path, since: float) -> list[str]:
-    """A line for each job that did not end well, if SLURM's accounting answers.
+    """A line for each job that did not end well, as far as SLURM's accounting knows.
 
     Parameters
     ----------
@@ -52,12 +59,15 @@ def ended_early(folder: Path, since: float) -> list[str]:
     states = _ask(
         "sacct", "--noheader", "--allocations", "--parsable2", "--format=JobID,State", f"--jobs={','.join(ids)}"
     )
-    rows = (line.partition("|") for line in (states or "").splitlines())
-    return [
-        f"SLURM job {job}: {state}; its messages are in {folder / '.submitit' / job}"
-        for job, _, state in rows
-        if job in ids and state != "COMPLETED"
-    ]
+    if states is None:
+        return []
+    known = dict(line.split("|", 1) for line in states.splitlines() if "|" in line)
+    lines = []
+    for job in ids:
+        state = known.get(job, "left the queue before it started, perhaps canceled")
+        if state != "COMPLETED":
+            lines.append(f"SLURM job {job}: {state}; its messages are in {folder / '.submitit' / job}")
+    return lines
 
 
 def warn_without_accounting() -> None:

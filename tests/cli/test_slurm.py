@@ -224,7 +224,7 @@ def test_a_sweep_survives_cancellation_and_time_limits(slurm, command, tmp_path)
     assert run.returncode == 1, stderr
     assert "prts: job 1: killed: by SIGTERM" in stderr
     if accounting():
-        assert f"prts: SLURM job {ids[3]}: CANCELLED" in stderr
+        assert f"prts: SLURM job {ids[3]}: left the queue before it started" in stderr
         assert "prts: 1 of 4 jobs were never started" in stderr
     else:
         assert "prts: WARNING: sacct does not answer" in stderr
