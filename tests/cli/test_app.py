@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -23,6 +23,7 @@ TISSUES = ("demo", "her2st", "brain", "lung", "breast", "colon", "xenium_breast"
 ABLATIONS = ("full", "local_only", "global_only")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(lambda s: s not in ("null", "???")))
 def test_a_path_reaches_the_command_letter_for_letter(path):
     if path[0] in "'\"" or "${" in path:
