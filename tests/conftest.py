@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,15 @@ import pytest
 import scipy.sparse as sp
 
 from prts.data.nucleus_set import NucleusSet
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep absl, which TensorFlow and with it umap import, from closing the stream that pytest captures when Hydra sets up logging."""
+    try:
+        from absl.logging import get_absl_handler
+    except ImportError:
+        return
+    get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ def own_processes(trainer: Callable[..., Any]) -> dict[str, Any]:
     if tasks < 2 or given.get("plugins"):
         return {}
     if _number("SLURM_STEP_NUM_TASKS") < 2 and os.environ.get("SLURM_PROCID", "0") == "0":
-        from lightning_fabric.plugins.environments import LightningEnvironment
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 
         return {"plugins": [LightningEnvironment()]}
     if given.get("devices") == 1 and given.get("num_nodes", 1) == 1:

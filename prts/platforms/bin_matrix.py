@@ -88,6 +88,9 @@ class BinMatrix:
     _file_name: ClassVar[str] = "filtered_feature_bc_matrix.h5"
     _keep: NDArray[np.bool_] | None = None
 
+    array_row: NDArray[np.int32]
+    array_col: NDArray[np.int32]
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.bin_um = bin_size(self.path.parent)
