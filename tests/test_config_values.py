@@ -46,7 +46,7 @@ WRONG = {
 MEANT = {
     "text": r"(.*\.)?(analysis|annotations|artifact_location|bins|bundle|cache_dir|checkpoint_key|classification|data_dir|experiment_name"
     r"|gmt|image|markers|model|model_name|monitor|name|nuclei|obo|orthologs|out|path|prediction|project|roi|run|run_name|save_dir|second"
-    r"|section|slides|species|mt_prefix|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
+    r"|layout|section|slides|species|mt_prefix|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
     r"|data\.target|trainer\.(accelerator|strategy|devices|precision)|encoder\.(device|pooling))",
     "null": r"(.*\.)?(analysis|annotations|artifact_location|batch_size|broad|bundle|checkpoint_key|classification|download|experiment_name"
     r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mt_prefix|mean|std|min_cells|min_umi|model_mpp|mpp|name"

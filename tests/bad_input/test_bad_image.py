@@ -176,7 +176,7 @@ def test_a_label_image_of_another_kind_is_refused(
 ) -> None:
     shape = pixels.shape[:2]
     for labels, words in (
-        (np.ones((9, 9), np.uint16), "give one of the same size"),
+        (np.ones((9, 9), np.uint16), "give one of the same area"),
         (RNG.random(shape).astype(np.float32), "not a label image"),
         ((RNG.random(shape) > 0.9).astype(np.uint8), "a mask"),
     ):
