@@ -101,7 +101,11 @@ class VisiumHD:
 
         Of several sizes, the smallest; bins that are larger than 2 um are units themselves.
         """
-        if bins_folder(bin_size(folder)) == folder.absolute().name or bin_files(folder)["positions"].is_file():
+        positions = bin_files(folder)["positions"]
+        # positions as CSV may be those of Visium's spots, unless the folder is called like one of bins
+        if bins_folder(bin_size(folder)) == folder.absolute().name or (
+            positions.is_file() and positions.suffix == ".parquet"
+        ):
             found: Path | None = folder
         else:
             found = next((path for inner in _PARENTS for path in bins_folders(folder / inner).values()), None)

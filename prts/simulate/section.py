@@ -289,7 +289,8 @@ def _write_image(
     """Write the full-resolution TIFF tile by tile as it is rendered, and return small copies of these largest sides (px)."""
     scales = {name: min(1.0, side / max(shape)) for name, side in sides.items()}
     sums = {
-        name: np.zeros((*(math.ceil(side * scale) for side in shape), 4), np.float64 if scale < 1 else np.float32)
+        # as many rows and columns as the centers of pixels fall into
+        name: np.zeros((*(int((side - 0.5) * scale) + 1 for side in shape), 4), np.float64 if scale < 1 else np.float32)
         for name, scale in scales.items()
     }
 

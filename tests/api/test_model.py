@@ -87,7 +87,8 @@ def test_context_and_polygons_need_no_encoder(sections, tmp_path):
     model.train([sections["first"]], validation=[sections["second"]], **settings)
     about = model.bundle.metadata
     assert about["encoder"]["name"] == "none"
-    assert about["input"] == {"use": ["context", "morphology"], "widths": {"context": 42, "morphology": 21}}
+    assert about["input"]["use"] == ["context", "morphology"]
+    assert about["input"]["widths"] == {"context": 42, "morphology": 21}
     model.save(tmp_path / "model")
     loaded = prts.Model.load(tmp_path / "model")
     prediction = loaded.predict(sections["third"], nuclei="watershed", cache_dir=tmp_path / "cache")

@@ -256,7 +256,7 @@ def test_a_job_of_two_processes_writes_one_log_and_one_set_of_results(tmp_path):
 def test_a_sweep_goes_on_when_a_worker_is_killed(tmp_path):
     sweep = tmp_path / "sweep"
     command = [
-        *(sys.executable, "-m", "prts.cli.main", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"),
+        *(sys.executable, "-m", "prts.cli.main", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
         *(f"paths.cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={sweep}", "logger=none", "report=false", *TINY),
         *("trainer.max_epochs=300,3", "callbacks.early_stopping.patience=1000", "data.use=[morphology]"),
     ]

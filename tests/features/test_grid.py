@@ -262,8 +262,8 @@ def test_several_scales_are_the_vectors_of_each_side_by_side(case, vit, tmp_path
     slide, nuclei = case
     half = SimpleNamespace(**{**vars(slide), "rescaled": slide.rescaled[::2, ::2]})
 
-    def read_region(*box, mpp):
-        return type(slide).read_region(slide if mpp == 0.5 else half, *box, mpp=0.5)
+    def read_region(x, y, width, height, mpp, **given):
+        return type(slide).read_region(slide if mpp == 0.5 else half, x, y, width, height, 0.5, **given)
 
     half.reads, fine = half.reads[::2, ::2].copy(), SimpleNamespace(**{**vars(slide), "read_region": read_region})
     section = SimpleNamespace(
