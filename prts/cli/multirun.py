@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import math
+import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -69,15 +70,13 @@ def start_jobs(start: Callable[[Sequence[str]], None], sweep: Callable[[], Path 
     again: list[str] = []
     since = time.time()
     for attempt in range(_RELAUNCHES + 1):
-        gone = threading.Event()
         try:
-            with _noticing_gone_jobs(sweep, gone):
+            with _noticing_gone_jobs(sweep):
                 start(again)
             return
-        except KeyboardInterrupt:
+        except _JobsGoneError:
             folder = sweep()
-            if folder is None or not gone.is_set():
-                raise
+            assert folder is not None
             _wait_for_the_rest(folder, since)
             return
         except Exception as error:
@@ -96,20 +95,29 @@ def start_jobs(start: Callable[[Sequence[str]], None], sweep: Callable[[], Path 
             again = [f"hydra.sweep.dir={quoted(str(folder))}"]
 
 
+class _JobsGoneError(Exception):
+    """SLURM has none of the jobs any more, but the launcher waits for one."""
+
+
 @contextmanager
-def _noticing_gone_jobs(sweep: Callable[[], Path | None], gone: threading.Event) -> Iterator[None]:
-    """Interrupt this process if SLURM has none of its jobs any more: accounting never hears of one that is canceled while it waits.
+def _noticing_gone_jobs(sweep: Callable[[], Path | None]) -> Iterator[None]:
+    """Raise `_JobsGoneError` if SLURM has no job any more: accounting never hears of one that is canceled while it waits.
 
     Parameters
     ----------
     sweep
         Folder of the multirun, once there is one.
-    gone
-        Set before the interrupt.
     """
     from prts.cli.scheduler import all_gone
 
+    # an alarm, since a shell may have told this process to ignore interrupts; Windows has neither alarms nor SLURM
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
     ended = threading.Event()
+
+    def gone(*_: object) -> None:
+        raise _JobsGoneError
 
     def watch() -> None:
         times = 0
@@ -117,15 +125,16 @@ def _noticing_gone_jobs(sweep: Callable[[], Path | None], gone: threading.Event)
             folder = sweep()
             times = times + 1 if folder is not None and all_gone(folder) else 0
             if times == _GONE_POLLS and not ended.is_set():
-                gone.set()
-                _thread.interrupt_main()
+                os.kill(os.getpid(), signal.SIGALRM)
                 return
 
+    before = signal.signal(signal.SIGALRM, gone)
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+        signal.signal(signal.SIGALRM, before)
 
 
 def _is(error: Exception, name: str) -> bool:

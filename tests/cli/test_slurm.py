@@ -206,6 +206,7 @@ def started(command, environment):
         process.kill()
 
 
+@pytest.mark.nightly
 def test_a_sweep_survives_cancellation_and_time_limits(slurm, command, tmp_path):
     sweep = tmp_path / "sweep"
     with started(command, slurm) as run:
