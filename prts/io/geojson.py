@@ -5,6 +5,7 @@ The JSON of HoVer-Net and CellViT, whose cells have a `contour`, is read in the 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import re
@@ -19,13 +20,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHUNK = 1 << 20
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n\x1e]*")  # \x1e: between the features of a GeoJSON text sequence
 _DECODER = json.JSONDecoder()
 _GEOMETRIES = ("Polygon", "MultiPolygon", "GeometryCollection", "Point", "MultiPoint", "LineString", "MultiLineString")
 
 
+def encoding_of(head: bytes) -> str:
+    """The encoding of a text by its byte order mark: UTF-16 with one, else UTF-8."""
+    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+
+
 def read_text(path: Path) -> str:
-    """Text of a UTF-8 file, gzipped or not, without its byte order mark.
+    """Text of a UTF-8 or UTF-16 file, gzipped or not, without its byte order mark.
 
     Raises
     ------
@@ -34,9 +40,10 @@ def read_text(path: Path) -> str:
     """
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data).decode("utf-8-sig")
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        return data.decode(encoding_of(data))
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); get a complete copy") from error
+        raise _not_text(path, error) from error
 
 
 def read_features(path: Path) -> Iterator[dict[str, Any]]:
@@ -61,7 +68,7 @@ def read_features(path: Path) -> Iterator[dict[str, Any]]:
                     )
                 yield feature
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); get a complete copy") from error
+        raise _not_text(path, error) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: looks like GeoJSON but cannot be parsed ({error}); export it again") from error
 
@@ -69,7 +76,14 @@ def read_features(path: Path) -> Iterator[dict[str, Any]]:
 def _open_text(path: Path) -> TextIO:
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rt", encoding="utf-8-sig") if packed else path.open(encoding="utf-8-sig")
+    with gzip.open(path) if packed else path.open("rb") as file:
+        encoding = encoding_of(file.read(2))
+    return gzip.open(path, "rt", encoding=encoding) if packed else path.open(encoding=encoding)
+
+
+def _not_text(path: Path, error: Exception) -> InputError:
+    cure = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "get a complete copy"
+    return InputError(f"{path}: cannot be read as text ({error}); {cure}")
 
 
 def _chunks(file: TextIO, path: Path) -> Iterator[str]:
@@ -143,7 +157,16 @@ class _Values:
 
 
 def _items(values: _Values) -> Iterator[Any]:
-    """What may be features: the elements of a list or collection, or the whole document."""
+    """What may be features: those of the document, or of one document after the other (newline-delimited GeoJSON)."""
+    yield from _document(values)
+    while values.peek() == "{":
+        yield from _document(values)
+    if values.peek():
+        values.take("")
+
+
+def _document(values: _Values) -> Iterator[Any]:
+    """The elements of a list or collection, or the document itself."""
     if values.peek() == "[":
         yield from values.elements()
     elif values.peek() != "{":
@@ -168,8 +191,6 @@ def _items(values: _Values) -> Iterator[Any]:
         values.take("}")
         if not is_collection:
             yield document
-    if values.peek():
-        values.take("")
 
 
 def _cell(item: Any, types: Any) -> Any:

@@ -93,9 +93,9 @@ def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: 
 
     Formats: GeoJSON of QuPath (the nucleus of each cell) or Space Ranger 4 (`nucleus_segmentations.geojson`), also gzipped; the JSON of
     HoVer-Net and CellViT; GeoParquet; shapefile; CSV or TSV with a WKT column; TIFF or PNG label image of the whole image, at its
-    resolution or another one. Ids are taken from a property or column `cell_id`, else `id`, else from the feature id of QuPath, `cell`, or
-    the index of a GeoParquet file, else they are row numbers; labels are their own ids. Multipolygons that hold many nuclei are taken
-    apart, and regions larger than any nucleus are left out.
+    resolution or another one. Ids are taken from a property or column `cell_id`, else `EntityID`, `id`, the feature id of QuPath, `cell`,
+    `object id`, `instance_id`, `label_id` (in any spelling), or the index of a table, else they are row numbers; labels are their own
+    ids. Multipolygons that hold many nuclei are taken apart, and regions larger than any nucleus are left out.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def read_nuclei(path: Path, *, mpp: float, width: int, height: int, max_pixels: 
     nuclei = make_nuclei(
         shapes.geometry,
         mpp,
-        cell_id=shapes.ids,
+        cell_id=shapes.chosen_ids(path),
         score=shapes.score,
         classification=shapes.classification,
         source=str(path),

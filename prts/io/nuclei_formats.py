@@ -17,9 +17,9 @@ import shapely
 from numpy.typing import NDArray
 
 from prts.errors import InputError
-from prts.io.geojson import read_text
+from prts.io.geojson import encoding_of, read_text
 from prts.io.nuclei_geojson import shapes_of_geojson
-from prts.io.nuclei_parts import Shapes, choose_id
+from prts.io.nuclei_parts import ID_NAMES, Shapes, id_name
 from prts.io.outlines import labels_to_polygons
 
 if TYPE_CHECKING:
@@ -46,11 +46,19 @@ def reader_of(path: Path) -> Callable[[Path, ImageSize], Shapes]:
     try:
         with path.open("rb") as handle:
             head = handle.read(4096)
-        if head.startswith(b"\x1f\x8b"):
+        packed = head.startswith(b"\x1f\x8b")
+        if packed:
             with gzip.open(path) as handle:
                 head = handle.read(4096)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); give {NUCLEI_FORMATS}") from error
+    reader = _reader_by(head, path)
+    if packed and reader not in (_from_geojson, _from_wkt_table):
+        raise InputError(f"{path}: is gzipped, which only GeoJSON and tables may be; unpack it with gunzip")
+    return reader
+
+
+def _reader_by(head: bytes, path: Path) -> Callable[[Path, ImageSize], Shapes]:
     if head.startswith(b"PAR1"):
         return _from_geoparquet
     if head.startswith(b"\x00\x00\x27\x0a"):
@@ -59,9 +67,10 @@ def reader_of(path: Path) -> Callable[[Path, ImageSize], Shapes]:
         return _from_label_image
     if head.startswith((b"\x93NUMPY", b"PK\x03\x04")):
         raise InputError(f"{path}: a NumPy file or an archive; save its labels with tifffile.imwrite, or give polygons")
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] in (b"{", b"["):
+    text = head.decode(encoding_of(head), "ignore")
+    if text.lstrip(" \t\r\n\x1e")[:1] in ("{", "["):
         return _from_geojson
-    if head and b"\0" not in head:
+    if text and "\0" not in text:
         return _from_wkt_table
     raise InputError(f"{path}: unknown format of nuclei; give {NUCLEI_FORMATS}")
 
@@ -83,15 +92,17 @@ def read_table(reader: Callable[..., Any], path: Path) -> Any:
     return frame
 
 
-def _columns(frame: pd.DataFrame, path: Path) -> tuple[Any, Any, Any]:
+def _columns(frame: pd.DataFrame) -> tuple[Any, Any, Any]:
     """Ids, scores and classes of a table."""
-    candidates = {name: frame[name] for name in ("cell_id", "id", "EntityID") if name in frame}
     index = frame.index
+    named = {name: index.get_level_values(i) for i, name in enumerate(index.names) if isinstance(name, str)}
+    named |= {name: frame[name] for name in frame.columns if isinstance(name, str)}
+    candidates = {known: column for name, column in named.items() if (known := id_name(name))}
+    ids = {name: candidates[name].to_numpy(object) for name in ID_NAMES if name in candidates}
     if not isinstance(index, pd.MultiIndex | pd.RangeIndex) and (
         pd.api.types.is_string_dtype(index) or index.is_unique
     ):
-        candidates["index"] = index.to_series()  # as SpatialData writes shapes
-    ids = choose_id(candidates, path)
+        ids["index"] = index.to_numpy(object)  # as SpatialData writes shapes
     score = pd.to_numeric(frame["score"], errors="coerce") if "score" in frame else None
     named = next((frame[name] for name in ("classification", "class") if name in frame), pd.Series(dtype=object))
     text = named.map(lambda value: value if isinstance(value, str) and value else None).astype(object)
@@ -107,7 +118,7 @@ def _from_geoparquet(path: Path, _size: ImageSize) -> Shapes:
     shapes = frame.geometry.to_numpy()
     if "radius" in frame and (shapely.get_type_id(shapes) == shapely.GeometryType.POINT).all():  # SpatialData's circles
         shapes = shapely.buffer(shapes, pd.to_numeric(frame["radius"], errors="coerce").fillna(0).to_numpy(float))
-    return Shapes(shapes, *_columns(frame, path))
+    return Shapes(shapes, *_columns(frame))
 
 
 def _read_parquet(path: Path) -> gpd.GeoDataFrame | pd.DataFrame:
@@ -131,7 +142,7 @@ def _from_shapefile(path: Path, _size: ImageSize) -> Shapes:
             f"{path}: truncated, {path.stat().st_size} bytes instead of {n_bytes} as stated in its header; get a complete copy"
         )
     frame = read_table(gpd.read_file, path)
-    return Shapes(frame.geometry.to_numpy(), *_columns(frame, path))
+    return Shapes(frame.geometry.to_numpy(), *_columns(frame))
 
 
 def _from_wkt_table(path: Path, _size: ImageSize) -> Shapes:
@@ -147,10 +158,20 @@ def _from_wkt_table(path: Path, _size: ImageSize) -> Shapes:
         if len(filled) and re.match(r"\s*(SRID=\d+;)?\s*(MULTI)?POLYGON", filled.iloc[0], re.IGNORECASE):
             wkt = table[name].fillna("").str.replace(r"^\s*SRID=\d+;", "", regex=True)
             shapes = shapely.from_wkt(wkt.to_numpy(object), on_invalid="ignore")
-            return Shapes(np.asarray(shapes, dtype=object), *_columns(table, path))
+            return Shapes(np.asarray(shapes, dtype=object), *_columns(_with_index(table)))
     raise InputError(
         f"{path}: no column with WKT polygons among {', '.join(map(str, table.columns[:8]))}; give {NUCLEI_FORMATS}"
     )
+
+
+def _with_index(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose first column, if it has no name, is the index that pandas and R write, unless it only counts rows."""
+    first = table.columns[0]
+    if first != "Unnamed: 0" or table[first].tolist() in (
+        [str(i + start) for i in range(len(table))] for start in (0, 1)
+    ):
+        return table
+    return table.set_index(first)
 
 
 def _from_label_image(path: Path, size: ImageSize) -> Shapes:
@@ -167,7 +188,7 @@ def _from_label_image(path: Path, size: ImageSize) -> Shapes:
         logger.info("%s: %d smaller parts of labels dropped", path, n_parts)
     if len(label) == 1 and n_parts > 1:
         raise InputError(f"{path}: a mask, one label in {n_parts + 1} parts; give one label per nucleus")
-    return Shapes(polygons, label if names is None else names[label])
+    return Shapes(polygons, {"label": label if names is None else names[label]})
 
 
 def _enlarged(polygons: NDArray[Any], shape: tuple[int, ...], size: ImageSize, path: Path) -> NDArray[Any]:
@@ -199,9 +220,8 @@ def _read_labels(path: Path, size: ImageSize) -> NDArray[Any]:
 
     def require(shape: tuple[int, ...], dtype: np.dtype[Any], low: int = 0) -> None:
         if len(shape) != 2 or dtype.kind not in "iuf" or low < 0:
-            raise InputError(
-                f"not a label image (shape {shape}, type {dtype}); give one channel of whole numbers, 0 outside nuclei"
-            )
+            what = f"its smallest value is {low}" if low < 0 else f"shape {shape}, type {dtype}"
+            raise InputError(f"not a label image ({what}); give one channel of whole numbers, 0 outside nuclei")
         if shape != size[:2] and not _is_rescaled(shape[1], shape[0], size):
             raise InputError(
                 f"a label image of {shape[1]} x {shape[0]} px for an image of {size.width} x {size.height} px; give one of the same area"
@@ -240,6 +260,7 @@ def _whole(labels: NDArray[Any]) -> NDArray[Any]:
     top = 2.0 ** min(np.finfo(labels.dtype).nmant + 1, 53)
     if not (np.isfinite(labels).all() and (np.trunc(labels) == labels).all() and labels.max(initial=0) <= top):
         raise InputError(
-            f"not a label image (type {labels.dtype} with fractions); give one channel of whole numbers, 0 outside nuclei"
+            f"not a label image (type {labels.dtype}, with fractions, NaN or values above {top:.0f}); give one channel of whole "
+            "numbers, 0 outside nuclei"
         )
     return labels.astype(np.int64)

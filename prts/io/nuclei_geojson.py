@@ -14,7 +14,7 @@ import shapely
 from numpy.typing import NDArray
 
 from prts.io.geojson import read_features
-from prts.io.nuclei_parts import Shapes, choose_id
+from prts.io.nuclei_parts import ID_NAMES, Shapes, id_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,40 +35,39 @@ def shapes_of_geojson(path: Path) -> Shapes:
     Raises
     ------
     InputError
-        If the file is not GeoJSON, or has ids for only some nuclei.
+        If the file is not GeoJSON.
     """
     features = read_features(path)
     parts: list[NDArray[Any]] = []
-    columns: dict[str, list[Any]] = {
-        key: [] for key in ("kind", "cell_id", "id", "feature id", "cell", "score", "class")
-    }
+    kinds: list[str] = []
+    ids: dict[str, list[Any]] = {name: [] for name in ID_NAMES}
+    scores: list[Any] = []
+    classes: list[str | None] = []
     while batch := list(islice(features, _AT_ONCE)):
         parts.append(_polygons([feature.get("nucleusGeometry") or feature.get("geometry") for feature in batch]))
         for feature in batch:
             about = feature["properties"]
-            columns["kind"].append(_kind(feature))
-            for key, source, name in (
-                ("cell_id", about, "cell_id"),
-                ("id", about, "id"),
-                ("feature id", feature, "id"),
-                ("cell", about, "cell"),
-            ):
-                columns[key].append(_id(source, name))
-            columns["score"].append(about.get("score"))
-            columns["class"].append(_class(about))
-    geometry = np.concatenate(parts) if parts else np.empty(0, dtype=object)
-    table = {key: pd.Series(values, dtype=object) for key, values in columns.items()}
-
-    kinds = table.pop("kind")
-    never, drawn = kinds.isin(_NEVER_NUCLEI), kinds == "annotation"
+            kinds.append(_kind(feature))
+            found: dict[str | None, Any] = {id_name(key): value for key, value in about.items()}
+            found["feature id"] = feature.get("id")
+            for name, values in ids.items():
+                value = found.get(name)
+                values.append(None if _is_type(value) else value)
+            scores.append(about.get("score"))
+            classes.append(_class(about))
+    shapes = Shapes(
+        np.concatenate(parts) if parts else np.empty(0, dtype=object),
+        {name: pd.Series(values, dtype=object).to_numpy() for name, values in ids.items()},
+        pd.to_numeric(pd.Series(scores, dtype=object), errors="coerce").to_numpy(float),
+        np.array(classes, dtype=object) if any(classes) else None,
+    )
+    kind = pd.Series(kinds, dtype=object)
+    never, drawn = kind.isin(_NEVER_NUCLEI), kind == "annotation"
     region = never if (drawn | never).all() else drawn | never  # or nuclei that somebody drew
     if region.any() and not region.all():
         logger.info("%s: %d QuPath annotations that are not nuclei left out", path, region.sum())
-        geometry = geometry[~region]
-        table = {key: values[~region].reset_index(drop=True) for key, values in table.items()}
-    score = pd.to_numeric(table.pop("score"), errors="coerce")
-    named = table.pop("class")
-    return Shapes(geometry, choose_id(table, path), score, named.to_numpy(object) if named.notna().any() else None)
+        shapes = shapes.take(np.flatnonzero(~region))
+    return shapes
 
 
 def _word(text: Any) -> str:
@@ -93,11 +92,6 @@ def _class(properties: dict[str, Any]) -> str | None:
         names = value.get("names")  # QuPath's derived classes, such as Tumor and Positive
         value = ": ".join(map(str, names)) if isinstance(names, list) else value.get("name")
     return sys.intern(value) if isinstance(value, str) and value else None
-
-
-def _id(source: dict[str, Any], key: str) -> Any:
-    value = source.get(key)
-    return None if _is_type(value) else value
 
 
 def _polygons(geometries: list[Any]) -> NDArray[Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,6 +26,24 @@ _EXTENT_UM, _NUCLEUS_UM2 = 30.0, 8.0
 _REGION_UM2, _REGION_MEDIANS = 2000.0, 10.0
 
 
+# What programs call the id of a nucleus; the one to prefer comes first. The id of a feature is beside its properties in GeoJSON; `id` of
+# MERSCOPE only counts rows.
+ID_NAMES = ("cell_id", "EntityID", "id", "feature id", "cell", "object id", "instance_id", "label_id")
+
+
+@functools.lru_cache(maxsize=1024)
+def id_name(name: str) -> str | None:
+    """The member of `ID_NAMES` that a column or property is called, in any spelling (`cellID`, `Cell ID`); None if it is no id."""
+    return _ID_WORDS.get(_word(name))
+
+
+def _word(name: str) -> str:
+    return re.sub(r"[ _]", "", name).lower()
+
+
+_ID_WORDS = {_word(name): name for name in ID_NAMES}
+
+
 @dataclass
 class Shapes:
     """Shapes of a file, one per row.
@@ -32,21 +52,43 @@ class Shapes:
     ----------
     geometry
         (n,) shapely geometries or None, in the pixels of the image.
-    ids, score, classification
+    ids
+        (n,) values of each kind of id in the file, None for shapes without one; the kind to prefer comes first.
+    score, classification
         (n,) values, or None if the file has none.
     """
 
     geometry: NDArray[Any]
-    ids: Any = None
+    ids: dict[str, NDArray[Any]] = field(default_factory=dict)
     score: Any = None
     classification: Any = None
 
     def take(self, rows: NDArray[Any], geometry: NDArray[Any] | None = None) -> Shapes:
         """Some rows, with their geometry or another one."""
-        columns = (
-            None if each is None else np.asarray(each)[rows] for each in (self.ids, self.score, self.classification)
-        )
-        return Shapes(self.geometry[rows] if geometry is None else geometry, *columns)
+        ids = {kind: values[rows] for kind, values in self.ids.items()}
+        columns = (None if each is None else np.asarray(each)[rows] for each in (self.score, self.classification))
+        return Shapes(self.geometry[rows] if geometry is None else geometry, ids, *columns)
+
+    def chosen_ids(self, path: Path) -> NDArray[Any] | None:
+        """The first kind of id that any shape has, (n,); then all shapes must have it.
+
+        Raises
+        ------
+        InputError
+            If only some shapes have it, or it is not text or a number.
+        """
+        for kind, values in self.ids.items():
+            absent = _absent(values)
+            if absent.all():
+                continue
+            if not all(isinstance(value, str | int | float) for value in values[~absent].tolist()):
+                raise InputError(f"{path}: {kind} contains values other than text and numbers; give valid ids")
+            if absent.any():
+                raise InputError(
+                    f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {kind}; give it to all nuclei or to none"
+                )
+            return values
+        return None
 
 
 def one_each(shapes: Shapes, source: str, mpp: float) -> Shapes:
@@ -84,10 +126,10 @@ def one_each(shapes: Shapes, source: str, mpp: float) -> Shapes:
     order = np.argsort(np.r_[np.flatnonzero(~apart), owner], kind="stable")
     rows = np.r_[np.flatnonzero(~apart), owner][order]
     found = shapes.take(rows, np.concatenate([shapes.geometry[~apart], parts])[order])
-    if found.ids is not None:
-        number = np.arange(len(rows)) - np.searchsorted(rows, rows) + 1
-        named = zip(found.ids, apart[rows], number, strict=True)
-        found.ids = np.array([f"{name}-{i}" if split else name for name, split, i in named], dtype=object)
+    number = np.arange(len(rows)) - np.searchsorted(rows, rows) + 1
+    for kind, values in found.ids.items():
+        named = zip(values, apart[rows] & ~_absent(values), number, strict=True)
+        found.ids[kind] = np.array([f"{name}-{i}" if split else name for name, split, i in named], dtype=object)
     logger.info("%s: %d shapes that hold many nuclei taken apart into %d", source, apart.sum(), taken.sum())
     return found
 
@@ -117,26 +159,9 @@ def without_regions(shapes: Shapes, source: str, mpp: float) -> Shapes:
     return shapes.take(np.flatnonzero(~region))
 
 
-def choose_id(candidates: dict[str, pd.Series], path: Path) -> Any:
-    """The first kind of id that any nucleus has; then all nuclei must have it.
-
-    Raises
-    ------
-    InputError
-        If only some nuclei have it, or it is not text or a number.
-    """
-    for name, values in candidates.items():
-        if (
-            values.dtype == object
-            and not values.map(lambda value: value is None or isinstance(value, str | int | float)).all()
-        ):
-            raise InputError(f"{path}: {name} contains values other than text and numbers; give valid ids")
-        absent = values.isna() | (values.astype(str) == "")
-        if absent.all():
-            continue
-        if absent.any():
-            raise InputError(
-                f"{path}: {int(absent.sum())} of {len(values)} nuclei have no {name}; give it to all nuclei or to none"
-            )
-        return values.to_numpy(object)
-    return None
+def _absent(values: NDArray[Any]) -> NDArray[np.bool_]:
+    column = pd.Series(values, dtype=object)
+    absent = column.isna().to_numpy()
+    if absent.all():
+        return absent
+    return absent | np.fromiter((isinstance(value, str) and not value for value in column), bool, len(column))

@@ -291,10 +291,11 @@ class AnnDataCells:
         width, height = image_size(path) if self.labels is not None else (0, 0)
         found = reader_of(path)(path, ImageSize(height, width))
         usable = ~(shapely.is_missing(found.geometry) | shapely.is_empty(found.geometry))
-        if found.ids is None or not usable.any():
+        found_ids = found.chosen_ids(path)
+        if found_ids is None or not usable.any():
             what = "no outlines" if not usable.any() else "outlines without ids"
             raise InputError(f"{path}: has {what}; give one for each cell, with its id as `cell_id`")
-        ids, shapes = largest_of_each(as_str(found.ids)[usable], np.asarray(found.geometry, dtype=object)[usable])
+        ids, shapes = largest_of_each(as_str(found_ids)[usable], np.asarray(found.geometry, dtype=object)[usable])
         own = self._obs.index if self.id_column is None else pd.Index(as_str(self._column("id_column", self.id_column)))
         if not own.is_unique:
             raise InputError(

@@ -199,10 +199,11 @@ class SpaceRangerCells:
 def _read_outlines(path: Path) -> tuple[NDArray[Any], NDArray[np.object_]]:
     found = reader_of(path)(path, ImageSize(0, 0))
     usable = ~(shapely.is_missing(found.geometry) | shapely.is_empty(found.geometry))
-    if found.ids is None or not usable.any():
+    ids = found.chosen_ids(path)
+    if ids is None or not usable.any():
         what = "no outlines" if not usable.any() else "outlines without cell_id"
         raise InputError(f"{path}: has {what}; give Space Ranger's own file")
-    return largest_of_each(_barcodes(found.ids)[usable], np.asarray(found.geometry, dtype=object)[usable])
+    return largest_of_each(_barcodes(ids)[usable], np.asarray(found.geometry, dtype=object)[usable])
 
 
 def _barcodes(ids: NDArray[Any]) -> NDArray[np.object_]:

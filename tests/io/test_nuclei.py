@@ -162,6 +162,28 @@ def test_regions_among_nuclei_are_left_out(tmp_path, kind, region, caplog):
     )  # alone, it is what was given
 
 
+@pytest.mark.parametrize("about", [{}, {"name": "ROI"}, {"id": "only the region has this kind"}])
+def test_regions_need_no_id(tmp_path, about):
+    features = [feature(s, {"cell_id": i + 1}) for i, s in enumerate(GRID)] + [feature(box(1, 1, 199, 99), about)]
+    nuclei = read_nuclei(write_json(tmp_path / "q.geojson", features), **{**SIZE, "mpp": 1.0})
+    assert list(nuclei["cell_id"]) == [str(i + 1) for i in range(50)]
+
+
+@pytest.mark.parametrize("name", ["cell_ID", "CellID", "Cell ID", "EntityID", "cell", "Object ID", "label_id"])
+def test_ids_in_any_spelling(tmp_path, name):
+    ids = ["a", "b", "c"]
+    features = [feature(s, {name: i}) for s, i in zip(SHAPES, ids, strict=True)]
+    assert_read(write_json(tmp_path / "n.geojson", features), ids)
+    gpd.GeoDataFrame({name: ids}, geometry=SHAPES).to_parquet(tmp_path / "n.parquet")
+    assert_read(tmp_path / "n.parquet", ids)
+
+
+def test_merscope_counts_rows_as_id(tmp_path):
+    table = {"ID": [0, 1, 2], "EntityID": [71, 72, 73]}
+    gpd.GeoDataFrame(table, geometry=SHAPES).to_parquet(tmp_path / "n.parquet")
+    assert_read(tmp_path / "n.parquet", ["71", "72", "73"])
+
+
 def test_the_index_of_geoparquet_holds_ids(tmp_path):
     frame = gpd.GeoDataFrame(geometry=SHAPES, index=["aaaa-1", "aaab-1", "aaac-1"])
     for name in (None, "cell_id", "instance_id"):
@@ -169,6 +191,9 @@ def test_the_index_of_geoparquet_holds_ids(tmp_path):
         assert_read(tmp_path / "n.parquet", list(frame.index))
     frame.set_index(pd.Index([7, 3, 12])).to_parquet(tmp_path / "n.parquet")
     assert_read(tmp_path / "n.parquet", ["7", "3", "12"])
+    levels = pd.MultiIndex.from_product([["s1"], frame.index], names=["section", "cell_id"])
+    frame.set_index(levels).to_parquet(tmp_path / "n.parquet")
+    assert_read(tmp_path / "n.parquet", list(frame.index))
     frame.set_index(pd.Index([0, 1, 0])).to_parquet(tmp_path / "n.parquet")  # two tables joined: not ids
     assert_read(tmp_path / "n.parquet", ["0", "1", "2"])
 
@@ -293,6 +318,43 @@ def test_wkt_tables(tmp_path, separator):
     frame = pd.DataFrame({"note": "", "outline": [f"SRID=0;{s.wkt}" for s in SHAPES], "id": ["007", "NA", "x y"]})
     frame.to_csv(tmp_path / "nuclei.geojson", sep=separator, index=False)
     assert_read(tmp_path / "nuclei.geojson", ["007", "NA", "x y"])
+
+
+@pytest.mark.parametrize(("index", "ids"), [(["x", "y", "z"], ["x", "y", "z"]), ([1, 2, 3], ["0", "1", "2"])])
+def test_the_first_column_of_a_table_may_be_its_index(tmp_path, index, ids):
+    pd.DataFrame({"wkt": [s.wkt for s in SHAPES]}, index=index).to_csv(tmp_path / "n.csv")
+    assert_read(tmp_path / "n.csv", ids)
+
+
+def test_text_of_windows(tmp_path):
+    """UTF-16 of a spreadsheet or of PowerShell, a byte order mark, and line ends of two characters."""
+    table = pd.DataFrame({"wkt": [s.wkt for s in SHAPES], "cell_id": ["ä", "b", "c"]})
+    features = [feature(s, {"cell_id": i}) for s, i in zip(SHAPES, "äbc", strict=True)]
+    text = json.dumps(features, indent=1, ensure_ascii=False).replace("\n", "\r\n")
+    for encoding in ("utf-16", "utf-8-sig"):
+        table.to_csv(tmp_path / "n.txt", sep="\t", index=False, encoding=encoding, lineterminator="\r\n")
+        assert_read(tmp_path / "n.txt", ["ä", "b", "c"])
+        data = text.encode(encoding)
+        for name, content in (("n.geojson", data), ("n.geojson.gz", gzip.compress(data))):
+            (tmp_path / name).write_bytes(content)
+            assert_read(tmp_path / name, ["ä", "b", "c"])
+    table.to_csv(tmp_path / "n.csv", index=False, encoding="latin-1")
+    with pytest.raises(InputError, match=r"cannot be read as text .*; save it as UTF-8"):
+        read_nuclei(tmp_path / "n.csv", **SIZE)
+
+
+@pytest.mark.parametrize("before", ["", "\x1e"])
+def test_one_feature_a_line(tmp_path, before):
+    lines = [before + json.dumps(feature(s, {"id": f"n{i}"})) for i, s in enumerate(SHAPES)]
+    (tmp_path / "n.geojsonl").write_text("\n".join(lines))
+    assert_read(tmp_path / "n.geojsonl", ["n0", "n1", "n2"])
+
+
+def test_a_gzipped_label_image_is_refused_with_the_cure(tmp_path):
+    tifffile.imwrite(tmp_path / "l.tif", np.ones((100, 200), np.uint8))
+    (tmp_path / "l.tif.gz").write_bytes(gzip.compress((tmp_path / "l.tif").read_bytes()))
+    with pytest.raises(InputError, match=r"is gzipped, .* unpack it"):
+        read_nuclei(tmp_path / "l.tif.gz", **SIZE)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
