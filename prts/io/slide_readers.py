@@ -104,9 +104,12 @@ def warn_once(text: str) -> None:
     logger.warning(text)
 
 
-def warn_transparent(path: Path) -> None:
-    """Warn that the opacity of an image is ignored."""
-    warn_once(f"{path}: is transparent everywhere (alpha 0), so its transparency is ignored")
+def opacity_bits(path: Path, top: int, bits: int) -> int | None:
+    """Bits of alpha with a largest value of `top`, as in `used_bits`; None, with a warning, if it is 0 everywhere and to be ignored."""
+    if top == 0:
+        warn_once(f"{path}: is transparent everywhere (alpha 0), so its transparency is ignored")
+        return None
+    return _smallest(top, bits)
 
 
 def warn_of_orientation(path: Path, tag: object) -> None:
@@ -120,10 +123,14 @@ def warn_of_orientation(path: Path, tag: object) -> None:
 
 def used_bits(path: Path, top: int, bits: int) -> int:
     """Bits of samples with a largest value of `top`: cameras store 10, 12 or 14 bits in 16 without scaling them."""
-    found = next((n for n in _CAMERA_BITS if 0 < top < 1 << n), bits) if bits == 16 else bits
+    found = _smallest(top, bits)
     if found < bits:
         warn_once(f"{path}: uses only {found} of {bits} bits (its largest value is {top}) and is scaled")
     return found
+
+
+def _smallest(top: int, bits: int) -> int:
+    return next((n for n in _CAMERA_BITS if 0 < top < 1 << n), bits) if bits == 16 else bits
 
 
 class OpenSlideReader:
@@ -228,21 +235,26 @@ def _pillow_rgb(image: Image.Image, path: Path) -> NDArray[np.uint8]:
         return _deep_rgb(path)
     if image.mode == "F":
         raise InputError("contains floating point pixels; give an RGB image with 8 or 16 bits")
-    transparent = image.has_transparency_data
-    if "A" in image.getbands() and image.getchannel("A").getextrema() == (0, 0):
-        warn_transparent(path)
-        transparent = False
+    alpha_bits = None
+    if image.has_transparency_data:
+        top = max(np.asarray(rows.convert("RGBA"))[..., 3].max() for _, rows in _bands(image))
+        alpha_bits = opacity_bits(path, int(top), 8)
     pixels = np.empty((image.height, image.width, 3), np.uint8)
-    # in bands: converting and copying the whole image at once would take several times its memory
+    for place, rows in _bands(image):
+        if alpha_bits is None:
+            pixels[place] = np.asarray(rows.convert("RGB"))
+        else:
+            rgba = np.asarray(rows.convert("RGBA"))
+            pixels[place] = composite(rgba[..., :3], rgba[..., 3])
+    return pixels
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Bands of an image: converting and copying all of it at once would take several times its memory."""
     n_rows = max(1, _PIXELS_AT_ONCE // image.width)
     for top in range(0, image.height, n_rows):
-        rows = image.crop((0, top, image.width, min(top + n_rows, image.height)))
-        if transparent:
-            rgba = np.asarray(rows.convert("RGBA"))
-            pixels[top : top + n_rows] = composite(rgba[..., :3], rgba[..., 3])
-        else:
-            pixels[top : top + n_rows] = np.asarray(rows.convert("RGB"))
-    return pixels
+        bottom = min(top + n_rows, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
 def _is_deep_png(path: Path) -> bool:
@@ -261,8 +273,6 @@ def _deep_rgb(path: Path) -> NDArray[np.uint8]:
     colours, alpha = samples[..., :n_colours], samples[..., n_colours:]
     rgb = to_uint8(colours, used_bits(path, int(colours.max(initial=0)), 16))
     rgb = np.repeat(rgb, 3, axis=2) if n_colours == 1 else rgb
-    if alpha.size and not alpha.any():
-        warn_transparent(path)
-    elif alpha.size and alpha.min() < (1 << 16) - 1:
-        return composite(rgb, to_uint8(alpha[..., 0], 16))
+    if alpha.size and (bits := opacity_bits(path, int(alpha.max()), 16)) is not None:
+        return composite(rgb, to_uint8(alpha[..., 0], bits))
     return np.ascontiguousarray(rgb)

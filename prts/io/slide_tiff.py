@@ -20,11 +20,11 @@ from prts.io.slide_readers import (
     Level,
     Reader,
     composite,
+    opacity_bits,
     to_uint8,
     used_bits,
     warn_of_orientation,
     warn_once,
-    warn_transparent,
 )
 
 # Tiles that are looked at to see which bits are used and whether anything is opaque.
@@ -54,7 +54,7 @@ class _Samples:
     """How the samples of a page are to be understood."""
 
     bits: int
-    opaque: bool = False  # whether to ignore alpha
+    alpha_bits: int | None = None  # None: alpha is ignored
 
 
 class TiffReader:
@@ -64,8 +64,7 @@ class TiffReader:
 
     def __init__(self, path: Path, max_pixels: int | None = None) -> None:
         self._path = path
-        # without companion files that OME-XML may name
-        self._tif = tifffile.TiffFile(path, _multifile=False)
+        self._tif, self._series = _largest_image(path)
         try:
             self._open(max_pixels)
         except BaseException:
@@ -73,8 +72,7 @@ class TiffReader:
             raise
 
     def _open(self, max_pixels: int | None) -> None:
-        series = max(self._tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
-        self._series = series
+        series = self._series
         planes = [_planes(level) for level in series.levels]
         if planes[0] is None:
             raise _NotInParts
@@ -218,6 +216,25 @@ def open_tiff(path: Path, max_pixels: int | None = None) -> Reader:
         return _read_whole(path, max_pixels)
 
 
+def _largest_image(path: Path) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
+    """A TIFF and the largest of its images; three gray pages are one, also if each was written as an image of its own."""
+
+    def opened(**kinds: bool) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
+        tif = tifffile.TiffFile(path, _multifile=False, **kinds)  # without companion files that OME-XML may name
+        try:
+            return tif, max(tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
+        except BaseException:
+            tif.close()
+            raise
+
+    tif, series = opened()
+    alike = [s for s in tif.series if s.shape == series.shape and s.axes == "YX" == series.axes]
+    if len(alike) != 3 or not tif.is_shaped:
+        return tif, series
+    tif.close()
+    return opened(is_shaped=False)
+
+
 def _axes(series: tifffile.TiffPageSeries) -> str:
     """Axes of an image; a stack of three gray images is taken for red, green and blue, as ImageJ saves them."""
     stack = [axis for axis, n in zip(series.axes, series.shape, strict=True) if n > 1 and axis not in "YXSC"]
@@ -246,14 +263,13 @@ def _has_alpha(page: Any) -> bool:
 def _meaning(path: Path, page: Any, parts: list[NDArray[Any]]) -> _Samples:
     """How to understand samples, from some of them, (h, w, n) each."""
     alpha = _has_alpha(page) and all(part.shape[2] in (2, 4) for part in parts)
-    opaque = alpha and bool(parts) and not any(part[..., -1].any() for part in parts)
-    if opaque:
-        warn_transparent(path)
-    bits = page.bitspersample
+    bits = alpha_bits = page.bitspersample
+    if alpha and parts and page.dtype.kind == "u":
+        alpha_bits = opacity_bits(path, max(int(part[..., -1].max(initial=0)) for part in parts), alpha_bits)
     if bits == 16 and page.dtype == np.uint16 and page.photometric not in (_PALETTE, _CMYK):
         colours = [part[..., :-1] if alpha else part for part in parts]
         bits = used_bits(path, max((int(part.max(initial=0)) for part in colours), default=0), bits)
-    return _Samples(bits, opaque)
+    return _Samples(bits, alpha_bits)
 
 
 def _planes(level: tifffile.TiffPageSeries) -> list[_Plane] | None:
@@ -318,8 +334,8 @@ def _to_rgb(page: Any, samples: NDArray[Any], meaning: _Samples) -> NDArray[np.u
         return np.asarray(table[samples[..., 0]])
     n_alpha = 1 if _has_alpha(page) and samples.shape[2] in (2, 4) else 0
     pixels = to_uint8(samples, meaning.bits)
-    if meaning.bits < page.bitspersample and n_alpha:  # alpha has all bits
-        pixels[..., -1:] = to_uint8(samples[..., -1:], page.bitspersample)
+    if n_alpha and meaning.alpha_bits is not None and meaning.alpha_bits != meaning.bits:
+        pixels = np.concatenate([pixels[..., :-1], to_uint8(samples[..., -1:], meaning.alpha_bits)], axis=2)
     n = pixels.shape[2]
     if page.photometric == _CMYK and n == 4:
         return np.asarray(Image.fromarray(np.ascontiguousarray(pixels), "CMYK").convert("RGB"))
@@ -328,14 +344,14 @@ def _to_rgb(page: Any, samples: NDArray[Any], meaning: _Samples) -> NDArray[np.u
     if page.photometric == _MINISWHITE:
         pixels = 255 - pixels
     rgb = np.repeat(pixels[..., :1], 3, axis=2) if n < 3 else pixels[..., :3]
-    if n_alpha and not meaning.opaque:
+    if n_alpha and meaning.alpha_bits is not None:
         return composite(rgb, pixels[..., -1], premultiplied=page.extrasamples[-1] == _ASSOCIATED_ALPHA)
     return np.ascontiguousarray(rgb)
 
 
 def _read_whole(path: Path, max_pixels: int | None) -> ArrayReader:
-    with tifffile.TiffFile(path, _multifile=False) as tif:
-        series = max(tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
+    tif, series = _largest_image(path)
+    with tif:
         page = series.keyframe
         check_pixels((page.imagewidth, page.imagelength), "an unusual layout", max_pixels)
         warn_of_orientation(path, _tag(page, "Orientation"))

@@ -292,6 +292,47 @@ def test_png_of_sixteen_bits_a_color(bits: int, alpha: int | str | None, tmp_pat
     assert ("uses only" in caplog.text) == (bits < 16) and ("transparent" in caplog.text) == (alpha == 0)
 
 
+@pytest.mark.parametrize("writer", ["tifffile", "tifffile, tiled", "Pillow"])
+def test_three_gray_pages_may_be_written_one_by_one(writer: str, tmp_path: Path, caplog) -> None:
+    pages = np.moveaxis(IMAGE, -1, 0)
+    if writer == "Pillow":
+        first, *others = map(Image.fromarray, pages)
+        first.save(tmp_path / "a.tif", save_all=True, append_images=others)
+    else:
+        with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+            for page in pages:
+                tile = (64, 64) if writer.endswith("tiled") else None
+                file.write(page, photometric="minisblack", contiguous=False, tile=tile)
+    with open_slide(tmp_path / "a.tif", mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 403, 301), IMAGE)
+    assert "three gray images are read as red, green and blue" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.png"])
+def test_opacity_may_have_fewer_bits_than_stored(name: str, tmp_path: Path) -> None:
+    import imagecodecs
+
+    opacity = np.full(IMAGE.shape[:2], 4095, np.uint16)
+    opacity[:100] = 0
+    samples = np.dstack([IMAGE.astype(np.uint16) * 16, opacity])
+    if name == "a.png":
+        (tmp_path / name).write_bytes(imagecodecs.png_encode(samples))
+    else:
+        tifffile.imwrite(tmp_path / name, samples, photometric="rgb", extrasamples=["unassalpha"])
+    expected = IMAGE.copy()
+    expected[:100] = 255
+    with open_slide(tmp_path / name, mpp=0.5) as slide:
+        assert difference(slide.read_region(0, 0, 403, 301), expected) <= 1
+
+
+def test_a_palette_that_is_transparent_everywhere_shows_its_colors(tmp_path: Path, caplog) -> None:
+    image = Image.fromarray(IMAGE).quantize(16)
+    image.save(tmp_path / "a.png", transparency=bytes(16))
+    with open_slide(tmp_path / "a.png", mpp=0.5) as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, 403, 301), np.asarray(image.convert("RGB")))
+    assert "transparent everywhere" in caplog.text
+
+
 def test_a_stack_of_other_images_is_refused_with_the_cure(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.tif", np.zeros((5, 30, 40), np.uint8), photometric="minisblack")
     with pytest.raises(InputError, match=r"a stack of 5 images; give one H&E image, saved as RGB"):
