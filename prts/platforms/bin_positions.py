@@ -169,7 +169,7 @@ def read_scalefactors(bins: Path) -> dict[str, float]:
     """
     path = _file(Path(bins), Path(bins) / SCALEFACTORS)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); give Space Ranger's own file") from error
     if not isinstance(content, dict):
@@ -272,12 +272,18 @@ def _parquet(path: Path) -> Callable[[str], pa.Table]:
 
 
 def _csv(path: Path) -> Callable[[str], pa.Table]:
-    """Reader of the columns of a CSV file, with or without a header."""
+    """Reader of the columns of a CSV file, with or without a header, as Space Ranger, R or a spreadsheet writes them."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            first = file.readline().rstrip("\r\n").split(",")
-        options = pa.csv.ReadOptions(column_names=None if "array_row" in first else _COLUMNS)
-        table = pa.csv.read_csv(path, options)
+            first, second = file.readline(), file.readline()
+        separator = max(",;\t", key=first.count)
+        named = "array_row" in (name.strip('" \r\n') for name in first.split(separator))
+        table = pa.csv.read_csv(
+            path,
+            pa.csv.ReadOptions(column_names=None if named else _COLUMNS),
+            pa.csv.ParseOptions(delimiter=separator),
+            pa.csv.ConvertOptions(decimal_point="," if separator != "," and "," in second else "."),
+        )
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable CSV file ({error}); give Space Ranger's own file") from error
     return lambda name: table.select([i for i, column in enumerate(table.column_names) if column == name])

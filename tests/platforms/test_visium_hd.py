@@ -569,6 +569,23 @@ def test_positions_may_be_csv_with_or_without_a_header(tmp_path: Path, name: str
     np.testing.assert_allclose(found.positions, expected.positions, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"quoting": 1, "index": True},  # as R writes it
+        {"sep": ";", "decimal": ",", "lineterminator": "\r\n", "encoding": "utf-8-sig"},  # as a spreadsheet does
+        {"sep": ";"},
+        {"sep": "\t", "header": False},
+    ],
+)
+def test_positions_may_be_csv_of_any_program(tmp_path: Path, how: dict) -> None:
+    frame = write_positions(tmp_path)
+    expected = read_positions(tmp_path)
+    (tmp_path / "spatial/tissue_positions.parquet").unlink()
+    frame.to_csv(tmp_path / "spatial/tissue_positions.csv", **{"index": False, **how})
+    np.testing.assert_allclose(read_positions(tmp_path).positions, expected.positions)
+
+
 def test_positions_may_have_been_saved_again_with_other_types(tmp_path: Path) -> None:
     frame = write_positions(tmp_path, in_tissue=np.arange(54) % 2)
     expected = read_positions(tmp_path)
