@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from prts.api.predict import EncoderRuntime, SegmentedSlide, SlidePredictor
 from prts.cohort.claims import Claims
 from prts.cohort.cohort import Cohort
-from prts.cohort.cores import cores_given, within_cores
+from prts.cores import cores_given, within_cores
 from prts.cohort.facts import read_facts, write_thumbnail
 from prts.cohort.slides import CohortSlide
 from prts.cohort.states import SlideState, now, read_state
