@@ -7,12 +7,13 @@ RUN := outputs/demo/make
 
 .PHONY: setup demo test test-fast lint docs bench quality clean
 
+# --no-compile: most installed modules are never imported, and Python compiles the others on first use.
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "prts needs Python 3.11 or newer; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[$(EXTRAS)]"
 	touch $@
 
 # Trains on simulated sections, then predicts a new section from its image alone and scores it.
