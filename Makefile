@@ -25,8 +25,7 @@ demo: setup
 	$(BIN)/prts evaluate prediction=$(RUN)/new_slide.h5ad section=$(RUN)/new_slide out=$(RUN)/new_slide_evaluation
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
-	$(BIN)/python -m pytest -q --nbmake notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --nbmake notebooks tests
 
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow and not real"
