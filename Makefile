@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 EXTRAS := all,docs,dev
 RUN := outputs/demo/make
 
-.PHONY: setup demo test test-fast lint docs bench quality clean
+.PHONY: setup demo test test-fast lint docs audit bench quality clean
 
 # --no-compile: most installed modules are never imported, and Python compiles the others on first use.
 setup: $(VENV)/.installed
@@ -39,6 +39,11 @@ lint: setup
 docs: setup
 	rm -rf docs/reference/generated
 	$(BIN)/python -m sphinx -E -b html -W --keep-going -q docs docs/_build/html
+
+# Known vulnerabilities are shown but are no error, since the service is not reachable everywhere.
+audit: setup
+	timeout 60 $(BIN)/python -m pip_audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off || \
+		echo "pip-audit: found something, or did not reach its service"
 
 # Speed, memory and the loss on changed images, about half an hour on two idle cores; PARTS="counts train" measures only some stages.
 bench: setup
