@@ -106,10 +106,15 @@ def _levels() -> list[tuple[int, float]]:
     return found
 
 
+def _reach(width: float) -> int:
+    """Pixels that a Gaussian reaches, and one more for interpolation."""
+    return int(TRUNCATE * width + 0.5) + 1
+
+
 _LEVELS = _levels()
 _COARSEST = _LEVELS[-1][0]
-# What the Gaussian of each scale reaches, and one more pixel for interpolation; whole pixels of the coarsest level.
-_REACH = max(factor * (int(TRUNCATE * width + 0.5) + 1) for factor, width in _LEVELS)
+# Of all scales, in whole pixels of the coarsest level.
+_REACH = max(factor * _reach(width) for factor, width in _LEVELS)
 _MARGIN = -(-_REACH // _COARSEST) * _COARSEST
 
 
@@ -138,7 +143,9 @@ def _channel(density: Floats, at: Points) -> Floats:
     for wanted, width in _LEVELS:
         while factor < wanted:
             first, second, factor = _halved(first), _halved(second), 2 * factor
-        mean, square = (_interpolated(_blurred(moment, width), at / factor) for moment in (first, second))
+        (left, top), (across, down) = window(at / factor, _reach(width))
+        here, seen = at / factor - (left, top), np.s_[top : top + down, left : left + across]
+        mean, square = (_interpolated(_blurred(moment[seen], width), here) for moment in (first, second))
         columns += [mean, np.sqrt(np.maximum(square - mean * mean, 0.0))]
     return np.stack(columns, axis=1).astype(np.float32)
 
@@ -151,7 +158,7 @@ def _halved(image: Floats) -> Floats:
 
 
 def _blurred(image: Floats, width: float) -> Floats:
-    # the edge is that of the block: no point is closer to it than the Gaussian reaches
+    # no point is closer to the edge than the Gaussian reaches
     blurred: Floats = gaussian_filter(image, width, mode="nearest", truncate=TRUNCATE)
     return blurred
 
