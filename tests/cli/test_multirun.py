@@ -219,17 +219,17 @@ def test_a_failing_job_spoils_nothing_and_what_is_done_is_not_done_again(tmp_pat
         *(sys.executable, "-m", "prts.cli.main", "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
         *(f"paths.cache_dir={tmp_path / 'cache'}", f"hydra.sweep.dir={sweep}", *TINY),
     ]
-    first = subprocess.run([*command, "data.batch_size=64,-1,32,128"], capture_output=True, text=True, check=False)
+    first = subprocess.run([*command, "data.batch_size=64,-1,32"], capture_output=True, text=True, check=False)
     assert first.returncode == 2, first.stderr  # and not 1: what failed was wrong input
-    assert "prts: 3 of 4 jobs done" in first.stderr
+    assert "prts: 2 of 3 jobs done" in first.stderr
     with (sweep / "summary.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     outcomes = [(row["data.batch_size"], row["status"]) for row in rows]
-    assert outcomes == [("64", "done"), ("-1", "wrong input"), ("32", "done"), ("128", "done")]
+    assert outcomes == [("64", "done"), ("-1", "wrong input"), ("32", "done")]
     assert rows[1]["reason"] and f"job 1: wrong input: {rows[1]['reason']}" in first.stderr
-    metrics = [json.loads((sweep / job / "metrics.json").read_text()) for job in "023"]
-    assert [str(m["val/pcc_mean"])[:12] for m in metrics] == [rows[job]["val/pcc_mean"][:12] for job in (0, 2, 3)]
-    assert len({m["val/pcc_mean"] for m in metrics}) == 3
+    metrics = [json.loads((sweep / job / "metrics.json").read_text()) for job in "02"]
+    assert [str(m["val/pcc_mean"])[:12] for m in metrics] == [rows[job]["val/pcc_mean"][:12] for job in (0, 2)]
+    assert len({m["val/pcc_mean"] for m in metrics}) == 2
 
     written = (sweep / "0" / "metrics.json").stat().st_mtime_ns
     again = subprocess.run([*command, "data.batch_size=64"], capture_output=True, text=True, check=False)
