@@ -79,7 +79,7 @@ def cohort_of(cfg: DictConfig) -> Cohort:
     if page is None and (missing := missing_modules("report")):
         logger.warning("no pages: %s not installed; run %s", ", ".join(missing), install_command("report"))
         page = False
-    bundle = load_bundle(Path(given["bundle"]))
+    bundle = load_bundle(given["bundle"])
     return open_cohort(
         given["slides"],
         given["out"],

@@ -73,7 +73,7 @@ def main(cfg: DictConfig) -> None:
     from prts.api.predict import EncoderRuntime, predict_slide
     from prts.models.bundle import load_bundle
 
-    given, bundle = plain(cfg), load_bundle(Path(cfg.bundle))
+    given, bundle = plain(cfg), load_bundle(cfg.bundle)
     predicted = predict_slide(
         bundle,
         cfg.image,
