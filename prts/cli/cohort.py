@@ -184,6 +184,8 @@ def plan_multirun(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Co
     if "hydra/launcher=submitit_slurm" in overrides:
         warn_without_accounting()
     added = [f"hydra.sweep.dir={quoted(str(cohort.folder / WORKERS))}"]
+    if cohort.bundle.origin is not None:  # one commit for all workers, which may have no network
+        added.append(f"bundle={quoted(cohort.bundle.origin)}")
     if "worker" not in keys and cfg.slides_per_job is not None:
         added.append(f"worker=range({math.ceil(len(cohort.slides) / cfg.slides_per_job)})")
     return cohort, [*overrides, *added]

@@ -11,10 +11,13 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 import prts
 from prts.cli.app import run
+from prts.cli.cohort import plan_multirun
+from prts.cli.config import compose
 from prts.errors import InputError
 from prts.features.no_encoder import NoEncoder
 from prts.models.bundle import load_bundle, save_bundle
@@ -201,6 +204,17 @@ def test_damaged_weights_are_downloaded_again_and_changed_ones_refused(
 
     client.repository.commit({"model.safetensors": whole[:-1] + b"?"})
     assert "model.safetensors is not the file that model.json names" in refused(PLACE)
+
+
+def test_workers_of_a_cohort_use_the_same_commit(client: Client, push: Callable[..., int], tmp_path: Path) -> None:
+    assert push() == 0
+    first = f"{PLACE}@{client.repository.branches['main']}"
+    (tmp_path / "slides").mkdir()
+    tifffile.imwrite(tmp_path / "slides" / "a.tif", np.zeros((64, 64, 3), np.uint8), photometric="rgb")
+    given = [f"bundle='{PLACE}'", f"slides='{tmp_path / 'slides'}'", f"out='{tmp_path / 'out'}'"]
+    cohort, overrides = plan_multirun([*given, "worker=0,1"], [])
+    assert cohort is not None and cohort.bundle.origin == first
+    assert compose("predict", [each for each in overrides if each != "worker=0,1"]).bundle == first
 
 
 def test_private_models_and_uploads_need_a_login(
