@@ -183,10 +183,10 @@ def push(
     api = HfApi(**_BY_PRTS)
     with _one_line(Reference(check_repository(repo), revision)), _quiet():
         try:
-            info = api.repo_info(repo)
+            info = api.model_info(repo)
         except RepositoryNotFoundError:
             api.create_repo(repo, private=private, exist_ok=True)
-            info = api.repo_info(repo)
+            info = api.model_info(repo)
         names = [each.rfilename for each in info.siblings or []]
         others = [name for name in names if name not in _CARD]
         if others and "model.json" not in names:
