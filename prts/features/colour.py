@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from prts.features.context import DENSITY, by_block
 from prts.features.tiles import center_pixel, in_tile
 from prts.geometry import lattice_points_within
+from prts.progress import track
 
 if TYPE_CHECKING:
     from prts.io.slide import Slide
@@ -84,7 +85,8 @@ def colour(
     center = center_pixel(shapely.get_coordinates(shapely.centroid(polygons)) * scale)
     of_tile, of_nucleus = (np.empty((len(center), len(COLUMNS)), dtype=np.float32) for _ in range(2))
     side = block + 2 * tile.tile_px
-    for (column, row), members in by_block(center.astype(np.float64), block):
+    parts = list(by_block(center.astype(np.float64), block))
+    for (column, row), members in track(parts, "color"):
         left, top = column * block - tile.tile_px, row * block - tile.tile_px
         density = DENSITY[slide.read_region(left, top, side, side, mpp=tile.mpp)]
         here = center[members] - (left, top)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from prts.io.optical_density import read_without_black
+from prts.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,7 +89,7 @@ def context(slide: Slide, xy: Points, *, block: int = _BLOCK) -> Floats:
     at = np.asarray(xy, dtype=np.float64) * (slide.mpp / MPP)
     out = np.empty((len(at), len(COLUMNS)), dtype=np.float32)
     side = block + 2 * _MARGIN
-    for (column, row), members in by_block(at, block):
+    for (column, row), members in track(list(by_block(at, block)), "context"):
         left, top = column * block - _MARGIN, row * block - _MARGIN
         pixels = read_without_black(slide, left, top, side, side, MPP)
         here = at[members] - (left, top)

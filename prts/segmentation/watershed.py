@@ -98,7 +98,7 @@ class Watershed:
         margin = round((_TRUNCATE * self.local_um + 2 * np.sqrt(self.max_area_um2 / np.pi)) / self.mpp)
         found, block_of = [np.empty(0, object)], [np.empty(0, np.intp)]
         grid = blocks(width, height, self.block_px)
-        for number, block in enumerate(track(grid, f"watershed {slide.path.name}")):
+        for number, block in enumerate(track(grid, "watershed")):
             x, y = max(block.x0 - margin, 0), max(block.y0 - margin, 0)
             right, bottom = min(block.x1 + margin, width), min(block.y1 + margin, height)
             rgb = without_black(slide.read_region(x, y, right - x, bottom - y, self.mpp))
@@ -111,7 +111,7 @@ class Watershed:
         polygons = np.concatenate(found)
         polygons = polygons[without_doubles(polygons, np.concatenate(block_of))]
         scale = self.mpp / slide.mpp
-        return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=str(slide.path))
+        return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=slide.name)
 
     def _threshold(self, slide: Slide) -> float | None:
         """The hematoxylin threshold of the slide, from its tissue; None if it has no tissue."""
