@@ -98,7 +98,7 @@ class Section:
         slide = reopen_slide(
             self.image, (self.mpp_source, self.mpp), orientation=self.orientation, max_pixels=self.max_pixels
         )
-        slide.recolour = self.recolour
+        slide.name, slide.recolour = self.name, self.recolour
         return slide
 
     def reoriented(self, orientation: Orientation) -> Section:

@@ -120,13 +120,13 @@ class Watershed:
             return polygons[owned(polygons, block)]
 
         of_blocks = in_threads(outlines, read(), min(cores_given(), _THREADS))
-        for number, polygons in enumerate(track(of_blocks, f"watershed {slide.path.name}", total=len(grid))):
+        for number, polygons in enumerate(track(of_blocks, "watershed", total=len(grid))):
             found.append(polygons)
             block_of.append(np.full(len(polygons), number))
         polygons = np.concatenate(found)
         polygons = polygons[without_doubles(polygons, np.concatenate(block_of))]
         scale = self.mpp / slide.mpp
-        return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=str(slide.path))
+        return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=slide.name)
 
     def _threshold(self, slide: Slide) -> float | None:
         """The hematoxylin threshold of the slide, from its tissue; None if it has no tissue."""
