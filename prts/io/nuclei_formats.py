@@ -95,9 +95,9 @@ def read_table(reader: Callable[..., Any], path: Path) -> Any:
 def _columns(frame: pd.DataFrame) -> tuple[Any, Any, Any]:
     """Ids, scores and classes of a table."""
     index = frame.index
-    named = {name: index.get_level_values(i) for i, name in enumerate(index.names) if isinstance(name, str)}
-    named |= {name: frame[name] for name in frame.columns if isinstance(name, str)}
-    candidates = {known: column for name, column in named.items() if (known := id_name(name))}
+    columns: dict[Any, Any] = {name: index.get_level_values(i) for i, name in enumerate(index.names)}
+    columns |= {name: frame[name] for name in frame.columns}
+    candidates = {known: column for name, column in columns.items() if (known := id_name(str(name)))}
     ids = {name: candidates[name].to_numpy(object) for name in ID_NAMES if name in candidates}
     if not isinstance(index, pd.MultiIndex | pd.RangeIndex) and (
         pd.api.types.is_string_dtype(index) or index.is_unique

@@ -161,7 +161,8 @@ def without_regions(shapes: Shapes, source: str, mpp: float) -> Shapes:
 
 def _absent(values: NDArray[Any]) -> NDArray[np.bool_]:
     column = pd.Series(values, dtype=object)
-    absent = column.isna().to_numpy()
+    absent: NDArray[np.bool_] = column.isna().to_numpy()
     if absent.all():
         return absent
-    return absent | np.fromiter((isinstance(value, str) and not value for value in column), bool, len(column))
+    empty: NDArray[np.bool_] = np.fromiter((isinstance(v, str) and not v for v in column), bool, len(column))
+    return absent | empty

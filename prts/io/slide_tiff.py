@@ -219,8 +219,9 @@ def open_tiff(path: Path, max_pixels: int | None = None) -> Reader:
 def _largest_image(path: Path) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
     """A TIFF and the largest of its images; three gray pages are one, also if each was written as an image of its own."""
 
-    def opened(**kinds: bool) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
-        tif = tifffile.TiffFile(path, _multifile=False, **kinds)  # without companion files that OME-XML may name
+    def opened(is_shaped: bool | None = None) -> tuple[tifffile.TiffFile, tifffile.TiffPageSeries]:
+        # without companion files that OME-XML may name
+        tif = tifffile.TiffFile(path, _multifile=False, is_shaped=is_shaped)
         try:
             return tif, max(tif.series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
         except BaseException:
