@@ -206,7 +206,7 @@ class Model:
         settings
             Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `scale`, `seed`, `trainer`, ...) and of
             `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
-            `counting`, `exposure`, `check_image`).
+            `counting`, `exposure`, `check_image`, `augment`).
 
         Returns
         -------

@@ -35,6 +35,7 @@ from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
 from prts.models.predictor import LIMIT_MULTIPLE, Predictor, highest_counts
 from prts.models.uncertainty import calibrate_intervals
+from prts.progress import working
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
 if TYPE_CHECKING:
@@ -152,7 +153,8 @@ class _Training:
             from prts.report.results import write_pages
             from prts.report.run_index import write_index
 
-            write_pages(bundle, test, metrics, self.folder)
+            with working("report"):
+                write_pages(bundle, test, metrics, self.folder)
             write_index(self.folder, metrics)
         return Run(metrics, bundle, self.history.table(), datamodule)
 
@@ -198,7 +200,7 @@ class _Training:
             path.write_text(
                 yaml.safe_dump(dict(self.plan.config), sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
-        with self.watch("train"):
+        with self.watch("train"), working("training"):
             return fit(
                 replace(self.plan.recipe, callbacks=[*self.plan.recipe.callbacks, self.history]),
                 datamodule,
@@ -221,7 +223,7 @@ class _Training:
         self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
         limit = torch.from_numpy(highest_counts(datamodule.train_sets)) * LIMIT_MULTIPLE
         validation = self._score(Predictor(net, likelihood, rule, limit=limit), datamodule.val_sets, datamodule)
-        with self.watch("baselines"):
+        with self.watch("baselines"), working("baselines"):
             self._baselines = RunBaselines.fit(datamodule, seed=plan.recipe.seed)
             beside = [self._baselines(part.nuclei.section) for part in validation]
             beyond = validated_genes(beside, validation, plan.evaluation)
@@ -261,7 +263,7 @@ class _Training:
         test = [score_intervals(part, intervals, marginal) for part in test]
         tested = {part.nuclei.section: part.result.summary for part in test}
         metrics: dict[str, Any] = unpooled_mean(validation, "val") | unpooled_mean(tested, "test")
-        with self.watch("baselines"):
+        with self.watch("baselines"), working("baselines"):
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
         metrics |= stripe_figures(datamodule.tissue)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
@@ -282,7 +284,7 @@ class _Training:
         if test:
             with atomic(self.folder / "per_gene.csv") as path:
                 mean_per_gene([scored.result.per_gene for scored in test]).to_csv(path, index=False)
-            with self.watch("write"):
+            with self.watch("write"), working("figures"):
                 from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)

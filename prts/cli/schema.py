@@ -148,6 +148,13 @@ class SegmentationLimits:
 
 
 @dataclass
+class EncoderLimits:
+    """Keys of any encoder of `prepare` and `train`: how many views of the image training reads besides the image."""
+
+    augment: Annotated[int, Field(ge=0, le=64)]
+
+
+@dataclass
 class SeedLimits:
     """Keys of anything random."""
 
@@ -247,7 +254,7 @@ class Prepare:
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
     qc: QualityControl
     panel: Annotated[Mapping, Built("panel", limits=SeedLimits)]
-    encoder: Annotated[Mapping, Built("encoder")]
+    encoder: Annotated[Mapping, Built("encoder", limits=EncoderLimits)]
     split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
