@@ -19,6 +19,7 @@ REQUIRED = {
     "evaluate": ["prediction=p", "section=s", "out=o"],
     "analyze": ["prediction=p", "out=o"],
     "export": ["prediction=p", "format=csv", "out=o"],
+    "push": ["bundle=b", "repo=o/n"],
     "bench": ["section=s"],
     "download": ["tissue=lung"],
 }
@@ -46,10 +47,10 @@ WRONG = {
 MEANT = {
     "text": r"(.*\.)?(analysis|annotations|artifact_location|bins|bundle|cache_dir|checkpoint_key|classification|data_dir|experiment_name"
     r"|gmt|image|markers|model|model_name|monitor|name|nuclei|obo|orthologs|out|path|prediction|project|roi|run|run_name|save_dir|second"
-    r"|layout|section|slides|species|mt_prefix|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
+    r"|cite|license|message|revision|layout|section|slides|species|mt_prefix|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
     r"|data\.target|trainer\.(accelerator|strategy|devices|precision)|encoder\.(device|pooling))",
     "null": r"(.*\.)?(analysis|annotations|artifact_location|batch_size|broad|bundle|checkpoint_key|classification|download|experiment_name"
-    r"|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mt_prefix|mean|std|min_cells|min_umi|model_mpp|mpp|name"
+    r"|cite|datasets|license|message|revision|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mt_prefix|mean|std|min_cells|min_umi|model_mpp|mpp|name"
     r"|nms_thresh|nuclei|obo|orthologs|out|page|path|patterns|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section"
     r"|segmentation|slides|slides_per_job|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|worker"
     r"|model\.(baseline|scheduler|net\.rank|optimizer\.fused)"
@@ -59,7 +60,7 @@ MEANT = {
     r"|model\.optimizer\.fused",
     "huge": r"max_pixels|encoder\.(stride|batch_size)|segmentation\.\w+|loss\.\w+|panel\.\w+|split\.\w+|logger\.\w+\.version"
     r"|trainer\.(devices|limit_\w+|num_sanity_val_steps)",
-    "empty": r"(.*\.)?(tissues|markers|val|test|gmt|genes|figures|hidden|broad\.\w+)|trainer\.devices|callbacks|logger",
+    "empty": r"(.*\.)?(tissues|datasets|markers|val|test|gmt|genes|figures|hidden|broad\.\w+)|trainer\.devices|callbacks|logger",
     "mapping": r"callbacks|logger|encoder\.kwargs|.*\.md5",
 }
 # wandb takes what it likes; `download` reads nothing of the choices that a tissue makes for training
