@@ -413,6 +413,7 @@ def _provenance(bundle: Bundle, settings: SlideSettings, orientation: Orientatio
         "roi": None if found.region is None else found.region.wkt,
         "bundle": {
             "sha256": bundle.sha256,
+            "origin": bundle.origin,
             "format_version": about["format_version"],
             "code": made.get("code"),
             "config_fingerprint": made.get("config_fingerprint"),

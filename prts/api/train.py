@@ -27,7 +27,7 @@ from prts.evaluation.scored_section import Scoring, score_sections
 from prts.evaluation.stripes import stripe_figures
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
-from prts.models.bundle import Bundle, load_bundle, save_bundle
+from prts.models.bundle import Bundle, add_scores, load_bundle, save_bundle
 from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
 from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
@@ -145,6 +145,7 @@ class _Training:
             return Run({}, None, self.history.table(), datamodule)  # the first process of a DDP job tests and writes
         bundle, validation, flagged = self._ship(datamodule, fitted)
         test, metrics = self._test(datamodule, bundle, validation, flagged)
+        bundle = add_scores(bundle, _scores(metrics, datamodule))
         self._write(datamodule, bundle, test, metrics, fitted.best_epoch)
         self.loggers.results(metrics)
         _log_summary(metrics)
@@ -287,8 +288,7 @@ class _Training:
                 from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)
-        sets = {"train": datamodule.train_sets, "val": datamodule.val_sets, "test": datamodule.test_sets}
-        roles = {role: [part.section for part in parts] for role, parts in sets.items()}
+        roles = _roles(datamodule)
         with atomic(self.folder / SECTIONS) as path:
             section_table(metrics, roles).to_csv(path, index=False)
         metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
@@ -297,6 +297,19 @@ class _Training:
             flat = json_ready(without_sections(metrics, roles))
             path.write_text(json.dumps(flat, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         self._checkpoint.remove()
+
+
+def _roles(datamodule: PRTSDataModule) -> dict[str, list[str]]:
+    """The sections of each part."""
+    sets = {"train": datamodule.train_sets, "val": datamodule.val_sets, "test": datamodule.test_sets}
+    return {role: [part.section for part in parts] for role, parts in sets.items()}
+
+
+def _scores(metrics: Mapping[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:
+    """The part of metrics.json that belongs to the model, wherever it goes: scores, but no times and nothing about the data."""
+    kept = ("val/", "test/", "baseline/")
+    flat = json_ready(without_sections(metrics, _roles(datamodule)))
+    return {key: value for key, value in flat.items() if key.startswith(kept)}
 
 
 class EpochHistory(pl.Callback):
