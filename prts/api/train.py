@@ -364,10 +364,8 @@ def _log_summary(metrics: dict[str, Any]) -> None:
         logger.info("validation PCC %.3f (noise ceiling %.3f)", metrics["val/pcc_mean"], metrics["val/ceiling_mean"])
         return
     logger.info("test PCC %.3f (noise ceiling %.3f)", metrics["test/pcc_mean"], metrics["test/ceiling_mean"])
-    share = metrics["test/predictable_precision"]
-    logger.info(
-        "%d genes predictable on validation, %.0f %% of them on test", metrics["test/n_predictable"], 100 * share
-    )
+    n, share = metrics["test/n_predictable"], metrics["test/predictable_precision"]
+    logger.info("%d genes predictable on validation%s", n, f", {share:.0%} of them on test" if n else "")
     for key, value in metrics.items():
         if key.startswith("baseline/") and key.endswith("/pcc_mean") and key.count("/") == 2:
             logger.info("%8s %s %.3f", "", key.split("/")[1], value)

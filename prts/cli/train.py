@@ -93,10 +93,11 @@ def predict_command(run: Run, folder: Path) -> str:
 
 def _states_mpp(section: Section) -> bool:
     """Whether the image alone states the um/px that the section has."""
-    from prts.section import read_section
+    from prts.io.slide import open_slide
 
     try:
-        return math.isclose(read_section(section.image).mpp, section.mpp, rel_tol=1e-3)
+        with open_slide(section.image) as slide:
+            return math.isclose(slide.mpp, section.mpp, rel_tol=1e-3)
     except InputError:
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -25,9 +26,15 @@ from prts.models.pearson import GenePearson
 logger = logging.getLogger(__name__)
 
 
+# Warnings that nobody who trains can act on: of clusters where srun is installed, and of Lightning's own use of torch.
+_NOISE = ("The `srun` command is available", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+
+
 def quiet_lightning() -> None:
-    """Keep Lightning's notices and hints out of the log; its warnings stay."""
+    """Keep Lightning's notices and hints out of the log; its warnings about the run stay."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def seed_everything(seed: int) -> None:

@@ -245,7 +245,7 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
     diameter = diameter_um / float(about["mpp"])  # px
     columns = nucleus_columns(prediction.obs, page.measured_obs)
     blocks |= _position_blocks(prediction)
-    step = diameter / 40
+    step = diameter / 28
     if page.outlines is not None:
         blocks |= outline_blocks(page.outlines, np.asarray(prediction.obsm["spatial"], np.float32), step)
     blocks["columns"] = [column.pop("block") for column in columns]

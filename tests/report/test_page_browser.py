@@ -520,6 +520,12 @@ def test_the_table_is_one_tab_stop(opened):
     assert opened.tab.locator("#genes [tabindex='0']").count() == 1
     opened.tab.keyboard.press("Tab")
     assert opened.js("() => document.activeElement.closest('#genes') === null")
+    # a filter that hides the gene that was the stop leaves another
+    opened.tab.focus("#genes tbody [tabindex='0'], #genes [tabindex='0']")
+    opened.tab.keyboard.press("ArrowDown")
+    opened.tab.fill("#filter", names[1])
+    assert opened.tab.locator("#genes [tabindex='0']").all_inner_texts() == [names[1]]
+    opened.tab.fill("#filter", "")
 
 
 def test_dark_mode_and_paper(browser, file):

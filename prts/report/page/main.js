@@ -86,7 +86,7 @@
   // On paper, the map shrinks to the width of the sheet.
   function printing() {
     const frame = $("frame");
-    window.addEventListener("beforeprint", () => { frame.style.zoom = Math.min(1, 690 / frame.clientWidth); });
+    window.addEventListener("beforeprint", () => { frame.style.zoom = Math.min(1, 690 / prts.map.div._fullLayout.width); });
     window.addEventListener("afterprint", () => { frame.style.zoom = ""; });
     $("print").addEventListener("click", () => window.print());
   }

@@ -37,10 +37,18 @@ prts.table = (() => {
   function filter(text) {
     const wanted = text.trim().toLowerCase();
     for (const row of rows) row.line.hidden = !row.name.toLowerCase().includes(wanted);
+    stop();
   }
-  // The table is one tab stop; arrows, Home and End move within it.
-  function stops() {
-    const rowsShown = () => rows.filter((row) => !row.line.hidden && row.place >= 0).map((row) => row.line.querySelector("button"));
+  const rowsShown = () => rows.filter((row) => !row.line.hidden && row.place >= 0).map((row) => row.line.querySelector("button"));
+  // The table is one tab stop, also where the gene that was it is filtered out.
+  function stop() {
+    const now = head.parentElement.querySelector("button[tabindex='0']");
+    if (now && !now.closest("tr").hidden) return;
+    if (now) now.tabIndex = -1;
+    (rowsShown()[0] ?? head.querySelector("button")).tabIndex = 0;
+  }
+  // Arrows, Home and End move within the table.
+  function moves() {
     const grid = () => [[...head.querySelectorAll("button")], ...rowsShown().map((button) => [button])];
     const table = head.parentElement;
     table.addEventListener("focusin", (event) => {
@@ -55,7 +63,6 @@ prts.table = (() => {
       event.preventDefault();
       if (button) button.focus();
     });
-    (rowsShown()[0] ?? head.querySelector("button"))?.setAttribute("tabindex", "0");
   }
   function mark(gene) {
     for (const row of rows) {
@@ -70,7 +77,8 @@ prts.table = (() => {
       element("button", { type: "button", tabindex: -1, title: column.title, onclick: () => sort(i) }, column.label)))));
     for (const row of rows) row.line = line(row);
     arrange();
-    stops();
+    moves();
+    stop();
     document.getElementById("filter").addEventListener("input", (event) => filter(event.target.value));
   }
   return { start, mark, first: () => rows.find((row) => row.place >= 0 && row.predictable) ?? rows.find((row) => row.place >= 0) };
