@@ -129,7 +129,7 @@ def by_block(at: Points, block: int) -> Iterator[NDArray[np.intp]]:
     yield from np.split(order, cuts)
 
 
-def window(at: Points, margin: int, step: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+def window(at: Points | NDArray[np.int64], margin: int, step: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
     """Upper left corner and size of the smallest region on a grid of `step` px with a margin around points (n, 2)."""
     low = np.floor(at.min(axis=0) / step).astype(int) * step - margin
     high = (np.floor(at.max(axis=0) / step).astype(int) + 1) * step + margin
