@@ -101,7 +101,7 @@ class Section:
         slide = reopen_slide(
             self.image, (self.mpp_source, self.mpp), orientation=self.orientation, max_pixels=self.max_pixels
         )
-        slide.recolour, slide.look = self.recolour, self.look
+        slide.name, slide.recolour, slide.look = self.name, self.recolour, self.look
         return slide
 
     def reoriented(self, orientation: Orientation) -> Section:

@@ -136,6 +136,8 @@ class Tissue:
     val: list[str] | None = None
     test: list[str] | None = None
     markers: list[str] | None = None
+    license: Name | None = None
+    cite: Name | None = None
 
 
 @dataclass
@@ -489,6 +491,20 @@ class Export:
 
 
 @dataclass
+class Push:
+    """`prts push`."""
+
+    bundle: FilePath
+    repo: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$", description="owner/name")]
+    private: bool
+    revision: Annotated[str, Field(pattern=r"^[^\s@]+$", description="the name of a branch")] | None
+    message: Name | None
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="such as cc-by-4.0")] | None
+    datasets: list[Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$", description="owner/name")]] | None
+    dry_run: bool
+
+
+@dataclass
 class Download:
     """`prts download`."""
 
@@ -521,6 +537,7 @@ SCHEMAS: dict[str, type] = {
     "analyze": Analyze,
     "report": Report,
     "export": Export,
+    "push": Push,
     "download": Download,
     "bench": Bench,
     "doctor": Doctor,

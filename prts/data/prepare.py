@@ -40,7 +40,9 @@ from prts.platforms.base import HasUnits, Registration
 from prts.preprocess.artefacts import is_artefact
 from prts.preprocess.counts import required_measurement
 from prts.preprocess.image_check import require_h_and_e
+from prts.preprocess.panel import Panel, warn_of_small
 from prts.preprocess.species import mitochondrial_prefix
+from prts.progress import of_section, working
 from prts.segmentation.bins import Bins
 from prts.stopwatch import Stopwatch
 
@@ -123,8 +125,9 @@ def prepare_section(
     with watch("open"):
         section = resolve_section(tissue.sections[name], tissue.name, settings.cache_dir, settings.max_pixels)
     stages = _Stages(tissue.name, tissue.species, {name: section}, settings, watch)
-    stages.count(name)
-    return stages.read_image(name, trains=name in tissue.train)
+    with of_section(name):
+        stages.count(name)
+        return stages.read_image(name, trains=name in tissue.train)
 
 
 def check_sections(tissue: Tissue, settings: PrepareSettings) -> list[str]:
@@ -218,11 +221,11 @@ def _prepared(
     prepared: dict[str, PreparedSection] = {}
 
     def count(key: str) -> None:
-        with bad.noting(key):
+        with bad.noting(key), of_section(key):
             stages.count(key)
 
     def read_image(key: str) -> None:
-        with bad.noting(key):
+        with bad.noting(key), of_section(key):
             prepared[key] = stages.read_image(key, trains=key in roles.train)
 
     in_turn(sections, count)
@@ -284,7 +287,7 @@ class _Stages:
     def panel(self, roles: Roles, without: Mapping[str, str]) -> Path:
         """Choose the genes from the training sections."""
         counts = {key: self._counts[key] for key in self._sections if key not in without}
-        with self._watch("panel"):
+        with self._watch("panel"), working("gene panel"):
             return _panel(self._root, roles, self._sections, counts, self._settings)
 
     def read_image(self, key: str, *, trains: bool) -> PreparedSection:
@@ -367,7 +370,9 @@ def _panel(
         trains = {counts[name]: (parts[name] == TRAIN) & ~flagged[name] for name in roles.train}
         settings.panel(CountsInTurn(trains)).to_json(path)
 
-    return build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
+    path = build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
+    warn_of_small(Panel.from_json(path))
+    return path
 
 
 def _passing(nuclei: GeoDataFrame, counts: Path) -> GeoDataFrame:

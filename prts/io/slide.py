@@ -70,6 +70,8 @@ class Slide:
     ----------
     path
         The file.
+    name
+        Name in logs: the section's, else that of the file.
     width, height
         Size in full-resolution pixels, as the slide is read.
     file_size
@@ -97,7 +99,7 @@ class Slide:
     def __init__(
         self, path: Path, reader: Reader, mpp: float, mpp_source: str, orientation: Orientation = UPRIGHT
     ) -> None:
-        self.path = path
+        self.path, self.name = path, path.stem
         self.mpp = mpp
         self.mpp_source = mpp_source
         self.orientation = orientation

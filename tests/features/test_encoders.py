@@ -127,7 +127,7 @@ def test_vit256_equals_timm_fed_by_hand(checkpoint, tensors, nuclei, pooling, lo
 
 @pytest.mark.parametrize(
     "kind",
-    ["small", pytest.param("vit256", marks=pytest.mark.slow), pytest.param("vit256 bf16", marks=pytest.mark.slow)],
+    ["small", pytest.param("vit256", marks=pytest.mark.slow), pytest.param("vit256 bf16", marks=pytest.mark.nightly)],
 )
 def test_same_vector_wherever_in_a_batch(kind, request, nuclei, tmp_path):
     tiles, polygons = nuclei
