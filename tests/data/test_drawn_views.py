@@ -67,7 +67,7 @@ def test_each_epoch_draws_a_view_for_each_nucleus(tissue: PreparedTissue, tmp_pa
         seen.append(view[np.argsort(plain[:, 0], kind="stable")])
     assert not np.array_equal(seen[0], seen[1])
     for nuclei in (*module.val_sets, *module.test_sets):
-        assert nuclei.views == () and (nuclei.features[:, 3] == 0).all()
+        assert nuclei.views == () and (nuclei.features[:][:, 3] == 0).all()
     (val,) = module.val_dataloader()
     assert all((batch.features[:, 3] == 0).all() for batch in val)
 
