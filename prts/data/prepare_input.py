@@ -35,7 +35,7 @@ STAGE_VERSION = {
     "counts": 1,
     "registration": 1,
     "artefacts": 1,
-    "exposure": 1,
+    "exposure": 2,
     "panel": 1,
     "features": 2,
     "context": 2,

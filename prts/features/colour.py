@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from prts.features.context import DENSITY, by_block, window
 from prts.features.tiles import center_pixel, in_tile
 from prts.geometry import lattice_points_within
+from prts.progress import track
 
 if TYPE_CHECKING:
     from prts.io.slide import Slide
@@ -83,7 +84,7 @@ def colour(
     scale = slide.mpp / tile.mpp
     center = center_pixel(shapely.get_coordinates(shapely.centroid(polygons)) * scale)
     of_tile, of_nucleus = (np.empty((len(center), len(COLUMNS)), dtype=np.float32) for _ in range(2))
-    for members in by_block(center.astype(np.float64), block):
+    for members in track(list(by_block(center.astype(np.float64), block)), "color"):
         (left, top), (width, height) = window(center[members], tile.tile_px // 2)
         density = DENSITY[slide.read_region(left, top, width, height, mpp=tile.mpp)]
         here = center[members] - (left, top)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from prts.io.optical_density import read_without_black
+from prts.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +88,7 @@ def context(slide: Slide, xy: Points, *, block: int = _BLOCK) -> Floats:
         raise ValueError(f"block {block} is not a multiple of {_COARSEST}")
     at = np.asarray(xy, dtype=np.float64) * (slide.mpp / MPP)
     out = np.empty((len(at), len(COLUMNS)), dtype=np.float32)
-    for members in by_block(at, block):
+    for members in track(list(by_block(at, block)), "context"):
         (left, top), (width, height) = window(at[members], _MARGIN, _COARSEST)
         pixels = read_without_black(slide, left, top, width, height, MPP)
         here = at[members] - (left, top)

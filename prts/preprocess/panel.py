@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Clustering needs all nuclei in memory; more of them do not change which genes mark a cluster.
 _MOST = 200_000
+# Fewer genes than this are too few for clusters and cell types.
+FEW = 200
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,16 @@ class Panel:
             )
         ones = np.ones(len(found), dtype=dtype)
         return sp.csr_matrix((ones, (found, column[found])), shape=(len(var), len(self.genes)))
+
+
+def warn_of_small(panel: Panel) -> None:
+    """Say where the paper's method found few genes, as on small or uniform sections, and what finds more."""
+    if panel.method == "paper" and len(panel.genes) < FEW:
+        logger.warning(
+            "panel: only %d of %d highly variable genes mark a cluster; panel=top takes the most variable genes, as many as "
+            "panel.n_genes says",
+            len(panel.genes), panel.steps["highly_variable"],
+        )  # fmt: skip
 
 
 class PaperPanel:

@@ -84,6 +84,8 @@ def test_a_run_folder_holds_what_it_promises(trained):
     per_gene = pd.read_csv(folder / "per_gene.csv")
     assert list(per_gene["gene"]) == result.bundle.genes
     assert metrics["test/pcc_mean"] == pytest.approx(per_gene["pcc"].mean())
+    kept = json.loads((folder / "model" / "model.json").read_text())["scores"]
+    assert kept == {key: value for key, value in metrics.items() if key.startswith(("val/", "test/", "baseline/"))}
 
 
 def test_the_test_predictions_are_those_that_were_scored(trained):

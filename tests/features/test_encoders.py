@@ -507,6 +507,7 @@ def test_configs_hold_the_constructors_defaults(name, kind):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", ["tissue=lung", f"encoder={name}"]).encoder, resolve=True)
     assert encoders[config.pop("name")] is kind
+    assert config.pop("augment") == 0  # of training, not of the encoder
     parameters = inspect.signature(kind).parameters
     assert set(config) == set(parameters)
     for key, parameter in parameters.items():
