@@ -117,7 +117,7 @@ class Watershed:
             block, rgb, corner = given
             _, polygons, _ = labels_to_polygons(self._labels(without_black(rgb), threshold))
             polygons = shapely.transform(polygons, lambda xy: xy + corner)
-            return polygons[owned(polygons, block)]
+            return np.asarray(polygons[owned(polygons, block)])
 
         of_blocks = in_threads(outlines, read(), min(cores_given(), _THREADS))
         for number, polygons in enumerate(track(of_blocks, "watershed", total=len(grid))):
