@@ -1,11 +1,12 @@
 """What a model loses on a section that is stained, scanned or placed otherwise, as the slides of other laboratories are.
 
-usage: python -m benchmarks.travel bundle=DIR section=DIR [units=4000] [weights=FILE]
+usage: python -m benchmarks.travel bundle=DIR section=DIR [units=4000] [tta=4] [weights=FILE]
 
 Prints a table of the mean PCC of log1p UMI over the genes of the bundle: on the section as it is and on each variant of its image
 (benchmarks/variants.py), with the difference and its 95% interval over resampled blocks of tissue, and the mean over the variants.
 Units (nuclei, or bins if the model was trained on bins) are those of the unchanged section, and at most `units=` of those that pass quality
-control are scored, so that nothing changes but what the model reads.
+control are scored, so that nothing changes but what the model reads. With `tta=4` or `tta=8`, predictions are averaged over orientations
+as by `prts predict`. A model that was trained with `data.scale=slide` reads all units of the section, as in prediction.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def measure(
     section: Section,
     *,
     units: int = UNITS,
+    tta: int = 1,
     weights: Path | None = None,
     images: Sequence[str] | None = None,
 ) -> list[Row]:
@@ -80,12 +82,15 @@ def measure(
         A section with measured counts, with bins as units if the model was trained on bins.
     units
         Nuclei or bins to score, chosen at random.
+    tta
+        Orientations over which predictions are averaged: 1, 4 or 8.
     weights
         The encoder's weights, if they are not where training read them.
     images
         Names of variants; None for all.
     """
     import numpy as np
+    import pandas as pd
 
     from benchmarks.variants import NAMES, variant
     from prts.api.predict import EncoderRuntime, as_segmenter, build_encoder
@@ -93,7 +98,7 @@ def measure(
     from prts.evaluation.bootstrap import block_sums, mean_pcc_difference, spatial_blocks
     from prts.evaluation.matching import align_genes
     from prts.io.nuclei import load_nuclei
-    from prts.models.predict import predict_store
+    from prts.models.predict import View, predict_views
     from prts.preprocess.counts import QCSettings, measured_counts
 
     about = bundle.metadata
@@ -110,14 +115,22 @@ def measure(
         rows = some(counts.n_obs, units)
         measured = align_genes(counts, bundle.genes, bundle.gene_ids, "section")[rows]
         chosen = everywhere.set_index("cell_id").loc[counts.obs_names[rows]].reset_index(names="cell_id")
+        # the mean and spread of a slide are those of all its units
+        read = chosen if bundle.slide_scale is None else everywhere
+        source = "chosen" if bundle.slide_scale is None else "all"
+        scored = pd.Index(read["cell_id"]).get_indexer(chosen["cell_id"])
         blocks, _ = spatial_blocks(counts.obsm["spatial"][rows] * section.mpp)
         encoder = build_encoder(bundle, EncoderRuntime(weights))
 
+        def reading(seen: Section) -> View:
+            moved, among = (seen.orientation.nuclei(part, seen.file_size) for part in (read, everywhere))
+            stores = prepare_input(folder / "features", seen, moved, bundle.input_use, lambda: encoder, source)
+            return View(moved, among, stores.features, stores.context)
+
         def sums(seen: Section) -> Any:
-            moved, among = (seen.orientation.nuclei(part, seen.file_size) for part in (chosen, everywhere))
-            stores = prepare_input(folder / "features", seen, moved, bundle.input_use, lambda: encoder, "chosen")
-            parts = predict_store(bundle, stores.features, moved, seen.mpp, among=among, context=stores.context)
-            return block_sums(measured, np.concatenate([part.umi for part in parts]), blocks)
+            views = [reading(seen.reoriented(turned)) for turned in seen.orientation.views(tta)]
+            parts = predict_views(bundle, views, seen.mpp)
+            return block_sums(measured, np.concatenate([part.umi for part in parts])[scored], blocks)
 
         unchanged = sums(section)
         every = np.ones((1, len(unchanged.n)))
@@ -167,9 +180,9 @@ def _test_section(run: str, units: int) -> list[Row]:
 def main(arguments: list[str]) -> None:
     """Print the table of a bundle and a section."""
     given = dict(text.split("=", 1) for text in arguments if "=" in text)
-    if not {"bundle", "section"} <= given.keys() <= {"bundle", "section", "units", "weights"}:
+    if not {"bundle", "section"} <= given.keys() <= {"bundle", "section", "units", "tta", "weights"}:
         sys.exit(__doc__)
-    from prts.api.predict import uses_bins
+    from prts.api.nuclei_source import uses_bins
     from prts.models.bundle import load_bundle
     from prts.section import open_section_folder, read_visium_hd
 
@@ -180,7 +193,8 @@ def main(arguments: list[str]) -> None:
     else:
         section = open_section_folder(given["section"])
     weights = Path(given["weights"]) if "weights" in given else None
-    print(table(measure(bundle, section, units=int(given.get("units", UNITS)), weights=weights)))
+    units, tta = int(given.get("units", UNITS)), int(given.get("tta", 1))
+    print(table(measure(bundle, section, units=units, tta=tta, weights=weights)))
 
 
 if __name__ == "__main__":

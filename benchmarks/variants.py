@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
-from skimage.color import hed_from_rgb, rgb_from_hed
 
+from prts.features.views import blurred, brighter, jittered
 from prts.io.orientation import Orientation
 from prts.preprocess.stains.base import rounded
 from prts.simulate.stain import Stain, shifted_stain, stain_colours
@@ -57,35 +56,6 @@ def restained(rgb: Pixels, stain: Stain) -> Pixels:
     return rounded(light)
 
 
-def jittered(rgb: Pixels, factors: tuple[float, float, float], offset: float) -> Pixels:
-    """Hematoxylin, eosin and the rest, each multiplied, and both stains shifted (HED jitter: Tellez et al. 2018).
-
-    Parameters
-    ----------
-    rgb
-        (..., 3).
-    factors
-        Of the three amounts.
-    offset
-        Added to the amounts of hematoxylin and eosin where there is tissue, as a share of the optical density.
-    """
-    density = -np.log10(np.maximum(rgb.astype(np.float32), 1) / 255)
-    amounts = density @ hed_from_rgb.astype(np.float32)
-    moved = amounts * np.asarray(factors, np.float32)
-    moved[..., :2] += offset * density.mean(axis=-1, keepdims=True)
-    return rounded(255 * np.exp(-np.log(10) * np.maximum(moved @ rgb_from_hed.astype(np.float32), 0)))
-
-
-def brighter(rgb: Pixels, factor: float) -> Pixels:
-    """All gray levels times a factor."""
-    return rounded(rgb * np.float32(factor))
-
-
-def blurred(rgb: Pixels) -> Pixels:
-    """Out of focus: a Gaussian of 1 px."""
-    return rounded(gaussian_filter(rgb.astype(np.float32), (1, 1, 0)))
-
-
 _CHANGES: dict[str, tuple[Change, dict[str, Any]]] = {
     "restained, +1": (partial(restained, stain=shifted_stain(1.0)), _LOSSLESS),
     "restained, -1": (partial(restained, stain=shifted_stain(-1.0)), _LOSSLESS),
@@ -93,7 +63,7 @@ _CHANGES: dict[str, tuple[Change, dict[str, Any]]] = {
     "HED jitter, more eosin": (partial(jittered, factors=(0.85, 1.1, 0.95), offset=-0.02), _LOSSLESS),
     "a tenth darker": (partial(brighter, factor=0.9), _LOSSLESS),
     "a tenth brighter": (partial(brighter, factor=1.1), _LOSSLESS),
-    "blurred by 1 px": (blurred, _LOSSLESS),
+    "blurred by 1 px": (partial(blurred, px=1), _LOSSLESS),
     "JPEG of quality 30": (lambda rgb: rgb, _JPEG_30),
 }
 _TURNS = {

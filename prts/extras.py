@@ -25,13 +25,21 @@ EXTRAS = {
     ),
     "report": Extra(("matplotlib", "plotly"), "prts report: figures and the page"),
     "analysis": Extra(
-        ("scanpy", "sklearn", "igraph", "matplotlib", "decoupler", "goatools", "gseapy"),
+        ("scanpy", "sklearn", "igraph", "pynndescent", "matplotlib", "decoupler", "goatools", "gseapy"),
         "prts analyze: clusters, cell types, gene sets",
     ),
-    "stardist": Extra(("stardist", "tensorflow"), "segmentation=stardist, the default segmenter of real tissues"),
+    "stardist": Extra(
+        ("stardist", "csbdeep", "tensorflow"), "segmentation=stardist, the default segmenter of real tissues"
+    ),
     "spatial": Extra(("spatialdata",), "SpatialData in and out"),
-    "sweeps": Extra(("hydra_plugins.hydra_joblib_launcher",), "hydra/launcher=joblib and submitit"),
+    "sweeps": Extra(
+        tuple(f"hydra_plugins.hydra_{name}" for name in ("joblib_launcher", "optuna_sweeper", "submitit_launcher")),
+        "hydra/launcher=joblib and submitit, sweep=optuna",
+    ),
     "loggers": Extra(("tensorboard", "wandb"), "logger=tensorboard and wandb"),
+    "lazyslide": Extra(
+        ("lazyslide", "lazyslide_models", "wsidata"), "prts.api.lazyslide: models for slides in LazySlide"
+    ),
     "mlflow": Extra(("mlflow",), "logger=mlflow"),
 }
 

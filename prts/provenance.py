@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,15 @@ from prts.io.cache import file_identity
 
 if TYPE_CHECKING:
     from prts.section import Section
+
+
+# Paths on this machine and loggers: they do not affect the model.
+_LOCAL = ("paths", "logger", "resume")
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a config that affects the model."""
+    return {key: value for key, value in config.items() if key not in _LOCAL}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prts.errors import InputError, ParameterError
 from prts.io.mpp import require_agreement
 from prts.io.orientation import UPRIGHT, Orientation
-from prts.io.slide import Slide, StainTransform, open_slide, reopen_slide
+from prts.io.slide import Look, Slide, StainTransform, open_slide, reopen_slide
 from prts.io.slide_bounds import Bounds
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
@@ -70,6 +70,8 @@ class Section:
         Ground truth (.h5ad) of a simulated section.
     recolour
         Color change applied as the image is read.
+    look
+        Change of pixels applied after that (`prts.features.views`).
     orientation
         Rotation and flip applied as the image is read.
     max_pixels
@@ -89,6 +91,7 @@ class Section:
     spots: Path | None = None
     truth: Path | None = None
     recolour: StainTransform | None = None
+    look: Look | None = None
     orientation: Orientation = UPRIGHT
     max_pixels: int | None = None
     bounds: Bounds | None = None
@@ -98,7 +101,7 @@ class Section:
         slide = reopen_slide(
             self.image, (self.mpp_source, self.mpp), orientation=self.orientation, max_pixels=self.max_pixels
         )
-        slide.recolour = self.recolour
+        slide.name, slide.recolour, slide.look = self.name, self.recolour, self.look
         return slide
 
     def reoriented(self, orientation: Orientation) -> Section:
@@ -116,6 +119,8 @@ class Section:
         found: dict[str, Any] = {}
         if self.recolour is not None:
             found["recolour"] = self.recolour.settings()
+        if self.look is not None:
+            found["look"] = self.look.settings()
         if self.orientation != UPRIGHT:
             found["orientation"] = self.orientation.settings()
         return found

@@ -364,8 +364,8 @@ def _store(
     least = settings.least(len(labels))
     if len(kept) < 2:
         raise InputError(
-            f"{what}: resolution {resolution:.3g} gives {n_all} clusters, {len(kept)} of them with at least {least} nuclei, and finding "
-            "markers takes two; raise `resolution` or lower `min_share` of the clusters"
+            f"{what}: resolution {resolution:.3g} gives {n_all} cluster{'s' * (n_all != 1)}, {len(kept)} of them with at least "
+            f"{least} nuclei, and finding markers takes two; raise `resolution` or lower `min_share` of the clusters"
         )
     position = np.full(labels.max() + 1, -1)
     position[kept] = np.arange(len(kept))

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from prts.evaluation.scored_section import ScoredSection
     from prts.models.uncertainty import CountIntervals
 
-# Paths on this machine and loggers: they do not affect the model.
-_LOCAL = ("paths", "logger", "resume")
-
 
 def bundle_metadata(
     plan: TrainingPlan,
@@ -97,7 +94,7 @@ def bundle_metadata(
 
 def run_provenance(config: Mapping[str, Any], tissue: PreparedTissue) -> dict[str, Any]:
     """Code, config and data behind the model, without paths on this machine."""
-    kept = {key: value for key, value in config.items() if key not in _LOCAL}
+    kept = provenance.portable(config)
     return {
         "code": provenance.code(),
         "config": kept,

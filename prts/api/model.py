@@ -105,7 +105,8 @@ class Model:
         Parameters
         ----------
         path
-            The folder `model` of a training run, or one written by `save`.
+            The folder `model` of a training run, or one written by `save`; or a model on the Hugging Face hub, as
+            `hf://owner/name` or `hf://owner/name@revision`.
         encoder_weights
             The encoder's weights file, if it is not where training read it. They are read when the first slide is predicted.
         device
@@ -114,7 +115,7 @@ class Model:
         Raises
         ------
         InputError
-            If the folder is not a model, is damaged, or was written by a newer prts.
+            If the folder is not a model, is damaged, or was written by a newer prts, or the model cannot be downloaded.
 
         Examples
         --------
@@ -123,7 +124,7 @@ class Model:
         >>> model.per_gene.columns.tolist()
         ['gene_id', 'val_pcc', 'ceiling', 'predictable']
         """
-        bundle = load_bundle(Path(path))
+        bundle = load_bundle(path)
         model = cls.__new__(cls)
         model._encoder, model.likelihood = None, bundle.likelihood
         model.network = {key: value for key, value in bundle.metadata["architecture"].items() if key != "name"}
@@ -205,7 +206,7 @@ class Model:
         settings
             Fields of `prts.api.plan.FitSettings` (`max_epochs`, `learning_rate`, `batch_size`, `scale`, `seed`, `trainer`, ...) and of
             `prts.api.plan.SectionSettings` (`qc`, `register`, `artefacts`,
-            `counting`, `exposure`, `check_image`).
+            `counting`, `exposure`, `check_image`, `augment`).
 
         Returns
         -------

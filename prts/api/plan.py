@@ -98,6 +98,9 @@ class SectionSettings:
         Model rows and columns of the array that capture more or fewer UMIs as an offset of the Poisson likelihood.
     check_image
         Refuse images that cannot be H&E.
+    augment
+        Views of each training image to read besides it (`prts.features.views`); each epoch draws one for each nucleus. N views take N + 1
+        times the extraction and the disk space.
     """
 
     nuclei: Segmenter | str | None = None
@@ -108,6 +111,7 @@ class SectionSettings:
     counting: CountSettings | None = None
     exposure: bool = False
     check_image: bool = True
+    augment: int = 0
 
 
 def check_features(features: Sequence[str]) -> tuple[str, ...]:
@@ -348,6 +352,9 @@ def make_plan(
         encoder=needed_encoder(encoder, features),
         cache_dir=cache_dir,
         check_image=preparation.check_image,
+        augment=preparation.augment,
+        seed=settings.seed,
+        use=features,
     )
     return TrainingPlan(
         prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),

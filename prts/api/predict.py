@@ -16,8 +16,8 @@ from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
 from prts.errors import ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
 from prts.features.encoders.tokens import torch_device
-from prts.features.feature_reader import STORED
-from prts.io.cache import default_cache, fingerprint, reading
+from prts.features.feature_reader import STORED, InputReader
+from prts.io.cache import default_cache, fingerprint, log_size, reading
 from prts.io.nuclei import load_nuclei
 from prts.io.orientation import Orientation
 from prts.io.prediction import check_out
@@ -26,11 +26,13 @@ from prts.models.predict import View, predict_store, predict_views, write_predic
 from prts.models.scale import check_scale
 from prts.preprocess.artefacts import log_artefacts
 from prts.preprocess.stains.base import match_stain
+from prts.progress import of_section
 from prts.section import Section, read_section
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
     from shapely.geometry.base import BaseGeometry
 
     from prts.features.encoders import Encoder
@@ -192,13 +194,23 @@ class SlidePredictor:
             segmenter = as_segmenter(nuclei, self.bundle, section)
             seen = match_stain(section.reoriented(orientation), settings.stain, self.bundle.metadata.get("stain"))
             folder = self._cache / "predict" / section.name
-            found = _find_nuclei(self.bundle, section, seen, segmenter, settings, folder, watch)
+            with of_section(section.name):
+                found = _find_nuclei(self.bundle, section, seen, segmenter, settings, folder, watch)
         return SegmentedSlide(section, seen, views, settings, folder, found, watch)
+
+    def features(self, slide: SegmentedSlide) -> NDArray[np.float32]:
+        """What the model reads of a slide's nuclei, (n, d) in the order of its input."""
+        with reading(self._cache), of_section(slide.section.name):
+            view = _read(self.bundle, slide.seen, slide.views[0], slide.found, slide.folder, self._encoder)
+            read = InputReader(
+                view.features, self.bundle.input_use, lambda: view.among, slide.section.mpp, view.context
+            )
+            return read(view.nuclei["cell_id"].to_numpy())
 
     def predict(self, slide: SegmentedSlide, out: Path | str) -> PredictedSlide:
         """Extract the features of a slide's nuclei, predict them and write `out`."""
         out, bundle, found, watch = check_out(Path(out)), self.bundle, slide.found, slide.watch
-        with reading(self._cache):
+        with reading(self._cache), of_section(slide.section.name):
             with watch("features"):
                 readings = [_read(bundle, slide.seen, view, found, slide.folder, self._encoder) for view in slide.views]
             with watch("predict"):
@@ -224,6 +236,7 @@ class SlidePredictor:
         for stage, seconds in watch.seconds.items():
             logger.info("%-10s%8.1f s", stage, seconds)
         logger.info("peak memory %.0f MB", peak_rss_mb())
+        log_size(slide.folder)
         if verdict is None:
             return PredictedSlide(out, None, dict(watch.seconds))
         logger.log(logging.INFO if verdict.believable else logging.WARNING, "verdict: %s", verdict.text)
@@ -400,6 +413,7 @@ def _provenance(bundle: Bundle, settings: SlideSettings, orientation: Orientatio
         "roi": None if found.region is None else found.region.wkt,
         "bundle": {
             "sha256": bundle.sha256,
+            "origin": bundle.origin,
             "format_version": about["format_version"],
             "code": made.get("code"),
             "config_fingerprint": made.get("config_fingerprint"),

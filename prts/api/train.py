@@ -28,7 +28,7 @@ from prts.evaluation.stripes import stripe_figures
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
 from prts.io.unit_names import unit_name
-from prts.models.bundle import Bundle, load_bundle, save_bundle
+from prts.models.bundle import Bundle, add_scores, load_bundle, save_bundle
 from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
 from prts.models.fit import Fitted, fit
 from prts.models.module import seed_everything
@@ -36,6 +36,7 @@ from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
 from prts.models.predictor import LIMIT_MULTIPLE, Predictor, highest_counts
 from prts.models.uncertainty import calibrate_intervals
+from prts.progress import working
 from prts.stopwatch import Stopwatch, peak_rss_mb
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class _Training:
             return Run({}, None, self.history.table(), datamodule)  # the first process of a DDP job tests and writes
         bundle, validation, flagged = self._ship(datamodule, fitted)
         test, metrics = self._test(datamodule, bundle, validation, flagged)
+        bundle = add_scores(bundle, _scores(metrics, datamodule))
         self._write(datamodule, bundle, test, metrics, fitted.best_epoch)
         self.loggers.results(metrics)
         _log_summary(metrics)
@@ -152,7 +154,8 @@ class _Training:
             from prts.report.results import write_pages
             from prts.report.run_index import write_index
 
-            write_pages(bundle, test, metrics, self.folder)
+            with working("report"):
+                write_pages(bundle, test, metrics, self.folder)
             write_index(self.folder, metrics)
         return Run(metrics, bundle, self.history.table(), datamodule)
 
@@ -198,7 +201,7 @@ class _Training:
             path.write_text(
                 yaml.safe_dump(dict(self.plan.config), sort_keys=False, allow_unicode=True), encoding="utf-8"
             )
-        with self.watch("train"):
+        with self.watch("train"), working("training"):
             return fit(
                 replace(self.plan.recipe, callbacks=[*self.plan.recipe.callbacks, self.history]),
                 datamodule,
@@ -221,7 +224,7 @@ class _Training:
         self._scoring = Scoring(datamodule.panel, sets, plan.evaluation)
         limit = torch.from_numpy(highest_counts(datamodule.train_sets)) * LIMIT_MULTIPLE
         validation = self._score(Predictor(net, likelihood, rule, limit=limit), datamodule.val_sets, datamodule)
-        with self.watch("baselines"):
+        with self.watch("baselines"), working("baselines"):
             self._baselines = RunBaselines.fit(datamodule, seed=plan.recipe.seed)
             beside = [self._baselines(part.nuclei.section) for part in validation]
             beyond = validated_genes(beside, validation, plan.evaluation)
@@ -261,7 +264,7 @@ class _Training:
         test = [score_intervals(part, intervals, marginal) for part in test]
         tested = {part.nuclei.section: part.result.summary for part in test}
         metrics: dict[str, Any] = unpooled_mean(validation, "val") | unpooled_mean(tested, "test")
-        with self.watch("baselines"):
+        with self.watch("baselines"), working("baselines"):
             metrics |= compare_with_baselines(self._baselines, test, self._scoring, flagged)
         metrics |= stripe_figures(datamodule.tissue)
         metrics |= registration_figures(datamodule.tissue, moved_back=self.plan.preparation.register)
@@ -282,12 +285,11 @@ class _Training:
         if test:
             with atomic(self.folder / "per_gene.csv") as path:
                 mean_per_gene([scored.result.per_gene for scored in test]).to_csv(path, index=False)
-            with self.watch("write"):
+            with self.watch("write"), working("figures"):
                 from prts.report.results import write_predictions  # plotting libraries take seconds to import
 
                 write_predictions(datamodule, bundle, test, self.folder, best_epoch)
-        sets = {"train": datamodule.train_sets, "val": datamodule.val_sets, "test": datamodule.test_sets}
-        roles = {role: [part.section for part in parts] for role, parts in sets.items()}
+        roles = _roles(datamodule)
         with atomic(self.folder / SECTIONS) as path:
             section_table(metrics, roles).to_csv(path, index=False)
         metrics |= {f"seconds/{stage}": seconds for stage, seconds in self.watch.seconds.items()}
@@ -296,6 +298,19 @@ class _Training:
             flat = json_ready(without_sections(metrics, roles))
             path.write_text(json.dumps(flat, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         self._checkpoint.remove()
+
+
+def _roles(datamodule: PRTSDataModule) -> dict[str, list[str]]:
+    """The sections of each part."""
+    sets = {"train": datamodule.train_sets, "val": datamodule.val_sets, "test": datamodule.test_sets}
+    return {role: [part.section for part in parts] for role, parts in sets.items()}
+
+
+def _scores(metrics: Mapping[str, Any], datamodule: PRTSDataModule) -> dict[str, Any]:
+    """The part of metrics.json that belongs to the model, wherever it goes: scores, but no times and nothing about the data."""
+    kept = ("val/", "test/", "baseline/")
+    flat = json_ready(without_sections(metrics, _roles(datamodule)))
+    return {key: value for key, value in flat.items() if key.startswith(kept)}
 
 
 class EpochHistory(pl.Callback):

@@ -74,7 +74,7 @@ class TrainingPlan:
     Raises
     ------
     ParameterError
-        If nuclei are to have exposures, which the likelihood cannot take.
+        If nuclei are to have exposures, which the likelihood cannot take, or views, which nothing would read.
     """
 
     prepare: Prepare
@@ -93,3 +93,9 @@ class TrainingPlan:
                 "exposure",
                 "needs a network with the Poisson likelihood; use loss=poisson without an offset, or leave counts.exposure=false",
             )
+        if self.preparation.augment and self.recipe.baseline is not None:
+            problem = f"has no effect on {self.recipe.baseline}, which is fitted without epochs; leave it at 0"
+            raise ParameterError("encoder", "augment", problem)
+        if self.preparation.augment and self.data.permute:
+            problem = "shuffles the features of the unchanged image only; leave encoder.augment at 0"
+            raise ParameterError("data", "permute", problem)

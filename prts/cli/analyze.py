@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.app import plain, require
 from prts.io.outputs import check_out_folder
+from prts.progress import working
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -38,17 +39,19 @@ def main(cfg: DictConfig) -> None:
     from prts.report.analysis_figures import draw_analysis
 
     allow_pixels(cfg.max_pixels)
-    analysis = analyze(
-        cfg.prediction,
-        section=cfg.section,
-        train_section=None if cfg.train_section is None else _training_section(cfg),
-        markers=cfg.markers,
-        orthologs=cfg.orthologs,
-        visium=cfg.visium,
-        settings=_settings(cfg),
-    )
-    analysis.write(out)
-    draw_analysis(analysis, out / "figures", list(cfg.figures))
+    with working("analysis"):
+        analysis = analyze(
+            cfg.prediction,
+            section=cfg.section,
+            train_section=None if cfg.train_section is None else _training_section(cfg),
+            markers=cfg.markers,
+            orthologs=cfg.orthologs,
+            visium=cfg.visium,
+            settings=_settings(cfg),
+        )
+        analysis.write(out)
+    with working("figures"):
+        draw_analysis(analysis, out / "figures", list(cfg.figures))
 
 
 def _settings(cfg: DictConfig) -> AnalysisSettings:

@@ -22,7 +22,7 @@ from prts.extras import require_extra
 __all__ = ["COMMANDS", "command_help", "config_dir", "overview", "plain", "require", "run"]
 
 COMMANDS = (
-    *("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "download"),
+    *("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "push", "download"),
     *("bench", "doctor"),
 )
 

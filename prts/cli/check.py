@@ -152,7 +152,7 @@ def _check_built(built: Built, key: str, node: Any) -> None:
     if built.limits is not None:
         _check_fields(built.limits, node, f"{key}.", partial=True)
     factory = _factory(built, key, node)
-    own = annotated_fields(built.limits) if built.limits is not None and built.owner == "segmenter" else {}
+    own = annotated_fields(built.limits) if built.limits is not None and built.owner in ("segmenter", "encoder") else {}
     settings = {name: value for name, value in node.items() if not name.startswith("_") and name not in own}
     if _is_registered(built, node):
         del settings["name"]

@@ -79,7 +79,7 @@ def cohort_of(cfg: DictConfig) -> Cohort:
     if page is None and (missing := missing_modules("report")):
         logger.warning("no pages: %s not installed; run %s", ", ".join(missing), install_command("report"))
         page = False
-    bundle = load_bundle(Path(given["bundle"]))
+    bundle = load_bundle(given["bundle"])
     return open_cohort(
         given["slides"],
         given["out"],
@@ -184,6 +184,8 @@ def plan_multirun(overrides: Sequence[str], folders: Sequence[Path]) -> tuple[Co
     if "hydra/launcher=submitit_slurm" in overrides:
         warn_without_accounting()
     added = [f"hydra.sweep.dir={quoted(str(cohort.folder / WORKERS))}"]
+    if cohort.bundle.origin is not None:  # one commit for all workers, which may have no network
+        added.append(f"bundle={quoted(cohort.bundle.origin)}")
     if "worker" not in keys and cfg.slides_per_job is not None:
         added.append(f"worker=range({math.ceil(len(cohort.slides) / cfg.slides_per_job)})")
     return cohort, [*overrides, *added]

@@ -93,7 +93,7 @@ def _bundle(cfg: DictConfig) -> Iterator[Check]:
     from prts.models.bundle import load_bundle
 
     try:
-        bundle = load_bundle(Path(cfg.bundle))
+        bundle = load_bundle(cfg.bundle)
     except InputError as error:
         yield "FAIL", "bundle", str(error)
         return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from prts.cli.app import plain, require
 from prts.errors import InputError
+from prts.progress import working
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,15 +41,16 @@ def main(cfg: DictConfig) -> None:
         raise InputError(f"{out}: is a file; name a folder for metrics.json and per_gene.csv")
     file = Path(cfg.prediction)
     prediction = read_prediction(file)
-    scores = evaluate(
-        prediction,
-        open_section_folder(Path(cfg.section), max_pixels=cfg.max_pixels),
-        nuclei=nuclei_of(prediction, file),
-        model=None if cfg.bundle is None else Model.load(cfg.bundle),
-        qc=None if cfg.get("qc") is None else QCSettings(**plain(cfg.qc)),
-        register=cfg.preprocess.register,
-        settings=EvaluationSettings(**plain(cfg.evaluation)),
-    )
+    with working("scores"):
+        scores = evaluate(
+            prediction,
+            open_section_folder(Path(cfg.section), max_pixels=cfg.max_pixels),
+            nuclei=nuclei_of(prediction, file),
+            model=None if cfg.bundle is None else Model.load(cfg.bundle),
+            qc=None if cfg.get("qc") is None else QCSettings(**plain(cfg.qc)),
+            register=cfg.preprocess.register,
+            settings=EvaluationSettings(**plain(cfg.evaluation)),
+        )
     scores.write(out)
     for line in str(scores).splitlines():
         logger.info("%s", line)

@@ -8,6 +8,8 @@ usage: prts predict bundle=DIR image=FILE out=FILE.h5ad [nuclei=FILE] [mpp=0.5] 
        prts predict bundle=DIR slides=FOLDER|FILE.csv out=FOLDER [patterns=[*.svs]] [page=false] [slides_per_job=N]
        prts predict -m bundle=DIR slides=FOLDER|FILE.csv out=FOLDER worker=0,1,2,3 hydra/launcher=joblib|submitit_slurm
 
+The model is a folder, or `bundle=hf://owner/name[@revision]` on the Hugging Face hub, which is downloaded once.
+
 Nuclei are read from `nuclei=` (GeoJSON, GeoParquet, shapefile, CSV with WKT, label image) or found with `segmentation=`, by default the
 segmenter used in training. `units=bins`, the default of a model trained on bins, tiles the tissue with squares of `bin_um=` um instead;
 glass is left out, and ids are written like 10x's barcodes. um/px comes from `mpp=` or the image's metadata and is never guessed. The
@@ -73,7 +75,7 @@ def main(cfg: DictConfig) -> None:
     from prts.api.predict import EncoderRuntime, predict_slide
     from prts.models.bundle import load_bundle
 
-    given, bundle = plain(cfg), load_bundle(Path(cfg.bundle))
+    given, bundle = plain(cfg), load_bundle(cfg.bundle)
     predicted = predict_slide(
         bundle,
         cfg.image,

@@ -62,6 +62,9 @@ def tissue_settings(cfg: DictConfig) -> tuple[Tissue, PrepareSettings]:
     from prts.preprocess.counts import QCSettings
 
     segmenter, prefer_given = chosen_segmenter(plain(with_units(cfg).segmentation))
+    encoder = plain(cfg.encoder)
+    augment = encoder.pop("augment", 0)
+    use = plain(cfg.data)["use"] if "data" in cfg else STORED
     counts = plain(cfg.counts)
     exposure = counts.pop("exposure")
     settings = PrepareSettings(
@@ -73,7 +76,10 @@ def tissue_settings(cfg: DictConfig) -> tuple[Tissue, PrepareSettings]:
         **plain(cfg.preprocess),
         splitter=instantiate(cfg.split),
         panel=instantiate(cfg.panel),
-        encoder=needed_encoder(encoders.build(plain(cfg.encoder)), plain(cfg.data)["use"] if "data" in cfg else STORED),
+        encoder=needed_encoder(encoders.build(encoder), use),
+        augment=augment,
+        seed=cfg.get("seed", 0),
+        use=use,
         cache_dir=Path(cfg.paths.cache_dir),
         check_image=cfg.check_image,
         max_pixels=cfg.max_pixels,

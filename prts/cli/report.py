@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from prts.cli.app import plain, require
 from prts.errors import InputError
+from prts.progress import working
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -46,12 +47,13 @@ def main(cfg: DictConfig) -> None:
 
     allow_pixels(cfg.max_pixels)
     settings = _settings(cfg)
-    if cfg.run is not None:
-        report_run(cfg.run, cfg.out, settings=settings)
-    else:
-        report_prediction(
-            cfg.prediction, cfg.image, cfg.out, section=cfg.section, analysis=cfg.analysis, settings=settings
-        )
+    with working("report"):
+        if cfg.run is not None:
+            report_run(cfg.run, cfg.out, settings=settings)
+        else:
+            report_prediction(
+                cfg.prediction, cfg.image, cfg.out, section=cfg.section, analysis=cfg.analysis, settings=settings
+            )
 
 
 def _settings(cfg: DictConfig) -> ReportSettings:

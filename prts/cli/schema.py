@@ -136,6 +136,8 @@ class Tissue:
     val: list[str] | None = None
     test: list[str] | None = None
     markers: list[str] | None = None
+    license: Name | None = None
+    cite: Name | None = None
 
 
 @dataclass
@@ -143,6 +145,13 @@ class SegmentationLimits:
     """Keys of any segmenter: whether to prefer a section's own nuclei."""
 
     prefer_given: bool
+
+
+@dataclass
+class EncoderLimits:
+    """Keys of any encoder of `prepare` and `train`: how many views of the image training reads besides the image."""
+
+    augment: Annotated[int, Field(ge=0, le=64)]
 
 
 @dataclass
@@ -245,7 +254,7 @@ class Prepare:
     segmentation: Annotated[Mapping, Built("segmenter", limits=SegmentationLimits)]
     qc: QualityControl
     panel: Annotated[Mapping, Built("panel", limits=SeedLimits)]
-    encoder: Annotated[Mapping, Built("encoder")]
+    encoder: Annotated[Mapping, Built("encoder", limits=EncoderLimits)]
     split: Annotated[Mapping, Built("split", limits=SeedLimits)]
     tissue: Tissue
     preprocess: Preprocess
@@ -482,6 +491,20 @@ class Export:
 
 
 @dataclass
+class Push:
+    """`prts push`."""
+
+    bundle: FilePath
+    repo: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$", description="owner/name")]
+    private: bool
+    revision: Annotated[str, Field(pattern=r"^[^\s@]+$", description="the name of a branch")] | None
+    message: Name | None
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="such as cc-by-4.0")] | None
+    datasets: list[Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$", description="owner/name")]] | None
+    dry_run: bool
+
+
+@dataclass
 class Download:
     """`prts download`."""
 
@@ -514,6 +537,7 @@ SCHEMAS: dict[str, type] = {
     "analyze": Analyze,
     "report": Report,
     "export": Export,
+    "push": Push,
     "download": Download,
     "bench": Bench,
     "doctor": Doctor,

@@ -17,12 +17,16 @@ example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2
 
 from __future__ import annotations
 
+import logging
+import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prts.cli.app import plain
 from prts.cli.prepare import preparation, with_units
 from prts.errors import InputError, ParameterError
+from prts.io.cache import log_size
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -31,6 +35,9 @@ if TYPE_CHECKING:
     from prts.api.training_plan import TrainingPlan
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
+    from prts.section import Section
+
+logger = logging.getLogger(__name__)
 
 # What the training module logs for a callback to watch.
 MONITORED = ("val/loss", "val/reg", "val/bin", "val/pcc", "train/loss", "train/reg", "train/bin")
@@ -60,7 +67,44 @@ def train(cfg: DictConfig, folder: Path) -> Run:
 
     plan = training_plan(cfg)
     loggers = run_loggers(cfg, folder)
-    return train_run(plan, folder, cache_dir=cfg.paths.cache_dir, loggers=loggers, resume=cfg.resume, report=cfg.report)
+    run = train_run(plan, folder, cache_dir=cfg.paths.cache_dir, loggers=loggers, resume=cfg.resume, report=cfg.report)
+    if run.bundle is not None:  # not in the other processes of a DDP job
+        log_size(Path(cfg.paths.cache_dir) / cfg.tissue.name)
+        logger.info("model: %s", _shown(folder / "model"))
+        logger.info("to predict a slide: %s", predict_command(run, folder))
+    return run
+
+
+def predict_command(run: Run, folder: Path) -> str:
+    """The command that predicts a section of a run, which is the pattern for any slide."""
+    from prts.models.bundle import load_bundle
+
+    tissue, roles = run.datamodule.tissue, (run.datamodule.test_sets, run.datamodule.val_sets)
+    prepared = tissue.sections[next(part.section for parts in roles for part in parts)]
+    section = prepared.section
+    given: dict[str, object] = {"bundle": _shown(folder / "model"), "image": _shown(section.image)}
+    if not _states_mpp(section):
+        given["mpp"] = f"{section.mpp:.6g}"
+    if load_bundle(folder / "model").metadata["segmentation"]["name"] == "given":
+        given["nuclei"] = _shown(section.nuclei or prepared.nuclei)
+    given["out"] = "slide.h5ad"
+    return shlex.join(["prts", "predict", *(f"{key}={value}" for key, value in given.items())])
+
+
+def _states_mpp(section: Section) -> bool:
+    """Whether the image alone states the um/px that the section has."""
+    from prts.section import read_section
+
+    try:
+        return math.isclose(read_section(section.image).mpp, section.mpp, rel_tol=1e-3)
+    except InputError:
+        return False
+
+
+def _shown(path: Path) -> Path:
+    """A path as short as it can be written here."""
+    path, here = path.absolute(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def training_plan(cfg: DictConfig) -> TrainingPlan:

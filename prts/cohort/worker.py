@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, TypeVar
 from prts.api.predict import EncoderRuntime, SegmentedSlide, SlidePredictor
 from prts.cohort.claims import Claims
 from prts.cohort.cohort import Cohort
-from prts.cohort.cores import cores_given, within_cores
 from prts.cohort.facts import read_facts, write_thumbnail
 from prts.cohort.slides import CohortSlide
 from prts.cohort.states import SlideState, now, read_state
 from prts.cohort.summary import pace, summarise, thumbnail_path, write_csv
+from prts.cores import cores_given, within_cores
 from prts.errors import InputError, full_disk
 from prts.io.cache import fingerprint
 from prts.models.bundle import versions

@@ -31,11 +31,20 @@ class Batch(NamedTuple):
     exposure: Tensor | None = None
 
 
+def draw_views(n: int, views: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Which image each of n nuclei is read from in an epoch, (n,): 0 is the unchanged one, all are equally likely."""
+    return np.random.default_rng((seed, epoch, views)).integers(0, views, n)
+
+
 class NucleusBatches(Dataset[Batch]):
-    """Nuclei of one or more sections, fetched in batches: `dataset[indices]` is a `Batch`."""
+    """Nuclei of one or more sections, fetched in batches: `dataset[indices]` is a `Batch`.
+
+    Index `k n + i` is nucleus i of all n in their k-th view, with the unchanged image as view 0.
+    """
 
     def __init__(self, sets: Sequence[NucleusSet]) -> None:
         self._features = [nuclei.features for nuclei in sets]
+        self._views = [nuclei.views for nuclei in sets]
         # converted once, so that each batch is densified in the network's dtype
         self._counts = [nuclei.counts.astype(np.float32) for nuclei in sets]
         self._exposure = exposures(sets)
@@ -45,18 +54,21 @@ class NucleusBatches(Dataset[Batch]):
         return int(self._starts[-1])
 
     def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
-        if len(self._features) == 1:
-            features, counts = self._features[0][indices], self._counts[0][indices].toarray()
+        view, nuclei = np.divmod(indices, len(self))
+        if len(self._features) == 1 and not view.any():
+            features, counts = self._features[0][nuclei], self._counts[0][nuclei].toarray()
         else:
             features = np.empty((len(indices), self._features[0].shape[1]), dtype=np.float32)
             counts = np.empty((len(indices), self._counts[0].shape[1]), dtype=np.float32)
-            section = np.searchsorted(self._starts, indices, side="right") - 1
+            section = np.searchsorted(self._starts, nuclei, side="right") - 1
             for number in np.unique(section):
-                mine = section == number
-                rows = indices[mine] - self._starts[number]
-                features[mine] = self._features[number][rows]
+                mine = np.flatnonzero(section == number)
+                rows = nuclei[mine] - self._starts[number]
                 counts[mine] = self._counts[number][rows].toarray()
-        exposure = None if self._exposure is None else torch.from_numpy(self._exposure[indices])
+                for k, seen in enumerate((self._features[number], *self._views[number])):
+                    here = view[mine] == k
+                    features[mine[here]] = seen[rows[here]]
+        exposure = None if self._exposure is None else torch.from_numpy(self._exposure[nuclei])
         return Batch(torch.from_numpy(features), torch.from_numpy(counts), exposure)
 
 
@@ -76,7 +88,8 @@ class DeviceBatches(Dataset[Batch]):
         counts.sum_duplicates()
         self._n_genes = counts.shape[1]
         self._indptr = counts.indptr.astype(np.int64)  # stays here: sizes are known without asking the device
-        self._features = torch.cat([torch.from_numpy(nuclei.features) for nuclei in sets]).to(device)
+        views = zip(*((nuclei.features, *nuclei.views) for nuclei in sets), strict=True)
+        self._features = torch.cat([torch.from_numpy(part) for view in views for part in view]).to(device)
         self._umi = torch.from_numpy(counts.data).to(device)
         self._gene = torch.from_numpy(counts.indices).to(device)
         exposure = exposures(sets)
@@ -85,21 +98,23 @@ class DeviceBatches(Dataset[Batch]):
     @staticmethod
     def n_bytes(sets: Sequence[NucleusSet]) -> int:
         """Memory that these nuclei need."""
-        return sum(nuclei.features.nbytes + 8 * nuclei.counts.nnz for nuclei in sets)
+        return sum((1 + len(nuclei.views)) * nuclei.features.nbytes + 8 * nuclei.counts.nnz for nuclei in sets)
 
     def __len__(self) -> int:
         return len(self._indptr) - 1
 
     def __getitem__(self, indices: NDArray[np.int64]) -> Batch:
-        first, n_expressed = self._indptr[indices], self._indptr[indices + 1] - self._indptr[indices]
+        nuclei = indices % len(self)
+        first, n_expressed = self._indptr[nuclei], self._indptr[nuclei + 1] - self._indptr[nuclei]
         total = int(n_expressed.sum())
         before = np.cumsum(n_expressed) - n_expressed
-        chosen, shift, repeats = torch.from_numpy(np.stack([indices, first - before, n_expressed])).to(self._umi.device)
+        wanted = np.stack([indices, nuclei, first - before, n_expressed])
+        chosen, nucleus, shift, repeats = torch.from_numpy(wanted).to(self._umi.device)
         row = torch.arange(len(indices), device=chosen.device).repeat_interleave(repeats, output_size=total)
         place = torch.arange(total, device=chosen.device) + shift[row]
         counts = self._umi.new_zeros((len(indices), self._n_genes))
         counts[row, self._gene[place].long()] = self._umi[place]
-        return Batch(self._features[chosen], counts, None if self._exposure is None else self._exposure[chosen])
+        return Batch(self._features[chosen], counts, None if self._exposure is None else self._exposure[nucleus])
 
 
 def exposures(sets: Sequence[NucleusSet]) -> NDArray[np.float32] | None:
@@ -138,15 +153,18 @@ class ShuffledBatches(Sampler[NDArray[np.int64]]):
     """A new random order each epoch, cut into batches. The order depends only on the seed and the epoch.
 
     If the last batch has a single nucleus, it is dropped, because batch normalization needs a variance. The same goes for a last batch
-    with fewer nuclei than processes.
+    with fewer nuclei than processes. With several views, each nucleus gets one of them (`draw_views`), as an index of `NucleusBatches`.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, epoch: int = 0, share: Share = ALL) -> None:
+    def __init__(
+        self, n: int, batch_size: int, seed: int, epoch: int = 0, share: Share = ALL, *, views: int = 1
+    ) -> None:
         self._n = n
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = epoch
         self._share = share
+        self._views = views
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the next epoch; Lightning calls this before each."""
@@ -158,6 +176,8 @@ class ShuffledBatches(Sampler[NDArray[np.int64]]):
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         order = np.random.default_rng((self._seed, self._epoch)).permutation(self._n)
+        if self._views > 1:
+            order += self._n * draw_views(self._n, self._views, self._seed, self._epoch)[order]
         self._epoch += 1
         for batch in range(len(self)):
             yield self._share.of(order[batch * self._batch_size : (batch + 1) * self._batch_size])

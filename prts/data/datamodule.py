@@ -174,7 +174,8 @@ class PRTSDataModule(pl.LightningDataModule):
             )  # so that its parts and the section are not in memory for longer than it takes to copy them
             for chosen, part in zip(sets, (TRAIN, VAL, TEST), strict=True):
                 if (rows := _rows(loaded, parts[name], part)).size:
-                    chosen.append(loaded.nuclei.take(rows))
+                    nuclei = loaded.nuclei if part == TRAIN else replace(loaded.nuclei, views=())
+                    chosen.append(nuclei.take(rows))
         self.tissue = tissue
         self.panel = panel
         if sum(map(len, self.train_sets)) < 2:
@@ -187,7 +188,7 @@ class PRTSDataModule(pl.LightningDataModule):
         return torch.from_numpy(mean.astype(np.float32)), torch.from_numpy(spread.astype(np.float32))
 
     def train_dataloader(self) -> DataLoader[Batch] | StreamedBatches:
-        """Shuffled batches of all training sections together."""
+        """Shuffled batches of all training sections together, each nucleus in one of its views."""
         sets = _permuted(self.train_sets, self.seed) if self.permute else self.train_sets
         n, share = sum(map(len, sets)), self._agreed_share()
         if self.batch_size < share.smallest():
@@ -196,7 +197,8 @@ class PRTSDataModule(pl.LightningDataModule):
             )
         if self.streams:
             return self._streamed(sets, self.seed)
-        return self._loader(sets, ShuffledBatches(n, self.batch_size, self.seed, self.first_epoch, share))
+        views = 1 + len(sets[0].views)
+        return self._loader(sets, ShuffledBatches(n, self.batch_size, self.seed, self.first_epoch, share, views=views))
 
     def val_dataloader(self) -> list[DataLoader[Batch]] | list[StreamedBatches]:
         """One loader per validation section: figures are computed per section, never pooled."""
@@ -207,7 +209,8 @@ class PRTSDataModule(pl.LightningDataModule):
 
     def _streamed(self, sets: Sequence[NucleusSet], seed: int | None) -> StreamedBatches:
         sizes, first = [len(nuclei) for nuclei in sets], self.first_epoch
-        order = Buffers(sizes, self.batch_size, self.streaming, seed, first, self._share())
+        views = 1 + len(sets[0].views)
+        order = Buffers(sizes, self.batch_size, self.streaming, seed, first, self._share(), views=views)
         return StreamedBatches(sets, order, num_workers=self.num_workers, seed=self.seed)
 
     def _agreed_share(self) -> Share:
@@ -268,6 +271,7 @@ def _load_section(prepared: PreparedSection, panel: Panel, use: Sequence[str]) -
     )
     aligned = panel.align(counts)
     nuclei = _nuclei(prepared, counts, row, read(cell_id), aligned if len(row) == counts.n_obs else aligned[row])
+    nuclei = replace(nuclei, views=tuple(read.of(*stores)(cell_id) for stores in prepared.views))
     return _Loaded(nuclei, row, _positions(prepared, counts), read.widths, is_artefact(counts.obs)[row])
 
 
@@ -277,12 +281,17 @@ def _stored_section(prepared: PreparedSection, panel: Panel, use: Sequence[str],
 
     inputs = write_inputs(prepared.counts.parent, prepared, panel, with_shape=not bins)
     features, widths = section_features(prepared, inputs, use)
+    views = [section_features(prepared.seen(stores), inputs, use)[0] for stores in prepared.views]
     measured = section_counts(inputs, len(panel.genes))
     counts = ad.read_h5ad(prepared.counts, backed="r")
     try:
         row = _with_features(counts, prepared)
         nuclei = _nuclei(prepared, counts, row, features.take(row), measured.take(row))
-        compact = replace(nuclei, cell_id=nuclei.cell_id.astype(np.dtypes.StringDType()))
+        compact = replace(
+            nuclei,
+            cell_id=nuclei.cell_id.astype(np.dtypes.StringDType()),
+            views=tuple(view.take(row) for view in views),
+        )
         return _Loaded(compact, row, _positions(prepared, counts), widths, is_artefact(counts.obs)[row])
     finally:
         counts.file.close()
@@ -339,13 +348,18 @@ def _matched(whole: dict[str, _Loaded], train: Sequence[str]) -> SlideScale:
                 len(features),
             )
             continue
-        slide = reference.moments([features])
-        if isinstance(features, StoredFeatures):
-            features = replace(features, scale=reference, slide=slide)
-            whole[name] = loaded._replace(nuclei=replace(loaded.nuclei, features=features))
-        else:
-            reference.match(features, slide)
+        # a view is matched as another slide would be
+        own, *views = (_matched_features(each, reference) for each in (features, *loaded.nuclei.views))
+        whole[name] = loaded._replace(nuclei=replace(loaded.nuclei, features=own, views=tuple(views)))
     return reference
+
+
+def _matched_features(features: Any, reference: SlideScale) -> Any:
+    """The features of a slide matched to the reference, in place if they are in memory."""
+    slide = reference.moments([features])
+    if isinstance(features, StoredFeatures):
+        return replace(features, scale=reference, slide=slide)
+    return reference.match(features, slide)
 
 
 def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:

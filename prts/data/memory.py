@@ -64,7 +64,7 @@ def _bytes(section: PreparedSection, use: Sequence[str], n_genes: int, *, scored
     with h5py.File(section.counts) as file:
         n, stored = len(file["X/indptr"]) - 1, len(file["X/data"])
     # counts once as integers and once in the network's dtype; the panel has at most all of them
-    return n * 4 * width + 2 * 8 * stored + scored * n * 8 * n_genes
+    return n * 4 * width * (1 + len(section.views)) + 2 * 8 * stored + scored * n * 8 * n_genes
 
 
 def available_bytes() -> int:

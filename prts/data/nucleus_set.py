@@ -33,6 +33,8 @@ class NucleusSet:
         (n,) area in um2.
     exposure
         (n,) relative capture of the nucleus's bins, with which expected counts are multiplied in training; None: 1.
+    views
+        Features of the same nuclei in further views of the image (`prts.features.views`), each like `features`. Only training reads them.
     """
 
     section: str
@@ -43,6 +45,7 @@ class NucleusSet:
     total_counts: NDArray[np.int64]
     area_um2: NDArray[np.float64]
     exposure: NDArray[np.float32] | None = None
+    views: tuple[Any, ...] = ()
 
     def __len__(self) -> int:
         return len(self.cell_id)
@@ -60,6 +63,7 @@ class NucleusSet:
             total_counts=self.total_counts[rows],
             area_um2=self.area_um2[rows],
             exposure=None if self.exposure is None else self.exposure[rows],
+            views=tuple(_taken(view, rows) for view in self.views),
         )
 
 

@@ -19,6 +19,7 @@ from prts.data.counts_in_turn import CountsInTurn
 from prts.data.prepare_counts import measured_registration, passing_settings, prepare_bin_table, prepare_counts
 from prts.data.prepare_input import (
     STAGE_VERSION,
+    InputStores,
     build,
     prepare_colour,
     prepare_context,
@@ -32,13 +33,16 @@ from prts.data.splits import TRAIN, Roles
 from prts.errors import InputError
 from prts.features.colour import colour_tile
 from prts.features.no_encoder import NoEncoder
+from prts.features.views import View
 from prts.io.cache import fingerprint
 from prts.io.nuclei import load_nuclei
 from prts.platforms.base import HasUnits, Registration
 from prts.preprocess.artefacts import is_artefact
 from prts.preprocess.counts import required_measurement
 from prts.preprocess.image_check import require_h_and_e
+from prts.preprocess.panel import Panel, warn_of_small
 from prts.preprocess.species import mitochondrial_prefix
+from prts.progress import of_section, working
 from prts.segmentation.bins import Bins
 from prts.stopwatch import Stopwatch
 
@@ -121,8 +125,9 @@ def prepare_section(
     with watch("open"):
         section = resolve_section(tissue.sections[name], tissue.name, settings.cache_dir, settings.max_pixels)
     stages = _Stages(tissue.name, tissue.species, {name: section}, settings, watch)
-    stages.count(name)
-    return stages.read_image(name)
+    with of_section(name):
+        stages.count(name)
+        return stages.read_image(name, trains=name in tissue.train)
 
 
 def check_sections(tissue: Tissue, settings: PrepareSettings) -> list[str]:
@@ -216,12 +221,12 @@ def _prepared(
     prepared: dict[str, PreparedSection] = {}
 
     def count(key: str) -> None:
-        with bad.noting(key):
+        with bad.noting(key), of_section(key):
             stages.count(key)
 
     def read_image(key: str) -> None:
-        with bad.noting(key):
-            prepared[key] = stages.read_image(key)
+        with bad.noting(key), of_section(key):
+            prepared[key] = stages.read_image(key, trains=key in roles.train)
 
     in_turn(sections, count)
     roles = bad.settle(roles)
@@ -282,11 +287,11 @@ class _Stages:
     def panel(self, roles: Roles, without: Mapping[str, str]) -> Path:
         """Choose the genes from the training sections."""
         counts = {key: self._counts[key] for key in self._sections if key not in without}
-        with self._watch("panel"):
+        with self._watch("panel"), working("gene panel"):
             return _panel(self._root, roles, self._sections, counts, self._settings)
 
-    def read_image(self, key: str) -> PreparedSection:
-        """Compute what a model reads of the nuclei that pass quality control."""
+    def read_image(self, key: str, *, trains: bool) -> PreparedSection:
+        """Compute what a model reads of the nuclei that pass quality control, for training also in views of the image."""
         section, folder, passing = self._sections[key], self._root / key, self._passing[key]
         with self._watch("features"):
             kept = _passing(load_nuclei(self._nuclei[key]), self._counts[key])
@@ -297,6 +302,10 @@ class _Stages:
             colour = prepare_colour(folder, section, kept, colour_tile(bins=self.bins), passing)
         with self._watch("context"):
             around = prepare_context(folder, section, kept, passing)
+        views: tuple[InputStores, ...] = ()
+        if trains and self._settings.augment:
+            with self._watch("views"):
+                views = self._views(key, kept)
         return PreparedSection(
             section,
             self._nuclei[key],
@@ -306,7 +315,24 @@ class _Stages:
             around,
             self._registration[key],
             self._tables[key],
+            views,
         )
+
+    def _views(self, key: str, kept: GeoDataFrame) -> tuple[InputStores, ...]:
+        """What a model reads in each view of a training section, and the cost in the log."""
+        section, settings, found = self._sections[key], self._settings, []
+        for number in range(settings.augment):
+            view = View.draw(settings.seed, section.name, number)
+            logger.info("%s, view %d of %d: %s", section.name, number + 1, settings.augment, view)
+            moved = view.orientation.nuclei(kept, section.file_size)
+            place = self._root / key, view.of(section), moved
+            found.append(prepare_input(*place, settings.use, lambda: settings.encoder, self._passing[key]))
+        size = sum(path.stat().st_size for stores in found for path in stores if path is not None)
+        logger.info(
+            "%s: read %d times for training, the image and %d views, which take %.1f MB of the cache",
+            *(section.name, 1 + len(found), len(found), size / 1e6),
+        )
+        return tuple(found)
 
 
 def _with_units(section: Section, bin_um: int) -> Section:
@@ -344,7 +370,9 @@ def _panel(
         trains = {counts[name]: (parts[name] == TRAIN) & ~flagged[name] for name in roles.train}
         settings.panel(CountsInTurn(trains)).to_json(path)
 
-    return build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
+    path = build(root / f"panel-{fingerprint(decides)}.json", make, what="gene panel from the training nuclei")
+    warn_of_small(Panel.from_json(path))
+    return path
 
 
 def _passing(nuclei: GeoDataFrame, counts: Path) -> GeoDataFrame:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from prts.errors import ParameterError
+from prts.features.feature_reader import STORED
 from prts.platforms.bin_owners import CountSettings
 from prts.preprocess.counts import QCSettings
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+    from prts.data.prepare_input import InputStores
     from prts.data.splits import Splitter
     from prts.features.encoders import Encoder
     from prts.platforms.base import Registration
     from prts.preprocess.panel import Panel
     from prts.section import Section
     from prts.segmentation.segment import Segmenter
+
+
+MOST_VIEWS = 64
+"""Views that `augment` allows; the disk holds one more copy of the training features for each."""
 
 
 class PanelBuilder(Protocol):
@@ -67,6 +74,17 @@ class PrepareSettings:
         Largest image that is decoded as a whole; None: 2^29 px.
     skip_bad
         Leave sections out that cannot be used, instead of raising an error that names them all.
+    augment
+        Views of the image of each training section to read besides the image itself (`prts.features.views`).
+    seed
+        Seed of the views.
+    use
+        Blocks of the model's input, of which views are read.
+
+    Raises
+    ------
+    ParameterError
+        If `augment` is out of range, or no block is read from the image.
     """
 
     segmenter: Segmenter
@@ -83,6 +101,17 @@ class PrepareSettings:
     check_image: bool = True
     max_pixels: int | None = None
     skip_bad: bool = False
+    augment: int = 0
+    seed: int = 0
+    use: Sequence[str] = STORED
+
+    def __post_init__(self) -> None:
+        if isinstance(self.augment, bool) or self.augment not in range(MOST_VIEWS + 1):
+            problem = f"{self.augment!r} is not a number of views; give 0 to {MOST_VIEWS}"
+            raise ParameterError("encoder", "augment", problem)
+        if self.augment and not {*STORED, "context"} & {*self.use}:
+            problem = f"has no effect on {', '.join(self.use)}, which no image is read for; leave it at 0, or add context to data.use"
+            raise ParameterError("encoder", "augment", problem)
 
 
 @dataclass(frozen=True)
@@ -105,6 +134,8 @@ class PreparedSection:
         Displacement of the counts before any correction; None if the platform cannot measure it.
     bin_table
         Which bins were counted for which nucleus (`barcode_mappings-*.parquet`); None if counts are not sums of bins.
+    views
+        Features and context of the same nuclei in each view of a training section.
     """
 
     section: Section
@@ -115,6 +146,11 @@ class PreparedSection:
     context: Path
     registration: Registration | None
     bin_table: Path | None = None
+    views: tuple[InputStores, ...] = ()
+
+    def seen(self, view: InputStores) -> PreparedSection:
+        """The section with the features and the context of a view."""
+        return replace(self, features=view.features, context=view.context or self.context)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from prts.data.batches import ALL, Batch, Share, exposures
+from prts.data.batches import ALL, Batch, Share, draw_views, exposures
 
 if TYPE_CHECKING:
     from prts.data.nucleus_set import NucleusSet
@@ -54,6 +54,8 @@ class Buffers(Sampler[list[Indices]]):
         Decide the order; None: in the order of the sets, with every nucleus.
     share
         The part of each batch that this process takes.
+    views
+        Images of which each nucleus is read from one, drawn as by `ShuffledBatches`.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Buffers(Sampler[list[Indices]]):
         seed: int | None,
         epoch: int = 0,
         share: Share = ALL,
+        *,
+        views: int = 1,
     ) -> None:
         self._sizes = sizes
         self._batch_size = batch_size
@@ -72,6 +76,7 @@ class Buffers(Sampler[list[Indices]]):
         self._seed = seed
         self._epoch = epoch
         self._share = share
+        self._views = views
 
     def set_epoch(self, epoch: int) -> None:
         """Set the number of the next epoch; Lightning calls this before each."""
@@ -91,10 +96,15 @@ class Buffers(Sampler[list[Indices]]):
         return -(-sum(self._sizes) // self._buffer)
 
     def __iter__(self) -> Iterator[list[Indices]]:
-        order = None if self._seed is None else np.random.default_rng((self._seed, self._epoch))
+        order, shift = None, None
+        if self._seed is not None:
+            order, n = np.random.default_rng((self._seed, self._epoch)), sum(self._sizes)
+            if self._views > 1:
+                shift = n * draw_views(n, self._views, self._seed, self._epoch)
         self._epoch += 1
         for buffer in self._buffers(order):
             nuclei = buffer if order is None else order.permutation(buffer)
+            nuclei = nuclei if shift is None else nuclei + shift[nuclei]
             batches = [nuclei[start : start + self._batch_size] for start in range(0, len(nuclei), self._batch_size)]
             if kept := [self._share.of(batch) for batch in batches if len(batch) >= self._least]:
                 yield kept
@@ -144,7 +154,7 @@ class _StoredNuclei(Dataset[_Buffer]):
     def __getitem__(self, batches: list[Indices]) -> _Buffer:
         import scipy.sparse as sp
 
-        wanted = np.concatenate(batches)
+        view, wanted = np.divmod(np.concatenate(batches), self._starts[-1])
         at = np.argsort(wanted)
         ascending = wanted[at]
         cuts = np.searchsorted(ascending, self._starts)
@@ -152,9 +162,11 @@ class _StoredNuclei(Dataset[_Buffer]):
         parts = []
         for nuclei, first, start, stop in zip(self._sets, self._starts, cuts, cuts[1:], strict=False):
             if start < stop:
-                rows = ascending[start:stop] - first
-                features[at[start:stop]] = nuclei.features[rows]
+                rows, mine = ascending[start:stop] - first, at[start:stop]
                 parts.append(nuclei.counts[rows])
+                for k, stored in enumerate((nuclei.features, *nuclei.views)):
+                    if (here := view[mine] == k).any():
+                        features[mine[here]] = stored[rows[here]]
         back = np.empty_like(at)
         back[at] = np.arange(len(at))
         counts = (sp.vstack(parts, format="csr") if parts else self._sets[0].counts[:0])[back]

@@ -84,7 +84,7 @@ def parse_tissue(config: Mapping[str, Any]) -> Tissue:
     ParameterError
         For unknown or missing keys, or a role that names no section.
     """
-    _refuse_unknown("tissue", "", config, ["name", "species", "sections", "markers", *ROLES])
+    _refuse_unknown("tissue", "", config, ["name", "species", "sections", "markers", "license", "cite", *ROLES])
     for key in ("name", "species", "sections", "train"):
         if not config.get(key):
             raise ParameterError("tissue", key, "is required")

@@ -11,6 +11,7 @@ from prts.evaluation.section_scores import PredictedCounts, SectionScores, score
 from prts.evaluation.settings import EvaluationSettings
 from prts.evaluation.spot_scores import spot_pcc
 from prts.io.spots import read_spots
+from prts.progress import of_section, working
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,7 +103,7 @@ def score_sections(
         with watch("predict"):
             umi, prob = _predicted(model, nuclei)
             nuclei = with_counts_in_memory(nuclei)
-        with watch("evaluate"):
+        with watch("evaluate"), of_section(nuclei.section), working("scores"):
             predicted = PredictedCounts(umi, scoring.panel.genes, prob, model.rule.threshold)
             result = score_section(
                 nuclei.counts, predicted, xy_um=nuclei.xy_um, gene_sets=scoring.gene_sets, settings=scoring.settings

@@ -4,8 +4,8 @@ The columns are mean and standard deviation of the optical density (-log10 of tr
 around a nucleus (6), 128 um wide, and within the nucleus (6): over the pixels whose centers are in its polygon and in the central 64 px of
 the tile, or its central pixel, if there are none.
 
-The slide is processed in blocks with a margin as wide as a tile reaches. Sums over tiles are differences of running sums, and pixels of
-nuclei are found for all nuclei of a block at once, so that no tile is ever cut.
+The slide is processed in blocks, of which the part with nuclei is read with a margin of half a tile. Sums over tiles are differences of
+running sums, and pixels of nuclei are found for all nuclei of a block at once, so that no tile is ever cut.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import numpy as np
 import shapely
 from numpy.typing import NDArray
 
-from prts.features.context import DENSITY, by_block
+from prts.features.context import DENSITY, by_block, window
 from prts.features.tiles import center_pixel, in_tile
 from prts.geometry import lattice_points_within
+from prts.progress import track
 
 if TYPE_CHECKING:
     from prts.io.slide import Slide
@@ -83,10 +84,9 @@ def colour(
     scale = slide.mpp / tile.mpp
     center = center_pixel(shapely.get_coordinates(shapely.centroid(polygons)) * scale)
     of_tile, of_nucleus = (np.empty((len(center), len(COLUMNS)), dtype=np.float32) for _ in range(2))
-    side = block + 2 * tile.tile_px
-    for (column, row), members in by_block(center.astype(np.float64), block):
-        left, top = column * block - tile.tile_px, row * block - tile.tile_px
-        density = DENSITY[slide.read_region(left, top, side, side, mpp=tile.mpp)]
+    for members in track(list(by_block(center.astype(np.float64), block)), "color"):
+        (left, top), (width, height) = window(center[members], tile.tile_px // 2)
+        density = DENSITY[slide.read_region(left, top, width, height, mpp=tile.mpp)]
         here = center[members] - (left, top)
         of_tile[members] = _in_squares(density, here - tile.tile_px // 2, tile.tile_px)
         moved = in_tile(polygons[members], scale, np.broadcast_to((left, top), here.shape))

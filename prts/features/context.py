@@ -11,9 +11,9 @@ of red, green and blue, weighted by a Gaussian of that standard deviation around
 * sd = sqrt(max(E[x^2] - E[x]^2, 0)) of the interpolated moments, in double precision from single-precision means. In perfectly even, dark
   color the difference of the two is rounding, and gives an sd of up to 0.001 instead of 0.
 
-The slide is processed in square blocks with a margin as wide as the widest Gaussian reaches, channel by channel, so that memory depends
-neither on the size of the slide nor on the number of nuclei. Blocks start on multiples of the coarsest pixel, so that the numbers do not
-depend on the size of a block. Blocks without nuclei are not read.
+The slide is processed in square blocks, of which the part with nuclei is read with a margin as wide as the widest Gaussian reaches, channel
+by channel, so that memory depends neither on the size of the slide nor on the number of nuclei. What is read starts on multiples of the
+coarsest pixel, so that the numbers do not depend on the size of a block. Blocks without nuclei are not read.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from prts.io.optical_density import read_without_black
+from prts.progress import track
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,10 +88,9 @@ def context(slide: Slide, xy: Points, *, block: int = _BLOCK) -> Floats:
         raise ValueError(f"block {block} is not a multiple of {_COARSEST}")
     at = np.asarray(xy, dtype=np.float64) * (slide.mpp / MPP)
     out = np.empty((len(at), len(COLUMNS)), dtype=np.float32)
-    side = block + 2 * _MARGIN
-    for (column, row), members in by_block(at, block):
-        left, top = column * block - _MARGIN, row * block - _MARGIN
-        pixels = read_without_black(slide, left, top, side, side, MPP)
+    for members in track(list(by_block(at, block)), "context"):
+        (left, top), (width, height) = window(at[members], _MARGIN, _COARSEST)
+        pixels = read_without_black(slide, left, top, width, height, MPP)
         here = at[members] - (left, top)
         for channel in range(3):
             out[members, channel::3] = _channel(DENSITY[pixels[..., channel]], here)
@@ -107,23 +107,34 @@ def _levels() -> list[tuple[int, float]]:
     return found
 
 
+def _reach(width: float) -> int:
+    """Pixels that a Gaussian reaches, and one more for interpolation."""
+    return int(TRUNCATE * width + 0.5) + 1
+
+
 _LEVELS = _levels()
 _COARSEST = _LEVELS[-1][0]
-# What the Gaussian of each scale reaches, and one more pixel for interpolation; whole pixels of the coarsest level.
-_REACH = max(factor * (int(TRUNCATE * width + 0.5) + 1) for factor, width in _LEVELS)
+# Of all scales, in whole pixels of the coarsest level.
+_REACH = max(factor * _reach(width) for factor, width in _LEVELS)
 _MARGIN = -(-_REACH // _COARSEST) * _COARSEST
 
 
-def by_block(at: Points, block: int) -> Iterator[tuple[tuple[int, int], NDArray[np.intp]]]:
-    """Column and row of each square block that holds points (n, 2), and which points, row of blocks by row of blocks."""
+def by_block(at: Points, block: int) -> Iterator[NDArray[np.intp]]:
+    """Which points (n, 2) each square block holds, row of blocks by row of blocks, without empty blocks."""
     if len(at) == 0:
         return
     cell = np.floor(at / block).astype(np.int64)
     order = np.lexsort((cell[:, 0], cell[:, 1]))
     cuts = np.flatnonzero(np.any(np.diff(cell[order], axis=0), axis=1)) + 1
-    for members in np.split(order, cuts):
-        column, row = cell[members[0]]
-        yield (int(column), int(row)), members
+    yield from np.split(order, cuts)
+
+
+def window(at: Points, margin: int, step: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Upper left corner and size of the smallest region on a grid of `step` px with a margin around points (n, 2)."""
+    low = np.floor(at.min(axis=0) / step).astype(int) * step - margin
+    high = (np.floor(at.max(axis=0) / step).astype(int) + 1) * step + margin
+    (left, top), (width, height) = low.tolist(), (high - low).tolist()
+    return (left, top), (width, height)
 
 
 def _channel(density: Floats, at: Points) -> Floats:
@@ -133,7 +144,9 @@ def _channel(density: Floats, at: Points) -> Floats:
     for wanted, width in _LEVELS:
         while factor < wanted:
             first, second, factor = _halved(first), _halved(second), 2 * factor
-        mean, square = (_interpolated(_blurred(moment, width), at / factor) for moment in (first, second))
+        (left, top), (across, down) = window(at / factor, _reach(width))
+        here, seen = at / factor - (left, top), np.s_[top : top + down, left : left + across]
+        mean, square = (_interpolated(_blurred(moment[seen], width), here) for moment in (first, second))
         columns += [mean, np.sqrt(np.maximum(square - mean * mean, 0.0))]
     return np.stack(columns, axis=1).astype(np.float32)
 
@@ -146,7 +159,7 @@ def _halved(image: Floats) -> Floats:
 
 
 def _blurred(image: Floats, width: float) -> Floats:
-    # the edge is that of the block: no point is closer to it than the Gaussian reaches
+    # no point is closer to the edge than the Gaussian reaches
     blurred: Floats = gaussian_filter(image, width, mode="nearest", truncate=TRUNCATE)
     return blurred
 

@@ -85,7 +85,7 @@ def extract(
     parts = Parts(out.with_name(f"{out.name}.parts"), chunks.sizes, identity)
     todo = parts.missing()
     if todo:
-        _encode(slide, plan, encoder, chunks, parts, todo, f"features {out.stem}")
+        _encode(slide, plan, encoder, chunks, parts, todo)
     write_store(
         out,
         cell_ids,
@@ -109,8 +109,10 @@ def extract(
     done, n_tiles = chunks.count(todo)
     seconds = time.perf_counter() - started
     units = unit_name(nuclei["cell_id"].to_numpy())
-    said = "%s: %d %s in %.1f s (%.1f %s/s, %d tiles)"
-    logger.info(said, out.name, done, units, seconds, done / seconds, units, n_tiles)
+    logger.info(
+        "%s: %s features of %d %s in %.1f s (%.1f %s/s, %d tiles)",
+        slide.name, encoder.name, done, units, seconds, done / seconds, units, n_tiles,
+    )  # fmt: skip
 
 
 def _check_reach(plan: TilePlan, cell_ids: NDArray[np.object_]) -> None:
@@ -190,9 +192,7 @@ def _length(part: slice) -> int:
     return int(part.stop - part.start)
 
 
-def _encode(
-    slide: Slide, plan: TilePlan, encoder: Encoder, chunks: _Chunks, parts: Parts, todo: list[int], description: str
-) -> None:
+def _encode(slide: Slide, plan: TilePlan, encoder: Encoder, chunks: _Chunks, parts: Parts, todo: list[int]) -> None:
     """Encode the missing chunks, batch by batch, while another thread cuts the tiles of the next batches."""
     # Batches never span chunks: a resumed run forms the same ones.
     batches = [
@@ -206,7 +206,7 @@ def _encode(
     cut = cut_tiles(slide, encoder.mpp, plan, [batch for _, batch in batches], encoder.device)
     with contextlib.closing(_ahead(cut, _BATCHES_AHEAD)) as groups:
         pairs = zip(batches, groups, strict=True)
-        for (k, batch), tiles in track(pairs, description, total=len(batches)):
+        for (k, batch), tiles in track(pairs, "features", total=len(batches)):
             nuclei = plan.nuclei(batch)
             made = encode(tiles, plan.polygons[nuclei], plan.tile[nuclei] - batch.start)
             for vectors, of in zip((pooled, local), made, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,6 +66,13 @@ class InputReader:
             polygons = nuclei()
             self._known, self._columns = pd.Index(polygons["cell_id"]), morphology(polygons, mpp)
         self.widths = {block: self._width(block) for block in self._use}
+
+    def of(self, store: Path | None, context: Path | None) -> InputReader:
+        """The same input from other stores of the same nuclei, such as those of a view of the image."""
+        other = copy.copy(self)
+        other._store = _reader(store, self._stored)
+        other._context = _reader(context, [block for block in self._use if block == "context"])
+        return other
 
     def _width(self, block: str) -> int:
         if block == "morphology":

@@ -27,16 +27,30 @@ def _unmixing() -> torch.Tensor:
 _UNMIX = _unmixing()
 
 
-def optical_density(tiles: NDArray[np.uint8]) -> torch.Tensor:
-    """-log10 of the transmitted light: (b, rows, columns, 3) uint8 -> (b, 3, rows, columns), 0 for white."""
-    pixels = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2).contiguous().float()
-    return pixels.add_(1.0).mul_(1.0 / 256.0).log10_().neg_()
+def _patterns() -> NDArray[np.uint8]:
+    """The pattern, 0 to 9, of each of the 256 combinations of brighter neighbors, a bit each."""
+    bits = (np.arange(256)[:, None] >> np.arange(8)) & 1
+    changes = (bits != np.roll(bits, 1, axis=1)).sum(axis=1)
+    return np.where(changes > 2, 9, bits.sum(axis=1)).astype(np.uint8)
 
 
-def stains(density: torch.Tensor) -> torch.Tensor:
-    """Amounts of hematoxylin, eosin and residual from optical density (b, 3, rows, columns), by fixed color deconvolution."""
-    red, green, blue = density.unbind(1)
-    return torch.stack([float(u[0]) * red + float(u[1]) * green + float(u[2]) * blue for u in _UNMIX], dim=1)
+_PATTERNS = _patterns()
+_DENSITY = torch.arange(256).float().add_(1.0).mul_(1.0 / 256.0).log10_().neg_().numpy()
+"""-log10 of the transmitted light of each gray level, 0 for white."""
+
+
+def channels(tiles: NDArray[np.uint8]) -> torch.Tensor:
+    """Optical density of red, green and blue, and amounts of hematoxylin, eosin and residual by fixed color deconvolution.
+
+    (b, rows, columns, 3) uint8 -> (b, 6, rows, columns).
+    """
+    out = torch.empty((len(tiles), 6, *tiles.shape[1:3]))
+    np.take(_DENSITY, tiles.transpose(0, 3, 1, 2), out=out[:, :3].numpy(), mode="clip")
+    red, green, blue = out[:, :3].unbind(1)
+    for stain, (r, g, b) in zip(out[:, 3:].unbind(1), _UNMIX.tolist(), strict=True):
+        torch.mul(red, r, out=stain)
+        stain.add_(green, alpha=g).add_(blue, alpha=b)
+    return out
 
 
 def halve(x: torch.Tensor) -> torch.Tensor:
@@ -48,9 +62,12 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 def blur(x: torch.Tensor) -> torch.Tensor:
     """Binomial blur (1, 4, 6, 4, 1) along both axes, sigma 1 px, edges mirrored."""
     x = F.pad(x, (2, 2, 2, 2), mode="reflect")
-    x = (x[..., :-4, :] + x[..., 4:, :]) + 4.0 * (x[..., 1:-3, :] + x[..., 3:-1, :]) + 6.0 * x[..., 2:-2, :]
-    x = (x[..., :-4] + x[..., 4:]) + 4.0 * (x[..., 1:-3] + x[..., 3:-1]) + 6.0 * x[..., 2:-2]
-    return x * (1.0 / 256.0)
+    # (1, 1) four times; each sum is a single pass over memory
+    for _ in range(4):
+        x = x[..., 1:, :] + x[..., :-1, :]
+    for _ in range(4):
+        x = x[..., 1:] + x[..., :-1]
+    return x.mul_(1.0 / 256.0)
 
 
 def gradient(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,13 +84,10 @@ def binary_patterns(x: torch.Tensor) -> torch.Tensor:
 
     The number of the 8 neighbors that are brighter, if they are one run on the circle; else 9. Edges are mirrored.
     """
-    brighter = [neighbor > x for neighbor in _neighbors(x)]
-    count = torch.zeros(x.shape, dtype=torch.uint8)
-    changes = torch.zeros(x.shape, dtype=torch.uint8)
-    for one, next_ in zip(brighter, brighter[1:] + brighter[:1], strict=True):
-        count += one
-        changes += one ^ next_
-    return count.masked_fill_(changes > 2, 9)
+    code = torch.zeros(x.shape, dtype=torch.uint8)
+    for bit, neighbor in enumerate(_neighbors(x)):
+        code |= (neighbor > x).view(torch.uint8) << bit
+    return torch.from_numpy(_PATTERNS[code.numpy()])
 
 
 def local_maxima(x: torch.Tensor) -> torch.Tensor:
@@ -107,8 +121,8 @@ def histogram(index: torch.Tensor, n_bins: int, weight: torch.Tensor | None = No
     (b, c, n_bins), sums to 1.
     """
     b, c = index.shape[:2]
-    images = torch.arange(b * c).view(b, c, 1, 1)
-    flat = (index.to(torch.int64) + images * n_bins).flatten()
+    images = torch.arange(b * c, dtype=torch.int32).view(b, c, 1, 1)
+    flat = (index + images * n_bins).flatten()
     weights = None if weight is None else weight.expand(index.shape).flatten().double()
     counts = torch.bincount(flat, weights, minlength=b * c * n_bins).view(b, c, n_bins)
     return (counts / counts.sum(dim=-1, keepdim=True)).float()

@@ -89,6 +89,13 @@ def default_cache(cache_dir: Path | str | None = None) -> Path:
     return Path(cache_dir if cache_dir is not None else os.environ.get("PRTS_CACHE") or "cache")
 
 
+def log_size(folder: Path) -> None:
+    """Say where cached results are and how much space they take."""
+    used = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    size = f"{used / 1e9:.1f} GB" if used >= 1e8 else f"{used / 1e6:.1f} MB"
+    logger.info("cache: %s in %s; the next run reuses it, and it can be deleted", size, folder)
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a whole file, for provenance that must survive copying."""
     with Path(path).open("rb") as handle:

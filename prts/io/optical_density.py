@@ -22,12 +22,17 @@ GLASS_OD = 0.05
 _BLACK, _SIDE, _RIM = 10, 9, 8
 
 
+def is_black(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether each pixel, (h, w, 3), is as black as what was not scanned, (h, w)."""
+    return np.asarray((rgb <= _BLACK).all(axis=2))
+
+
 def without_black(rgb: NDArray[np.uint8], rim: int = _RIM) -> NDArray[np.uint8]:
     """Pixels (h, w, 3) with unscanned, black areas as white as glass; the same array if there are none.
 
     Such areas are at least 9 px wide, so nothing that a stain colors is one. Pixels up to `rim` px from them become white, too.
     """
-    black = (rgb <= _BLACK).all(axis=2)
+    black = is_black(rgb)
     if np.count_nonzero(black) < _SIDE**2:
         return rgb
     wide = ndimage.minimum_filter(black.astype(np.uint8), _SIDE)
@@ -41,7 +46,7 @@ def without_black(rgb: NDArray[np.uint8], rim: int = _RIM) -> NDArray[np.uint8]:
 def read_without_black(slide: Slide, x: int, y: int, width: int, height: int, mpp: float) -> NDArray[np.uint8]:
     """`Slide.read_region` with unscanned, black areas as white as glass, also those that continue beyond the region."""
     rgb = slide.read_region(x, y, width, height, mpp)
-    if np.count_nonzero((rgb <= _BLACK).all(axis=2)) < _SIDE**2:
+    if np.count_nonzero(is_black(rgb)) < _SIDE**2:
         return rgb
     # a block of full-resolution pixels, and what resampling blends
     rim = min(_RIM, math.ceil(_RIM * slide.mpp / mpp) + 1)

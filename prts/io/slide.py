@@ -48,6 +48,22 @@ class StainTransform(Protocol):
         ...
 
 
+class Look(Protocol):
+    """Changes pixels as they are read in a way that depends on um/px and on the pixels around them, as a blur does."""
+
+    def reach(self, mpp: float) -> int:
+        """Pixels around a region that affect it."""
+        ...
+
+    def __call__(self, rgb: NDArray[np.uint8], mpp: float) -> NDArray[np.uint8]:
+        """Change the pixels of a region, (h, w, 3), at this um/px."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that determines the pixels apart from the slide."""
+        ...
+
+
 class Slide:
     """An H&E image, opened by `open_slide`; a context manager.
 
@@ -55,6 +71,8 @@ class Slide:
     ----------
     path
         The file.
+    name
+        Name in logs: the section's, else that of the file.
     width, height
         Size in full-resolution pixels, as the slide is read.
     file_size
@@ -71,15 +89,18 @@ class Slide:
         Limit on the size of images that are decoded whole; see `prts.io.limits`.
     recolour
         Changes the colors of `read_region`, if set. The thumbnail shows the original colors.
+    look
+        Changes the pixels of `read_region` after that, if set.
     """
 
     recolour: StainTransform | None = None
+    look: Look | None = None
     max_pixels: int | None = None
 
     def __init__(
         self, path: Path, reader: Reader, mpp: float, mpp_source: str, orientation: Orientation = UPRIGHT
     ) -> None:
-        self.path = path
+        self.path, self.name = path, path.stem
         self.mpp = mpp
         self.mpp_source = mpp_source
         self.orientation = orientation
@@ -147,6 +168,16 @@ class Slide:
         InputError
             If the file is truncated or corrupt there.
         """
+        if self.look is None:
+            return self._recoloured(x, y, width, height, mpp, outside)
+        at = self.mpp if mpp is None else mpp
+        reach = self.look.reach(at)
+        wide = self._recoloured(x - reach, y - reach, width + 2 * reach, height + 2 * reach, mpp, outside)
+        return np.ascontiguousarray(self.look(wide, at)[reach : reach + height, reach : reach + width])
+
+    def _recoloured(
+        self, x: int, y: int, width: int, height: int, mpp: float | None, outside: int
+    ) -> NDArray[np.uint8]:
         pixels = self._read(x, y, width, height, mpp, outside)
         return pixels if self.recolour is None else self.recolour(pixels)
 

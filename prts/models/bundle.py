@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from prts.data.slide_scale import SlideScale
 from prts.errors import InputError
 from prts.io.cache import atomic, sha256_file
 from prts.models.bundle_description import FORMAT_VERSION, GIVEN_KEYS, OWN_KEYS, Description, edited, read_description
+from prts.models.hub import as_on_hub, is_reference, pull
 from prts.models.likelihoods import Likelihood, likelihoods
 from prts.models.network import PRTSNet
 from prts.models.ood import MahalanobisOOD
@@ -58,6 +59,8 @@ class Bundle(Predictor):
         Fitted on the same nuclei as the model; None in bundles of older versions.
     slide_scale
         Matches the features of a slide to training before they are used; None if they are used as they are.
+    origin
+        `hf://owner/name@commit` of a bundle from the hub; None for any other.
     """
 
     metadata: dict[str, Any]
@@ -65,6 +68,7 @@ class Bundle(Predictor):
     ood: MahalanobisOOD | None = None
     baselines: ShippedBaselines | None = None
     slide_scale: SlideScale | None = None
+    origin: str | None = None
 
     @property
     def sha256(self) -> str:
@@ -199,25 +203,53 @@ def save_bundle(
             "weights_sha256": sha256_file(weights),
             "versions": versions(),
         }
-        text = json.dumps(_jsonable(description), indent=1, ensure_ascii=False, allow_nan=False)
-        (temporary / "model.json").write_text(text, encoding="utf-8")
+        _write_description(temporary / "model.json", description)
 
 
-def load_bundle(folder: Path) -> Bundle:
+def add_scores(bundle: Bundle, scores: Mapping[str, Any]) -> Bundle:
+    """Write the scores of a model, named as in metrics.json, into its model.json; nothing that predicts changes.
+
+    Parameters
+    ----------
+    bundle
+        The model, in its folder.
+    scores
+        Its scores.
+
+    Returns
+    -------
+    The model with its new metadata.
+    """
+    metadata = {**bundle.metadata, "scores": dict(scores)}
+    with atomic(bundle.folder / "model.json") as temporary:
+        _write_description(temporary, metadata)
+    return replace(bundle, metadata=metadata)
+
+
+def _write_description(path: Path, description: Mapping[str, Any]) -> None:
+    text = json.dumps(_jsonable(description), indent=1, ensure_ascii=False, allow_nan=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def load_bundle(place: Path | str) -> Bundle:
     """Open a bundle and check it.
 
     Parameters
     ----------
-    folder
-        Folder written by `save_bundle`.
+    place
+        Folder written by `save_bundle`, or `hf://owner/name[@revision]`, which is downloaded first.
 
     Raises
     ------
     InputError
-        If a file is missing or damaged or has another format version, the two files do not belong together, or its likelihood comes from
-        a package that is not installed.
+        If a file is missing or damaged or has another format version, the two files do not belong together, its likelihood comes from
+        a package that is not installed, or it cannot be downloaded.
     """
-    folder = Path(folder)
+    if isinstance(place, str) and is_reference(place):
+        folder, origin = pull(place)
+        with as_on_hub(folder, origin):
+            return replace(load_bundle(folder), origin=origin)
+    folder = Path(place)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; a bundle is the folder `model` of a training run")
     path = folder / "model.json"

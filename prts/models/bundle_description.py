@@ -87,6 +87,7 @@ class _Given(_Part):
     limits: _Limits | None = None
     stain: dict[str, Any] | None = None
     nuclei: dict[str, Any] | None = None
+    scores: dict[str, Any] | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
 

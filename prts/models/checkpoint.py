@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from prts.data.datamodule import PRTSDataModule
+from prts.data.prepared import PreparedSection
 from prts.errors import InputError
 from prts.io.cache import atomic
 
@@ -108,13 +109,19 @@ class _InPlace(TorchCheckpointIO):
 def cache_files(datamodule: PRTSDataModule) -> dict[str, str]:
     """Names of the cache files that a model is trained on, which change with their content."""
     tissue = datamodule.tissue
+    kinds = ("counts", "features", *(["context"] if "context" in datamodule.use else []))
     parts = {
-        f"{kind} of {name}": path
+        f"{kind} of {name}{seen}": path
         for name, section in tissue.sections.items()
-        for kind in ("counts", "features", *(["context"] if "context" in datamodule.use else []))
-        if (path := getattr(section, kind)) is not None
+        for seen, part in {"": section, **_views(section)}.items()
+        for kind in kinds
+        if (path := getattr(part, kind)) is not None
     }
     return {kind: path.name for kind, path in {**parts, "gene panel": tissue.panel}.items()}
+
+
+def _views(section: PreparedSection) -> dict[str, PreparedSection]:
+    return {f" in view {k}": section.seen(view) for k, view in enumerate(section.views, start=1)}
 
 
 def find_checkpoint(folder: Path, identity: Mapping[str, Any]) -> Path | None:

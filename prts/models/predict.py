@@ -162,7 +162,7 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
     cell_ids = view.nuclei["cell_id"].to_numpy()
     held = max(1, held_bytes // (4 * sum(read.widths.values()) * chunk)) * chunk
     parts = [cell_ids[start : start + held] for start in range(0, len(cell_ids), held)]
-    seen = _by_slide(bundle, read, parts, whole=len(view.among) == len(view.nuclei))
+    seen = by_slide(bundle, read, parts, whole=len(view.among) == len(view.nuclei))
 
     limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
 
@@ -181,10 +181,22 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
         yield from batch(seen(read(part)))
 
 
-def _by_slide(
-    bundle: Bundle, read: InputReader, parts: Sequence[NDArray[np.object_]], *, whole: bool
+def by_slide(
+    bundle: Bundle, read: Callable[[Any], NDArray[np.float32]], parts: Sequence[NDArray[Any]], *, whole: bool
 ) -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-    """What is done to features before they are predicted: nothing, or the slide is matched to training."""
+    """What is done to the features (n, d) of a slide before they are predicted: nothing, or they are matched to training.
+
+    Parameters
+    ----------
+    bundle
+        The model.
+    read
+        Reads the features of a part.
+    parts
+        The nuclei of the slide, in parts.
+    whole
+        Whether these are all nuclei of the slide.
+    """
     matching, n = bundle.slide_scale, sum(map(len, parts))
     if matching is None:
         return lambda features: features

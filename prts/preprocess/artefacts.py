@@ -93,7 +93,7 @@ def _measure(slide: Slide, polygons: NDArray[Any]) -> pd.DataFrame:
     width, height = slide.size_at(_MPP)
     at = np.clip(at, 0, [width - 1, height - 1])
     out = np.zeros((len(polygons), len(_STATISTICS)), np.float32)
-    for block in track(blocks(width, height, _BLOCK), f"artefacts {slide.path.name}"):
+    for block in track(blocks(width, height, _BLOCK), "artifacts"):
         inside = np.flatnonzero(((at >= [block.x0, block.y0]) & (at < [block.x1, block.y1])).all(axis=1))
         if not len(inside):
             continue

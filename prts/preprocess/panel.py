@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Clustering needs all nuclei in memory; more of them do not change which genes mark a cluster.
 _MOST = 200_000
+# Fewer genes than this are too few for clusters and cell types.
+FEW = 200
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,16 @@ class Panel:
                 "%d of %d panel genes are not in the section and counted as 0: %s", len(absent), len(self.genes), names
             )
         return selector(column, len(var), dtype)
+
+
+def warn_of_small(panel: Panel) -> None:
+    """Say where the paper's method found few genes, as on small or uniform sections, and what finds more."""
+    if panel.method == "paper" and len(panel.genes) < FEW:
+        logger.warning(
+            "panel: only %d of %d highly variable genes mark a cluster; panel=top takes the most variable genes, as many as "
+            "panel.n_genes says",
+            len(panel.genes), panel.steps["highly_variable"],
+        )  # fmt: skip
 
 
 class PaperPanel:
@@ -333,13 +345,14 @@ class TopPanel:
                 f"{self.n_genes}, but only {seen.sum()} genes are seen in at least {needed} of {n_obs} training nuclei; "
                 "lower it, or `min_nuclei` and `min_share`",
             )
-        total = np.concatenate(totals)
-        target = float(np.median(total[total > 0]))
+        umi = np.concatenate(totals)
+        target = float(np.median(umi[umi > 0]))
         mean, variance, n = np.zeros(len(var)), np.zeros(len(var)), np.zeros(len(var))
         for section in _aligned(counts, var):  # one after the other, so that memory is that of the largest
-            nuclei = AnnData(section)
-            _log_normalize(nuclei, target)
-            rows = nuclei.X.astype(np.float64)
+            # scanpy's normalize_total and log1p, without the seconds that its import takes
+            total = np.asarray(section.sum(axis=1), dtype=np.float64).ravel()
+            factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
+            rows = (sp.diags_array(factor) @ section.astype(np.float64)).tocsr().log1p()
             mean, variance, n = incr_mean_variance_axis(rows, axis=0, last_mean=mean, last_var=variance, last_n=n)
         order = np.lexsort((var["gene_id"].to_numpy(dtype=str), -np.where(seen, variance, -1.0)))[: self.n_genes]
         steps = {"nuclei": n_obs, "genes": len(var), "seen": int(seen.sum()), "kept": self.n_genes}
@@ -490,11 +503,11 @@ def _aligned(counts: Sequence[AnnData], var: pd.DataFrame) -> Iterator[sp.csr_ma
         yield genes.align(section).astype(np.float32)
 
 
-def _log_normalize(nuclei: AnnData, target: float | None = None) -> None:
-    """Scale each nucleus to the same total, by default the median, and take log1p."""
+def _log_normalize(nuclei: AnnData) -> None:
+    """Scale each nucleus to the median total and take log1p."""
     import scanpy as sc
 
-    sc.pp.normalize_total(nuclei, target_sum=target)
+    sc.pp.normalize_total(nuclei)
     sc.pp.log1p(nuclei)
 
 

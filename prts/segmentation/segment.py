@@ -82,7 +82,7 @@ def segment(slide: Slide, segmenter: Segmenter) -> gpd.GeoDataFrame:
             f"an H&E image and its um/px is right, or {segmenter.hint}"
         )
     n, area = f"{len(nuclei):,}", nuclei["area_um2"].median()
-    logger.info("%s: %s nuclei by %s, median %.0f um2", slide.path, n, segmenter.name, area)
+    logger.info("%s: %s nuclei by %s, median %.0f um2", slide.name, n, segmenter.name, area)
     return nuclei
 
 

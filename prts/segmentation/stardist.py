@@ -23,6 +23,7 @@ from prts.extras import install_command
 from prts.io.cache import file_identity
 from prts.io.nuclei import make_nuclei
 from prts.io.optical_density import without_black
+from prts.progress import working
 from prts.segmentation import segmenters
 from prts.segmentation.segment import sample
 
@@ -125,10 +126,11 @@ class StarDist:
             fits = np.ptp(found["coord"], axis=2).max(axis=1, initial=0) < limit - 2
             n_giants += int((~fits).sum())
             renumbered = np.r_[0, np.where(fits, np.cumsum(fits), 0)].astype(labels.dtype)
+            advance()
             return renumbered[labels], {key: value[fits] for key, value in found.items()}
 
         model.predict_instances = without_giants
-        with _silence():
+        with _silence(), working("stardist") as advance:
             _, found = model.predict_instances_big(
                 image,
                 axes="YXC",
@@ -136,7 +138,7 @@ class StarDist:
                 min_overlap=[0 if one else self.min_overlap for one in whole] + [0],
                 context=[0 if one else self.context for one in whole] + [0],
                 labels_out=False,
-                show_progress=sys.stderr.isatty(),
+                show_progress=False,
                 show_tile_progress=False,
                 prob_thresh=self.prob_thresh,
                 nms_thresh=self.nms_thresh,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -14,13 +15,14 @@ from skimage.filters import threshold_otsu
 from skimage.morphology import reconstruction
 from skimage.segmentation import watershed
 
+from prts.cores import cores_given, in_threads
 from prts.errors import ParameterError
 from prts.io.nuclei import make_nuclei
 from prts.io.optical_density import GLASS_OD, OPTICAL_DENSITY, without_black
 from prts.io.outlines import labels_to_polygons
 from prts.progress import track
 from prts.segmentation import segmenters
-from prts.segmentation.segment import blocks, owned, sample, without_doubles
+from prts.segmentation.segment import Block, blocks, owned, sample, without_doubles
 
 if TYPE_CHECKING:
     import geopandas as gpd
@@ -30,8 +32,13 @@ if TYPE_CHECKING:
 
 # Rows of an image whose colors are looked up at once: few enough for the processor's cache.
 _ROWS = 32
+# Blocks that are worked on at once, a core each; a block of 2048 px takes half a GB.
+_THREADS = 4
 # Gaussians are cut off at this many sigmas, which bounds how far a block sees.
 _TRUNCATE = 3.0
+_NEIGHBORS = np.ones((3, 3))
+# Lower than any nucleus.
+_BOTTOM = -10.0
 
 
 @segmenters.register("watershed")
@@ -98,20 +105,28 @@ class Watershed:
         margin = round((_TRUNCATE * self.local_um + 2 * np.sqrt(self.max_area_um2 / np.pi)) / self.mpp)
         found, block_of = [np.empty(0, object)], [np.empty(0, np.intp)]
         grid = blocks(width, height, self.block_px)
-        for number, block in enumerate(track(grid, f"watershed {slide.path.name}")):
-            x, y = max(block.x0 - margin, 0), max(block.y0 - margin, 0)
-            right, bottom = min(block.x1 + margin, width), min(block.y1 + margin, height)
-            rgb = without_black(slide.read_region(x, y, right - x, bottom - y, self.mpp))
-            labels = self._labels(rgb, threshold)
-            _, polygons, _ = labels_to_polygons(labels)
-            polygons = shapely.transform(polygons, lambda xy, x=x, y=y: xy + np.array([x, y]))
-            polygons = polygons[owned(polygons, block)]
+
+        def read() -> Iterator[tuple[Block, NDArray[np.uint8], NDArray[np.intp]]]:
+            for block in grid:
+                x, y = max(block.x0 - margin, 0), max(block.y0 - margin, 0)
+                right, bottom = min(block.x1 + margin, width), min(block.y1 + margin, height)
+                rgb = slide.read_region(x, y, right - x, bottom - y, self.mpp)
+                yield block, rgb, np.array([x, y])
+
+        def outlines(given: tuple[Block, NDArray[np.uint8], NDArray[np.intp]]) -> NDArray[Any]:
+            block, rgb, corner = given
+            _, polygons, _ = labels_to_polygons(self._labels(without_black(rgb), threshold))
+            polygons = shapely.transform(polygons, lambda xy: xy + corner)
+            return polygons[owned(polygons, block)]
+
+        of_blocks = in_threads(outlines, read(), min(cores_given(), _THREADS))
+        for number, polygons in enumerate(track(of_blocks, "watershed", total=len(grid))):
             found.append(polygons)
             block_of.append(np.full(len(polygons), number))
         polygons = np.concatenate(found)
         polygons = polygons[without_doubles(polygons, np.concatenate(block_of))]
         scale = self.mpp / slide.mpp
-        return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=str(slide.path))
+        return make_nuclei(shapely.transform(polygons, lambda xy: xy * scale), slide.mpp, source=slide.name)
 
     def _threshold(self, slide: Slide) -> float | None:
         """The hematoxylin threshold of the slide, from its tissue; None if it has no tissue."""
@@ -144,16 +159,49 @@ class Watershed:
         depth = _gaussian(ndimage.distance_transform_edt(mask), smooth)[mask]
         stain = _gaussian(stain, smooth)[mask]
         # in logarithms a ratio between peak and saddle is a height
-        relief = np.full(mask.shape, -10.0)
+        relief = np.full(mask.shape, _BOTTOM)
         relief[mask] = np.log(np.maximum(depth, 0.5)) + np.log(np.maximum(stain / threshold, 0.1))
         height = -np.log(self.split)
-        lowered = reconstruction(relief - height, relief)  # type: ignore[no-untyped-call]
-        seeds, _ = ndimage.label((relief - lowered >= height - 1e-9) & mask, np.ones((3, 3)))
+        peak = np.zeros_like(mask)
+        peak[mask] = relief[mask] - _reconstruction(relief, height, mask) >= height - 1e-9
+        seeds, _ = ndimage.label(peak, _NEIGHBORS)
         labels = watershed(-relief, seeds, mask=mask)  # type: ignore[no-untyped-call]
         area_um2 = np.bincount(labels.ravel()) * self.mpp**2
         fits = (area_um2 >= self.min_area_um2) & (area_um2 <= self.max_area_um2)
         fits[0] = False
         return np.where(fits[labels], labels, 0).astype(np.int32)
+
+
+def _reconstruction(relief: NDArray[np.float64], height: float, mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Reconstruction of the relief, lowered by a height, under itself, at the pixels of the mask.
+
+    It sorts all pixels, most of which are background, so the pieces of the mask are moved together first.
+    """
+    rows, columns, shape = _packed(mask)
+    packed = np.full(shape, _BOTTOM)
+    packed[rows, columns] = relief[mask]
+    return np.asarray(reconstruction(packed - height, packed)[rows, columns])  # type: ignore[no-untyped-call]
+
+
+def _packed(mask: NDArray[np.bool_]) -> tuple[NDArray[np.intp], NDArray[np.intp], tuple[int, int]]:
+    """Rows and columns of the mask's pixels in an image in which its pieces lie side by side, and the shape of that image."""
+    piece, _ = ndimage.label(mask, _NEIGHBORS)
+    boxes = ndimage.find_objects(piece)
+    top, left = (np.array([box[axis].start for box in boxes]) for axis in (0, 1))
+    # with a pixel of background between them
+    high, wide = (np.array([box[axis].stop - box[axis].start + 1 for box in boxes]) for axis in (0, 1))
+    rows, columns = np.nonzero(mask)
+    if np.sum(high * wide) > mask.size:  # boxes of long pieces overlap
+        return rows, columns, mask.shape
+    width = max(int(np.sqrt(np.sum(high * wide))), int(wide.max()))
+    x = y = shelf = 0
+    for k in np.argsort(-high, kind="stable"):
+        if x + wide[k] > width:
+            x, y, shelf = 0, y + shelf, 0
+        top[k], left[k] = y - top[k], x - left[k]
+        x, shelf = x + wide[k], max(shelf, high[k])
+    of = piece[mask] - 1
+    return rows + top[of], columns + left[of], (int(y + shelf), width)
 
 
 def _gaussian(image: NDArray[Any], sigma: float) -> NDArray[Any]:

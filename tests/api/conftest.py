@@ -26,8 +26,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(sections: dict[str, prts.Section], cache: Path) -> prts.Model:
-    model = prts.Model("classical", likelihood="poisson", network={"hidden": (64,)})
+def encoder() -> prts.encoders.Classical:
+    """Tiles of 64 px take a tenth of the time that 256 px take."""
+    return prts.encoders.Classical(tile_px=64)
+
+
+@pytest.fixture(scope="session")
+def trained(sections: dict[str, prts.Section], encoder: prts.encoders.Classical, cache: Path) -> prts.Model:
+    model = prts.Model(encoder, likelihood="poisson", network={"hidden": (64,)})
     model.train(
         [sections["first"]],
         validation=[sections["second"]],

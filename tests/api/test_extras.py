@@ -5,9 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from prts.cli.app import run
 from prts.errors import InputError
@@ -20,7 +23,22 @@ def test_every_extra_is_one_of_the_package():
     assert PROJECT["name"] == DISTRIBUTION
     assert set(EXTRAS) <= set(PROJECT["optional-dependencies"])
     everything = PROJECT["optional-dependencies"]["all"][0]
-    assert set(everything.split("[")[1].rstrip("]").split(",")) == set(EXTRAS) - {"mlflow"}  # mlflow conflicts
+    assert set(everything.split("[")[1].rstrip("]").split(",")) == set(EXTRAS) - {
+        "lazyslide",
+        "mlflow",
+    }  # see pyproject.toml
+
+
+def test_an_extra_is_complete_only_with_all_that_it_installs():
+    provided: dict[str, set[str]] = {}
+    for module, names in packages_distributions().items():
+        for name in names:
+            provided.setdefault(canonicalize_name(name), set()).add(module)
+    for extra, (modules, _) in EXTRAS.items():
+        checked = {module.split(".")[0] for module in modules}
+        for text in PROJECT["optional-dependencies"][extra]:
+            found = provided.get(canonicalize_name(Requirement(text).name))
+            assert found is None or found & checked, f"{extra}: {text}"
 
 
 def test_a_missing_extra_is_named_before_any_work(monkeypatch, capsys, tmp_path):

@@ -99,10 +99,12 @@ def test_context_and_polygons_need_no_encoder(sections, tmp_path):
     assert scores["test/pcc_mean"] > 0.02
 
 
-def test_a_model_of_matched_slides_matches_a_new_one(sections, cache, predicted, tmp_path, monkeypatch, caplog):
+def test_a_model_of_matched_slides_matches_a_new_one(
+    sections, encoder, cache, predicted, tmp_path, monkeypatch, caplog
+):
     for module in ("data.datamodule", "models.predict", "api.baselines"):
         monkeypatch.setattr(f"prts.{module}.FEWEST", 100)
-    model = prts.Model("classical", network={"hidden": (64,)})
+    model = prts.Model(encoder, network={"hidden": (64,)})
     options = {"nuclei": "watershed", "cache_dir": cache}
     model.train(
         [sections["first"]],
@@ -130,7 +132,7 @@ def test_a_model_of_matched_slides_matches_a_new_one(sections, cache, predicted,
 
 def test_without_validation_sections_blocks_are_held_out(cache, tmp_path):
     simulate_section(tmp_path / "large", cells=1500, genes=100, seed=4)
-    model = prts.Model("classical")
+    model = prts.Model("classical", features=("morphology",))
     model.train([prts.read_visium_hd(tmp_path / "large")], nuclei="watershed", genes=40, max_epochs=2, cache_dir=cache)
     assert model.bundle.metadata["split"]["split"]["name"] == "blocks"
     assert np.isfinite(model.metrics["test/pcc_mean"])

@@ -111,7 +111,7 @@ def test_simulate(disk: Disk, ask: Ask) -> None:
     fills_up(disk, lambda: ask("simulate", out=disk.root / "section", cells=50, genes=50))
 
 
-def test_predict(disk: Disk, ask: Ask, world: Any) -> None:
+def test_predict(disk: Disk, ask: Ask, world: Any, quick_encoder: None) -> None:
     given = {"bundle": world.bundle, "image": world.image, "mpp": world.mpp, "nuclei": world.nuclei}
     out, cache = disk.root / "out" / "slide.h5ad", disk.root / "cache"
     fills_up(disk, lambda: ask("predict", **given, out=out, paths__cache_dir=cache), (".parts/",))

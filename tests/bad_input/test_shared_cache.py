@@ -65,7 +65,7 @@ def test_a_cache_deleted_midway(
     whole, n_lines = contents(cache), 10**6 - counter.left
     weights = (run / "model" / "model.safetensors").read_bytes() if command == "train" else b""
     ended = []
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9) if command == "prepare" else (0.4,):
+    for share in (0.1, 0.5, 0.9) if command == "prepare" else (0.4,):
         deletes = Deletes(cache, int(share * n_lines))
         if command == "prepare":
             shutil.rmtree(cache)

@@ -27,6 +27,8 @@ def test_a_random_split_has_a_position_baseline_and_a_warning(tmp_path):
                 "trainer.accelerator=cpu",
                 "evaluation.bootstrap=50",
                 "logger=none",
+                "report=false",
+                "encoder.tile_px=64",  # quicker than 256
             ],
         )
     train(cfg, tmp_path / "run")

@@ -21,6 +21,7 @@ def test_ridge_as_a_model_scores_as_ridge_beside_a_model(tmp_path):
                 f"paths.cache_dir={tmp_path / 'cache'}",
                 "panel.n_genes=40",
                 "model=ridge",
+                "encoder.tile_px=64",  # quicker than 256
                 "evaluation.bootstrap=50",
             ],
         )

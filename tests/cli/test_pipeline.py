@@ -35,6 +35,7 @@ def composed(cache: Path, *overrides: str):
                 f"panel.n_genes={N_GENES}",
                 "trainer.max_epochs=3",
                 "trainer.accelerator=cpu",
+                "encoder.tile_px=64",  # quicker than 256
                 "evaluation.bootstrap=50",
                 "logger=none",
                 "qc.min_umi=60",  # not the default: prediction and evaluation have to learn it from the bundle
@@ -83,6 +84,8 @@ def test_a_run_folder_holds_what_it_promises(trained):
     per_gene = pd.read_csv(folder / "per_gene.csv")
     assert list(per_gene["gene"]) == result.bundle.genes
     assert metrics["test/pcc_mean"] == pytest.approx(per_gene["pcc"].mean())
+    kept = json.loads((folder / "model" / "model.json").read_text())["scores"]
+    assert kept == {key: value for key, value in metrics.items() if key.startswith(("val/", "test/", "baseline/"))}
 
 
 def test_the_test_predictions_are_those_that_were_scored(trained):
@@ -161,7 +164,7 @@ def test_the_same_seed_gives_the_same_metrics_whatever_the_workers_and_another_s
         return {key: value for key, value in metrics.items() if not key.startswith(("seconds/", "peak_rss_mb"))}
 
     first = figures(trained[0])
-    for overrides in (["data.num_workers=1"], ["data.num_workers=2"], ["seed=1"]):
+    for overrides in (["data.num_workers=2"], ["seed=1"]):
         folder = tmp_path / overrides[0]
         train(composed(cache, *overrides, "report=false"), folder)
         assert (figures(folder) == first) == (overrides != ["seed=1"])
@@ -169,6 +172,6 @@ def test_the_same_seed_gives_the_same_metrics_whatever_the_workers_and_another_s
 
 @pytest.mark.parametrize(("ablation", "width"), [("local_only", 192), ("global_only", 384)])
 def test_an_ablation_changes_the_input_width(cache, trained, tmp_path, ablation, width):
-    result = train(composed(cache, f"ablation={ablation}"), tmp_path / ablation)
+    result = train(composed(cache, f"ablation={ablation}", "report=false"), tmp_path / ablation)
     assert result.bundle.net.in_features == width
     assert result.datamodule.in_features == width

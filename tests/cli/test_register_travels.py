@@ -30,6 +30,7 @@ from prts.simulate.section import simulate_section
 pytestmark = pytest.mark.slow
 
 SHIFT_UM = 6.0
+ENCODER = Classical(tile_px=64)  # quicker than 256
 QC = QCSettings(min_umi=40)
 
 
@@ -47,7 +48,7 @@ def prepared(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ad
         segmenter=Watershed(),
         splitter=Random(),
         panel=TopPanel(n_genes=30),
-        encoder=Classical(),
+        encoder=ENCODER,
         cache_dir=tmp_path_factory.mktemp("cache"),
         qc=QC,
         register=True,
@@ -63,10 +64,10 @@ def prediction(folder: Path, prepared: tuple[ad.AnnData, Panel], tmp_path_factor
     root = tmp_path_factory.mktemp("predicted")
     panel = prepared[1]
     metadata = {
-        "encoder": Classical().settings(),
+        "encoder": ENCODER.settings(),
         "encoder_weights": None,
         "mpp": 0.5,
-        "tile": 256,
+        "tile": 64,
         "pooling": "nucleus",
         "input": {"use": ["local", "global"], "widths": {"local": 192, "global": 384}},
         "segmentation": {"name": "watershed", "arguments": {}},

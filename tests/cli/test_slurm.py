@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM: a cluster of one node and one core, started for the test without systemd.
+"""Sweeps and cohorts on a real SLURM: a cluster of one node and one core, started for the test without systemd.
 
 The tests need root, slurmctld, slurmd and munged; with slurmdbd and mariadbd, they also test what submitit learns from `sacct`.
 """
@@ -13,9 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 
 from prts.cli.scheduler import submitted
+from prts.cohort.states import read_state
+from prts.simulate.section import simulate_section
 
 _ACCOUNTING = ("slurmdbd", "mariadbd", "mariadb-install-db")
 _DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -251,3 +255,50 @@ def test_a_wrong_partition_is_named_and_leaves_nothing(slurm, command, tmp_path)
         "prts: hydra/launcher=submitit_slurm: sbatch: invalid partition specified: gpus"
     )
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.nightly
+def test_a_cohort_survives_cancellation_and_time_limits(slurm, tmp_path):
+    """Two workers, one after the other on the only core: the first is canceled, the second reaches its time limit."""
+    names = [f"s{k}" for k in range(5)]
+    pixels = tifffile.imread(simulate_section(tmp_path / "section", cells=200, genes=50, seed=5) / "tissue_image.tif")
+    (tmp_path / "slides").mkdir()
+    for k, name in enumerate(names):
+        tifffile.imwrite(tmp_path / f"slides/{name}.tif", np.roll(pixels, 23 * k, axis=1), photometric="rgb")
+    prts, cache = (sys.executable, "-m", "prts.cli.main"), f"paths.cache_dir={tmp_path / 'cache'}"
+    sections = [
+        f"tissue.sections.{name}.simulate.{key}"
+        for name in ("train", "val", "test")
+        for key in ("cells=200", "genes=150")
+    ]
+    model = [*prts, "train", *sections, "trainer.max_epochs=1", "panel.n_genes=60", "data.use=[morphology]", cache]
+    model += [f"hydra.run.dir={tmp_path / 'run'}", "logger=none", "evaluation.bootstrap=20", "report=false"]
+    subprocess.run(model, check=True, capture_output=True)
+    out = tmp_path / "out"
+    command = [*prts, "predict", "-m", f"bundle={tmp_path / 'run/model'}", f"slides={tmp_path / 'slides'}", cache]
+    command += [f"out={out}", "mpp=0.5", "check_scale=false", "worker=0,1", "hydra/launcher=submitit_slurm"]
+    command += ["hydra.launcher.mem_gb=2", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"]
+
+    def states():
+        return [state for name in names if (state := read_state(out, name)) is not None]
+
+    def done():
+        return sum(state.status == "done" for state in states())
+
+    with started(command, slurm) as run:
+        wait_for(lambda: done() >= 1 and len(states()) > done(), "the second slide of the first worker")
+        first, second = submitted(out / "workers")[:2]
+        cancel(slurm, first)
+        by_first, messages = done(), out / f"workers/.submitit/{second}/{second}_0_log.out"
+        wait_for(lambda: done() > by_first and len(states()) > done(), "the second slide of the second worker")
+        cancel(slurm, "--signal=USR2", second)  # as SLURM does before the time limit
+        wait_for(lambda: "Requeued job" in messages.read_text(), "the end of the second worker's first attempt")
+        _, stderr = run.communicate(timeout=400)
+
+    assert run.returncode == 0, stderr
+    assert "prts: 1 worker ended early: killed: by SIGTERM" in stderr
+    assert f"prts: 5 of 5 slides done: {out / 'summary.html'}" in stderr
+    assert all((out / f"{name}.h5ad").is_file() for name in names)
+    # each interruption cost the slide in hand one attempt at most, and nothing was done twice
+    attempts = [state.attempts for state in states()]
+    assert max(attempts) <= 3 and sum(attempts) <= 7

@@ -35,7 +35,7 @@ def test_a_slide_is_predicted_and_drawn_in_five_lines(
         prts.read_visium_hd(simulate_section(tmp_path / name, cells=300, genes=200, seed=seed))
         for name, seed in [("train", 1), ("val", 2)]
     )
-    model = prts.Model("classical")
+    model = prts.Model(prts.encoders.classical(tile_px=64))  # quicker than 256
     model.train([train], validation=[val], nuclei="watershed", genes=20, max_epochs=1)
     model.save(tmp_path / "outputs/demo/make/model")
     (tmp_path / "CMU-1-Small-Region.svs").symlink_to(prts_data / "images/CMU-1-Small-Region.svs")

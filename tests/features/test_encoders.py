@@ -127,7 +127,7 @@ def test_vit256_equals_timm_fed_by_hand(checkpoint, tensors, nuclei, pooling, lo
 
 @pytest.mark.parametrize(
     "kind",
-    ["small", pytest.param("vit256", marks=pytest.mark.slow), pytest.param("vit256 bf16", marks=pytest.mark.slow)],
+    ["small", pytest.param("vit256", marks=pytest.mark.slow), pytest.param("vit256 bf16", marks=pytest.mark.nightly)],
 )
 def test_same_vector_wherever_in_a_batch(kind, request, nuclei, tmp_path):
     tiles, polygons = nuclei
@@ -507,6 +507,7 @@ def test_configs_hold_the_constructors_defaults(name, kind):
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", ["tissue=lung", f"encoder={name}"]).encoder, resolve=True)
     assert encoders[config.pop("name")] is kind
+    assert config.pop("augment") == 0  # of training, not of the encoder
     parameters = inspect.signature(kind).parameters
     assert set(config) == set(parameters)
     for key, parameter in parameters.items():

@@ -44,6 +44,7 @@ def preset(name: str) -> dict[str, Any]:
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", ["tissue=lung", f"encoder={name}"]).encoder, resolve=True)
     assert config.pop("name") == "timm"
+    assert config.pop("augment") == 0  # of training, not of the encoder
     return config
 
 

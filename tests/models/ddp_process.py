@@ -21,6 +21,7 @@ import torch
 
 from prts.data.datamodule import PRTSDataModule
 from prts.data.nucleus_set import NucleusSet
+from prts.data.stream import Streaming
 from prts.models.checkpoint import NAME, EpochCheckpoint, find_checkpoint
 from prts.models.fit import Fitted, Recipe, fit
 from prts.models.likelihoods.paper import Paper
@@ -71,7 +72,7 @@ def nuclei(n: int, seed: int) -> NucleusSet:
     return nuclei_from(features, rng.poisson(0.5 * np.exp(features @ world.normal(0, 0.3, (8, 12)))), f"s{seed}")
 
 
-def data() -> PRTSDataModule:
+def data(streams: bool = False) -> PRTSDataModule:
     """57 = 3 x 16 + 9 training nuclei in two sections; validation sections of 33 and 1 nuclei, of which one process gets none."""
     module = PRTSDataModule(lambda: None, lambda *_: {}, batch_size=16, seed=5)
     module.train_sets, module.val_sets, module._is_set_up = (
@@ -79,12 +80,15 @@ def data() -> PRTSDataModule:
         [nuclei(33, 3), nuclei(1, 4)],
         True,
     )
+    module.streams, module.streaming = streams, Streaming(chunk=4, buffer=32)
     module.feature_widths = {"local": 8}
     module.panel = type("Panel", (), {"genes": [str(gene) for gene in range(12)]})()
     return module
 
 
-def train(watch: Watch, *, dropout: float = 0.0, folder: Path | None = None, resume: bool = False) -> Fitted:
+def train(
+    watch: Watch, *, dropout: float = 0.0, folder: Path | None = None, resume: bool = False, streams: bool = False
+) -> Fitted:
     seed_everything(3)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     recipe = Recipe(
@@ -107,7 +111,7 @@ def train(watch: Watch, *, dropout: float = 0.0, folder: Path | None = None, res
     )
     return fit(
         recipe,
-        data(),
+        data(streams),
         checkpoint=None if folder is None else EpochCheckpoint(folder / NAME, IDENTITY),
         resume_from=find_checkpoint(folder, IDENTITY) if resume and folder is not None else None,
     )
@@ -119,9 +123,10 @@ def weights(fitted: Fitted) -> dict[str, torch.Tensor]:
 
 def main(folder: Path) -> None:
     rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    watch, dropped = Watch(), Watch()
+    watch, dropped, streamed = Watch(), Watch(), Watch()
     found: dict[str, Any] = {"plain": weights(train(watch)), "steps": watch.steps, "epochs": watch.epochs}
     found["seen"] = watch.seen
+    found["streamed"], found["streamed_steps"] = weights(train(streamed, streams=True)), streamed.steps
     if processes > 1:
         found["dropout"] = weights(train(dropped, dropout=0.3, folder=folder / "whole"))
         try:

@@ -64,6 +64,15 @@ def test_losses_validation_and_weights_are_those_of_one_process(runs: tuple[Foun
     assert alone["steps"][-1] < 0.9 * alone["steps"][0]  # it learned, so equal weights say something
 
 
+def test_streamed_batches_are_shared_as_well(runs: tuple[Found, Found, Found]) -> None:
+    alone, *both = runs
+    for process in both:
+        np.testing.assert_allclose(process["streamed_steps"], alone["streamed_steps"], rtol=1e-5)
+        for name, tensor in alone["streamed"].items():
+            torch.testing.assert_close(process["streamed"][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert alone["streamed_steps"] != alone["steps"]  # another order
+
+
 def test_a_killed_job_resumes_to_the_same_weights(runs: tuple[Found, Found, Found]) -> None:
     for process in runs[1:]:
         for name, tensor in process["dropout"].items():

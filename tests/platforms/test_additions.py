@@ -18,7 +18,7 @@ from prts.data.prepare import PrepareSettings, prepare_sections, prepare_tissue
 from prts.data.splits import Random, Roles
 from prts.data.tissue import parse_tissue
 from prts.errors import InputError
-from prts.features.encoders import encoders
+from prts.features.no_encoder import NoEncoder
 from prts.io.nuclei import load_nuclei
 from prts.platforms import platforms
 from prts.preprocess.counts import QCSettings
@@ -189,7 +189,7 @@ def settings(cache: Path, **given: object) -> PrepareSettings:
         segmenter=segmenters["polygons"](),
         splitter=Random(),
         panel=TopPanel(n_genes=20),
-        encoder=encoders["classical"](),
+        encoder=NoEncoder(),
         cache_dir=cache,
         qc=QCSettings(min_umi=1),
         **given,

@@ -134,6 +134,7 @@ def test_prepare_measures_warns_and_corrects(tmp_path: Path, caplog):
                     "tissue.test=[]",
                     f"paths.cache_dir='{tmp_path}'",
                     "panel.n_genes=40",
+                    "encoder.tile_px=64",  # quicker than 256
                     *overrides,
                 ],
             )

@@ -77,6 +77,7 @@ def test_prepare_marks_them_and_leaves_them_out_of_training(tmp_path: Path, capl
     simulate = "tissue.sections.train.simulate"
     small = [f"{simulate}.cells=300", f"{simulate}.genes=150", f"+{simulate}.artefacts=1"]
     rest = ["tissue.val=[]", "tissue.test=[]", "split=random", "panel.n_genes=40", f"paths.cache_dir='{tmp_path}'"]
+    rest += ["encoder.tile_px=64"]  # quicker than 256
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         plain = compose("prepare", [*small, *rest])
         looked = compose("prepare", [*small, *rest, "preprocess.artefacts=true"])

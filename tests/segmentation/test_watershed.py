@@ -2,14 +2,16 @@ import numpy as np
 import pytest
 import shapely
 from PIL import Image
+from scipy import ndimage
 from shapely import STRtree
 from skimage.color import rgb2hed
+from skimage.morphology import reconstruction
 
 from prts.errors import ParameterError
 from prts.evaluation.segmentation import match_nuclei
 from prts.io.slide import open_slide
 from prts.segmentation import segmenters
-from prts.segmentation.watershed import Watershed, haematoxylin
+from prts.segmentation.watershed import Watershed, _reconstruction, haematoxylin
 
 PINK, BLUE, GLASS = (225, 160, 195), (90, 60, 140), (243, 242, 244)
 
@@ -87,6 +89,25 @@ def test_area_limits_are_in_um2(tmp_path):
     assert (limits(slide)["area_um2"] >= np.median(area)).all()
     assert len(limits(slide)) == pytest.approx(len(truth) / 2, abs=6)
     assert len(Watershed(max_area_um2=11)(slide)) == 0
+
+
+def test_moved_together_or_not_the_reconstruction_is_the_same():
+    rng = np.random.default_rng(0)
+    mask = ndimage.gaussian_filter(rng.normal(size=(300, 400)), 3) > 0.12
+    mask[0, :50] = mask[:40, -1] = True
+    relief = np.where(mask, rng.uniform(-3, 3, mask.shape), -10.0)
+    whole = reconstruction(relief - 0.5, relief)
+    assert ndimage.label(mask, np.ones((3, 3)))[1] > 30
+    np.testing.assert_array_equal(_reconstruction(relief, 0.5, mask), whole[mask])
+
+
+def test_threads_change_nothing(tmp_path, monkeypatch):
+    slide, _ = picture(tmp_path, size=400, n=100)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr("prts.segmentation.watershed.cores_given", lambda threads=threads: threads)
+        found.append(Watershed(block_px=90)(slide))
+    assert found[0].equals(found[1]) and len(found[0]) > 50
 
 
 @pytest.mark.slow

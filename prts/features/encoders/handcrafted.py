@@ -57,7 +57,7 @@ from prts.features.classical_nucleus import CROP, LOCAL_BLOCKS, local_blocks
 from prts.features.classical_tile import GLOBAL_BLOCKS, global_blocks
 from prts.features.encoders import encoders
 from prts.features.encoders.base import Encoder, Floats, Polygons, TileSettings, checked, signature_of
-from prts.features.texture import optical_density, stains
+from prts.features.texture import channels
 
 
 def _names(blocks: dict[str, tuple[tuple[str, ...], ...]]) -> list[str]:
@@ -69,7 +69,7 @@ class ClassicalSettings(TileSettings):
     """Settings of `Classical`, in addition to `mpp` and `tile_px`."""
 
     pooling: Literal["nucleus"] = "nucleus"
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Annotated[int, Field(ge=1)] = 8
 
 
 @encoders.register("classical")
@@ -129,10 +129,9 @@ class Classical(Encoder):
         out_local = np.empty((len(tiles), self.local_width), dtype=np.float32)
         for start in range(0, len(tiles), self.batch_size):
             batch = slice(start, start + self.batch_size)
-            density = optical_density(tiles[batch])
-            channels = torch.cat([density, stains(density)], dim=1)
-            out_global[batch] = _joined(global_blocks(channels, self.mpp), GLOBAL_BLOCKS)
-            out_local[batch] = _joined(local_blocks(channels, polygons[batch], self.mpp), LOCAL_BLOCKS)
+            pixels = channels(tiles[batch])
+            out_global[batch] = _joined(global_blocks(pixels, self.mpp), GLOBAL_BLOCKS)
+            out_local[batch] = _joined(local_blocks(pixels, polygons[batch], self.mpp), LOCAL_BLOCKS)
         return out_global, out_local
 
 

@@ -1,10 +1,16 @@
-"""The cores that a worker was given, and threads that stay within them."""
+"""The cores that a process was given, and threads that stay within them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 
 # What SLURM gave the job, and what joblib's launcher, or the user, allows a process.
 _VARIABLES = ("SLURM_CPUS_PER_TASK", "OMP_NUM_THREADS")
@@ -30,3 +36,25 @@ def within_cores(cores: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_threads(work: Callable[[Given], Made], items: Iterable[Given], threads: int) -> Iterator[Made]:
+    """Results of `work`, which releases the GIL, in the order of the items, of which few are at hand at a time.
+
+    Parameters
+    ----------
+    work
+        Runs in the threads.
+    items
+        Taken in the thread of the caller, one more than there are threads.
+    threads
+        Number of threads.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        pending: deque[Future[Made]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) > threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
