@@ -15,7 +15,7 @@ from prts.io.slide import Look, Slide, StainTransform, open_slide, reopen_slide
 from prts.io.slide_bounds import Bounds
 from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
-from prts.platforms.base import HasOutlines, HasUnits
+from prts.platforms.base import HasImage, HasOutlines, HasUnits
 from prts.platforms.spaceranger_outs import find_outs, has_spots
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def read_visium_hd(
 
 
 def read_section(
-    image: Path | str,
+    image: Path | str | None = None,
     *,
     name: str | None = None,
     mpp: float | None = None,
@@ -217,9 +217,9 @@ def read_section(
     Parameters
     ----------
     image
-        The full-resolution H&E image.
+        The full-resolution H&E image; if None, that of a SpatialData store.
     name
-        Name of the section; by default the name of the image file.
+        Name of the section; by default the name of the image file, or of the store.
     mpp
         um per full-resolution pixel, if the image does not state it.
     nuclei
@@ -247,14 +247,17 @@ def read_section(
     --------
     >>> section = read_section("slide.svs", mpp=0.5)  # doctest: +SKIP
     >>> section = read_section("he_image.ome.tif", platform="xenium", outs="sample/outs")  # doctest: +SKIP
+    >>> section = read_section(platform="spatialdata", sdata="sample.zarr")  # doctest: +SKIP
     """
-    name = Path(image).stem if name is None else name
     if platform is None and files:
         raise ParameterError("", "platform", f"is missing; name the platform that {next(iter(files))} belongs to")
+    measurement = None if platform is None else make_measurement(name or "", platform, files)
+    if name is None:
+        name = Path(image).stem if image is not None else measurement.path.stem if measurement is not None else ""
     return open_section(
         name,
-        image,
-        measurement=None if platform is None else make_measurement(name, platform, files),
+        own_image(measurement) if image is None else image,
+        measurement=measurement,
         mpp=mpp,
         nuclei=nuclei,
         spots=spots,
@@ -338,6 +341,21 @@ def open_section(
         "section %s: %d x %d px of %.4g um (%s)", name, section.width, section.height, section.mpp, section.mpp_source
     )
     return section
+
+
+def own_image(measurement: Measurement | None) -> Path:
+    """The image that comes with a measurement.
+
+    Raises
+    ------
+    InputError
+        If none does.
+    """
+    if measurement is None:
+        raise InputError("image: is missing; give the H&E image of the section")
+    if not isinstance(measurement, HasImage):
+        raise InputError(f"{measurement.path}: comes without an H&E image; give it as `image`")
+    return measurement.own_image()
 
 
 def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixels: int | None = None) -> Section:

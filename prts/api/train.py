@@ -27,6 +27,7 @@ from prts.evaluation.scored_section import Scoring, score_sections
 from prts.evaluation.stripes import stripe_figures
 from prts.evaluation.summaries import json_ready, mean_per_gene, unpooled_mean
 from prts.io.cache import atomic, filling, reading
+from prts.io.unit_names import unit_name
 from prts.models.bundle import Bundle, add_scores, load_bundle, save_bundle
 from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
 from prts.models.fit import Fitted, fit
@@ -178,9 +179,9 @@ class _Training:
             datamodule.setup()
         n = datamodule.split_report["n"]
         logger.info(
-            "%s: %d training, %d validation, %d test nuclei (%d left out), %d genes, %d features",
-            datamodule.tissue.name, n["train"], n["val"], n["test"], n["left_out"], datamodule.n_genes,
-            datamodule.in_features,
+            "%s: %d training, %d validation, %d test %s (%d left out), %d genes, %d features",
+            datamodule.tissue.name, n["train"], n["val"], n["test"], unit_name(datamodule.train_sets[0].cell_id),
+            n["left_out"], datamodule.n_genes, datamodule.in_features,
         )  # fmt: skip
         return datamodule
 

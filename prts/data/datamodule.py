@@ -25,6 +25,7 @@ from prts.data.stream import Buffers, StreamedBatches, Streaming
 from prts.errors import InputError, ParameterError
 from prts.features.feature_reader import BLOCKS, STORED, InputReader
 from prts.io.nuclei import load_nuclei
+from prts.io.unit_names import unit_name
 from prts.preprocess.artefacts import is_artefact
 
 if TYPE_CHECKING:
@@ -308,7 +309,8 @@ def _with_features(counts: AnnData, prepared: PreparedSection) -> NDArray[np.int
         )
     if len(row) < counts.n_obs:
         logger.warning(
-            "%s: %d nuclei have no features and are left out", prepared.section.name, counts.n_obs - len(row)
+            "%s: %d %s have no features and are left out",
+            *(prepared.section.name, counts.n_obs - len(row), unit_name(counts.obs_names)),
         )
     return row
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.errors import InputError, ParameterError
 from prts.io.cache import fingerprint, lock
-from prts.section import Section, make_measurement, open_section, open_section_folder
+from prts.section import Section, make_measurement, open_section, open_section_folder, own_image
 from prts.simulate.section import simulate_section
 
 if TYPE_CHECKING:
@@ -43,9 +43,8 @@ def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path, max_pixels:
     """
     if spec.simulate is not None:
         return open_section_folder(_simulated(spec.name, spec.simulate, tissue, cache_dir), name=spec.name)
-    assert spec.image is not None
     measurement = make_measurement(spec.name, spec.platform, dict(spec.measurement))
-    missing = [path for path in (spec.image, measurement.path) if not path.exists()]
+    missing = [path for path in (spec.image, measurement.path) if path is not None and not path.exists()]
     if missing:
         cure = (
             f"`prts download tissue={tissue}` fetches it"
@@ -55,7 +54,7 @@ def resolve_section(spec: SectionSpec, tissue: str, cache_dir: Path, max_pixels:
         raise InputError(f"{missing[0]}: no such file; {cure}")
     return open_section(
         spec.name,
-        spec.image,
+        own_image(measurement) if spec.image is None else spec.image,
         measurement=measurement,
         mpp=spec.mpp,
         nuclei=spec.nuclei,

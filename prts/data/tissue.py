@@ -23,7 +23,7 @@ class SectionSpec:
     name
         Name of the section.
     image
-        The full-resolution H&E image; either this or `simulate` is given.
+        The full-resolution H&E image; None with `simulate`, or if the platform's files include the image.
     mpp
         um per full-resolution pixel, if the files do not state it.
     nuclei, spots
@@ -126,10 +126,14 @@ def _parse_section(name: str, node: Any) -> SectionSpec:
         raise ParameterError("section", name, "must be a mapping with at least image and bins")
     given = {str(key): value for key, value in node.items() if value is not None}
     own = {key: given.pop(key) for key in _OWN_KEYS if key in given}
-    if bool(own.get("image")) == bool(own.get("simulate")):
-        raise ParameterError("section", name, "needs either image (with bins) or simulate")
-    if "image" in own:
-        _check_platform(name, str(own.get("platform", DEFAULT_PLATFORM)), given)
+    platform = str(own.get("platform", DEFAULT_PLATFORM))
+    image = bool(own.get("image")) or ("simulate" not in own and hasattr(platforms[platform], "own_image"))
+    if image == bool(own.get("simulate")):
+        raise ParameterError(
+            "section", name, "needs either image, the H&E image that the counts are registered to, or simulate"
+        )
+    if image:
+        _check_platform(name, platform, given)
     else:
         _refuse_unknown("section", f"{name}.", given, _OWN_KEYS)
     mpp = own.get("mpp")

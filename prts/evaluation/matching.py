@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import scipy.sparse as sp
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from prts.data.gene_arrays import Matrix
 from prts.errors import InputError
+from prts.io.unit_names import unit_name
+from prts.preprocess.gene_columns import find_genes, selector
 
 if TYPE_CHECKING:
     import anndata as ad
@@ -87,10 +88,11 @@ def match(prediction: ad.AnnData, counts: ad.AnnData, *, mpp: float) -> MatchedN
         rows = rows[found]
     if len(found) == 0:
         raise InputError(
-            f"prediction: none of its {len(there)} nuclei matches one of the section's {len(here)} by cell_id or within "
-            f"{_NEAREST_UM:g} um; give the prediction of this section's image"
+            f"prediction: none of its {len(there)} {unit_name(prediction.obs_names)} matches one of the section's {len(here)} by cell_id "
+            f"or within {_NEAREST_UM:g} um; give the prediction of this section's image"
         )
-    logger.info("%d of the section's %d nuclei matched by %s", len(found), len(here), by)
+    units = unit_name(counts.obs_names)
+    logger.info("%d of the section's %d %s matched by %s", len(found), len(here), units, by)
     genes = tuple(str(g) for g in prediction.var_names)
     gene_ids = prediction.var["gene_id"].astype(str).tolist() if "gene_id" in prediction.var else None
     prob = prediction.layers.get("prob")
@@ -119,28 +121,12 @@ def mutual_nearest(
 
 def align_genes(counts: ad.AnnData, genes: Sequence[str], gene_ids: Sequence[str] | None, what: str) -> sp.csr_matrix:
     """Columns of a counts table for these genes, in their order; zeros for a gene that it did not measure."""
-    column = np.full(len(genes), -1)
-    searches: list[tuple[Sequence[str] | None, Any]] = [
-        (gene_ids, counts.var.get("gene_id")),
-        (genes, counts.var_names),
-    ]
-    searches.append((genes, counts.var.get("symbol")))
-    for wanted, names in searches:
-        if wanted is None or names is None:
-            continue
-        index = pd.Index(np.asarray(names, dtype=object))
-        unique = np.flatnonzero(~index.duplicated(keep=False))  # a symbol shared by two genes identifies neither
-        hit = index[unique].get_indexer(pd.Index(list(wanted), dtype=object))
-        take = (column < 0) & (hit >= 0)
-        column[take] = unique[hit[take]]
-    known = np.flatnonzero(column >= 0)
-    if len(known) == 0:
+    column = find_genes(counts.var, gene_ids, genes)
+    absent = int(np.count_nonzero(column < 0))
+    if absent == len(genes):
         raise InputError(
             f"{what}: none of the {len(genes)} predicted genes ({genes[0]}, ...) was measured; check species and genome"
         )
-    if len(known) < len(genes):
-        logger.warning("%s: %d of %d predicted genes were not measured", what, len(genes) - len(known), len(genes))
-    pick = sp.csr_matrix(
-        (np.ones(len(known), dtype=np.int32), (column[known], known)), shape=(counts.n_vars, len(genes))
-    )
-    return sp.csr_matrix(sp.csr_matrix(counts.X) @ pick)
+    if absent:
+        logger.warning("%s: %d of %d predicted genes were not measured", what, absent, len(genes))
+    return sp.csr_matrix(sp.csr_matrix(counts.X) @ selector(column, counts.n_vars, np.int32))

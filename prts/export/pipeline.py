@@ -17,6 +17,7 @@ from prts.export.spatial import find_image, write_spatialdata
 from prts.export.tables import write_csv, write_parquet
 from prts.io.analysis import join_analysis
 from prts.io.prediction import plain_text
+from prts.io.unit_names import unit_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -96,7 +97,7 @@ def export_prediction(
         write_geojson(source, columns, out, class_column(source, classification))
     else:
         (write_csv if format == "csv" else write_parquet)(source, columns, out)
-    logger.info("wrote %s: %d nuclei x %d genes", out, len(source.obs), len(columns))
+    logger.info("wrote %s: %d %s x %d genes", out, len(source.obs), unit_name(source.obs.index), len(columns))
     return out
 
 

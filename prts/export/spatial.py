@@ -42,7 +42,7 @@ def find_image(prediction: PredictionFile, image: Path | None) -> Path | None:
     known = [str(about[key]) for key in ("image_path", "image") if about.get(key)]
     candidates = [prediction.path.parent / name for name in known] if image is None else [image]
     for path in candidates:
-        if image is None and not path.is_file():
+        if image is None and not path.exists():
             continue
         with open_slide(path, mpp=float(about["mpp"])) as slide:
             if (slide.width, slide.height) == (about["width"], about["height"]):

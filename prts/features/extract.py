@@ -24,6 +24,7 @@ from prts.features.chunk_store import Parts
 from prts.features.store import Rows, write_store
 from prts.features.tiles import TilePlan, cut_tiles
 from prts.io.cache import file_identity, fingerprint
+from prts.io.unit_names import unit_name
 from prts.progress import track
 
 if TYPE_CHECKING:
@@ -107,9 +108,10 @@ def extract(
     parts.delete()
     done, n_tiles = chunks.count(todo)
     seconds = time.perf_counter() - started
+    units = unit_name(nuclei["cell_id"].to_numpy())
     logger.info(
-        "%s: %s features of %d nuclei in %.1f s (%.1f nuclei/s, %d tiles)",
-        slide.name, encoder.name, done, seconds, done / seconds, n_tiles,
+        "%s: %s features of %d %s in %.1f s (%.1f %s/s, %d tiles)",
+        slide.name, encoder.name, done, units, seconds, done / seconds, units, n_tiles,
     )  # fmt: skip
 
 

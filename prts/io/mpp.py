@@ -130,7 +130,7 @@ def tiff_sources(tif: tifffile.TiffFile, page: tifffile.TiffPage) -> list[MppSou
     if tif.is_imagej:
         # ImageJ states the unit of the resolution tags in its description
         unit = str((tif.imagej_metadata or {}).get("unit", "")).encode().decode("unicode_escape", "ignore")
-        return sources + _resolution_sources(page, _um_per_unit(unit), "the ImageJ resolution")
+        return sources + _resolution_sources(page, um_per_unit(unit), "the ImageJ resolution")
     tag = page.tags.get("ResolutionUnit")
     um = _UM_PER_RESOLUTION_UNIT.get(int(_scalar(tag.value) or 0) if tag is not None else 2)
     return sources + _resolution_sources(page, um, "the TIFF resolution tags")
@@ -170,12 +170,19 @@ def _ome_sources(xml: str | None, width: int, height: int) -> list[MppSource]:
     values: list[float | None] = []
     for axis in "XY":
         size = _number(pixels.get(f"PhysicalSize{axis}"))
-        um = _um_per_unit(pixels.get(f"PhysicalSize{axis}Unit", "um"))
+        um = um_per_unit(pixels.get(f"PhysicalSize{axis}Unit", "um"))
         values.append(None if size is None or um is None else size * um)
     return from_axes("the OME metadata", values[0], values[1])
 
 
-def _um_per_unit(unit: str) -> float | None:
+def um_per_unit(unit: str) -> float | None:
+    """Um per unit of length, by its name; None if it is not one.
+
+    Examples
+    --------
+    >>> um_per_unit("Micrometer"), um_per_unit("pixel")
+    (1.0, None)
+    """
     # the micro sign and the Greek letter mu are two characters
     return _UM_PER_UNIT.get(unit.strip().lower().replace("\u00b5", "u").replace("\u03bc", "u"))
 

@@ -22,6 +22,7 @@ from prts.io.orientation import UPRIGHT, Orientation
 from prts.io.slide_paths import refuse_thumbnail, slide_of
 from prts.io.slide_readers import Level, OpenSlideReader, Reader, read_pillow
 from prts.io.slide_tiff import check_tiles, open_tiff
+from prts.io.slide_zarr import ZarrReader, is_zarr_image
 
 logger = logging.getLogger(__name__)
 
@@ -284,7 +285,7 @@ def open_slide(
     orientation: Orientation = UPRIGHT,
     max_pixels: int | None = None,
 ) -> Slide:
-    """Open an H&E image: TIFF, BigTIFF, OME-TIFF, formats of OpenSlide (SVS, NDPI, MRXS, ...), PNG or JPEG.
+    """Open an H&E image: TIFF, BigTIFF, OME-TIFF, OME-Zarr, formats of OpenSlide (SVS, NDPI, MRXS, ...), PNG or JPEG.
 
     Only the tiles that a region touches are decoded, except for PNG, JPEG and TIFF in a single compressed strip.
 
@@ -381,11 +382,13 @@ def image_size(path: Path, max_pixels: int | None = None) -> tuple[int, int]:
 
 
 def _open_reader(path: Path, max_pixels: int | None) -> Reader:
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder; give {slide_of(path)}")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: no such file; give an H&E image")
     try:
+        if path.is_dir():
+            if is_zarr_image(path):
+                return ZarrReader(path, max_pixels)
+            raise InputError(f"is a folder; give {slide_of(path)}")
         with path.open("rb") as handle:
             magic = handle.read(4)
         if not magic:

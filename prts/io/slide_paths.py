@@ -24,6 +24,10 @@ def slide_of(folder: Path) -> str:
     """What to open instead of a folder."""
     if (folder / "Slidedat.ini").is_file():
         return f"the file {folder.name}.mrxs next to it"
+    if (folder / "images").is_dir():  # of a SpatialData store
+        image = next((path for path in sorted((folder / "images").iterdir()) if path.is_dir()), None)
+        if image is not None:
+            return f"one of its images, such as {image}"
     for path in sorted(folder.iterdir())[:_LOOKED_AT]:
         if path.is_file() and not path.name.startswith("."):
             with path.open("rb") as file:

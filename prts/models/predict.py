@@ -18,6 +18,7 @@ from prts.errors import InputError
 from prts.features.feature_reader import InputReader
 from prts.features.store import read_store_attrs
 from prts.io.prediction import SCALE, PredictionWriter, spatial_uns
+from prts.io.unit_names import unit_name
 from prts.models.ood import Verdict, verdict
 from prts.models.predictor import CHUNK
 from prts.preprocess.artefacts import is_artefact
@@ -324,5 +325,6 @@ def write_prediction(
                     f"{section.image}: {said.text}; train on slides like this one, or set strict=false to write it nevertheless"
                 )
             writer.add(obs={"ood": shares}, prts={"verdict": said.text, "believable": said.believable})
-    logger.info("wrote %s: %d nuclei x %d genes", out, len(nuclei), len(genes))
+    units = unit_name(nuclei["cell_id"].to_numpy())
+    logger.info("wrote %s: %d %s x %d genes", out, len(nuclei), units, len(genes))
     return said

@@ -247,6 +247,21 @@ class HasOutlines(Protocol):
         ...
 
 
+@runtime_checkable
+class HasImage(Protocol):
+    """A measurement whose files may include the H&E image, which is the section's unless another is given."""
+
+    def own_image(self) -> Path:
+        """The image.
+
+        Raises
+        ------
+        InputError
+            If there is none.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Registration:
     """The displacement of the measured positions against the nuclei.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 import geopandas as gpd
@@ -12,6 +11,7 @@ import shapely
 from numpy.typing import NDArray
 
 from prts.errors import InputError
+from prts.io.unit_names import BARCODE
 from prts.platforms.base import counts_table
 from prts.platforms.bin_counts import require_positions, sum_bins
 from prts.platforms.bin_matrix import BinMatrix, bin_names
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from anndata import AnnData
 
-_CELL_ID = re.compile(r"s_(\d{3})um_(\d{5})_(\d{5})-1")
 # Share of a bin's side. Squares that are further off are others with the same names, such as a tiling of the image.
 _SAME_PLACE = 0.25
 
@@ -30,8 +29,8 @@ _SAME_PLACE = 0.25
 def bin_um_of(nuclei: gpd.GeoDataFrame) -> int | None:
     """Side (um) of the bins that are the units of a table of nuclei; None if it holds nuclei."""
     ids = nuclei["cell_id"]
-    first = _CELL_ID.fullmatch(str(ids.iloc[0])) if len(ids) else None
-    if first is None or not ids.str.fullmatch(_CELL_ID).all():
+    first = BARCODE.fullmatch(str(ids.iloc[0])) if len(ids) else None
+    if first is None or not ids.str.fullmatch(BARCODE).all():
         return None
     return int(first[1])
 

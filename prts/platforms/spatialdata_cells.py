@@ -21,6 +21,7 @@ from prts.io.limits import check_pixels
 from prts.io.mpp import MppSource
 from prts.io.nuclei import as_str, make_nuclei
 from prts.io.outlines import labels_to_polygons
+from prts.io.slide_zarr import refuse_pickle
 from prts.platforms import platforms
 from prts.platforms.affine import Matrix, move, move_shapes
 from prts.platforms.anndata_cells import genes_of
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from prts.platforms.base import Registration
 
-_METADATA = (".zarray", ".zmetadata", "zarr.json")
 _GLOBAL = "global"
 
 
@@ -61,7 +61,7 @@ class SpatialDataCells:
     labels
         A label image of the cells, in place of shapes.
     image_element
-        The image of the store with the same pixels as the section's `image`.
+        The image of the store with the same pixels as the section's `image`; it is the section's image if that is not given.
     coordinate_system
         The coordinate system in pixels of the section's `image`, in place of `image_element`.
     layer
@@ -87,6 +87,14 @@ class SpatialDataCells:
         """The folders of table and cells."""
         kind, cells = self._cells_name
         return {"table": self.path / "tables" / self._table_name, "cells": self.path / kind / cells}
+
+    def own_image(self) -> Path:
+        """The H&E image of the store."""
+        name = self._image_name
+        if name is None:
+            why = "has no image" if self.coordinate_system is None else "`coordinate_system` stands for another image"
+            raise InputError(f"{self.path}: {why}; give the H&E image of the section as `image`")
+        return self.path / "images" / name
 
     @classmethod
     def find(cls, folder: Path) -> SpatialDataCells | None:
@@ -206,7 +214,7 @@ class SpatialDataCells:
                 f"{self.path}: needs spatialdata, which is not installed; run {install_command('spatial')}"
             ) from error
         self._names("tables")
-        _refuse_pickle(self.path)
+        refuse_pickle(self.path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of dask and zarr about their own internals
@@ -316,13 +324,3 @@ def _size(raster: Any) -> tuple[int, int]:
     """Width and height, px."""
     sizes = _full(raster).sizes
     return int(sizes["x"]), int(sizes["y"])
-
-
-def _refuse_pickle(path: Path) -> None:
-    """Refuse a store with pickled objects, which run code when they are read."""
-    for name in _METADATA:
-        for file in path.rglob(name):
-            if "pickle" in file.read_text(encoding="utf-8", errors="replace"):
-                raise InputError(
-                    f"{file}: contains pickled objects, which can run code; write the store with spatialdata"
-                )

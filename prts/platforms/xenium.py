@@ -165,6 +165,11 @@ class Xenium:
             report["umi_total"] = int(counts.sum())
         counts = csr_matrix(counts if own is None else counts[own])
         report["umi_assigned"] = int(counts.sum())
+        if report["umi_total"] == 0:
+            raise InputError(
+                f"{self.path}: has no transcript of a gene in {MATRIX} with a quality of {self.min_qv:g} or more; give files of one run "
+                "of Xenium, or lower `min_qv`"
+            )
         if report["umi_assigned"] == 0:
             raise InputError(
                 f"{self.path}: none of {report['umi_total']} transcripts is in one of {len(nuclei)} nuclei; give nuclei of the same image"

@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from prts.errors import InputError, ParameterError
+from prts.io.unit_names import unit_name
 from prts.platforms.base import CountsBins, Registrable
 from prts.platforms.bin_units import bin_um_of
 from prts.preprocess.species import mitochondrial_genes, mitochondrial_prefix
@@ -294,10 +295,11 @@ def quality_control(counts: AnnData, settings: QCSettings, *, mpp: float) -> Ann
         limits[name] = limit
         removed[f"n_failed_{rule}"] = n = int((~passes).sum())
         reasons.append(f"{n} for {name}={limit:g}")
-    why = f"{', '.join(reasons) or 'no limit is set'} (a nucleus may fail several)"
+    units = unit_name(counts.obs_names)
+    why = f"{', '.join(reasons) or 'no limit is set'} ({'a bin' if units == 'bins' else 'a nucleus'} may fail several)"
     if not keep.any():
-        raise InputError(f"quality control keeps none of {len(keep)} nuclei: {why}; relax the limit that removes most")
-    logger.info("quality control keeps %d of %d nuclei; failed: %s", keep.sum(), len(keep), why)
+        raise InputError(f"quality control keeps none of {len(keep)} {units}: {why}; relax the limit that removes most")
+    logger.info("quality control keeps %d of %d %s; failed: %s", keep.sum(), len(keep), units, why)
     kept = counts[keep].copy()
     report = {"n_nuclei": len(keep), "n_kept": int(keep.sum()), **removed, **limits}
     kept.uns["prts"] = {**kept.uns.get("prts", {}), "qc": report}

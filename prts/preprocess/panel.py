@@ -24,6 +24,8 @@ from prts.arguments import checked
 from prts.errors import InputError, ParameterError, some_of
 from prts.io.cache import atomic, file_identity
 from prts.io.gene_list import is_names, read_gene_list, read_json
+from prts.io.unit_names import unit_name
+from prts.preprocess.gene_columns import find_genes, selector
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +121,9 @@ class Panel:
         InputError
             If `var` has none of the genes.
         """
-        column = pd.Index(self.gene_ids).get_indexer(pd.Index(var["gene_id"]))
-        found = np.flatnonzero(column >= 0)
-        absent = np.setdiff1d(np.arange(len(self.genes)), column[found])
-        if len(found) == 0:
+        column = find_genes(var, self.gene_ids)
+        absent = np.flatnonzero(column < 0)
+        if len(absent) == len(column):
             raise ParameterError(
                 "panel",
                 "",
@@ -134,8 +135,7 @@ class Panel:
             logger.warning(
                 "%d of %d panel genes are not in the section and counted as 0: %s", len(absent), len(self.genes), names
             )
-        ones = np.ones(len(found), dtype=dtype)
-        return sp.csr_matrix((ones, (found, column[found])), shape=(len(var), len(self.genes)))
+        return selector(column, len(var), dtype)
 
 
 def warn_of_small(panel: Panel) -> None:
@@ -335,7 +335,7 @@ class TopPanel:
             n_obs += section.shape[0]
             seen_in = seen_in + section.getnnz(axis=0)
             totals.append(np.asarray(section.sum(axis=1)).ravel())
-        logger.info("panel: %d nuclei of %d training sections, %d shared genes", n_obs, len(counts), len(var))
+        _log_size(n_obs, counts, len(var))
         needed = max(self.min_nuclei, math.ceil(self.min_share * n_obs))
         seen = np.asarray(seen_in) >= needed
         if seen.sum() < self.n_genes:
@@ -484,10 +484,16 @@ def _stack(counts: Sequence[AnnData]) -> AnnData:
             section = section[np.linspace(0, size - 1, max(1, size * _MOST // n_nuclei)).astype(np.intp)]
         parts.append(section)
     X = sp.vstack(parts, format="csr")
+    units = unit_name(counts[0].obs_names)
     if n_nuclei > _MOST:
-        logger.info("panel: %d of %d training nuclei are used, evenly chosen", X.shape[0], n_nuclei)
-    logger.info("panel: %d nuclei of %d training sections, %d shared genes", X.shape[0], len(counts), X.shape[1])
+        logger.info("panel: %d of %d training %s are used, evenly chosen", X.shape[0], n_nuclei, units)
+    _log_size(X.shape[0], counts, X.shape[1])
     return AnnData(X, var=var.copy())
+
+
+def _log_size(n: int, counts: Sequence[AnnData], n_genes: int) -> None:
+    units = unit_name(counts[0].obs_names)
+    logger.info("panel: %d %s of %d training sections, %d shared genes", n, units, len(counts), n_genes)
 
 
 def _aligned(counts: Sequence[AnnData], var: pd.DataFrame) -> Iterator[sp.csr_matrix]:

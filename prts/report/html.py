@@ -22,6 +22,7 @@ import scipy.sparse as sp
 from prts import __version__
 from prts.errors import ParameterError, did_you_mean
 from prts.io.cache import atomic
+from prts.io.unit_names import unit_name
 from prts.report import text
 from prts.report.embed import (
     PERCENTILE,
@@ -145,7 +146,8 @@ def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | Non
     with atomic(out) as temporary:
         temporary.write_text(content, encoding="utf-8")
     logger.info(
-        "wrote %s: %d nuclei, %d genes on the map, %.1f MB", out, page.prediction.n_obs, len(chosen), len(content) / 1e6
+        "wrote %s: %d %s, %d genes on the map, %.1f MB",
+        *(out, page.prediction.n_obs, unit_name(page.prediction.obs_names), len(chosen), len(content) / 1e6),
     )
     return out
 

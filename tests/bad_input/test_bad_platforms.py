@@ -130,7 +130,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "another panel": (
         lambda o: rewrite(o / "transcripts.parquet", lambda t: t.assign(feature_name="other " + t.feature_name)),
         "",
-        "none of 0 transcripts",
+        "has no transcript of a gene in cell_feature_matrix.h5 with a quality of 20 or more",
     ),
 }
 

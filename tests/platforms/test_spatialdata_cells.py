@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import shapely
 
+from prts.data.resolve import resolve_section
+from prts.data.tissue import parse_tissue
 from prts.errors import InputError
+from prts.io.slide import open_slide
 from prts.platforms.spatialdata_cells import SpatialDataCells
 from prts.section import read_section
 
@@ -175,3 +178,66 @@ def test_pickled_objects_are_never_read(measured: SimpleNamespace, store: Path) 
 def test_a_folder_above_the_store_is_named(measured: SimpleNamespace, store: Path) -> None:
     with pytest.raises(InputError, match=f"is not a SpatialData store; give {store}"):
         opened(measured, store.parent)
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_the_image_of_the_store_is_the_section_s(
+    measured: SimpleNamespace, cells: ad.AnnData, tmp_path: Path, order: str
+) -> None:
+    with open_slide(measured.image) as slide:
+        pixels = slide.read_region(0, 0, slide.width, slide.height)
+    stored = pixels[..., ["rgb".index(color) for color in order]]
+    to_global = Sequence([Scale([UM_PER_PX, UM_PER_PX], axes=("x", "y")), CELLS])
+    in_um = Scale([UM_PER_PX, UM_PER_PX], axes=("x", "y"))
+    he = Image2DModel.parse(
+        np.moveaxis(stored, -1, 0),
+        dims=("c", "y", "x"),
+        c_coords=list(order),
+        scale_factors=[2, 2],
+        chunks=(3, 200, 300),
+        transformations={"global": to_global, "microns": in_um},
+    )
+    data = sd.SpatialData(
+        images={"he": he}, shapes={"nuclei": element(measured)}, tables={"table": table(cells, "nuclei")}
+    )
+    data.write(tmp_path / "store.zarr")
+    section = read_section(platform="spatialdata", sdata=tmp_path / "store.zarr")
+    assert section.image == tmp_path / "store.zarr/images/he" and section.name == "store"
+    assert section.mpp == pytest.approx(UM_PER_PX) and section.mpp_source == "the coordinate system 'microns'"
+    with section.open_slide() as slide:
+        np.testing.assert_array_equal(slide.read_region(0, 0, slide.width, slide.height), pixels)
+        assert [level.width for level in slide._reader.levels] == [slide.width, slide.width // 2, slide.width // 4]
+        # the levels of the store are read, and show the same as the finest one
+        small = slide.read_region(10, 10, 40, 30, mpp=4 * UM_PER_PX).astype(float)
+    with open_slide(measured.image) as slide:
+        same = slide.read_region(10, 10, 40, 30, mpp=4 * UM_PER_PX).astype(float)
+    # spatialdata reduces without a filter, so that single pixels differ
+    assert np.abs((small - same).mean(axis=(0, 1))).max() < 4
+    same_cells(measured, section.measurement)
+    tissue = {"name": "t", "species": "human", "train": ["s"]}
+    spec = parse_tissue(
+        {**tissue, "sections": {"s": {"platform": "spatialdata", "sdata": str(tmp_path / "store.zarr")}}}
+    )
+    assert resolve_section(spec.sections["s"], "t", tmp_path).image == section.image
+
+
+def test_a_store_without_an_image_needs_one(measured: SimpleNamespace, cells: ad.AnnData, tmp_path: Path) -> None:
+    sd.SpatialData(shapes={"nuclei": element(measured)}, tables={"table": table(cells, "nuclei")}).write(
+        tmp_path / "store.zarr"
+    )
+    with pytest.raises(InputError, match=r"store\.zarr: has no image; give the H&E image of the section as `image`$"):
+        read_section(platform="spatialdata", sdata=tmp_path / "store.zarr")
+
+
+@pytest.mark.parametrize(
+    ("c_coords", "dtype", "words"),
+    [(["a", "b"], np.uint8, "has 2 channels"), (["r", "g", "b"], np.float32, "contains float32 pixels")],
+)
+def test_an_image_that_is_not_rgb_is_refused(tmp_path: Path, c_coords: list[str], dtype: type, words: str) -> None:
+    pixels = np.zeros((len(c_coords), 60, 50), dtype)
+    he = Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=c_coords)
+    sd.SpatialData(images={"he": he}).write(tmp_path / "store.zarr")
+    with pytest.raises(InputError, match=rf"images/he: {words}"):
+        open_slide(tmp_path / "store.zarr/images/he", mpp=0.5)
+    with pytest.raises(InputError, match=r"store\.zarr: is a folder; give one of its images, such as .*images/he$"):
+        open_slide(tmp_path / "store.zarr", mpp=0.5)
