@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from prts.cli.config import config_dir, plain, require
-from prts.cli.exit_status import INTERRUPTED, TERMINATED, exit_status_of, system_exit_status
+from prts.cli.exit_status import INTERRUPTED, TERMINATED, system_exit_status, verdict
 from prts.cli.overrides import config_folders, quote_paths, split_flags
 from prts.extras import require_extra
 
-__all__ = ["COMMANDS", "command_help", "config_dir", "overview", "plain", "require", "run"]
+__all__ = ["COMMANDS", "command_help", "config_dir", "overview", "plain", "require", "run", "verdict"]
 
 COMMANDS = (
     *("simulate", "prepare", "train", "predict", "evaluate", "analyze", "report", "export", "push", "download"),
@@ -86,7 +86,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
                 sys.stderr.write("prts: terminated; finished parts are kept, and the next run resumes from them\n")
             return status
         except Exception as error:  # noqa: BLE001  (the last frame of the program: every error becomes an exit status)
-            status, text = exit_status_of(error)
+            status, text = verdict(error)
             if debug or status == 1:
                 traceback.print_exc()
             if status == 1:

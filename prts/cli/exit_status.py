@@ -22,7 +22,7 @@ _KEYS = {
 }
 
 
-def exit_status_of(error: BaseException) -> tuple[int, str]:
+def verdict(error: BaseException) -> tuple[int, str]:
     """The exit status of an error and the line that explains it."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from prts.cli.check import check
 from prts.cli.devices import own_gpu
-from prts.cli.exit_status import INTERRUPTED, exit_status_of
+from prts.cli.exit_status import INTERRUPTED, verdict
 from prts.cli.processes import process_rank
 from prts.io.cache import fingerprint, lock
 from prts.report.jobs import OBJECTIVE, RESULTS, job_folders, outcome
@@ -256,9 +256,9 @@ def _job() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as error:
-        return exit_status_of(error)[0]
+        return verdict(error)[0]
     except Exception as error:  # noqa: BLE001  (the last frame of the job: every error becomes its error.txt)
-        status, reason = exit_status_of(error)
+        status, reason = verdict(error)
         kind = "wrong input" if status == 2 else "failed"
         text = f"{kind}: {reason}\n\n{traceback.format_exc()}"
         path = Path(settings.hydra.runtime.output_dir) / "error.txt"

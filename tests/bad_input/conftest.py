@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from scipy.sparse import csr_matrix
 
 from prts.cli.app import config_dir
-from prts.cli.exit_status import exit_status_of
+from prts.cli.exit_status import verdict
 from prts.features.encoders import Classical
 from prts.io.nuclei import load_nuclei
 from prts.models.bundle import save_bundle
@@ -81,7 +81,7 @@ def ask() -> Ask:
         try:
             importlib.import_module(f"prts.cli.{command}").main(cfg)
         except Exception as error:  # noqa: BLE001 (what the command line does with it is what is tested)
-            return exit_status_of(error)
+            return verdict(error)
         return 0, ""
 
     return run

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 
-from prts.cli.exit_status import exit_status_of
+from prts.cli.exit_status import verdict
 from prts.data.resolve import resolve_section
 from prts.data.tissue import parse_tissue
 from prts.platforms.affine import read_matrix, scaling
@@ -41,7 +41,7 @@ def prepare(cache: Path, **section: Any) -> tuple[int, str]:
         nuclei = opened.measurement.outlines(opened.mpp)  # type: ignore[union-attr]
         measured_counts(opened, nuclei, species="human", qc=QCSettings(min_umi=0))
     except Exception as error:  # noqa: BLE001 (what the command line does with it is what is tested)
-        return exit_status_of(error)
+        return verdict(error)
     return 0, ""
 
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from prts.cli.app import COMMANDS, config_dir, run
 from prts.cli.check import check_config
-from prts.cli.exit_status import exit_status_of, in_config_terms
+from prts.cli.exit_status import in_config_terms, verdict
 from prts.cli.main import main
 from prts.cli.overrides import quote_paths
 from prts.errors import ParameterError
@@ -111,7 +111,7 @@ def test_a_wrong_value_is_refused_before_any_work(command, override, words):
     required = {"predict": ["bundle=b", "image=i", "out=o"], "simulate": ["out=o"]}.get(command, [])
     with pytest.raises(Exception) as caught:  # OmegaConf's for interpolations
         check_config(command, [*required, override])
-    status, line = exit_status_of(caught.value)
+    status, line = verdict(caught.value)
     assert (status, line[: len(words)]) == (2, words)
     assert "\n" not in line
 

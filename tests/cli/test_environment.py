@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from prts import _numba
 from prts.cli import devices
 from prts.cli.devices import own_gpu
-from prts.cli.exit_status import exit_status_of
+from prts.cli.exit_status import verdict
 from prts.cli.overrides import quote_paths, split_flags
 from prts.cli.tidy import tidy
 from prts.errors import ParameterError
@@ -87,14 +87,14 @@ def test_a_device_without_memory_names_the_batch_sizes(error: RuntimeError) -> N
     wrapped = ValueError("in a worker")
     wrapped.__cause__ = error
     for each in (error, wrapped):
-        status, line = exit_status_of(each)
+        status, line = verdict(each)
         assert status == 2 and "\n" not in line and line.startswith("out of memory (")
         assert "lower encoder.batch_size (features) or data.batch_size" in line
 
 
 @pytest.mark.parametrize("message", ["shape mismatch", "memory format"])
 def test_other_errors_of_torch_are_bugs(message: str) -> None:
-    assert exit_status_of(RuntimeError(message))[0] == 1
+    assert verdict(RuntimeError(message))[0] == 1
 
 
 def test_numba_gets_a_folder_where_none_is_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from hydra import compose, initialize_config_dir
 
 from prts.cli import scheduler
 from prts.cli.app import config_dir, run
-from prts.cli.exit_status import exit_status_of
+from prts.cli.exit_status import verdict
 from prts.cli.hydra_errors import explained
 from prts.cli.jobs import _cause, summarize, threads
 from prts.cli.loggers import run_loggers
@@ -63,8 +63,8 @@ def test_a_job_that_dies_says_how():
     assert _cause(-15) == _cause(143) == "killed: by SIGTERM"
     assert _cause(1).startswith("failed: ")
     assert _cause(0).startswith("failed: ")  # a job that ends well without metrics.json is not done
-    assert exit_status_of(InputError("x: is wrong")) == (2, "x: is wrong")
-    assert exit_status_of(ValueError("no\nmore")) == (1, "ValueError: no")
+    assert verdict(InputError("x: is wrong")) == (2, "x: is wrong")
+    assert verdict(ValueError("no\nmore")) == (1, "ValueError: no")
 
 
 def test_a_job_can_be_sent_to_a_process_that_composed_nothing():
