@@ -324,11 +324,13 @@ def encoder_weights(bundle: Bundle, given: Path | str | None = None) -> Path | N
     Raises
     ------
     ParameterError
-        If the weights are not on this machine.
+        If the weights are not on this machine, or some are given to an encoder without any.
     """
-    if given is not None:
-        return Path(given)
     settings, recorded = bundle.metadata["encoder"], bundle.metadata["encoder_weights"]
+    if given is not None:
+        if settings.get("weights_sha256") is None:
+            raise ParameterError("encoder", "weights", f"the model's encoder, {settings['name']}, has none; omit it")
+        return Path(given)
     if recorded is None or Path(recorded).is_file():
         return None if recorded is None else Path(recorded)
     if weights_status(settings).found:

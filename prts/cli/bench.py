@@ -86,4 +86,5 @@ def _encoder(name: str, weights: str | None) -> Encoder:
         raise ParameterError(
             "", "encoders", f"{name!r} is not an encoder{did_you_mean(name, known)}; choose from {', '.join(known)}"
         ) from error
+    node.pop("augment", None)  # belongs to training
     return encoders.build(node if weights is None else {**node, "weights": weights})

@@ -79,6 +79,10 @@ def test_weights_come_from_the_command_line_then_from_trainings_path(tmp_path: P
     assert encoder_weights(trained, tmp_path / "mine.pth") == tmp_path / "mine.pth"
     assert encoder_weights(trained) == tmp_path / "w.pth"
     assert encoder_weights(bundle(encoder=vit, encoder_weights=None)) is None
+    classical = bundle(encoder={"name": "classical"}, encoder_weights=None)
+    assert encoder_weights(classical) is None
+    with pytest.raises(InputError, match=r"encoder weights: .* classical, has none; omit it"):
+        encoder_weights(classical, tmp_path / "mine.pth")
 
 
 def test_weights_that_are_only_on_the_training_machine_are_asked_for_by_name_and_sum(
