@@ -25,6 +25,7 @@ def run(quick: bool) -> Part:
     for genes in panels:
         given = {"n": n, "genes": genes}
         child(make, **given)
+        child(make_ranger, **given)
         size = json.loads((folder_of(**given) / "size.json").read_text())
         what = f"{size['cells']:,} cells x {genes:,} genes"
         transcripts = f"{size['transcripts'] / 1e6:.1f} M transcripts"
@@ -32,6 +33,7 @@ def run(quick: bool) -> Part:
             ("xenium_nuclei", f"Xenium, own nuclei ({what}, {transcripts})", "xenium_pandas"),
             ("xenium_positions", f"Xenium, other nuclei by position ({what}, {transcripts})", ""),
             ("xenium_cells", f"Xenium, own cells ({what})", "xenium_scanpy"),
+            ("spaceranger_cells", f"Space Ranger 4, cells as delivered ({what})", "spaceranger_scanpy"),
             ("anndata", f"AnnData with GeoParquet ({what})", "anndata_alone"),
             ("spatialdata", f"SpatialData ({what})", "spatialdata_alone"),
         ):
@@ -102,6 +104,30 @@ def make(n: int, genes: int) -> None:
         (temporary / "size.json").write_text(json.dumps(size))
 
 
+def make_ranger(n: int, genes: int) -> None:
+    """Make `segmented_outputs` of Space Ranger 4 with the cells of the section."""
+    import anndata as ad
+    import numpy as np
+
+    from prts.io.cache import atomic
+    from prts.io.nuclei import load_nuclei
+    from prts.simulate.bins import write_matrix
+    from prts.simulate.layouts.spaceranger4 import cell_barcodes, write_geojson
+
+    folder = folder_of(n, genes)
+    if (folder / "ranger").is_dir():
+        return
+    table, cells = ad.read_h5ad(folder / "cells.h5ad"), load_nuclei(folder / "cells.parquet")
+    number = np.arange(1, len(cells) + 1)
+    outlines = np.asarray(cells.geometry.array, dtype=object)
+    with atomic(folder / "ranger") as temporary:
+        segmented = temporary / "outs/segmented_outputs"
+        segmented.mkdir(parents=True)
+        for name in ("cell", "nucleus"):
+            write_geojson(segmented / f"{name}_segmentations.geojson", outlines, number)
+        write_matrix(segmented / "filtered_feature_cell_matrix.h5", table.X, cell_barcodes(number), table)
+
+
 def _rows(path: Path) -> int:
     import pyarrow.parquet as pq
 
@@ -125,12 +151,14 @@ def count(way: str, n: int, genes: int) -> dict[str, Any]:
         "xenium_nuclei": lambda folder: _own("xenium", outs=folder / "outs"),
         "xenium_cells": lambda folder: _own("xenium", outs=folder / "outs", units="cell"),
         "xenium_positions": _positions,
+        "spaceranger_cells": lambda folder: _own("spaceranger_cells", cells=folder / "ranger/outs"),
         "anndata": lambda folder: _own(
             "anndata", cells=folder / "cells.h5ad", coordinates="px", polygons=folder / "cells.parquet"
         ),
         "spatialdata": lambda folder: _own("spatialdata", sdata=folder / "cells.zarr"),
         "xenium_pandas": _pandas,
         "xenium_scanpy": _scanpy,
+        "spaceranger_scanpy": _scanpy_cells,
         "anndata_alone": _anndata,
         "spatialdata_alone": _spatialdata,
     }
@@ -174,6 +202,16 @@ def _scanpy(folder: Path) -> int:
 
     pd.read_parquet(folder / "outs/cell_boundaries.parquet")
     return int(sc.read_10x_h5(folder / "outs/cell_feature_matrix.h5").X.sum(dtype="int64"))
+
+
+def _scanpy_cells(folder: Path) -> int:
+    import geopandas as gpd
+    import scanpy as sc
+
+    gpd.read_file(folder / "ranger/outs/segmented_outputs/nucleus_segmentations.geojson")
+    return int(
+        sc.read_10x_h5(folder / "ranger/outs/segmented_outputs/filtered_feature_cell_matrix.h5").X.sum(dtype="int64")
+    )
 
 
 def _anndata(folder: Path) -> int:

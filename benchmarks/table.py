@@ -21,6 +21,8 @@ TARGETS: dict[str, tuple[str, float] | None] = {
     "platforms/xenium_positions_peak_gb": ("<", 2),
     "platforms/xenium_cells_cpu_s": None,
     "platforms/xenium_cells_peak_gb": ("<", 2),
+    "platforms/spaceranger_cells_cpu_s": None,
+    "platforms/spaceranger_cells_peak_gb": ("<", 2),
     "platforms/anndata_cpu_s": None,
     "platforms/anndata_peak_gb": ("<", 2),
     "platforms/spatialdata_cpu_s": None,

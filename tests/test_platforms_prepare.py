@@ -1,4 +1,4 @@
-"""One truth in the files of four platforms goes through `prts prepare` and the Python interface."""
+"""One truth in the files of five platforms goes through `prts prepare` and the Python interface."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ from prts.cli.config import config_dir
 from prts.cli.prepare import preparation
 from prts.errors import InputError
 from prts.features.encoders import Classical
+from prts.io.nuclei import load_nuclei
+from prts.platforms.bin_owners import CountSettings
+from prts.platforms.visium_hd import VisiumHD
+from prts.section import Section
 from prts.simulate.section import simulate_section
 from prts.stopwatch import Stopwatch
 
@@ -27,7 +31,9 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
     """The same section, as a tissue config describes it, for each platform."""
     root = tmp_path_factory.mktemp("one_truth")
     same = {"cells": 150, "genes": 80, "seed": 6, "name": "x"}
-    visium, xenium = (simulate_section(root / name, layout=name, **same) for name in ("visium_hd", "xenium"))
+    visium, ranger, xenium = (
+        simulate_section(root / name, layout=name, **same) for name in ("visium_hd", "spaceranger4", "xenium")
+    )
     nuclei = visium / "truth_nuclei.parquet"
     section = prts.read_visium_hd(visium)
     assert section.measurement is not None
@@ -38,6 +44,11 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
     image = str(visium / "tissue_image.tif")
     return {
         "visium": {"image": image, "bins": str(visium / "binned_outputs/square_002um"), "nuclei": str(nuclei)},
+        "recounted": {
+            **{"image": image, "bins": str(ranger / "outs")},
+            "nuclei": str(ranger / "outs/segmented_outputs/nucleus_segmentations.geojson"),
+        },
+        "delivered": {"image": image, "platform": "spaceranger_cells", "cells": str(ranger / "outs")},
         "xenium": {"image": image, "platform": "xenium", "outs": str(xenium)},
         "cells": {
             **{"image": image, "platform": "anndata", "cells": str(root / "cells.h5ad")},
@@ -64,7 +75,12 @@ def prepared(nodes: dict[str, dict[str, str]], tmp_path_factory: pytest.TempPath
     """What `prts prepare` makes of a tissue whose sections come from all platforms."""
     root = tmp_path_factory.mktemp("prepared")
     (root / "configs/tissue").mkdir(parents=True)
-    tissue = {"name": "mixed", "species": "human", "sections": nodes, "train": ["visium", "xenium"]}
+    tissue = {
+        "name": "mixed",
+        "species": "human",
+        "sections": nodes,
+        "train": ["visium", "xenium", "recounted", "delivered"],
+    }
     tissue |= {"val": ["cells"], "test": ["store"]}
     (root / "configs/tissue/mixed.yaml").write_text(yaml.safe_dump(tissue))
     choices = [
@@ -94,7 +110,7 @@ def test_all_platforms_give_the_same_counts(prepared) -> None:
     outlines = {name: gpd.read_parquet(part.nuclei) for name, part in prepared.sections.items()}
     expected = counts["visium"]
     assert expected.n_obs > 100 and expected.X.sum() > 10_000
-    for name in ("xenium", "cells", "store"):
+    for name in ("recounted", "xenium", "cells", "store"):
         np.testing.assert_array_equal(counts[name].X.toarray(), expected.X.toarray())
         assert counts[name].var["gene_id"].tolist() == expected.var["gene_id"].tolist()
         centers = (shapely.centroid(outlines[each].geometry.to_numpy()) for each in (name, "visium"))
@@ -104,20 +120,38 @@ def test_all_platforms_give_the_same_counts(prepared) -> None:
     assert counts["xenium"].obs_names[0].endswith("-1")
 
 
-def test_a_model_of_xenium_predicts_and_is_scored_in_its_own_nuclei(nodes, tmp_path: Path) -> None:
-    xenium, cells = (
-        prts.read_section(node.pop("image"), name=name, **node)
-        for name, node in ((name, dict(nodes[name])) for name in ("xenium", "cells"))
-    )
+def test_cells_as_delivered_are_those_that_nuclei_grow_into(nodes, prepared) -> None:
+    delivered, recounted = (ad.read_h5ad(prepared.sections[name].counts) for name in ("delivered", "recounted"))
+    section = opened(nodes, "recounted")
+    assert isinstance(section.measurement, VisiumHD) and section.nuclei is not None
+    nuclei = load_nuclei(prepared.sections["recounted"].nuclei)
+    grown = section.measurement.counts_by(nuclei, CountSettings(expand_um=8, shared="nearest"))
+    named = [f"cellid_{int(number):09d}-1" for number in grown.obs_names]
+    rows = [named.index(cell) for cell in delivered.obs_names]
+    assert delivered.n_obs > 100 and delivered.X.sum() > 2 * recounted.X.sum()
+    np.testing.assert_array_equal(delivered.X.toarray(), grown[rows].X.toarray())
+
+
+def test_one_model_scores_alike_on_all_platforms(nodes, tmp_path: Path) -> None:
+    sections = {name: opened(nodes, name) for name in ("visium", "recounted", "delivered", "xenium", "cells")}
     model = prts.Model("classical", features=("context", "morphology"), network={"hidden": (16,)})
     model.train(
-        [xenium], validation=[cells], genes=20, max_epochs=2, cache_dir=tmp_path, trainer={"accelerator": "cpu"}
+        *([sections["xenium"]], [sections["cells"]]),
+        **{"genes": 20, "max_epochs": 2, "cache_dir": tmp_path, "trainer": {"accelerator": "cpu"}},
     )
     assert model.bundle.metadata["segmentation"]["name"] == "given"
-    prediction = model.predict(xenium, cache_dir=tmp_path)
-    assert prediction.n_obs == 150 and prediction.obs_names[0].endswith("-1")
-    scores = prts.evaluate(prediction, xenium).summary
-    assert scores["test/n_cells"] > 100 and np.isfinite(scores["test/pcc_mean"])
+    predictions = {name: model.predict(section, cache_dir=tmp_path) for name, section in sections.items()}
+    assert predictions["xenium"].n_obs == 150 and predictions["xenium"].obs_names[0].endswith("-1")
+    scores = {name: prts.evaluate(predictions[name], section).summary for name, section in sections.items()}
+    assert scores["visium"]["test/n_cells"] > 100
+    for name in ("recounted", "xenium", "cells"):
+        assert scores[name]["test/n_cells"] == scores["visium"]["test/n_cells"]
+        assert scores[name]["test/pcc_mean"] == pytest.approx(scores["visium"]["test/pcc_mean"], abs=0.005)
+
+
+def opened(nodes: dict[str, dict[str, str]], name: str) -> Section:
+    node = {"platform": "visium_hd"} | nodes[name]
+    return prts.read_section(node.pop("image"), name=name, **node)
 
 
 def test_panels_that_do_not_overlap_are_refused(nodes, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ class FakeSlide:
     requests: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.name = self.path.stem
         self.reads = np.zeros(self.rescaled.shape[:2], dtype=np.int64)
         self.width = round(self.rescaled.shape[1] * 0.5 / self.mpp)
         self.height = round(self.rescaled.shape[0] * 0.5 / self.mpp)
