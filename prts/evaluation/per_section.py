@@ -49,7 +49,7 @@ def section_table(metrics: Mapping[str, Any], roles: Mapping[str, Sequence[str]]
 
 
 def without_sections(metrics: Mapping[str, Any], roles: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The metrics for metrics.json: of each section, only `KEPT` and the displacement of its counts.
+    """The metrics for metrics.json: of each section, only `KEPT`, the displacement of its counts and its stripe index.
 
     Parameters
     ----------
@@ -63,6 +63,8 @@ def without_sections(metrics: Mapping[str, Any], roles: Mapping[str, Sequence[st
         first, _, rest = key.partition("/")
         section, _, figure = rest.partition("/")
         if not figure or section not in names or len(roles.get("test" if first == "baseline" else first, ())) == 1:
+            return True
+        if first == "stripes":
             return True
         if first == "registration":
             return not several or figure == "displacement_um"

@@ -18,6 +18,7 @@ METRICS = {
     "baseline/ridge/pcc_mean": 0.15,
     "baseline/c/ridge/pcc_mean": 0.12,
     "registration/a/displacement_um": 0.5,
+    "stripes/a/before": 0.2,
     "registration/a/confidence": 9.0,
 }
 
