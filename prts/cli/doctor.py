@@ -189,7 +189,7 @@ def main(cfg: DictConfig) -> None:
     console, colors = Console(), {"PASS": "green", "WARN": "yellow", "FAIL": "red"}
     for status, what, text in checks:
         # as Text: rich would read [stardist] in a string as markup and drop it
-        console.print(Text.assemble((status, colors[status]), f"  {what:<16}", text), soft_wrap=True)
+        console.print(Text.assemble((status, colors[status]), f"  {what:<19} ", text), soft_wrap=True)
     failed = [what for status, what, _ in checks if status == "FAIL"]
     if failed:
         raise InputError(f"doctor: {', '.join(failed)} failed; the lines above say how to fix it")
