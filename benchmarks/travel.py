@@ -186,7 +186,7 @@ def main(arguments: list[str]) -> None:
     from prts.models.bundle import load_bundle
     from prts.section import open_section_folder, read_visium_hd
 
-    bundle = load_bundle(Path(given["bundle"]))
+    bundle = load_bundle(given["bundle"])
     if uses_bins(bundle):
         bin_um = bundle.metadata["segmentation"]["arguments"]["bin_um"]
         section = read_visium_hd(given["section"], units="bins", bin_um=bin_um)

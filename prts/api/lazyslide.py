@@ -34,7 +34,7 @@ def register_model(
     Parameters
     ----------
     bundle
-        The folder `model` of a training run, or one written by `prts.Model.save`.
+        The folder `model` of a training run, one written by `prts.Model.save`, or `hf://owner/name[@revision]`.
     name
         Key in LazySlide's registry. Tables in a slide are named after it, so only letters, digits, `_`, `-` and `.` are allowed.
     encoder_weights
@@ -59,7 +59,7 @@ def register_model(
     require_extra("lazyslide", "register_model")
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is None:
         raise ParameterError("", "name", f"{name!r} cannot name a table; use letters, digits, '_', '-' and '.'")
-    loaded = load_bundle(Path(bundle))
+    loaded = load_bundle(bundle)
     from lazyslide_models import FeaturePredictionModel, ModelTask, register
 
     key = name
