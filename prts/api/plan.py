@@ -55,8 +55,8 @@ class FitSettings:
     memory
         `whole`: load features and counts. `stream`: leave them on disk, for more nuclei than memory. `auto`: decide by size.
     scale
-        `training`: features as they are. `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the
-        slide are those of training, here and in `predict`.
+        `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the slide are those of training, here
+        and in `predict`. `training`: features as they are.
     seed
         Seed of initial weights, order of nuclei and dropout.
     trainer
@@ -69,7 +69,7 @@ class FitSettings:
     weight_decay: float = 0.05
     batch_size: int = 256
     memory: Literal["auto", "whole", "stream"] = "auto"
-    scale: Literal["training", "slide"] = "training"
+    scale: Literal["training", "slide"] = "slide"
     seed: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from prts.api.nuclei_source import NucleiSource, as_segmenter
 from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
+from prts.data.slide_scale import SAMPLE, sample_of_slide
 from prts.errors import ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
 from prts.features.encoders.tokens import torch_device
@@ -132,12 +133,13 @@ class PredictedSlide:
 
 
 class _Found(NamedTuple):
-    """The nuclei to predict, in pixels of the slide as read and of the file, and all nuclei of the slide."""
+    """The nuclei to predict, in pixels of the slide as read and of the file, and all nuclei of the slide, with their names in the cache."""
 
     nuclei: GeoDataFrame
     in_file: GeoDataFrame
     everywhere: GeoDataFrame
     source: str
+    slide: str
     scaling: dict[str, Any]
     region: BaseGeometry | None
 
@@ -218,7 +220,13 @@ class SlidePredictor:
                 if len(readings) == 1:
                     (only,) = readings
                     chunks = predict_store(
-                        bundle, only.features, only.nuclei, slide.section.mpp, among=only.among, context=only.context
+                        bundle,
+                        only.features,
+                        only.nuclei,
+                        slide.section.mpp,
+                        among=only.among,
+                        context=only.context,
+                        sample=only.sample,
                     )
                 else:
                     chunks = predict_views(bundle, readings, slide.section.mpp)
@@ -315,7 +323,13 @@ def _read(
         )
         seen = seen.reoriented(orientation)
     stores = prepare_input(folder, seen, nuclei, bundle.input_use, lambda: reader, found.source)
-    return View(nuclei, among, stores.features, stores.context)
+    view = View(nuclei, among, stores.features, stores.context)
+    if bundle.slide_scale is None or found.region is None:
+        return view
+    # a region is matched by the mean and spread of its slide
+    sample = among.iloc[sample_of_slide(len(among))].reset_index(drop=True)
+    stores = prepare_input(folder, seen, sample, bundle.input_use, lambda: reader, f"{found.slide}-{SAMPLE}")
+    return view._replace(sample=View(sample, among, stores.features, stores.context))
 
 
 def encoder_weights(bundle: Bundle, given: Path | str | None = None) -> Path | None:
@@ -401,7 +415,7 @@ def _find_nuclei(
         source += f"-{fingerprint({'roi': region.wkt})}"
     if settings.artefacts:
         log_artefacts(section.name, in_file["artefact"])
-    return _Found(nuclei, in_file, everywhere, source, scaling, region)
+    return _Found(nuclei, in_file, everywhere, source, path.stem, scaling, region)
 
 
 def _provenance(bundle: Bundle, settings: SlideSettings, orientation: Orientation, found: _Found) -> dict[str, Any]:
