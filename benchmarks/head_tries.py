@@ -3,11 +3,11 @@
 usage: python -m benchmarks.head_tries "tissue=her2st experiment=context encoder=dinov2_bins" [every=5] [seeds=2] [part=test] [TRY ...]
 
 The first argument gives the reference, as for `prts train`; the names in `TRIES` choose among the tries (default: all that the tissue
-allows). `every=5` takes every fifth unit. Prints, for each try: mean per-gene PCC of the first validation section and, where spots were
-measured, over spots, both as means over seeds 1, 2 and 3 (or fewer); the difference from the reference with its 95% interval over resampled blocks or
-spots, the same for all; and seconds of processor time of a fit. `part=test` scores the first test section instead; epochs are always chosen
-on validation. The training loop is a plain one (benchmarks/head_training.py), which keeps the epoch of the best validation PCC, as
-`prts train` does.
+allows). `every=5` takes every fifth unit, `seeds=2` trains with seeds 1 and 2 instead of 1, 2 and 3. Prints, for each try: mean per-gene
+PCC of the first validation section and, where spots were measured, over spots, as means over the seeds; the difference from the reference
+with its 95% interval over resampled blocks or spots, the same for all; and seconds of processor time of a fit. `part=test` scores the first
+test section instead; epochs are always chosen on validation. The training loop is a plain one (benchmarks/head_training.py), which keeps
+the epoch of the best validation PCC, as `prts train` does.
 """
 
 from __future__ import annotations
