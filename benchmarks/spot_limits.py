@@ -93,7 +93,7 @@ def rows(train: Units, val: Units, judged: Units, setting: Setting) -> list[tupl
         ("noise ceiling of the spots' counts", float(ceiling)),
         ("measured UMI of the nuclei in the spot", score(spots.in_nuclei)),
         ("gene means x measured UMI of the spot", score(spots.total * share)),
-        ("gene means x number of nuclei", score(spots.n * share)),
+        ("gene means x number of nuclei", score(spots.n * (spots.total.sum() / spots.n.sum()) * share)),
         *((f"mean of the {k} nearest measured spots", score(spots.nearest(k))) for k in (4, 8)),
         ("network, mean of three seeds", score(summed)),
         ("gene means x UMI of the network", score(size * share)),
