@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ from prts.io.spots import read_spots
 from prts.platforms import DEFAULT_PLATFORM, platforms
 from prts.platforms.base import HasImage, HasOutlines, HasUnits
 from prts.platforms.spaceranger_outs import find_outs, has_spots
+from prts.section_folder import NUCLEI, first_file, folder_name, only_image, section_folder
 
 if TYPE_CHECKING:
     from prts.platforms.base import Measurement
@@ -25,23 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Spots at the edge may lie outside an image that is cropped to the tissue; with a larger share outside it is another image.
 _MAX_OUTSIDE = 0.2
-
-IMAGE_SUFFIXES = (
-    *(".tif", ".tiff", ".btf", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm"),
-    *(".png", ".jpg", ".jpeg"),
-)
-# As Space Ranger and Xenium name the H&E image.
-_IMAGES = ("tissue_image.*", "*_tissue_image.*", "he_image.ome.tif", "*_he_image.ome.tif")
-# Where Space Ranger and prts write nuclei.
-_NUCLEI = (
-    *("nucleus_segmentations.geojson", "nucleus_segmentations.geojson.gz"),
-    *("segmented_outputs/nucleus_segmentations.geojson", "segmented_outputs/nucleus_segmentations.geojson.gz"),
-    *(
-        "outs/segmented_outputs/nucleus_segmentations.geojson",
-        "outs/segmented_outputs/nucleus_segmentations.geojson.gz",
-    ),
-    *("nuclei.parquet", "nuclei.geojson", "nuclei.geojson.gz"),
-)
 
 
 @dataclass(frozen=True)
@@ -182,7 +165,7 @@ def read_visium_hd(
     if units == "nuclei" and bin_um is not None:
         raise ParameterError("", "bin_um", "belongs to units='bins'; omit it, or choose those units")
     path = Path(path)
-    folder = _section_folder(path)
+    folder = section_folder(path)
     measurement = platforms["visium_hd"].find(path) or platforms["visium_hd"].find(folder)
     if measurement is None:
         what = "is Visium with spots of 55 um" if has_spots(path) else "contains no Visium HD bins"
@@ -190,13 +173,13 @@ def read_visium_hd(
     if units == "bins" and isinstance(measurement, HasUnits):
         measurement = measurement.with_units(8 if bin_um is None else bin_um)
     return open_section(
-        _name(folder) if name is None else name,
-        _image(folder) if image is None else image,
+        folder_name(folder) if name is None else name,
+        only_image(folder) if image is None else image,
         measurement=measurement,
         mpp=mpp,
-        nuclei=_first(folder, *_NUCLEI) if nuclei is None else nuclei,
-        spots=_first(folder, "spots.h5ad") if spots is None else spots,
-        truth=_first(folder, "truth.h5ad"),
+        nuclei=first_file(folder, *NUCLEI) if nuclei is None else nuclei,
+        spots=first_file(folder, "spots.h5ad") if spots is None else spots,
+        truth=first_file(folder, "truth.h5ad"),
         max_pixels=max_pixels,
     )
 
@@ -382,14 +365,14 @@ def open_section_folder(folder: Path | str, name: str | None = None, *, max_pixe
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; give a section's folder with tissue_image.*")
-    given, folder = folder, folder if find_outs(folder) is None else _section_folder(folder)
+    given, folder = folder, folder if find_outs(folder) is None else section_folder(folder)
     return open_section(
-        _name(folder) if name is None else name,
-        _image(folder),
+        folder_name(folder) if name is None else name,
+        only_image(folder),
         measurement=_find_measurement(given),
-        nuclei=_first(folder, *_NUCLEI),
-        spots=_first(folder, "spots.h5ad"),
-        truth=_first(folder, "truth.h5ad"),
+        nuclei=first_file(folder, *NUCLEI),
+        spots=first_file(folder, "spots.h5ad"),
+        truth=first_file(folder, "truth.h5ad"),
         max_pixels=max_pixels,
     )
 
@@ -421,45 +404,12 @@ def make_measurement(section: str, platform: str, settings: dict[str, Any]) -> M
     return made
 
 
-def _section_folder(path: Path) -> Path:
-    """The folder of the section that a folder of bins, `binned_outputs` or `outs` is part of."""
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; give Space Ranger's outs, or its binned_outputs/square_002um")
-    folder = path.resolve()
-    for inner in (r"square_\d{3}um", r"(binned|segmented)_outputs", "outs"):
-        if re.fullmatch(inner, folder.name):
-            folder = folder.parent
-    return folder
-
-
-def _name(folder: Path) -> str:
-    return folder.resolve().name
-
-
-def _image(folder: Path) -> Path:
-    """The only full-resolution image in a section's folder."""
-    found = (path for pattern in _IMAGES for place in (folder, folder / "outs") for path in place.glob(pattern))
-    found = (path for path in found if not path.name.startswith("._"))  # macOS keeps attributes of files in these
-    images = sorted({path for path in found if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()})
-    if len(images) != 1:
-        what = ", ".join(path.name for path in images) or "no tissue_image.tif, .btf, .svs, ..."
-        hint = " (or *_he_image.ome.tif)"
-        if not images and find_outs(folder) is not None:
-            hint = " (the microscope image that Space Ranger was run with as --image, which it does not copy)"
-        raise InputError(f"{folder}: contains {what}; expected exactly one tissue_image.*{hint}")
-    return images[0]
-
-
 def _find_measurement(folder: Path) -> Measurement | None:
     for platform in sorted(platforms.names(), key=lambda name: (name != DEFAULT_PLATFORM, name)):
         found = platforms[platform].find(folder)
         if found is not None:
             return found
     return None
-
-
-def _first(folder: Path, *names: str) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)
 
 
 def _check_spots(section: Section, path: Path) -> None:

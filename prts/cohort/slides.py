@@ -15,7 +15,7 @@ from prts.api.predict import SlideSettings
 from prts.arguments import check_settings, parameters
 from prts.errors import InputError, ParameterError, did_you_mean, some_of
 from prts.preprocess.stains.base import require_method
-from prts.section import IMAGE_SUFFIXES
+from prts.section_folder import IMAGE_SUFFIXES
 from prts.segmentation import segmenters
 
 if TYPE_CHECKING:

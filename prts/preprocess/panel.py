@@ -1,4 +1,4 @@
-"""The gene panel: the ordered genes that a model predicts, chosen on the nuclei of the training sections only.
+"""The methods that choose the gene panel, on the nuclei of the training sections only.
 
 Several training sections are stacked on the genes (by `gene_id`) that all of them measure. A gene that one section's probe
 set lacks has no counts there for a technical reason; filled with zeros it would look like a gene that differs between tissues.
@@ -6,11 +6,9 @@ set lacks has no counts there for a technical reason; filled with zeros it would
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,10 +20,11 @@ from pydantic import Field
 
 from prts.arguments import checked
 from prts.errors import InputError, ParameterError, some_of
-from prts.io.cache import atomic, file_identity
-from prts.io.gene_list import is_names, read_gene_list, read_json
+from prts.io.cache import file_identity
+from prts.io.gene_list import read_gene_list
 from prts.io.unit_names import unit_name
-from prts.preprocess.gene_columns import find_genes, selector
+from prts.preprocess.gene_panel import Panel as Panel
+from prts.preprocess.gene_panel import aligned_counts, name_panel, shared_genes
 
 logger = logging.getLogger(__name__)
 
@@ -33,109 +32,6 @@ logger = logging.getLogger(__name__)
 _MOST = 200_000
 # Fewer genes than this are too few for clusters and cell types.
 FEW = 200
-
-
-@dataclass(frozen=True)
-class Panel:
-    """The ordered genes that a model predicts.
-
-    Parameters
-    ----------
-    genes
-        Unique names, (n_genes,).
-    gene_ids
-        Unique ids, (n_genes,), by which genes are found in other sections.
-    method
-        How they were chosen: "paper", "top" or "file".
-    steps
-        Number of nuclei, genes or clusters kept by each step of the method.
-    """
-
-    genes: tuple[str, ...]
-    gene_ids: tuple[str, ...]
-    method: str
-    steps: dict[str, int]
-
-    def to_json(self, path: Path) -> None:
-        """Write the panel."""
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    @classmethod
-    def from_json(cls, path: Path) -> Panel:
-        """Read a panel that `to_json` wrote.
-
-        Raises
-        ------
-        InputError
-            If the file is missing or not a panel.
-        """
-        content = read_json(path)
-        if not isinstance(content, dict) or set(content) != {"genes", "gene_ids", "method", "steps"}:
-            raise InputError(f"{path}: not a gene panel; give a JSON object with genes, gene_ids, method and steps")
-        for key in ("genes", "gene_ids"):
-            if not is_names(content[key]) or len(set(content[key])) != len(content[key]):
-                raise InputError(f"{path}: {key} is not a list of distinct names; get a complete copy")
-        if len(content["genes"]) != len(content["gene_ids"]):
-            raise InputError(
-                f"{path}: {len(content['genes'])} genes but {len(content['gene_ids'])} gene_ids; get a complete copy"
-            )
-        if not isinstance(content["steps"], dict) or not all(type(n) is int for n in content["steps"].values()):
-            raise InputError(f"{path}: steps does not map names to numbers; get a complete copy")
-        genes, gene_ids = tuple(content["genes"]), tuple(content["gene_ids"])
-        return cls(genes, gene_ids, str(content["method"]), content["steps"])
-
-    def align(self, counts: AnnData) -> sp.csr_matrix:
-        """Counts of the panel's genes, found by `gene_id`.
-
-        Parameters
-        ----------
-        counts
-            (n_nuclei, any genes) with `var["gene_id"]`.
-
-        Returns
-        -------
-        CSR (n_nuclei, n_genes), sorted, of the dtype of `counts.X`; genes that `counts` lacks are columns of zeros.
-
-        Raises
-        ------
-        InputError
-            If `counts` has none of the genes.
-        """
-        aligned = sp.csr_matrix(counts.X) @ self.selector(counts.var, counts.X.dtype)
-        aligned.sort_indices()
-        return aligned
-
-    def selector(self, var: pd.DataFrame, dtype: Any) -> sp.csr_matrix:
-        """The matrix (any genes, n_genes) by which counts are multiplied to have the panel's genes.
-
-        Parameters
-        ----------
-        var
-            Genes of the counts, with `gene_id`.
-        dtype
-            Type of the counts.
-
-        Raises
-        ------
-        InputError
-            If `var` has none of the genes.
-        """
-        column = find_genes(var, self.gene_ids)
-        absent = np.flatnonzero(column < 0)
-        if len(absent) == len(column):
-            raise ParameterError(
-                "panel",
-                "",
-                f"none of its {len(self.genes)} genes ({some_of(self.gene_ids)}) is among the section's {len(var)} "
-                f"({some_of(var['gene_id'])}); use a model and a section of one species with the same kind of gene ids",
-            )
-        if len(absent):
-            names = some_of([self.genes[i] for i in absent])
-            logger.warning(
-                "%d of %d panel genes are not in the section and counted as 0: %s", len(absent), len(self.genes), names
-            )
-        return selector(column, len(var), dtype)
 
 
 def warn_of_small(panel: Panel) -> None:
@@ -262,7 +158,7 @@ class PaperPanel:
             "significant": int(result.loc[significant, "names"].nunique()),
             "kept": int(kept.sum()),
         }
-        return _panel(nuclei.var[kept], "paper", steps)
+        return name_panel(nuclei.var[kept], "paper", steps)
 
     def _check_size(self, nuclei: AnnData) -> None:
         n_nuclei, n_genes = nuclei.shape
@@ -330,8 +226,8 @@ class TopPanel:
         """
         from sklearn.utils.sparsefuncs import incr_mean_variance_axis
 
-        var, n_obs, seen_in, totals = _shared_genes(counts), 0, 0, []
-        for section in _aligned(counts, var):
+        var, n_obs, seen_in, totals = shared_genes(counts), 0, 0, []
+        for section in aligned_counts(counts, var):
             n_obs += section.shape[0]
             seen_in = seen_in + section.getnnz(axis=0)
             totals.append(np.asarray(section.sum(axis=1)).ravel())
@@ -348,7 +244,7 @@ class TopPanel:
         umi = np.concatenate(totals)
         target = float(np.median(umi[umi > 0]))
         mean, variance, n = np.zeros(len(var)), np.zeros(len(var)), np.zeros(len(var))
-        for section in _aligned(counts, var):  # one after the other, so that memory is that of the largest
+        for section in aligned_counts(counts, var):  # one after the other, so that memory is that of the largest
             # scanpy's normalize_total and log1p, without the seconds that its import takes
             total = np.asarray(section.sum(axis=1), dtype=np.float64).ravel()
             factor = np.divide(target, total, out=np.zeros_like(total), where=total > 0)
@@ -356,7 +252,7 @@ class TopPanel:
             mean, variance, n = incr_mean_variance_axis(rows, axis=0, last_mean=mean, last_var=variance, last_n=n)
         order = np.lexsort((var["gene_id"].to_numpy(dtype=str), -np.where(seen, variance, -1.0)))[: self.n_genes]
         steps = {"nuclei": n_obs, "genes": len(var), "seen": int(seen.sum()), "kept": self.n_genes}
-        return _panel(var.iloc[order], "top", steps)
+        return name_panel(var.iloc[order], "top", steps)
 
 
 class FilePanel:
@@ -431,7 +327,7 @@ class ListPanel:
 def _listed(listed: Sequence[str], counts: Sequence[AnnData], source: str) -> Panel:
     """The panel of the genes that a list names."""
     wanted = pd.Index(list(listed)).unique()
-    var = _shared_genes(counts)
+    var = shared_genes(counts)
     symbols = pd.Index(var["symbol"].to_numpy(dtype=object))
     ambiguous = symbols.duplicated(keep=False)
     own = np.append(np.flatnonzero(~ambiguous), -1)  # so that -1 (not found) stays -1
@@ -458,27 +354,15 @@ def _listed(listed: Sequence[str], counts: Sequence[AnnData], source: str) -> Pa
         )
     chosen = var.iloc[pd.unique(at[at >= 0])]
     steps = {"listed": len(wanted), "genes": len(var), "kept": len(chosen)}
-    return _panel(chosen, "file", steps)
-
-
-def _shared_genes(counts: Sequence[AnnData]) -> pd.DataFrame:
-    """`var` of the first section, reduced to the genes that all sections measure."""
-    var: pd.DataFrame = counts[0].var
-    for number in range(1, len(counts)):  # a slice would load all of them
-        var = var[var["gene_id"].isin(counts[number].var["gene_id"])]
-    if var.empty:
-        raise ParameterError(
-            "panel", "", "the training sections share no gene id; use sections of one species and genome"
-        )
-    return var
+    return name_panel(chosen, "file", steps)
 
 
 def _stack(counts: Sequence[AnnData]) -> AnnData:
     """Training nuclei of all sections x their shared genes, CSR float32; of more than 200,000, that many, evenly chosen."""
-    var = _shared_genes(counts)
+    var = shared_genes(counts)
     n_nuclei = sum(section.n_obs for section in counts)
     parts = []
-    for section in _aligned(counts, var):
+    for section in aligned_counts(counts, var):
         size = section.shape[0]
         if n_nuclei > _MOST:
             section = section[np.linspace(0, size - 1, max(1, size * _MOST // n_nuclei)).astype(np.intp)]
@@ -496,21 +380,9 @@ def _log_size(n: int, counts: Sequence[AnnData], n_genes: int) -> None:
     logger.info("panel: %d %s of %d training sections, %d shared genes", n, units, len(counts), n_genes)
 
 
-def _aligned(counts: Sequence[AnnData], var: pd.DataFrame) -> Iterator[sp.csr_matrix]:
-    """Counts of some genes of each section, CSR float32."""
-    genes = Panel(tuple(var.index), tuple(var["gene_id"]), "", {})
-    for section in counts:
-        yield genes.align(section).astype(np.float32)
-
-
 def _log_normalize(nuclei: AnnData) -> None:
     """Scale each nucleus to the median total and take log1p."""
     import scanpy as sc
 
     sc.pp.normalize_total(nuclei)
     sc.pp.log1p(nuclei)
-
-
-def _panel(var: pd.DataFrame, method: str, steps: dict[str, int]) -> Panel:
-    logger.info("panel %s: %s", method, ", ".join(f"{name} {n}" for name, n in steps.items()))
-    return Panel(tuple(map(str, var.index)), tuple(map(str, var["gene_id"])), method, steps)
