@@ -78,7 +78,7 @@ class FinetuneSettings:
     alpha: float = 16.0
     blocks: int = 4
     epochs: int = 6
-    lr: float = 5e-4
+    lr: float = 1e-4
     weight_decay: float = 0.05
     tiles: int | None = None
     augment: bool = True
