@@ -16,7 +16,6 @@ from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
 from prts.data.slide_scale import SAMPLE, sample_of_slide
 from prts.errors import ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
-from prts.features.encoders.tokens import torch_device
 from prts.features.feature_reader import STORED, InputReader
 from prts.io.cache import default_cache, fingerprint, log_size, reading
 from prts.io.nuclei import load_nuclei
@@ -25,6 +24,7 @@ from prts.io.prediction import check_out
 from prts.io.region import inside, read_region
 from prts.models.predict import View, predict_store, predict_views, write_prediction
 from prts.models.scale import check_scale
+from prts.precision import torch_device
 from prts.preprocess.artefacts import log_artefacts
 from prts.preprocess.stains.base import match_stain
 from prts.progress import of_section
@@ -366,7 +366,10 @@ def build_encoder(bundle: Bundle, runtime: EncoderRuntime) -> Encoder:
         If its weights are missing or differ from those used in training.
     """
     weights = encoder_weights(bundle, runtime.weights)
-    return encoder_from_settings(bundle.metadata["encoder"], weights, device=runtime.device, compile=runtime.compile)
+    adapter = {} if bundle.adapter is None else {"adapter": bundle.adapter}
+    return encoder_from_settings(
+        bundle.metadata["encoder"], weights, device=runtime.device, compile=runtime.compile, **adapter
+    )
 
 
 def _open(image: Path | str | Section, settings: SlideSettings) -> Section:
