@@ -58,7 +58,8 @@ def with_trained_encoder(
     encoder = trainable_encoder(plan.preparation.encoder)
     check_trainable(encoder, plan.finetune)
     seed_everything(plan.finetune.seed)
-    datamodule = load(plan)
+    # features that change with every step have no mean over a slide: slides are matched once the encoder is trained
+    datamodule = load(replace(plan, data=replace(plan.data, scale="training")))
     decides = {
         "version": _VERSION,
         "encoder": encoder.settings(),
@@ -129,10 +130,6 @@ def check_finetune(plan: TrainingPlan) -> None:
         raise ParameterError("data", "use", problem)
     if plan.data.permute:
         raise ParameterError("data", "permute", "shuffles features, which finetune computes; omit one of them")
-    if plan.data.scale != "training":
-        raise ParameterError(
-            "data", "scale", "slide needs the features of a whole slide; use training, or omit finetune"
-        )
 
 
 def trainable_encoder(encoder: Encoder) -> TokenEncoder:

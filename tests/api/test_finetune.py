@@ -236,7 +236,6 @@ def test_the_trained_network_reads_the_features_of_extraction(
         (["experiment=context", "finetune=lora"], "finetune: the encoder none|data.use: "),
         (["encoder.scales=[0.5,1]"], "encoder.scales: cannot be trained; give one um/px"),
         (["encoder.adapter=a.safetensors"], "encoder.adapter: cannot be trained further"),
-        (["data.scale=slide"], "data.scale: slide needs the features of a whole slide"),
         (["data.permute=true"], "data.permute: shuffles features"),
         (["data.use=[global]", "encoder.sampling=grid"], "data.use: has only global"),
         (["model=ridge"], "finetune: needs a network to train the encoder with, not ridge"),
