@@ -35,6 +35,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def full_dpi() -> int:
+    """Draw with 60 dpi, since most runs in the tests draw all their figures, and return the dpi that users get."""
+    from prts.report import figures_canvas
+
+    full, figures_canvas._DPI = figures_canvas._DPI, 60
+    return full
+
+
 @pytest.fixture(scope="session")
 def prts_data() -> Path:
     """The folder of real data; tests that need it carry the mark `real` and are skipped, visibly, without it."""
