@@ -48,13 +48,13 @@ MEANT = {
     "text": r"(.*\.)?(analysis|annotations|artifact_location|bins|bundle|cache_dir|checkpoint_key|classification|data_dir|experiment_name"
     r"|gmt|image|markers|model|model_name|monitor|name|nuclei|obo|orthologs|out|path|prediction|project|roi|run|run_name|save_dir|second"
     r"|cite|license|message|revision|layout|section|slides|species|mt_prefix|spots|stain|tracking_uri|train_nuclei|train_section|version|visium|weights|folder|genes"
-    r"|data\.target|trainer\.(accelerator|strategy|devices|precision)|encoder\.(device|pooling))",
+    r"|data\.target|trainer\.(accelerator|strategy|devices|precision)|encoder\.(adapter|device|pooling))",
     "null": r"(.*\.)?(analysis|annotations|artifact_location|batch_size|broad|bundle|checkpoint_key|classification|download|experiment_name"
     r"|cite|datasets|license|message|revision|genes|image|intervals|local_width|logger|markers|max_area_px|max_area_um2|max_pct_mt|max_pixels|mt_prefix|mean|std|min_cells|min_umi|model_mpp|mpp|name"
     r"|nms_thresh|nuclei|obo|orthologs|out|page|path|patterns|prediction|prob_thresh|qc|region|roi|run|run_name|save_dir|second|section"
     r"|segmentation|slides|slides_per_job|spots|test|tracking_uri|train_nuclei|train_section|val|version|visium|weights|worker"
     r"|model\.(baseline|scheduler|net\.rank|optimizer\.fused)"
-    r"|encoder\.(hub|kwargs|layer|scales)|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
+    r"|encoder\.(adapter|hub|kwargs|layer|scales)|finetune(\.tiles)?|preprocess\.register|trainer\.\w+|logger\.\w+\.\w+|md5)|units|bin_um",
     "negative": r"tilt_deg|segmentation\.(min_overlap|context)|trainer\.devices|logger\.\w+\.version",
     "flag": r"encoder\.compile|intervals|page|preprocess\.register|logger\.tensorboard\.default_hp_metric|trainer\.deterministic"
     r"|model\.optimizer\.fused",

@@ -27,6 +27,7 @@ GROUPS = {
     "panel": "Which genes are predicted.",
     "split": "How training, validation and test are separated.",
     "loss": "What the network minimizes.",
+    "finetune": "Whether the encoder is trained, too.",
     "model": "The network, or one of the baselines in its place.",
     "trainer": "Lightning's `Trainer`.",
     "callbacks": "Early stopping and the choice of the best epoch.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from prts.section import Section
 
     Floats = NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedModel(Protocol):
@@ -104,8 +107,11 @@ def baseline_scores(
         "colour": features.colour,
         "context": features.context,
         "morphology": features.morphology,
-        "ridge": features.model_input,
     }
+    if features.knows_input:
+        readers["ridge"] = features.model_input
+    else:
+        logger.info("ridge: not compared, since only a region was predicted and this model matches whole slides")
     columns = [bundle.genes.index(gene) for gene in matched.genes]
     baselines = {
         name: _constant(bundle.baselines.predict(name, readers[name]())[:, columns])
@@ -135,7 +141,8 @@ class _Features:
         self._seen = match_stain(section.reoriented(orientation), str(about["stain"]), bundle.metadata.get("stain"))
         self._everywhere = orientation.nuclei(compared.polygons, section.file_size)
         self._ids = compared.matched.cell_id
-        self._whole = "roi" not in about
+        # a region is matched by the mean and spread of its slide, which the prediction does not hold
+        self.knows_input = bundle.slide_scale is None or "roi" not in about
         self._rows = pd.Index(self._everywhere["cell_id"]).get_indexer(self._ids)
         self._nuclei = self._everywhere.iloc[self._rows].reset_index(drop=True)
         digest = hashlib.sha256("\n".join(map(str, self._ids)).encode())
@@ -169,7 +176,7 @@ class _Features:
         )
         read = InputReader(stores.features, use, lambda: self._everywhere, self._seen.mpp, stores.context)
         seen, matching = read(self._ids), self._bundle.slide_scale
-        if matching is None or not self._whole or len(seen) < FEWEST:  # the prediction used them as they are, too
+        if matching is None or len(seen) < FEWEST:  # the prediction used them as they are, too
             return seen
         return matching.match(seen, matching.moments([seen]))
 

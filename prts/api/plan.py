@@ -14,15 +14,17 @@ from prts.errors import InputError, ParameterError, did_you_mean
 
 if TYPE_CHECKING:
     from prts.api.training_plan import TrainingPlan
-    from prts.data.prepare import PanelBuilder
+    from prts.data.prepare import PanelBuilder, PreparedTissue
     from prts.data.splits import Roles, Splitter
     from prts.features.encoders import Encoder
+    from prts.models.finetune import FinetuneSettings
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
     from prts.platforms.bin_owners import CountSettings
     from prts.preprocess.counts import QCSettings
     from prts.section import Section
     from prts.segmentation.segment import Segmenter
+    from prts.stopwatch import Stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +57,12 @@ class FitSettings:
     memory
         `whole`: load features and counts. `stream`: leave them on disk, for more nuclei than memory. `auto`: decide by size.
     scale
-        `training`: features as they are. `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the
-        slide are those of training, here and in `predict`.
+        `slide`: the features of each slide are shifted and scaled, so that their mean and spread over the slide are those of training, here
+        and in `predict`. `training`: features as they are.
     seed
         Seed of initial weights, order of nuclei and dropout.
+    finetune
+        Train the encoder, too, before its features are extracted (`prts.models.finetune.FinetuneSettings`); None: use it as it is.
     trainer
         Further arguments of Lightning's Trainer, such as `{"accelerator": "gpu", "devices": 2}`.
     """
@@ -69,8 +73,9 @@ class FitSettings:
     weight_decay: float = 0.05
     batch_size: int = 256
     memory: Literal["auto", "whole", "stream"] = "auto"
-    scale: Literal["training", "slide"] = "training"
+    scale: Literal["training", "slide"] = "slide"
     seed: int = 0
+    finetune: FinetuneSettings | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -356,8 +361,12 @@ def make_plan(
         seed=settings.seed,
         use=features,
     )
+
+    def prepared(stopwatch: Stopwatch, settings: PrepareSettings | None = None) -> PreparedTissue:
+        return prepare_sections("+".join(roles.train), species, sections, roles, settings or prepare, stopwatch)
+
     return TrainingPlan(
-        prepare=lambda watch: prepare_sections("+".join(roles.train), species, sections, roles, prepare, watch),
+        prepare=prepared,
         preparation=prepare,
         data=DataSettings(
             use=usable_features(features, segmenter),
@@ -366,6 +375,7 @@ def make_plan(
             memory=settings.memory,
         ),
         recipe=recipe,
+        finetune=settings.finetune,
     )
 
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from prts.api.nuclei_source import NucleiSource, as_segmenter
 from prts.data.prepare import prepare_artefacts, prepare_input, prepare_nuclei
+from prts.data.slide_scale import SAMPLE, sample_of_slide
 from prts.errors import ParameterError
 from prts.features.encoders import encoder_from_settings, weights_status
-from prts.features.encoders.tokens import torch_device
 from prts.features.feature_reader import STORED, InputReader
 from prts.io.cache import default_cache, fingerprint, log_size, reading
 from prts.io.nuclei import load_nuclei
@@ -24,6 +24,7 @@ from prts.io.prediction import check_out
 from prts.io.region import inside, read_region
 from prts.models.predict import View, predict_store, predict_views, write_prediction
 from prts.models.scale import check_scale
+from prts.precision import torch_device
 from prts.preprocess.artefacts import log_artefacts
 from prts.preprocess.stains.base import match_stain
 from prts.progress import of_section
@@ -132,12 +133,13 @@ class PredictedSlide:
 
 
 class _Found(NamedTuple):
-    """The nuclei to predict, in pixels of the slide as read and of the file, and all nuclei of the slide."""
+    """The nuclei to predict, in pixels of the slide as read and of the file, and all nuclei of the slide, with their names in the cache."""
 
     nuclei: GeoDataFrame
     in_file: GeoDataFrame
     everywhere: GeoDataFrame
     source: str
+    slide: str
     scaling: dict[str, Any]
     region: BaseGeometry | None
 
@@ -218,7 +220,13 @@ class SlidePredictor:
                 if len(readings) == 1:
                     (only,) = readings
                     chunks = predict_store(
-                        bundle, only.features, only.nuclei, slide.section.mpp, among=only.among, context=only.context
+                        bundle,
+                        only.features,
+                        only.nuclei,
+                        slide.section.mpp,
+                        among=only.among,
+                        context=only.context,
+                        sample=only.sample,
                     )
                 else:
                     chunks = predict_views(bundle, readings, slide.section.mpp)
@@ -315,7 +323,13 @@ def _read(
         )
         seen = seen.reoriented(orientation)
     stores = prepare_input(folder, seen, nuclei, bundle.input_use, lambda: reader, found.source)
-    return View(nuclei, among, stores.features, stores.context)
+    view = View(nuclei, among, stores.features, stores.context)
+    if bundle.slide_scale is None or found.region is None:
+        return view
+    # a region is matched by the mean and spread of its slide
+    sample = among.iloc[sample_of_slide(len(among))].reset_index(drop=True)
+    stores = prepare_input(folder, seen, sample, bundle.input_use, lambda: reader, f"{found.slide}-{SAMPLE}")
+    return view._replace(sample=View(sample, among, stores.features, stores.context))
 
 
 def encoder_weights(bundle: Bundle, given: Path | str | None = None) -> Path | None:
@@ -352,7 +366,10 @@ def build_encoder(bundle: Bundle, runtime: EncoderRuntime) -> Encoder:
         If its weights are missing or differ from those used in training.
     """
     weights = encoder_weights(bundle, runtime.weights)
-    return encoder_from_settings(bundle.metadata["encoder"], weights, device=runtime.device, compile=runtime.compile)
+    adapter = {} if bundle.adapter is None else {"adapter": bundle.adapter}
+    return encoder_from_settings(
+        bundle.metadata["encoder"], weights, device=runtime.device, compile=runtime.compile, **adapter
+    )
 
 
 def _open(image: Path | str | Section, settings: SlideSettings) -> Section:
@@ -401,7 +418,7 @@ def _find_nuclei(
         source += f"-{fingerprint({'roi': region.wkt})}"
     if settings.artefacts:
         log_artefacts(section.name, in_file["artefact"])
-    return _Found(nuclei, in_file, everywhere, source, scaling, region)
+    return _Found(nuclei, in_file, everywhere, source, path.stem, scaling, region)
 
 
 def _provenance(bundle: Bundle, settings: SlideSettings, orientation: Orientation, found: _Found) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 import yaml
 
@@ -31,7 +30,7 @@ from prts.io.unit_names import unit_name
 from prts.models.bundle import Bundle, add_scores, load_bundle, save_bundle
 from prts.models.checkpoint import NAME, EpochCheckpoint, cache_files, find_checkpoint
 from prts.models.fit import Fitted, fit
-from prts.models.module import seed_everything
+from prts.models.module import EpochHistory, seed_everything
 from prts.models.ood import MahalanobisOOD
 from prts.models.output import choose_output
 from prts.models.predictor import LIMIT_MULTIPLE, Predictor, highest_counts
@@ -140,7 +139,12 @@ class _Training:
         self.history = EpochHistory()
 
     def run(self, *, resume: bool, report: bool) -> Run:
-        datamodule = self._data()
+        if self.plan.finetune is not None:
+            from prts.api.finetune import with_trained_encoder
+
+            with self.watch("finetune"):
+                self.plan = with_trained_encoder(self.plan, self._data, self.folder)
+        datamodule = self._data(self.plan)
         fitted = self._fit(datamodule, resume)
         if not fitted.is_global_zero:
             return Run({}, None, self.history.table(), datamodule)  # the first process of a DDP job tests and writes
@@ -159,9 +163,8 @@ class _Training:
             write_index(self.folder, metrics)
         return Run(metrics, bundle, self.history.table(), datamodule)
 
-    def _data(self) -> PRTSDataModule:
+    def _data(self, plan: TrainingPlan) -> PRTSDataModule:
         """Prepare, split and load the sections."""
-        plan = self.plan
         datamodule = PRTSDataModule(
             lambda: plan.prepare(self.watch),
             plan.preparation.splitter,
@@ -238,6 +241,7 @@ class _Training:
             ood=MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets),
             baselines=self._baselines.shipped(),
             slide_scale=datamodule.slide_scale,
+            adapter=getattr(plan.preparation.encoder, "adapter", None),
             metadata=bundle_metadata(plan, datamodule, validation, beyond, intervals),
         )
         # read back, so that the tested model is the one on disk
@@ -311,39 +315,6 @@ def _scores(metrics: Mapping[str, Any], datamodule: PRTSDataModule) -> dict[str,
     kept = ("val/", "test/", "baseline/")
     flat = json_ready(without_sections(metrics, _roles(datamodule)))
     return {key: value for key, value in flat.items() if key.startswith(kept)}
-
-
-class EpochHistory(pl.Callback):
-    """Collects what is logged, one row per epoch."""
-
-    def __init__(self) -> None:
-        self._rows: list[dict[str, float]] = []
-        self._epoch: int | None = None
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the epoch, because its training metrics are logged after this."""
-        if not trainer.sanity_checking:
-            self._epoch = trainer.current_epoch
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the metrics of the previous epoch."""
-        self._keep(trainer)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the metrics of the last epoch."""
-        self._keep(trainer)
-
-    def _keep(self, trainer: pl.Trainer) -> None:
-        if self._epoch is not None:
-            figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
-            self._rows.append({"epoch": self._epoch, **figures})
-            self._epoch = None
-
-    def table(self) -> pd.DataFrame:
-        """One row per epoch; empty for a model that is fitted in closed form."""
-        import pandas as pd
-
-        return pd.DataFrame(self._rows)
 
 
 def _remove_results(folder: Path) -> None:

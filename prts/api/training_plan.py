@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from prts.errors import ParameterError
 from prts.evaluation.settings import EvaluationSettings
-from prts.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from prts.data.memory import Memory
     from prts.data.prepare import PreparedTissue, PrepareSettings
+    from prts.models.finetune import FinetuneSettings
     from prts.models.fit import Recipe
+    from prts.stopwatch import Stopwatch
 
-Prepare = Callable[[Stopwatch], "PreparedTissue"]
+
+class Prepare(Protocol):
+    """Prepares the sections of a plan, or finds them prepared."""
+
+    def __call__(self, stopwatch: Stopwatch, settings: PrepareSettings | None = None) -> PreparedTissue:
+        """Prepare as the plan says, or with other settings."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -68,13 +75,16 @@ class TrainingPlan:
         How validation and test are scored.
     markers
         Genes whose mean PCC is reported separately.
+    finetune
+        How the encoder is trained before its features are extracted; None: it is used as it is.
     config
         The settings as the user wrote them, for config.yaml and provenance; JSON-like.
 
     Raises
     ------
     ParameterError
-        If nuclei are to have exposures, which the likelihood cannot take, or views, which nothing would read.
+        If nuclei are to have exposures, which the likelihood cannot take, or views, which nothing would read, or the encoder cannot be
+        trained.
     """
 
     prepare: Prepare
@@ -83,6 +93,7 @@ class TrainingPlan:
     recipe: Recipe
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     markers: tuple[str, ...] = ()
+    finetune: FinetuneSettings | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,3 +110,7 @@ class TrainingPlan:
         if self.preparation.augment and self.data.permute:
             problem = "shuffles the features of the unchanged image only; leave encoder.augment at 0"
             raise ParameterError("data", "permute", problem)
+        if self.finetune is not None:
+            from prts.api.finetune import check_finetune
+
+            check_finetune(self)

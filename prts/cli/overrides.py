@@ -13,8 +13,8 @@ from prts.errors import InputError, did_you_mean
 # Keys that take a path. Their values are taken literally, so that spaces, commas, = and brackets need no quoting for Hydra.
 _PATH_KEYS = frozenset(
     "image slides out nuclei roi bundle prediction section train_section train_nuclei run second analysis markers orthologs visium "
-    "enrich.obo enrich.annotations encoder.weights segmentation.model segmentation.path panel.path paths.data_dir paths.cache_dir "
-    "hydra.run.dir hydra.sweep.dir".split()
+    "enrich.obo enrich.annotations encoder.weights encoder.adapter segmentation.model segmentation.path panel.path paths.data_dir "
+    "paths.cache_dir hydra.run.dir hydra.sweep.dir".split()
 )
 MULTIRUN = ("-m", "--multirun")
 _CONFIG_DIR = ("--config-dir", "-cd")

@@ -23,10 +23,9 @@ from prts.cli.app import plain
 from prts.errors import ParameterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from omegaconf import DictConfig
 
+    from prts.api.training_plan import Prepare
     from prts.data.prepare import PreparedTissue, PrepareSettings
     from prts.data.tissue import Tissue
     from prts.segmentation.segment import Segmenter
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue], PrepareSettings]:
+def preparation(cfg: DictConfig) -> tuple[Prepare, PrepareSettings]:
     """A function that prepares the sections of a config, skipping finished steps, and its settings.
 
     Raises
@@ -45,8 +44,12 @@ def preparation(cfg: DictConfig) -> tuple[Callable[[Stopwatch], PreparedTissue],
     """
     from prts.data.prepare import prepare_tissue
 
-    tissue, settings = tissue_settings(cfg)
-    return lambda stopwatch: prepare_tissue(tissue, settings, stopwatch), settings
+    tissue, own = tissue_settings(cfg)
+
+    def prepare(stopwatch: Stopwatch, settings: PrepareSettings | None = None) -> PreparedTissue:
+        return prepare_tissue(tissue, settings or own, stopwatch)
+
+    return prepare, own
 
 
 def tissue_settings(cfg: DictConfig) -> tuple[Tissue, PrepareSettings]:

@@ -3,10 +3,11 @@
 usage: prts push bundle=DIR repo=owner/name [private=true] [revision=BRANCH] [message=TEXT] [license=cc-by-4.0]
                  [datasets=[owner/name]] [dry_run=true]
 
-Uploads model.json, model.safetensors and the card, README.md, in one commit. The card says what model.json knows: data, licenses, scores
-next to baselines and noise ceiling, predictable genes, limits, how to use and cite it. dry_run=true writes it to DIR/README.md and uploads
-nothing; a README.md in DIR, edited or not, is uploaded as it is. Log in with `hf auth login` first. A new repository is private unless
-private=false. The weights of the encoder are never uploaded. model.json contains names and paths of the training files: read it first.
+Uploads model.json, model.safetensors (with a trained encoder, adapter.safetensors, too) and the card, README.md, in one commit. The card
+says what model.json knows: data, licenses, scores next to baselines and noise ceiling, predictable genes, limits, how to use and cite it.
+dry_run=true writes it to DIR/README.md and uploads nothing; a README.md in DIR, edited or not, is uploaded as it is. Log in with
+`hf auth login` first. A new repository is private unless private=false. The weights of the encoder are never uploaded. model.json contains
+names and paths of the training files: read it first.
 
 Others use the model as bundle=hf://owner/name or bundle=hf://owner/name@revision, in any command and in `prts.Model.load`.
 
@@ -17,7 +18,6 @@ example: prts push bundle=outputs/demo/make/model repo=owner/name license=cc-by-
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prts.cli.app import require
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     from prts.io.cache import atomic
     from prts.models.bundle import load_bundle
     from prts.models.card import model_card
-    from prts.models.hub import FILES, check_repository, is_reference, push
+    from prts.models.hub import check_repository, is_reference, push
 
     if is_reference(cfg.bundle):
         raise InputError(f"{cfg.bundle}: is on the hub already; give the folder of a bundle")
@@ -54,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         return
     origin, private = push(
         repo,
-        {**{name: Path(bundle.folder, name) for name in FILES}, path.name: card},
+        {**{file.name: file for file in bundle.files}, path.name: card},
         private=cfg.private,
         revision=cfg.revision,
         message=cfg.message or f"Upload a prts model of {bundle.metadata['tissue']}, SHA-256 {bundle.sha256[:12]}",

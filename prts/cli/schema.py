@@ -247,6 +247,22 @@ class Data:
 
 
 @dataclass
+class Finetune:
+    """`configs/finetune`."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)]
+    alpha: Annotated[float, Field(gt=0, le=1e4)]
+    blocks: Annotated[int, Field(ge=1, le=1000)]
+    epochs: Annotated[int, Field(ge=1, le=10**4)]
+    lr: Annotated[float, Field(gt=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)]
+    tiles: Annotated[int, Field(ge=2, le=65_536)] | None
+    augment: bool
+    validation: Annotated[int, Field(ge=2)]
+    seed: Seed
+
+
+@dataclass
 class Prepare:
     """What `prts prepare` and `prts train` share."""
 
@@ -288,6 +304,7 @@ class Train(Prepare):
     resume: bool
     patch_pooling: Literal["nucleus", "center2x2", "bilinear"]
     logger: Annotated[Mapping, Built("logger", several=True)] | None = None
+    finetune: Finetune | None = None
 
 
 @dataclass

@@ -1,17 +1,19 @@
 """Train a model, and test it next to baselines.
 
 usage: prts train [tissue=demo|her2st|brain|lung|breast|kidney|...] [units=nuclei|bins] [bin_um=8]
-                  [ablation=full|local_only|global_only] [encoder=...] [seed=0]
+                  [ablation=full|local_only|global_only] [encoder=...] [seed=0] [finetune=lora]
 
 Prepares the sections if needed, fits the network, chooses output rule and threshold on validation, and scores the test sections.
 Writes outputs/<tissue>/<date>_<time>/ with metrics.json, per_gene.csv, predictions.h5ad (further test sections in
 predictions-<section>.h5ad), figures/, report.html (omitted with report=false), the model bundle model/, config.yaml and train.log.
-`tissue=demo`, the default, simulates its sections and needs no download.
+`tissue=demo`, the default, simulates its sections and needs no download. finetune=lora first trains the encoder, a ViT, on the same
+sections; its changes are part of the model.
 
 To resume a killed run, give its folder and resume=true; it ends with the same weights as an uninterrupted run.
 
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth
 example: prts train tissue=lung encoder.weights=vit256_small_dino.pth hydra.run.dir=outputs/lung/2026-11-22_09-30-00 resume=true
+example: prts train tissue=kidney experiment=bins finetune=lora
 example: prts train -m tissue=demo ablation=full,local_only,global_only seed=1,2,3
 """
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from prts.api.train import Run
     from prts.api.training_plan import TrainingPlan
+    from prts.models.finetune import FinetuneSettings
     from prts.models.fit import Recipe
     from prts.models.likelihoods import Likelihood
     from prts.section import Section
@@ -125,9 +128,16 @@ def training_plan(cfg: DictConfig) -> TrainingPlan:
         data=DataSettings(**{**data, "use": tuple(data["use"])}),
         recipe=_recipe(cfg),
         evaluation=EvaluationSettings(**plain(cfg.evaluation)),
+        finetune=_finetune(cfg),
         markers=tuple(cfg.tissue.get("markers") or ()),
         config=plain(cfg),
     )
+
+
+def _finetune(cfg: DictConfig) -> FinetuneSettings | None:
+    from prts.models.finetune import FinetuneSettings
+
+    return None if cfg.finetune is None else FinetuneSettings(**plain(cfg.finetune))
 
 
 def _recipe(cfg: DictConfig) -> Recipe:

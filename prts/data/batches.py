@@ -7,7 +7,7 @@ stay sparse in memory and are densified for one batch at a time; on a GPU whose 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 class Batch(NamedTuple):
     """Features (b, d) and raw counts (b, g), both float32, and exposures (b, 1) if the nuclei have any.
 
-    The target is computed from the counts on the network's device.
+    While an encoder is trained, `prts.data.tile_batches.Seen` takes the place of the features. The target is computed from the counts on
+    the network's device.
     """
 
-    features: Tensor
+    features: Any
     counts: Tensor
     exposure: Tensor | None = None
 

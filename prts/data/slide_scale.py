@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 FEWEST = 1000
 """Nuclei below which a slide's own mean and spread are too uncertain, or too much those of one kind of tissue."""
 
+SAMPLE = 4000
+"""Nuclei from all over a slide that stand for it where only a region is predicted."""
+
 _CHUNK = 4096
+
+
+def sample_of_slide(n: int) -> NDArray[np.intp]:
+    """Rows of at most `SAMPLE` of the n nuclei of a slide, evenly spaced in their order; all of them if there are no more."""
+    return np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.intp))
 
 
 class SlideMoments(NamedTuple):

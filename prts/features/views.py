@@ -92,6 +92,13 @@ class Look:
     brightness: float
     blur_um: float
 
+    @classmethod
+    def random(cls, rng: np.random.Generator) -> Self:
+        """A change drawn from the ranges of the views."""
+        h, e, rest, shift, light, focus = rng.random(6).tolist()
+        factors = (_within(STAIN, h), _within(STAIN, e), _within(REST, rest))
+        return cls(factors, _within(OFFSET, shift), _within(BRIGHTNESS, light), _within(BLUR_UM, focus))
+
     def reach(self, mpp: float) -> int:
         """Pixels around a region that affect it."""
         return math.ceil(_TRUNCATE * self.blur_um / mpp)
@@ -112,6 +119,11 @@ class Look:
             "brightness": self.brightness,
             "blur_um": self.blur_um,
         }
+
+
+def random_orientation(rng: np.random.Generator) -> Orientation:
+    """One of the eight ways to turn and mirror an image."""
+    return Orientation(ROTATE[rng.integers(len(ROTATE))], FLIP[rng.integers(2)])
 
 
 @dataclass(frozen=True)

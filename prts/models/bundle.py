@@ -1,4 +1,6 @@
-"""A trained model as a folder: `model.safetensors` (every tensor) and `model.json` (everything else). No pickle, no code.
+"""A trained model as a folder: `model.safetensors` (its tensors) and `model.json` (everything else). No pickle, no code.
+
+If the encoder was trained, too, the changes of its weights are in `adapter.safetensors`.
 
 A bundle has everything that prediction needs except the encoder's weights, which it identifies by SHA-256. It refers to the likelihood by
 its registered name, so opening an untrusted bundle never imports code named in the file.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +29,16 @@ from prts import __version__
 from prts.data.slide_scale import SlideScale
 from prts.errors import InputError
 from prts.io.cache import atomic, sha256_file
-from prts.models.bundle_description import FORMAT_VERSION, GIVEN_KEYS, OWN_KEYS, Description, edited, read_description
+from prts.models.bundle_description import (
+    ADAPTER,
+    FORMAT_VERSION,
+    GIVEN_KEYS,
+    OWN_KEYS,
+    WITH_ADAPTER,
+    Description,
+    edited,
+    read_description,
+)
 from prts.models.hub import as_on_hub, is_reference, pull
 from prts.models.likelihoods import Likelihood, likelihoods
 from prts.models.network import PRTSNet
@@ -74,6 +86,17 @@ class Bundle(Predictor):
     def sha256(self) -> str:
         """SHA-256 of `model.json`, which contains the hash of the weights: it identifies the model."""
         return sha256_file(self.folder / "model.json")
+
+    @property
+    def adapter(self) -> Path | None:
+        """The trained changes of the encoder's weights; None if the encoder is used as it is."""
+        return None if self.metadata["encoder"].get("adapter_sha256") is None else self.folder / ADAPTER
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that make up the model."""
+        others = [] if self.adapter is None else [self.adapter]
+        return [self.folder / "model.json", self.folder / "model.safetensors", *others]
 
     @property
     def genes(self) -> list[str]:
@@ -145,6 +168,7 @@ def save_bundle(
     ood: MahalanobisOOD | None = None,
     baselines: ShippedBaselines | None = None,
     slide_scale: SlideScale | None = None,
+    adapter: Path | None = None,
 ) -> None:
     """Write a bundle, whole or not at all.
 
@@ -171,6 +195,8 @@ def save_bundle(
         Fitted on the same nuclei as the model.
     slide_scale
         What features of each slide were matched to, exactly if the `scale` of `input` is `slide`.
+    adapter
+        The adapter of the encoder, exactly if its settings name one.
 
     Raises
     ------
@@ -186,13 +212,17 @@ def save_bundle(
         )
     if (slide_scale is not None) != (metadata["input"].get("scale") == "slide"):
         raise ValueError("bundle: `slide_scale` and the `scale` of the input do not belong together")
+    if (adapter is not None) != (metadata["encoder"].get("adapter_sha256") is not None):
+        raise ValueError("bundle: `adapter` and the settings of the encoder do not belong together")
     kinds = {kind: name for name, kind in ARCHITECTURES.items()}
     with atomic(Path(folder)) as temporary:
         temporary.mkdir()
         weights = temporary / "model.safetensors"
         save_file(_tensors(_parts(net, likelihood, ood, baselines, slide_scale)), weights)
+        if adapter is not None:
+            shutil.copyfile(adapter, temporary / ADAPTER)
         description = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if adapter is None else WITH_ADAPTER,
             "genes": [{"name": name, "id": gene_id} for name, gene_id in genes],
             "architecture": {"name": kinds[type(net)], **net.settings()},
             "likelihood": likelihood.settings(),
@@ -256,6 +286,8 @@ def load_bundle(place: Path | str) -> Bundle:
     metadata, about = read_description(path)
     net, likelihood, rule, ood, baselines, slide_scale = _build(path, metadata, about)
     _load_weights(folder / "model.safetensors", about, _parts(net, likelihood, ood, baselines, slide_scale))
+    if ADAPTER in about.files():
+        _check_adapter(folder / ADAPTER, about.files()[ADAPTER])
     net.eval()
     limit = None if about.limits is None else torch.tensor(about.limits.highest) * float(about.limits.multiple)
     return Bundle(net, likelihood, rule, metadata, folder, ood, baselines, slide_scale, limit=limit)
@@ -344,6 +376,13 @@ def _load_weights(path: Path, about: Description, parts: Mapping[str, nn.Module]
     for prefix, module in parts.items():
         state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         module.load_state_dict(state, assign=True)
+
+
+def _check_adapter(path: Path, sha256: str) -> None:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; this model has trained its encoder, so copy {path.name}, too")
+    if sha256_file(path) != sha256:
+        raise InputError(f"{path}: its SHA-256 differs from the one in model.json; get a complete copy of the bundle")
 
 
 def _parts(

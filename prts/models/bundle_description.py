@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prts.errors import InputError
 from prts.io.mpp import is_plausible
 
-# 2: tensors of `ood`. 3: `likelihood` in place of `target` and `loss`
+# 2: tensors of `ood`. 3: `likelihood` in place of `target` and `loss`. 4: with an adapter of the encoder, which older versions would ignore
 FORMAT_VERSION = 3
-READABLE = (1, 2, 3)
+WITH_ADAPTER = 4
+READABLE = (1, 2, 3, 4)
+
+ADAPTER = "adapter.safetensors"
 
 # Meaning of `target` in formats 1 and 2.
 _LIKELIHOODS: dict[Any, dict[str, str]] = {
@@ -103,6 +106,11 @@ class Description(_Given):
     baselines: dict[str, int] | None = None
     weights_sha256: str
     versions: dict[str, Any]
+
+    def files(self) -> dict[str, str]:
+        """Name and SHA-256 of the files next to model.json."""
+        adapter = self.encoder.get("adapter_sha256")
+        return {"model.safetensors": self.weights_sha256, **({} if adapter is None else {ADAPTER: str(adapter)})}
 
 
 # Metadata that the caller of `save_bundle` must provide, and must not.

@@ -163,7 +163,8 @@ class _Card:
 
     def _network(self) -> str:
         named = self.encoder.get("hub") or self.encoder.get("model_name")
-        return f" (`{named}`)" if named else ""
+        trained = "" if self.bundle.adapter is None else ", its last blocks trained with the model"
+        return (f" (`{named}`)" if named else "") + trained
 
     def _units(self) -> str:
         if self.bin_um is not None:
@@ -277,7 +278,11 @@ class _Card:
             f", commit `{code['commit']}`{' with changes' if code.get('changed') else ''}" if "commit" in code else ""
         )
         yield from ("## Origin", "")
-        yield f"* model.json: SHA-256 `{self.bundle.sha256}`; model.safetensors: `{self.about['weights_sha256']}`"
+        adapter = self.encoder.get("adapter_sha256")
+        yield (
+            f"* model.json: SHA-256 `{self.bundle.sha256}`; model.safetensors: `{self.about['weights_sha256']}`"
+            + ("" if adapter is None else f"; adapter.safetensors, the changes of the encoder: `{adapter}`")
+        )
         config = made.get("config_fingerprint", _UNKNOWN)
         yield f"* trained with prts {self.about['versions'].get('prts', _UNKNOWN)}{commit}, config `{config}`"
         versions = ", ".join(f"{name} {number}" for name, number in self.about["versions"].items() if name != "prts")

@@ -1,7 +1,8 @@
 """Bundles on the Hugging Face hub: `hf://owner/name[@revision]` is downloaded into the hub's own cache, and a folder is uploaded.
 
-Only `model.json` and `model.safetensors` are downloaded. Endpoint, cache, login and offline mode are huggingface_hub's own (`HF_ENDPOINT`,
-`HF_HUB_CACHE`, `hf auth login` or `HF_TOKEN`, `HF_HUB_OFFLINE`).
+Only `model.json` and the files that it names are downloaded: `model.safetensors` and, if the encoder was trained, `adapter.safetensors`.
+Endpoint, cache, login and offline mode are huggingface_hub's own (`HF_ENDPOINT`, `HF_HUB_CACHE`, `hf auth login` or `HF_TOKEN`,
+`HF_HUB_OFFLINE`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prts.models.bundle_description import read_description
 logger = logging.getLogger(__name__)
 
 SCHEME = "hf://"
-FILES = ("model.json", "model.safetensors")
+DESCRIPTION = "model.json"
 _CARD = ("README.md", ".gitattributes")  # what a repository without a model may hold
 _BY_PRTS = {"library_name": "prts", "library_version": __version__}
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -114,7 +115,7 @@ def pull(place: str) -> Pulled:
 
     Returns
     -------
-    The folder with its two files, and the commit that they belong to.
+    The folder with its files, and the commit that they belong to.
 
     Raises
     ------
@@ -123,22 +124,28 @@ def pull(place: str) -> Pulled:
     """
     wanted = parse_reference(place)
     unreachable = _unreachable(wanted)
-    description = _download(wanted, "model.json", unreachable)
+    description = _download(wanted, DESCRIPTION, unreachable)
     found = Reference(wanted.repo, description.parent.name)  # .../snapshots/<commit>/model.json
     with as_on_hub(description.parent, str(found)):
         _, about = read_description(description)
-    weights = _download(found, "model.safetensors", unreachable)
-    if sha256_file(weights) != about.weights_sha256:
-        if unreachable is not None:
-            raise InputError(f"{weights}: is damaged; run it again with a network connection, which downloads it anew")
-        weights = _download(found, "model.safetensors", again=True)
-    if sha256_file(weights) != about.weights_sha256:
-        raise InputError(
-            f"{found}: model.safetensors is not the file that model.json names (SHA-256 {about.weights_sha256}), so it was changed or "
-            "damaged on the hub; ask its owner to push the model again, or give an earlier revision as hf://owner/name@revision"
-        )
+    for name, sha256 in about.files().items():
+        _pull_file(found, name, sha256, unreachable)
     logger.info("%s: commit %s", place, description.parent.name)
     return Pulled(description.parent, str(found))
+
+
+def _pull_file(found: Reference, name: str, sha256: str, unreachable: Exception | None) -> None:
+    """Download a file that model.json names, and check that it is the one."""
+    file = _download(found, name, unreachable)
+    if sha256_file(file) != sha256:
+        if unreachable is not None:
+            raise InputError(f"{file}: is damaged; run it again with a network connection, which downloads it anew")
+        file = _download(found, name, again=True)
+    if sha256_file(file) != sha256:
+        raise InputError(
+            f"{found}: {name} is not the file that model.json names (SHA-256 {sha256}), so it was changed or "
+            "damaged on the hub; ask its owner to push the model again, or give an earlier revision as hf://owner/name@revision"
+        )
 
 
 @contextmanager
@@ -209,11 +216,11 @@ def _unreachable(wanted: Reference) -> Exception | None:
     if constants.HF_HUB_OFFLINE:
         return OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
     is_commit = re.fullmatch("[0-9a-f]{40}", wanted.revision or "") is not None
-    if is_commit and isinstance(try_to_load_from_cache(wanted.repo, FILES[0], revision=wanted.revision), str):
+    if is_commit and isinstance(try_to_load_from_cache(wanted.repo, DESCRIPTION, revision=wanted.revision), str):
         return None
     try:
         with _quiet():
-            get_hf_file_metadata(hf_hub_url(wanted.repo, FILES[0], revision=wanted.revision))
+            get_hf_file_metadata(hf_hub_url(wanted.repo, DESCRIPTION, revision=wanted.revision))
     except HfHubHTTPError:
         return None  # it answers; the download says what is wrong
     except (OSError, _transport_error()) as error:

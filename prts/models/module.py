@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -23,11 +23,18 @@ from prts.models.likelihoods.base import Likelihood
 from prts.models.output import OutputRule
 from prts.models.pearson import GenePearson
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 logger = logging.getLogger(__name__)
 
 
-# Warnings that nobody who trains can act on: of clusters where srun is installed, and of Lightning's own use of torch.
-_NOISE = ("The `srun` command is available", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+# Warnings that nobody who trains can act on.
+_NOISE = (
+    "The `srun` command is available",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"Found \d+ module\(s\) in eval mode",  # a frozen encoder
+)
 
 
 def quiet_lightning() -> None:
@@ -133,7 +140,7 @@ class PRTSModule(pl.LightningModule):
         self._pearson.clear()
         pcc = per_section.nanmean().float()
         self.log("val/pcc", pcc, sync_dist=self.trainer.world_size > 1)
-        if not self.trainer.sanity_checking and self.trainer.is_global_zero:
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking and self.trainer.is_global_zero:
             logger.info("epoch %3d: val/loss %.4f, val/pcc %.4f", self.current_epoch, means["loss"], pcc)
 
     def configure_optimizers(self) -> Any:
@@ -234,6 +241,39 @@ class KeepBest(pl.Callback):
             raise ParameterError("keep_best", "monitor", f"{self.monitor} was never finite: {cause}")
         pl_module.load_state_dict(self._weights)
         logger.info("kept the weights of epoch %d: %s %.5g", self.best_epoch, self.monitor, self.best_value)
+
+
+class EpochHistory(pl.Callback):
+    """Collects what is logged, one row per epoch."""
+
+    def __init__(self) -> None:
+        self._rows: list[dict[str, float]] = []
+        self._epoch: int | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the epoch, because its training metrics are logged after this."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._epoch = trainer.current_epoch
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the metrics of the previous epoch."""
+        self._keep(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the metrics of the last epoch."""
+        self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        if self._epoch is not None:
+            figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            self._rows.append({"epoch": self._epoch, **figures})
+            self._epoch = None
+
+    def table(self) -> pd.DataFrame:
+        """One row per epoch; empty for a model that is fitted in closed form."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rows)
 
 
 class _Means:

@@ -62,12 +62,16 @@ class Chunk(NamedTuple):
 
 
 class View(NamedTuple):
-    """A slide as it is read in one orientation: its nuclei (n,) and all nuclei of the section in its pixels, and their input."""
+    """A slide as it is read in one orientation: its nuclei (n,) and all nuclei of the section in its pixels, and their input.
+
+    `sample` is a view of nuclei from all over the slide, where `nuclei` are those of a region and the model matches slides.
+    """
 
     nuclei: GeoDataFrame
     among: GeoDataFrame
     features: Path | None
     context: Path | None
+    sample: View | None = None
 
 
 def predict_store(
@@ -79,6 +83,7 @@ def predict_store(
     *,
     among: GeoDataFrame | None = None,
     context: Path | None = None,
+    sample: View | None = None,
 ) -> Iterator[Chunk]:
     """Predict nuclei from a feature store, holding at most half a gigabyte of features: 230,000 nuclei of 576 columns.
 
@@ -98,10 +103,11 @@ def predict_store(
         All nuclei of the section, where `nuclei` are only some: the others are neighbours.
     context
         Context statistics of these nuclei, if the model uses them.
+    sample
+        Nuclei from all over the slide, where `nuclei` are those of a region and the model matches slides.
     """
-    chunks = _predicted(
-        bundle, View(nuclei, nuclei if among is None else among, store, context), mpp, chunk, _HELD_BYTES
-    )
+    view = View(nuclei, nuclei if among is None else among, store, context, sample)
+    chunks = _predicted(bundle, view, mpp, chunk, _HELD_BYTES)
     yield from track(chunks, "predict", total=-(-len(nuclei) // chunk))
 
 
@@ -162,7 +168,12 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
     cell_ids = view.nuclei["cell_id"].to_numpy()
     held = max(1, held_bytes // (4 * sum(read.widths.values()) * chunk)) * chunk
     parts = [cell_ids[start : start + held] for start in range(0, len(cell_ids), held)]
-    seen = by_slide(bundle, read, parts, whole=len(view.among) == len(view.nuclei))
+    if view.sample is None:
+        seen = by_slide(bundle, read, parts, whole=len(view.among) == len(view.nuclei))
+    else:
+        slide = view.sample
+        everywhere = InputReader(slide.features, bundle.input_use, lambda: slide.among, mpp, slide.context)
+        seen = by_slide(bundle, everywhere, [slide.nuclei["cell_id"].to_numpy()], whole=True)
 
     limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
 
@@ -193,9 +204,9 @@ def by_slide(
     read
         Reads the features of a part.
     parts
-        The nuclei of the slide, in parts.
+        The nuclei of the slide, or a sample of them, in parts.
     whole
-        Whether these are all nuclei of the slide.
+        Whether these stand for the slide, not for a region of it.
     """
     matching, n = bundle.slide_scale, sum(map(len, parts))
     if matching is None:

@@ -170,7 +170,14 @@ def test_the_same_seed_gives_the_same_metrics_whatever_the_workers_and_another_s
         assert (figures(folder) == first) == (overrides != ["seed=1"])
 
 
-@pytest.mark.parametrize(("ablation", "width"), [("local_only", 192), ("global_only", 384)])
+@pytest.mark.parametrize(("ablation", "used"), [("local_only", ["local"]), ("global_only", ["global"])])
+def test_an_ablation_uses_one_of_the_inputs(cache, ablation, used):
+    assert composed(cache, f"ablation={ablation}").data.use == used
+
+
+@pytest.mark.parametrize(
+    ("ablation", "width"), [("local_only", 192), pytest.param("global_only", 384, marks=pytest.mark.nightly)]
+)
 def test_an_ablation_changes_the_input_width(cache, trained, tmp_path, ablation, width):
     result = train(composed(cache, f"ablation={ablation}", "report=false"), tmp_path / ablation)
     assert result.bundle.net.in_features == width

@@ -23,13 +23,13 @@ from prts.api.predict import encoder_weights
 from prts.cli.app import config_dir, run
 from prts.errors import InputError
 from prts.features.encoders import Classical
-from prts.features.encoders.tokens import torch_device
 from prts.io.nuclei import load_nuclei, write_nuclei
 from prts.io.orientation import Orientation
 from prts.models.bundle import Bundle, load_bundle, save_bundle
 from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
 from prts.models.output import OutputRule
+from prts.precision import torch_device
 from prts.preprocess.artefacts import KINDS
 from prts.preprocess.stains.base import sample_slides, statistics
 from prts.section import open_section

@@ -159,7 +159,7 @@ DAMAGE = {
     "not text": (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe\x00"), "not readable as JSON"),
     "lists in lists": (lambda folder: (folder / "model.json").write_text("[" * 100_000), "not readable as JSON"),
     "not ours": (lambda folder: (folder / "model.json").write_text("[1]"), "has no format_version"),
-    "newer": (edit_json(lambda j: j.update(format_version=4)), "format version 4, this prts reads 1 to 3"),
+    "newer": (edit_json(lambda j: j.update(format_version=5)), "format version 5, this prts reads 1 to 4"),
     "no encoder": (edit_json(lambda j: j.pop("encoder")), "lacks encoder"),
     **{
         f"no {key}": (edit_json(lambda j, key=key: j.pop(key)), f"lacks {key}")

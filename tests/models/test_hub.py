@@ -21,6 +21,7 @@ from prts.cli.config import compose
 from prts.errors import InputError
 from prts.features.no_encoder import NoEncoder
 from prts.models.bundle import load_bundle, save_bundle
+from prts.models.bundle_description import GIVEN_KEYS
 from prts.models.hub import parse_reference
 from prts.models.likelihoods.paper import Paper
 from prts.models.network import PRTSNet
@@ -158,6 +159,31 @@ def test_a_model_on_a_hub_that_does_not_answer_is_read_from_the_cache(client: Cl
     client.connect("http://127.0.0.1:9")
     assert load_bundle(PLACE).genes == ["A", "B"]
     assert "http://127.0.0.1:9 cannot be reached" in refused("hf://lab/liver")
+
+
+def test_a_trained_encoder_travels_with_the_model(
+    client: Client, push: Callable[..., int], model: Path, tmp_path: Path
+) -> None:
+    known, adapter = load_bundle(model), tmp_path / "any name"
+    adapter.write_bytes(b"updates")
+    sha256 = hashlib.sha256(b"updates").hexdigest()
+    given = {key: value for key, value in known.metadata.items() if key in GIVEN_KEYS}
+    save_bundle(
+        tmp_path / "tuned",
+        net=known.net,
+        likelihood=known.likelihood,
+        rule=known.rule,
+        genes=[("A", "idA"), ("B", "idB")],
+        metadata={**given, "encoder": {**given["encoder"], "adapter_sha256": sha256}},
+        adapter=adapter,
+    )
+    assert push(f"bundle={tmp_path / 'tuned'}") == 0
+    pulled = load_bundle(PLACE)
+    assert pulled.adapter is not None and pulled.adapter.read_bytes() == b"updates"
+    card = client.repository.commits[client.repository.branches["main"]]["README.md"].decode()
+    assert f"adapter.safetensors, the changes of the encoder: `{sha256}`" in card
+    client.repository.commit({"adapter.safetensors": b"others"})
+    assert "adapter.safetensors is not the file that model.json names" in refused(PLACE)
 
 
 def test_revisions_are_branches_or_commits(client: Client, push: Callable[..., int], model: Path) -> None:

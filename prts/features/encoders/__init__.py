@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from prts.features.encoders.handcrafted import Classical
     from prts.features.encoders.hipt import ViT256
     from prts.features.encoders.timm_model import Timm
-    from prts.features.encoders.tokens import IMAGENET_MEAN, IMAGENET_STD, TokenEncoder
+    from prts.features.encoders.token_settings import IMAGENET_MEAN, IMAGENET_STD
+    from prts.features.encoders.tokens import TokenEncoder
 
     classical, dino_vits16, timm, vit256 = Classical, DinoViTS16, Timm, ViT256
 
@@ -63,8 +64,8 @@ _LAZY = {
     "Timm": "timm_model",
     "Classical": "handcrafted",
     "TokenEncoder": "tokens",
-    "IMAGENET_MEAN": "tokens",
-    "IMAGENET_STD": "tokens",
+    "IMAGENET_MEAN": "token_settings",
+    "IMAGENET_STD": "token_settings",
 }
 
 
@@ -86,7 +87,8 @@ def encoder_from_settings(settings: Mapping[str, Any], weights: Path | None = No
     weights
         The weights file, for encoders that need one.
     runtime
-        `device`, `batch_size` and `compile`, which are not part of the settings. Encoders without such an argument ignore it.
+        `device`, `batch_size` and `compile`, which are not part of the settings, and the file `adapter`, if they name one. Encoders
+        without such an argument ignore it.
 
     Returns
     -------

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from prts.features.encoders import encoders
 from prts.features.encoders.base import checked, signature_of
 from prts.features.encoders.timm_model import Timm
-from prts.features.encoders.tokens import IMAGENET_MEAN, IMAGENET_STD, RGB, Positive, TokenSettings
+from prts.features.encoders.token_settings import IMAGENET_MEAN, IMAGENET_STD, RGB, Positive, TokenSettings
 
 _MODEL = "vit_small_patch16_224.dino"
 _WIDTH = 384

@@ -12,7 +12,8 @@ import torch
 from prts.errors import ParameterError
 from prts.features.encoders import encoders
 from prts.features.encoders.base import checked, signature_of
-from prts.features.encoders.tokens import RGB, Positive, TokenEncoder, TokenSettings
+from prts.features.encoders.token_settings import RGB, Positive, TokenSettings
+from prts.features.encoders.tokens import TokenEncoder
 from prts.features.weights import dino_position_embedding, load_strictly, read_weights
 
 _PATCH = 16

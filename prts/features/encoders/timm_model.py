@@ -15,7 +15,8 @@ from pydantic import Field
 from prts.errors import ParameterError, did_you_mean
 from prts.features.encoders import encoders
 from prts.features.encoders.base import checked, signature_of
-from prts.features.encoders.tokens import IMAGENET_MEAN, IMAGENET_STD, TokenEncoder, TokenSettings
+from prts.features.encoders.token_settings import IMAGENET_MEAN, IMAGENET_STD, TokenSettings
+from prts.features.encoders.tokens import TokenEncoder
 from prts.features.weights import cached_hub_weights, hub_weights, pretrained_config, read_weights
 
 # Layers by name, as in `timm.layers`: a config and a bundle hold text, never code.

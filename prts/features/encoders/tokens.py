@@ -6,25 +6,26 @@ overlaps. Each encoder defines where its weights come from and how its network i
 
 from __future__ import annotations
 
+import copy
 import logging
 import subprocess
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import shapely
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, StrictBool
 
 import prts._torchvision  # noqa: F401  (must come before timm, which imports torchvision)
 from prts.errors import ParameterError
-from prts.features.encoders.base import Encoder, Floats, Mpp, Polygons, TileSettings
+from prts.features.adapter import merge_adapter
+from prts.features.encoders.base import Encoder, Floats, Polygons
+from prts.features.encoders.token_settings import IMAGENET_MEAN, IMAGENET_STD, TokenSettings
 from prts.features.pooling import (
     center2x2,
     channel_pairs,
@@ -35,7 +36,8 @@ from prts.features.pooling import (
     tokens_at,
 )
 from prts.features.token_network import TokenNetwork, attend_plainly, plain_attention_is_faster, truncate
-from prts.precision import computes_bf16
+from prts.io.cache import sha256_file
+from prts.precision import encoding_precision, torch_device
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -44,64 +46,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["auto", "bf16", "fp32"]
 Tiles = NDArray[np.uint8] | torch.Tensor
-Positive = Annotated[float, Field(gt=0)]
-RGB = tuple[float, float, float]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Compiling takes half a minute and saves 10% to 25% per tile (docs/speed.md): from here on it pays off on slow processors, too.
 _COMPILE_FROM = 20_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenSettings(TileSettings):
-    """Settings of every encoder with patch tokens, in addition to `mpp` and `tile_px`.
-
-    Parameters
-    ----------
-    scales
-        um per pixel of several tiles in place of `mpp`, one pass each; their vectors are concatenated.
-    weights
-        Weights file, `.pth` or `.safetensors`; None for the encoder's own source.
-    mean, std
-        Normalization of red, green and blue, on a scale from 0 to 1; None for the published values.
-    checkpoint_key
-        Entry of the weights file that holds the network, if it has several.
-    pooling
-        Patch tokens of the local vector: `nucleus`, the ones that the nucleus overlaps (paper), `center2x2` (released code), or
-        `bilinear`, the four around its center, weighted by how near they are.
-    layer
-        Transformer block whose tokens are used, after the network's last norm; later blocks are not computed. None for the last.
-    sampling
-        `exact`, a tile around each nucleus (paper), or `grid`, a tile every `stride` px, shared by the nuclei near it.
-    stride
-        px between the tiles of the grid, from 16 to `tile_px`.
-    precision
-        `bf16`, `fp32`, or `auto`: bf16 if the processor supports it.
-    device
-        `auto` (CUDA if available), or a torch device.
-    batch_size
-        Tiles at a time; None for 16 on a CPU and 128 elsewhere.
-    compile
-        Whether torch compiles the network first; `auto`: on a CPU, if there are enough tiles to make it worthwhile.
-    """
-
-    scales: Annotated[tuple[Mpp, ...], Field(min_length=1)] | None = None
-    weights: str | Path | None = None
-    mean: RGB | None = None
-    std: tuple[Positive, Positive, Positive] | None = None
-    checkpoint_key: str | None = None
-    pooling: Literal["nucleus", "center2x2", "bilinear"] = "nucleus"
-    layer: Annotated[int, Field(ge=1, le=1000)] | None = None
-    sampling: Literal["exact", "grid"] = "exact"
-    stride: Annotated[int, Field(ge=16)] = 128  # a grid finer than the patches adds no information
-    precision: Precision = "auto"
-    device: str = "auto"
-    batch_size: Annotated[int, Field(ge=1)] | None = None
-    compile: StrictBool | Literal["auto"] = "auto"
 
 
 class TokenEncoder(Encoder):
@@ -127,13 +76,14 @@ class TokenEncoder(Encoder):
             raise ParameterError("encoder", "scales", f"{list(self.scales)} lists one twice; give each um/px once")
         self.mpp, self.tile_px = (self.scales or (given.mpp,))[0], given.tile_px
         self.weights = None if given.weights is None else Path(given.weights)
+        self.adapter = None if given.adapter is None else Path(given.adapter)
         self._mean, self._std = given.mean, given.std
         self.checkpoint_key, self.pair_channels = given.checkpoint_key, pair_channels
         self.pooling, self.layer = given.pooling, given.layer
         self.sampling, self.stride = given.sampling, given.stride
         device = torch_device(given.device)
         self.device: torch.device = device
-        self.precision = _precision(given.precision, device)
+        self.precision = encoding_precision(given.precision, device)
         self.batch_size = given.batch_size or (16 if device.type == "cpu" else 128)
         self.compile = given.compile
         self.compiled = False
@@ -172,6 +122,23 @@ class TokenEncoder(Encoder):
             raise ParameterError("encoder", "weights", f"{self.weights}: no such file{self._where()}")
         return self.weights
 
+    @cached_property
+    def adapter_sha256(self) -> str | None:
+        """SHA-256 of the adapter; None without one."""
+        if self.adapter is None:
+            return None
+        if not self.adapter.is_file():
+            raise ParameterError("encoder", "adapter", f"{self.adapter}: no such file; check the path")
+        return sha256_file(self.adapter)
+
+    def adapted(self, adapter: Path) -> Self:
+        """The same encoder with this adapter, not loaded."""
+        other = copy.copy(self)
+        other.adapter = Path(adapter)
+        other.__dict__.pop("adapter_sha256", None)
+        other._network = other._compiled = None
+        return other
+
     def settings(self) -> dict[str, Any]:
         """Everything that affects the features."""
         return {
@@ -189,22 +156,29 @@ class TokenEncoder(Encoder):
             **({"stride": self.stride} if self.sampling == "grid" else {}),
             **({} if self.layer is None else {"layer": self.layer}),
             **({"scales": list(self.scales)} if self.scales else {}),
+            **({} if self.adapter is None else {"adapter_sha256": self.adapter_sha256}),
         }
 
-    def load(self) -> None:
-        """Build the network and read its weights.
+    def network(self) -> TokenNetwork:
+        """A new network with its weights, in main memory and float32.
 
         Raises
         ------
         ParameterError
-            If the weights are missing, unreadable or for another network, or the network has no block `layer`.
+            If weights or adapter are missing, unreadable or for another network, or the network has no block `layer`.
         """
-        if self._network is not None:
-            return
         network, input_size = self._build()
         if self.layer is not None:
             truncate(network, self.layer)
-        tokens = TokenNetwork(network.eval().requires_grad_(False), self.mean, self.std, input_size)
+        if self.adapter is not None and self.adapter_sha256:
+            merge_adapter(network, self.adapter)
+        return TokenNetwork(network.eval().requires_grad_(False), self.mean, self.std, input_size)
+
+    def load(self) -> None:
+        """Build the network and read its weights; errors are those of `network`."""
+        if self._network is not None:
+            return
+        tokens = self.network()
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         tokens = tokens.to(device=self.device, dtype=dtype)
         if plain_attention_is_faster(self.precision, self.device):
@@ -347,12 +321,29 @@ class TokenEncoder(Encoder):
             # Always a full batch, because kernels are chosen by shape and round differently.
             batch = torch.cat([batch, batch.new_zeros((self.batch_size - n, *batch.shape[1:]))])
         pooled, patches = network(batch)
-        local = self._local(patches[:n], polygons, tile)
-        if self.pair_channels:
-            local = channel_pairs(local)
+        local = self.local_vectors(patches[:n], polygons, tile)
         return pooled[:n].float().cpu().numpy(), local.cpu().numpy()
 
-    def _local(self, patches: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64] | None) -> torch.Tensor:
+    def local_vectors(self, patches: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64] | None) -> torch.Tensor:
+        """Pool patch tokens.
+
+        Parameters
+        ----------
+        patches
+            (t, rows, columns, channels).
+        polygons
+            Shapely polygons in pixels of their tile, (b,).
+        tile
+            The tile of each nucleus, (b,), not descending; None if each tile has one at its center.
+
+        Returns
+        -------
+        (b, local_width) float32.
+        """
+        local = self._pooled(patches, polygons, tile)
+        return channel_pairs(local) if self.pair_channels else local
+
+    def _pooled(self, patches: torch.Tensor, polygons: Polygons, tile: NDArray[np.int64] | None) -> torch.Tensor:
         patch = self.tile_px / patches.shape[1]
         if self.pooling == "bilinear":
             at = torch.from_numpy(shapely.get_coordinates(shapely.centroid(polygons)) / patch)
@@ -371,7 +362,7 @@ class TokenEncoder(Encoder):
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], weights: Path | None = None, **runtime: Any) -> TokenEncoder:
-        """Rebuild an encoder from its `settings`; on a processor without bf16, it uses fp32 and warns."""
+        """Rebuild an encoder from its `settings`, with its `adapter` if it has one; on a processor without bf16, it uses fp32 and warns."""
         given: dict[str, Any] = dict(
             weights=weights,
             mean=settings["mean"],
@@ -391,6 +382,10 @@ class TokenEncoder(Encoder):
         )
         encoder = cls(**given)
         encoder._require_weights(settings["weights_sha256"])
+        if encoder.adapter_sha256 != settings.get("adapter_sha256"):
+            then, here = settings.get("adapter_sha256"), encoder.adapter_sha256
+            problem = f"has sha256 {here}, but the model was trained with {then}; give that file"
+            raise ParameterError("encoder", "adapter", problem)
         if encoder.precision != settings["precision"]:
             logger.warning(
                 "encoder: the model was trained on features in %s, which %s does not support; using %s, features differ by about 1%%",
@@ -420,31 +415,3 @@ class TokenEncoder(Encoder):
     def _where(self) -> str:
         """Where the weights come from, for messages."""
         return ""
-
-
-def torch_device(device: str) -> torch.device:
-    """The torch device with this name; `auto` is CUDA if available.
-
-    Raises
-    ------
-    ParameterError
-        If torch does not know the device or cannot use it.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ParameterError(
-            "encoder", "device", f"{device!r} is not a torch device; choose auto, cpu or cuda"
-        ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ParameterError("encoder", "device", f"{device}: torch finds no CUDA device; choose auto or cpu")
-    return chosen
-
-
-def _precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
-    """Resolve `auto`: bf16 if the processor has instructions for it (twice as fast), but not if it would be emulated."""
-    if precision != "auto":
-        return precision
-    return "bf16" if computes_bf16(device) else "fp32"
