@@ -31,6 +31,7 @@ PARTS = (
     "startup",
     "travel",
     "whole_slide",
+    "page",
     "cohort",
 )
 # Half an hour of extraction, and 7 GB of files: only on request.

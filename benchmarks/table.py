@@ -49,6 +49,8 @@ TARGETS: dict[str, tuple[str, float] | None] = {
     "travel/demo_lost": ("<=", 0.2),
     "whole_slide/seconds": ("<", 600),
     "whole_slide/peak_gb": ("<", 4),
+    "page/smooth_mb": ("<", 30),
+    "page/noisy_mb": ("<", 30),
     "cohort/overhead": ("<=", 1.1),
 }
 _MARKERS = ("<!-- bench -->", "<!-- /bench -->")

@@ -1,7 +1,7 @@
 """Pack arrays into compact text for the page; the browser unpacks them when they are shown.
 
 Each block is an array of little-endian numbers, compressed (zlib) and base64-encoded; `page/data.js` reads them. Measured counts are exact.
-Predicted UMI are stored as log1p in 256 steps up to the gene's maximum, and P(expressed) in steps of 2%: finer than colors can show.
+Predicted UMI are stored as log1p in up to 256 levels to the gene's maximum, and P(expressed) in steps of 2%: finer than colors can show.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ def packed_text(text: str) -> str:
     return packed(np.frombuffer(text.encode(), np.uint8))
 
 
-def predicted_codes(umi: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+def predicted_codes(umi: NDArray[np.float32], step: int = 1) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Quantize predicted UMI to one byte.
 
     Parameters
     ----------
     umi
         Expected UMI, (n_nuclei, n_genes).
+    step
+        Only multiples of it are used as codes; it divides 255. Fewer codes compress better.
 
     Returns
     -------
@@ -52,7 +54,8 @@ def predicted_codes(umi: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArra
     """
     level = np.log1p(umi)
     highest = level.max(axis=0, initial=0).astype(np.float64)
-    return np.rint(level * (255 / np.where(highest > 0, highest, 1))).astype(np.uint8), highest
+    codes = step * np.rint(level * (255 / step / np.where(highest > 0, highest, 1)))
+    return codes.astype(np.uint8), highest
 
 
 def delta_blocks(values: NDArray[np.uint8], codes: NDArray[np.uint8]) -> list[str]:

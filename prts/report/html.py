@@ -47,6 +47,8 @@ MOST_GENES = 200
 # Nuclei x genes on one page. Small sections show more than 200 genes, up to the first number; large sections show fewer, so that the page
 # stays below the second (60,000 nuclei x 200 genes) and still opens in a browser.
 _FEW_VALUES, _MOST_VALUES = 2_000_000, 12_000_000
+# Pages with more values than this store predictions in 86 levels instead of 256, so that noisy ones stay below 30 MB, too.
+_FINE_VALUES, _COARSE_STEP = 6_000_000, 3
 _JPEG_QUALITY = 80
 _FOLDER = Path(__file__).parent / "page"
 _SCRIPTS = ("data.js", "outlines.js", "map.js", "link.js", "legend.js", "table.js", "region.js", "main.js")
@@ -121,7 +123,7 @@ def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | Non
     meta, blocks = _data(page, table, chosen)
     about = page.prediction.uns["prts"]
     metrics = text.section_metrics(page.metrics, str(about["section"]))
-    scripts = [get_plotlyjs(), *((_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS)]
+    scripts = [(_FOLDER / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     content = environment.get_template("page.html").render(
         about=about,
@@ -132,6 +134,7 @@ def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | Non
         n_shown=len(chosen),
         measured=page.measured,
         percentile=PERCENTILE,
+        levels=255 // _step(page.prediction.n_obs * len(chosen)),
         picture=_jpeg(page.picture),
         headline=text.headline(metrics),
         scores=text.score_table(metrics),
@@ -141,7 +144,8 @@ def write_page(out: Path, page: PageContent, *, genes: int | Sequence[str] | Non
         meta=_script_json(meta),
         blocks=_script_json(blocks),
         style=Markup((_FOLDER / "page.css").read_text(encoding="utf-8")),
-        scripts=[Markup(script) for script in scripts],  # own code and plotly's, no data
+        plotly=packed_text(get_plotlyjs()),
+        scripts=[Markup(script) for script in scripts],  # own code, no data
     )
     with atomic(out) as temporary:
         temporary.write_text(content, encoding="utf-8")
@@ -226,7 +230,7 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
     about = prediction.uns["prts"]
     n = prediction.n_obs
     umi = _dense(prediction.X, chosen)
-    codes, highest = predicted_codes(umi)
+    codes, highest = predicted_codes(umi, _step(umi.size))
     own = colour_top(np.log1p(umi))
     top, n_bytes = own, [1] * len(chosen)
     blocks: dict[str, Any] = {"predicted": [packed(column) for column in codes.T]}
@@ -280,6 +284,10 @@ def _data(page: PageContent, table: pd.DataFrame, chosen: NDArray[np.intp]) -> t
         "table": _rows(table, keys, chosen),
     }
     return meta, blocks
+
+
+def _step(n_values: int) -> int:
+    return 1 if n_values <= _FINE_VALUES else _COARSE_STEP
 
 
 def _areas(prediction: ad.AnnData) -> pd.Series:

@@ -109,6 +109,8 @@ class RunLoggers:
             # mlflow creates its database on first use: jobs that start at the same time would collide
             with lock(self._root / "mlflow.db") if name == "mlflow" else nullcontext():
                 item = spec.build(**{**self._defaults(name), **spec.settings})
+                if name == "wandb":  # Lightning always passes a setting that wandb warns is deprecated
+                    item._wandb_init.pop("anonymous", None)
                 item.log_hyperparams(self._hyperparameters)
             self._loggers[name] = item
         return list(self._loggers.values())

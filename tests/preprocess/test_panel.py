@@ -11,7 +11,7 @@ from anndata import AnnData
 
 from prts.errors import InputError
 from prts.io.gene_list import read_gene_list
-from prts.preprocess.panel import FilePanel, Panel, PaperPanel, TopPanel
+from prts.preprocess.panel import FEW, FilePanel, Panel, PaperPanel, TopPanel, warn_of_small
 
 
 def section(X, symbols=None, gene_ids=None):
@@ -299,3 +299,12 @@ def test_what_is_no_panel_is_refused(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(InputError, match=r"panel\.json"):
         Panel.from_json(path)
+
+
+@pytest.mark.parametrize(("method", "n", "warns"), [("paper", FEW - 1, True), ("paper", FEW, False), ("top", 5, False)])
+def test_a_small_panel_names_the_method_that_finds_more_genes(caplog, method, n, warns):
+    names = tuple(f"GENE{k}" for k in range(n))
+    with caplog.at_level(logging.WARNING):
+        warn_of_small(Panel(names, names, method, {"highly_variable": 2000}))
+    assert (f"only {n} of 2000 highly variable genes mark a cluster; panel=top" in caplog.text) is warns
+    assert bool(caplog.records) is warns

@@ -76,6 +76,14 @@ def test_predicted_values_come_back_within_half_a_step():
     assert (np.abs(codes / 255 * highest - np.log1p(umi)) <= highest / 510 + 1e-6).all()
 
 
+def test_fewer_levels_are_as_close_as_half_of_their_step():
+    umi = np.random.default_rng(0).gamma(1, 3, (500, 2)).astype(np.float32)
+    codes, highest = predicted_codes(umi, 3)
+    assert len(np.unique(codes)) <= 86
+    assert (codes.max(axis=0) == 255).all()
+    assert (np.abs(codes / 255 * highest - np.log1p(umi)) <= highest / 170 + 1e-6).all()
+
+
 def probability(block: str, codes: np.ndarray) -> np.ndarray:
     table = unpack(block)
     return (table[codes] + table[256:]) / PROB_STEPS  # of bytes, so modulo 256

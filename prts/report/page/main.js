@@ -92,6 +92,7 @@
   }
 
   async function start() {
+    await prts.library();
     prts.table.start();
     controls();
     const first = prts.table.first();
