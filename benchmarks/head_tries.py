@@ -7,7 +7,7 @@ allows). `every=5` takes every fifth unit, `seeds=2` trains with seeds 1 and 2 i
 PCC of the first validation section and, where spots were measured, over spots, as means over the seeds; the difference from the reference
 with its 95% interval over resampled blocks or spots, the same for all; and seconds of processor time of a fit. `part=test` scores the first
 test section instead; epochs are always chosen on validation. The training loop is a plain one (benchmarks/head_training.py), which keeps
-the epoch of the best validation PCC, as `prts train` does.
+the epoch of the best validation PCC, as `prts train` does. Features are as they are, whatever `data.scale` is.
 """
 
 from __future__ import annotations
