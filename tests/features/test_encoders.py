@@ -477,7 +477,7 @@ def test_features_in_another_precision_than_in_training_are_warned_of(
     checkpoint, monkeypatch, caplog, trained, here, warned
 ):
     settings = ViT256(checkpoint, precision=trained).settings()
-    monkeypatch.setattr("prts.features.encoders.tokens._precision", lambda precision, device: here)
+    monkeypatch.setattr("prts.features.encoders.tokens.encoding_precision", lambda precision, device: here)
     assert encoder_from_settings(settings, checkpoint).precision == here
     assert ("trained on features in bf16" in caplog.text) == warned
 

@@ -91,8 +91,7 @@ def test_all_panels_show_the_same_piece_of_tissue_with_y_down(tmp_path, drawn, s
     assert bar.get_width() == 400  # at 0.5 um a pixel
 
 
-def test_formats_by_suffix(tmp_path, section, full_dpi, monkeypatch):
-    monkeypatch.setattr("prts.report.figures_canvas._DPI", full_dpi)
+def test_formats_by_suffix(tmp_path, section):
     names = ["maps.pdf", "maps.png", "maps.svg"]
     whole(section, [tmp_path / name for name in names])
     with Image.open(tmp_path / "maps.png") as picture:
@@ -107,8 +106,7 @@ def test_formats_by_suffix(tmp_path, section, full_dpi, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
-def test_without_measurement_the_prediction_stands_alone(tmp_path, drawn, section, full_dpi, monkeypatch):
-    monkeypatch.setattr("prts.report.figures_canvas._DPI", full_dpi)  # the layout is that of the first drawing
+def test_without_measurement_the_prediction_stands_alone(tmp_path, drawn, section):
     rows = [MapRow("Plp1", "UMI", section.predicted[:, 0])]
     tissue_maps(tmp_path / "maps.png", rows, nuclei=section.nuclei, picture=section.picture)
     titles = [a.get_title() for a in drawn[0].axes if a.get_title()]
