@@ -57,7 +57,7 @@ def content(nuclei: int, genes: int, noise: float) -> Any:
     from prts.report.load import PICTURE_PX
     from prts.simulate.nuclei import place_nuclei
     from prts.simulate.stain import render, shifted_stain
-    from prts.simulate.tissue import UM2_PER_NUCLEUS_OVERALL, build_layout
+    from prts.simulate.tissue import build_layout
 
     rng = np.random.default_rng(0)
     layout = build_layout(nuclei, rng)
@@ -66,7 +66,9 @@ def content(nuclei: int, genes: int, noise: float) -> Any:
     outlines = placed.polygons(mpp)
     wide, high = layout.width_um, layout.height_um
     coarse = max(wide, high) / PICTURE_PX
-    bands = render(layout, placed, (math.ceil(high / coarse), math.ceil(wide / coarse)), coarse, shifted_stain(0.0), rng)
+    bands = render(
+        layout, placed, (math.ceil(high / coarse), math.ceil(wide / coarse)), coarse, shifted_stain(0.0), rng
+    )
     picture = np.concatenate(list(bands))
 
     import shapely
@@ -87,7 +89,13 @@ def content(nuclei: int, genes: int, noise: float) -> Any:
         },
         index=[f"nucleus_{k}" for k in range(nuclei)],
     )
-    about = {"section": "simulated", "mpp": mpp, "width": int(wide / mpp), "height": int(high / mpp), "interval_level": 0.9}
+    about = {
+        "section": "simulated",
+        "mpp": mpp,
+        "width": int(wide / mpp),
+        "height": int(high / mpp),
+        "interval_level": 0.9,
+    }
     prediction = ad.AnnData(
         sp.csr_matrix(mean),
         obs=obs,
