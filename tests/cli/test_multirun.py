@@ -254,7 +254,7 @@ def test_a_job_of_two_processes_writes_one_log_and_one_set_of_results(tmp_path):
     assert log.count("epoch   0: val/loss") == log.count("gene panel from the training nuclei") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly  # a minute of processor time; how lost workers are replaced is tested above
 def test_a_sweep_goes_on_when_a_worker_is_killed(tmp_path):
     sweep = tmp_path / "sweep"
     command = [
