@@ -152,7 +152,7 @@ def extract_features(
     add_features(wsi, key=f"{key}_{tile_key}", tile_key=tile_key, features=features)
     columns: dict[str, Any] = {"artefact": slide.found.in_file["artefact"].astype(str).to_numpy()}
     if bundle.ood is not None:
-        columns["ood"] = bundle.ood.share(_as_read(bundle, features))
+        columns["ood"] = bundle.ood.share(features)
         said = verdict(columns["ood"], bundle.predictable, is_artefact(slide.found.in_file))
         logger.log(logging.INFO if said.believable else logging.WARNING, "verdict: %s", said.text)
     update_shapes_data(wsi, tile_key, columns)

@@ -238,7 +238,8 @@ class _Training:
             likelihood=likelihood,
             rule=rule,
             genes=list(zip(datamodule.panel.genes, datamodule.panel.gene_ids, strict=True)),
-            ood=MahalanobisOOD.fit(datamodule.train_sets, datamodule.val_sets),
+            # a slide that had to be matched is unusual, too
+            ood=MahalanobisOOD.fit(datamodule.as_read(datamodule.train_sets), datamodule.as_read(datamodule.val_sets)),
             baselines=self._baselines.shipped(),
             slide_scale=datamodule.slide_scale,
             adapter=getattr(plan.preparation.encoder, "adapter", None),

@@ -19,7 +19,7 @@ from prts.data.batches import Batch, DeviceBatches, NucleusBatches, OrderedBatch
 from prts.data.memory import Memory, streams
 from prts.data.nucleus_set import NucleusSet, feature_moments
 from prts.data.on_disk import StoredFeatures, section_counts, section_features, write_inputs
-from prts.data.slide_scale import FEWEST, SlideScale
+from prts.data.slide_scale import FEWEST, AsRead, SlideMoments, SlideScale
 from prts.data.splits import TEST, TRAIN, VAL, Roles, Splitter, split_report
 from prts.data.stream import Buffers, StreamedBatches, Streaming
 from prts.errors import InputError, ParameterError
@@ -162,7 +162,7 @@ class PRTSDataModule(pl.LightningDataModule):
             for name in roles.by_section()
         }
         self.feature_widths = _common_widths({name: loaded.widths for name, loaded in whole.items()})
-        self.slide_scale = _matched(whole, roles.train) if self.scale == "slide" else None
+        self.slide_scale, self._slides = _matched(whole, roles.train) if self.scale == "slide" else (None, {})
         # split all nuclei that passed QC, so that the parts are those on which the panel was fitted
         parts = self._split({name: loaded.xy_um for name, loaded in whole.items()}, roles)
         self.split_report = split_report(self._split, parts)
@@ -181,6 +181,18 @@ class PRTSDataModule(pl.LightningDataModule):
         if sum(map(len, self.train_sets)) < 2:
             raise InputError(f"tissue.train: {tissue.name} has fewer than two training nuclei with counts and features")
         self._is_set_up = True
+
+    def as_read(self, sets: Sequence[NucleusSet]) -> list[NucleusSet]:
+        """These sets with their features as they were read, before slides were matched."""
+        found = []
+        for nuclei in sets:
+            features, slide = nuclei.features, self._slides.get(nuclei.section)
+            if isinstance(features, StoredFeatures):
+                features = replace(features, scale=None, slide=None)
+            elif slide is not None and self.slide_scale is not None:
+                features = AsRead(features, self.slide_scale, slide)
+            found.append(replace(nuclei, features=features))
+        return found
 
     def feature_moments(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (d,) of the features over training nuclei, for a network that standardizes its input."""
@@ -336,9 +348,12 @@ def _nuclei(
     )
 
 
-def _matched(whole: dict[str, _Loaded], train: Sequence[str]) -> SlideScale:
-    """Match the features of each section, in place, to the mean and spread of the training sections, which are returned."""
-    reference = SlideScale.fit([whole[name].nuclei for name in train])
+def _matched(whole: dict[str, _Loaded], train: Sequence[str]) -> tuple[SlideScale, dict[str, SlideMoments]]:
+    """Match the features of each section, in place, to the mean and spread of the training sections.
+
+    Returns these, and the mean and spread of each section that was matched.
+    """
+    reference, slides = SlideScale.fit([whole[name].nuclei for name in train]), {}
     for name, loaded in whole.items():
         features = loaded.nuclei.features
         if len(features) < FEWEST:
@@ -349,17 +364,18 @@ def _matched(whole: dict[str, _Loaded], train: Sequence[str]) -> SlideScale:
             )
             continue
         # a view is matched as another slide would be
-        own, *views = (_matched_features(each, reference) for each in (features, *loaded.nuclei.views))
-        whole[name] = loaded._replace(nuclei=replace(loaded.nuclei, features=own, views=tuple(views)))
-    return reference
+        (own, slides[name]), *views = (_matched_features(each, reference) for each in (features, *loaded.nuclei.views))
+        matched = replace(loaded.nuclei, features=own, views=tuple(view for view, _ in views))
+        whole[name] = loaded._replace(nuclei=matched)
+    return reference, slides
 
 
-def _matched_features(features: Any, reference: SlideScale) -> Any:
-    """The features of a slide matched to the reference, in place if they are in memory."""
+def _matched_features(features: Any, reference: SlideScale) -> tuple[Any, SlideMoments]:
+    """The features of a slide matched to the reference, in place if they are in memory, and the slide's own moments."""
     slide = reference.moments([features])
     if isinstance(features, StoredFeatures):
-        return replace(features, scale=reference, slide=slide)
-    return reference.match(features, slide)
+        return replace(features, scale=reference, slide=slide), slide
+    return reference.match(features, slide), slide
 
 
 def _permuted(sets: Sequence[NucleusSet], seed: int) -> list[NucleusSet]:

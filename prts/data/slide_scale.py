@@ -7,6 +7,7 @@ nuclei. What is common to a slide is lost: stain and thickness, but also a compo
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
@@ -94,8 +95,36 @@ class SlideScale(nn.Module):
             features[rows] = middle + spread * (self._distance(features[rows]) - slide.mean) / slide.spread
         return features
 
+    def unmatched(self, features: Floats, slide: SlideMoments) -> Floats:
+        """The inverse of `match`, as a copy: features (n, d) as they were read."""
+        middle, spread = (part.cpu().numpy().astype(np.float64) for part in (self.mean, self.spread))
+        return (middle + spread * (self._distance(features) * slide.spread + slide.mean)).astype(np.float32)
+
     def _distance(self, features: Floats) -> NDArray[np.float64]:
         distance: NDArray[np.float64] = (
             features - self.mean.cpu().numpy().astype(np.float64)
         ) / self.spread.cpu().numpy()
         return distance
+
+
+@dataclass(frozen=True)
+class AsRead:
+    """Matched features (n, d) of a slide as they were read: `features[rows]` computes them.
+
+    Parameters
+    ----------
+    features
+        Matched.
+    scale, slide
+        What they were matched with.
+    """
+
+    features: Floats
+    scale: SlideScale
+    slide: SlideMoments
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice) -> Floats:
+        return self.scale.unmatched(self.features[rows], self.slide)

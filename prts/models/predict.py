@@ -178,18 +178,19 @@ def _predicted(bundle: Bundle, view: View, mpp: float, chunk: int, held_bytes: i
     limit = None if bundle.limit is None else bundle.limit.float().cpu().numpy()
 
     def batch(features: NDArray[np.float32]) -> Iterator[Chunk]:
-        for i, (umi, prob) in enumerate(bundle.predict_chunks(features, chunk)):
-            part = features[i * chunk : (i + 1) * chunk]
+        # before the slide is matched, in place: one that has to be matched is unusual, too
+        unusual = None if bundle.ood is None else bundle.ood.share(features)
+        for i, (umi, prob) in enumerate(bundle.predict_chunks(seen(features), chunk)):
             yield Chunk(
                 umi,
                 prob,
-                None if bundle.ood is None else bundle.ood.share(part),
+                None if unusual is None else unusual[i * chunk : (i + 1) * chunk],
                 None if limit is None else (umi >= limit).sum(axis=1, dtype=np.int32),
             )
 
     for part in parts:
         # unnamed, or one batch would be kept while the next is read
-        yield from batch(seen(read(part)))
+        yield from batch(read(part))
 
 
 def by_slide(

@@ -50,7 +50,7 @@ def write_predictions(
         prepared = datamodule.tissue.sections[scored.nuclei.section]
         cell_id = np.asarray(scored.nuclei.cell_id, dtype=object)
         polygons = load_nuclei(prepared.nuclei).set_index("cell_id").loc[cell_id].reset_index(names="cell_id")
-        ood = None if bundle.ood is None else bundle.ood.share(scored.nuclei.features)
+        ood = None if bundle.ood is None else bundle.ood.share(datamodule.as_read([scored.nuclei])[0].features)
         chunks = _chunks(scored, ood)
         out = folder / f"predictions{suffix}.h5ad"
         write_prediction(out, bundle, prepared.section, polygons, chunks, store=prepared.features)

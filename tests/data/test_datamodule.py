@@ -256,6 +256,12 @@ def test_each_slide_is_matched_to_the_mean_and_spread_of_training(
     before, after = raw.val_sets[0].features[:, 0], module.val_sets[0].features[:, 0]
     np.testing.assert_allclose(np.corrcoef(before, after)[0, 1], 1.0)
     np.testing.assert_array_equal(module.test_sets[0].features, raw.test_sets[0].features)
+    for mine, plain in zip(
+        module.as_read([*module.train_sets, *module.val_sets, *module.test_sets]),
+        [*raw.train_sets, *raw.val_sets, *raw.test_sets],
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine.features[:], plain.features, rtol=1e-5, atol=1e-6)
     assert "t: 20 nuclei are too few" in caplog.text
 
 

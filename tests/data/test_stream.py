@@ -95,6 +95,8 @@ def test_a_tissue_on_disk_has_the_sets_of_one_in_memory(
     ):
         assert on_disk(theirs) and not on_disk(mine)
         np.testing.assert_allclose(theirs.features[:], mine.features, rtol=1e-6)
+        (as_read,), (as_read_here,) = there.as_read([theirs]), here.as_read([mine])
+        np.testing.assert_allclose(as_read.features[:], as_read_here.features[:], rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(theirs.counts[:].toarray(), mine.counts.toarray())
         np.testing.assert_array_equal(np.asarray(theirs.cell_id, dtype=object), mine.cell_id)
         np.testing.assert_array_equal(theirs.total_counts, mine.total_counts)

@@ -101,8 +101,13 @@ def test_a_slide_is_matched_as_a_whole_but_not_a_region_or_a_few_nuclei(
     ids = np.array([f"c{i}" for i in range(n)])
     write_store(tmp_path / "s.h5", ids, np.zeros((n, 2)), (1, 2), [Rows(others, local)], {})
 
+    class FirstColumn:
+        def share(self, features: np.ndarray) -> np.ndarray:
+            return features[:, 0].copy()
+
     class Matching(Copy):
         slide_scale = SlideScale(3)
+        ood = FirstColumn()
 
     Matching.slide_scale.mean[:], Matching.slide_scale.spread[:] = (
         torch.tensor([1.0, 2.0, 3.0]),
@@ -112,7 +117,11 @@ def test_a_slide_is_matched_as_a_whole_but_not_a_region_or_a_few_nuclei(
     def predict(of: np.ndarray, among: np.ndarray | None = None) -> np.ndarray:
         everywhere = None if among is None else pd.DataFrame({"cell_id": among})
         chunks = predict_store(Matching(), tmp_path / "s.h5", pd.DataFrame({"cell_id": of}), 0.5, 256, among=everywhere)
-        return np.concatenate([umi for umi, *_ in chunks])
+        umi, unusual = zip(*((part.umi, part.ood) for part in chunks), strict=True)
+        np.testing.assert_array_equal(
+            np.concatenate(unusual), raw[: len(of), 0]
+        )  # how unusual it is before it is matched
+        return np.concatenate(umi)
 
     raw = np.hstack([local, others])
     expected = (raw - raw.mean(axis=0)) / raw.std(axis=0) * [2.0, 1.0, 0.5] + [1.0, 2.0, 3.0]
