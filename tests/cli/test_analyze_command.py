@@ -58,7 +58,10 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_truth_judges_types_clusters_and_names(folder: Path, tmp_path: Path) -> None:
+def test_the_truth_judges_types_clusters_and_names(
+    folder: Path, tmp_path: Path, full_dpi: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prts.report.figures_canvas._DPI", full_dpi)
     out = tmp_path / "with spaces"
     training = [f"train_section={folder / 'train'}", f"train_nuclei={folder / 'train' / 'truth_nuclei.parquet'}"]
     given = [f"section={folder / 'test'}", f"markers={folder / 'markers.csv'}", *training]
