@@ -32,7 +32,7 @@ _CHUNK = 4096
 
 
 def sample_of_slide(n: int) -> NDArray[np.intp]:
-    """Rows of at most `SAMPLE` of the n nuclei of a slide, evenly spaced in their order; all of them if there are no more."""
+    """Rows of `SAMPLE` of the n nuclei of a slide, evenly spaced in their order, or of all if there are fewer."""
     return np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.intp))
 
 

@@ -119,7 +119,7 @@ def merge_adapter(network: nn.Module, path: Path) -> None:
     Raises
     ------
     ParameterError
-        If the file is no adapter, is damaged or does not fit the network; nothing is changed then.
+        If the file is not an adapter, is damaged or does not fit the network, which is then left unchanged.
     """
     adapter = _read(path)
     updates: list[tuple[Tensor, Tensor]] = []
