@@ -56,6 +56,19 @@ def prts_data() -> Path:
     return path.resolve()
 
 
+@pytest.fixture(scope="session")
+def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights of timm's tiny `test_vit`."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vit") / "vit.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
+    return path
+
+
 def nuclei_from(features: np.ndarray, counts: np.ndarray, section: str = "s") -> NucleusSet:
     n = len(features)
     return NucleusSet(

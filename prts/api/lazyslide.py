@@ -82,7 +82,7 @@ def register_model(
             return self
 
         def predict(self, features: Any, coords: Any = None) -> dict[str, NDArray[np.float32]]:
-            umi, _ = loaded.predict_all(_as_read(loaded, np.asarray(features, dtype=np.float32)))
+            umi, _ = loaded.predict_all(_matched(loaded, np.asarray(features, dtype=np.float32)))
             return dict(zip(loaded.genes, umi.T, strict=True))
 
     encoder = loaded.metadata["encoder"]["name"]
@@ -158,7 +158,7 @@ def extract_features(
     update_shapes_data(wsi, tile_key, columns)
 
 
-def _as_read(bundle: Bundle, features: NDArray[np.float32]) -> NDArray[np.float32]:
+def _matched(bundle: Bundle, features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Features of all cells of a slide as the network takes them."""
     return by_slide(bundle, lambda part: part, [features], whole=True)(features)
 

@@ -35,25 +35,14 @@ SIDE, STRIDE = 64, 48
 SETTINGS = FinetuneSettings(rank=2, alpha=4.0, blocks=2, epochs=3, lr=0.003, tiles=4)
 
 
-def vit(weights: Path, **settings: Any) -> Timm:
+def vit(vit_weights: Path, **settings: Any) -> Timm:
     given = {"sampling": "grid", "stride": STRIDE, "tile_px": SIDE, "mpp": 1.0, "precision": "fp32", "device": "cpu"}
     shown = {"mean": (0.7, 0.6, 0.7), "std": (0.2, 0.2, 0.2), "pair_channels": False, "pooling": "bilinear"}
-    return Timm("test_vit", weights, **{**given, **shown, **settings})
+    return Timm("test_vit", vit_weights, **{**given, **shown, **settings})
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("vit") / "vit.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=0).state_dict(), path)
-    return path
-
-
-def train(sections: dict[str, prts.Section], cache: Path, weights: Path, out: Path, **settings: Any) -> prts.Model:
-    model = prts.Model(vit(weights), network={"hidden": (32,)}, features=("local", "context"))
+def train(sections: dict[str, prts.Section], cache: Path, vit_weights: Path, out: Path, **settings: Any) -> prts.Model:
+    model = prts.Model(vit(vit_weights), network={"hidden": (32,)}, features=("local", "context"))
     given = {"nuclei": "watershed", "genes": 40, "max_epochs": 8, "cache_dir": cache, "trainer": {"accelerator": "cpu"}}
     model.train([sections["first"]], validation=[sections["second"]], out=out, finetune=SETTINGS, **given, **settings)
     return model
@@ -61,10 +50,10 @@ def train(sections: dict[str, prts.Section], cache: Path, weights: Path, out: Pa
 
 @pytest.fixture(scope="module")
 def run(
-    sections: dict[str, prts.Section], cache: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
+    sections: dict[str, prts.Section], cache: Path, vit_weights: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("finetune") / "run"
-    train(sections, cache, weights, folder)
+    train(sections, cache, vit_weights, folder)
     return folder
 
 
@@ -107,17 +96,17 @@ def test_a_bundle_without_its_adapter_is_one_line(run: Path, tmp_path: Path) -> 
 
 
 def test_another_seed_reuses_the_adapter(
-    run: Path, sections: dict[str, prts.Section], cache: Path, weights: Path, tmp_path: Path
+    run: Path, sections: dict[str, prts.Section], cache: Path, vit_weights: Path, tmp_path: Path
 ) -> None:
     before = {file: file.stat().st_mtime_ns for file in cache.rglob("adapter-*")}
-    train(sections, cache, weights, tmp_path / "run", seed=7)
+    train(sections, cache, vit_weights, tmp_path / "run", seed=7)
     assert {file: file.stat().st_mtime_ns for file in cache.rglob("adapter-*")} == before != {}
     assert (tmp_path / "run/finetune.csv").read_bytes() == (run / "finetune.csv").read_bytes()
     assert (tmp_path / "run/model/adapter.safetensors").read_bytes() == (run / "model/adapter.safetensors").read_bytes()
 
 
 @pytest.fixture
-def tiled(sections: dict[str, prts.Section], weights: Path) -> TiledNuclei:
+def tiled(sections: dict[str, prts.Section], vit_weights: Path) -> TiledNuclei:
     """Squares all over a section, with their number as feature, as count and as exposure."""
     section, rng = sections["first"], np.random.default_rng(0)
     at = rng.uniform(20, [section.width - 20, section.height - 20], (150, 2))
@@ -198,9 +187,9 @@ def test_processes_share_the_tiles_of_a_batch(tiled: TiledNuclei) -> None:
 
 @pytest.mark.parametrize("sampling", ["grid", "exact"])
 def test_the_trained_network_reads_the_features_of_extraction(
-    tiled: TiledNuclei, weights: Path, tmp_path: Path, sampling: str
+    tiled: TiledNuclei, vit_weights: Path, tmp_path: Path, sampling: str
 ) -> None:
-    encoder = vit(weights, sampling=sampling, pooling="nucleus")
+    encoder = vit(vit_weights, sampling=sampling, pooling="nucleus")
     nuclei = make_nuclei(
         [shapely.box(x - 6, y - 4, x + 6, y + 4) for x, y in tiled.nuclei.xy_um[:20] / tiled.section.mpp],
         tiled.section.mpp,
@@ -245,9 +234,9 @@ def test_the_trained_network_reads_the_features_of_extraction(
     ],
 )
 def test_what_cannot_be_trained_is_one_line_and_exit_2(
-    given: list[str], said: str, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: list[str], said: str, vit_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    encoder = [] if "encoder=classical" in given else ["encoder=timm", f"encoder.weights={weights}"]
+    encoder = [] if "encoder=classical" in given else ["encoder=timm", f"encoder.weights={vit_weights}"]
     folder = f"hydra.run.dir={tmp_path / 'run'}"
     assert cli("train", ["experiment=finetune", *encoder, f"paths.cache_dir={tmp_path / 'c'}", folder, *given]) == 2
     error = capsys.readouterr().err
